@@ -1,0 +1,45 @@
+"""peftc: a declarative graph-rewriting compiler for parameter-efficient fine-tuning."""
+
+from peftc.compiled import CompiledModel, compile, load, plan
+from peftc.errors import (
+    AdapterError,
+    CaptureError,
+    CheckpointError,
+    ConflictError,
+    MergeError,
+    NoMatchError,
+    PeftcError,
+    PlanError,
+    RuleError,
+    SpecError,
+)
+from peftc.plan import Plan
+from peftc.registry import register, unregister
+from peftc.rule import Param, Rule
+from peftc.specs import AdapterSpec, IA3Config, LoraConfig, load_spec
+
+__all__ = [
+    "AdapterError",
+    "AdapterSpec",
+    "CaptureError",
+    "CheckpointError",
+    "CompiledModel",
+    "ConflictError",
+    "IA3Config",
+    "LoraConfig",
+    "MergeError",
+    "NoMatchError",
+    "Param",
+    "PeftcError",
+    "Plan",
+    "PlanError",
+    "Rule",
+    "RuleError",
+    "SpecError",
+    "compile",
+    "load",
+    "load_spec",
+    "plan",
+    "register",
+    "unregister",
+]

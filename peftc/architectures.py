@@ -1,0 +1,68 @@
+"""Model families: default targets and roles per `model_type`, from the YAML files of installed packages."""
+
+import functools
+import re
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from importlib.resources import files
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+
+from peftc.errors import RuleError
+from peftc.specs.base import Names
+
+GROUP = "peftc.architectures"
+
+
+def _targets(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType,reportUnknownVariableType]
+
+
+Targets = Annotated[tuple[str, ...] | str, BeforeValidator(_targets)]
+
+
+class Defaults(BaseModel):
+    """Default selectors of one method; `feedforward_modules` is for (IA)³."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    target_modules: Targets
+    feedforward_modules: Targets | None = None
+
+
+class Family(BaseModel):
+    """One architecture file: the model types it is for, defaults by `peft_type`, and module name suffix by role."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_types: Names
+    defaults: dict[str, Defaults] = {}
+    roles: dict[str, Names] = {}
+
+    def role_of(self, fqn: str) -> str | None:
+        """The role of module `fqn`: `attention.query`, `mlp.down`, `head` …"""
+        return next(
+            (role for role, names in self.roles.items() for name in names if re.search(rf"(^|\.){name}$", fqn)), None
+        )
+
+
+@functools.cache
+def families() -> Mapping[str, Family]:
+    """Family by `model_type`. Raises RuleError on a malformed file, or a model type in two files."""
+    found: dict[str, Family] = {}
+    for point in entry_points(group=GROUP):
+        for file in sorted(files(point.value).iterdir(), key=lambda file: file.name):
+            if not file.name.endswith(".yaml"):
+                continue
+            try:
+                family = Family.model_validate(yaml.load(file.read_text("utf-8"), _LOADER))
+            except (ValidationError, yaml.YAMLError) as error:
+                raise RuleError(f"architecture file {file.name}: {error}") from None
+            for model_type in family.model_types:
+                if model_type in found:
+                    raise RuleError(f"architecture file {file.name}: {model_type!r} is in another file too")
+                found[model_type] = family
+    return found
+
+
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -1,0 +1,6 @@
+"""PEFT's files, both ways."""
+
+from peftc.checkpoint.files import locate, read_spec, read_tensors, save_adapter
+from peftc.checkpoint.state import adapter_state_dict, load_state
+
+__all__ = ["adapter_state_dict", "load_state", "locate", "read_spec", "read_tensors", "save_adapter"]

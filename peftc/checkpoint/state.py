@@ -1,0 +1,108 @@
+"""An adapter's tensors under the keys that PEFT's files use, and back."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from peftc.errors import CheckpointError, nearest
+from peftc.graph.sites import parameter_name
+from peftc.plan.make import MODULES_TO_SAVE
+from peftc.rewrite.program import Program
+
+PREFIX = "base_model.model."
+
+
+def adapter_state_dict(program: Program, adapter: str) -> dict[str, Tensor]:
+    """The live tensors of `adapter` by their key in `adapter_model.safetensors`."""
+    state: dict[str, Tensor] = {}
+    for edit in program.plan.edits:
+        if edit.adapter == adapter:
+            for param in edit.params:
+                if param.saved:
+                    state[PREFIX + parameter_name(edit.site, param.key)] = program.tensor(edit, param.key)
+    for tensor in program.plan.trained:
+        if tensor.adapter == adapter:
+            state[PREFIX + tensor.key] = program.base.get_parameter(tensor.name)
+    return state
+
+
+def load_state(program: Program, adapter: str, tensors: Mapping[str, Tensor]) -> None:
+    """Copy `tensors` into the parameters of `adapter`.
+
+    A saved embedding (PEFT's `save_embedding_layers`) is compared with the base and taken over, with a warning, if it
+    differs. Raises CheckpointError, with nothing copied, on missing, unexpected or mis-shaped keys, NaN or Inf.
+    """
+    own = adapter_state_dict(program, adapter)
+    given = {_renamed(key, own): value for key, value in tensors.items()}
+    missing = [key for key in own if key not in given]
+    embeddings, unexpected = _split(program, [key for key in given if key not in own])
+    if missing or unexpected:
+        raise CheckpointError(_mismatch(adapter, missing, unexpected, own))
+    for key, name in embeddings.items():
+        _require_like(key, given[key], program.base.get_parameter(name))
+    for key, target in own.items():
+        _require_like(key, given[key], target)
+    with torch.no_grad():
+        for key, target in own.items():
+            target.copy_(given[key])
+    for key, name in embeddings.items():
+        _take_over(program, name, given[key])
+
+
+def _renamed(key: str, own: Mapping[str, Tensor]) -> str:
+    """Keys of older PEFT versions, and of modules_to_save and biases, which have had two spellings."""
+    if key in own:
+        return key
+    for old, new in ((f"{MODULES_TO_SAVE}.default.", ""), ("base_layer.bias", "bias"), (".bias", ".base_layer.bias")):
+        if old in key and key.replace(old, new) in own:
+            return key.replace(old, new)
+    return key
+
+
+def _split(program: Program, keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Keys of whole embeddings with the base parameter they are, and keys that are nothing known."""
+    names = {name for name, _ in program.base.named_parameters(remove_duplicate=False)}
+    embeddings: dict[str, str] = {}
+    unexpected: list[str] = []
+    for key in keys:
+        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        if name in names and name.endswith(".weight"):
+            embeddings[key] = name
+        else:
+            unexpected.append(key)
+    return embeddings, unexpected
+
+
+def _mismatch(adapter: str, missing: list[str], unexpected: list[str], own: Mapping[str, Tensor]) -> str:
+    lines = [f"the file does not fit adapter {adapter!r}, which has {len(own)} tensors."]
+    for label, keys in (("missing", missing), ("unexpected", unexpected)):
+        if keys:
+            lines.append(f"{len(keys)} {label}: {', '.join(keys[:4])}{' …' if len(keys) > 4 else ''}.")
+    near = nearest(unexpected[0], own, limit=1) if unexpected else []
+    if near:
+        lines.append(f"Nearest to {unexpected[0]}: {near[0]}.")
+    lines.append("Is the base model the one the adapter was trained on?")
+    return " ".join(lines)
+
+
+def _require_like(key: str, value: Tensor, target: Tensor) -> None:
+    if value.shape != target.shape:
+        raise CheckpointError(
+            f"{key}: the file has shape {tuple(value.shape)}, the model {tuple(target.shape)}."
+            " Another base model, or a resized vocabulary (resize_token_embeddings first)?"
+        )
+    if target.is_floating_point() and not value.is_floating_point():
+        raise CheckpointError(f"{key}: the file has {value.dtype}, a floating-point tensor is expected")
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        raise CheckpointError(f"{key}: holds NaN or Inf; the adapter is broken")
+
+
+def _take_over(program: Program, name: str, value: Tensor) -> None:
+    parameter = program.base.get_parameter(name)
+    if parameter.device.type == "meta" or torch.equal(parameter.detach().to(value.dtype), value.to(parameter.device)):
+        return
+    program.journal.tensors.setdefault(name, parameter.data)
+    parameter.data = value.to(device=parameter.device, dtype=parameter.dtype, copy=True)
+    warnings.warn(f"{name}: the adapter brings its own, which replaces the base model's", stacklevel=4)

@@ -1,0 +1,427 @@
+"""`compile`, `plan`, `load`, and the model they give: CompiledModel."""
+
+import copy
+import os
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from torch import Tensor, fx, nn
+
+from peftc.checkpoint import adapter_state_dict, load_state, locate, read_spec, read_tensors, save_adapter
+from peftc.errors import AdapterError, MergeError, PlanError, nearest
+from peftc.graph.region import Capture, call, parameters_of
+from peftc.graph.sites import transformers_config
+from peftc.merge import forget, merge, unmerge
+from peftc.plan import Plan, make_plan
+from peftc.plan.text import span
+from peftc.registry import spec_classes
+from peftc.rewrite import program as rewrite
+from peftc.rewrite.program import Program
+from peftc.specs import AdapterSpec, load_spec
+
+OnUnmatched = Literal["error", "warn"]
+
+
+class CompiledModel(fx.GraphModule):
+    """A model with adapters. Its own graph is the model's call; `base` is the rewritten model, of the class it had.
+
+    Attributes that are not found here are those of `base` (`config`, `device`, `generate`, …). Made by `compile`.
+    """
+
+    program: Program
+    base: nn.Module
+
+    def __init__(self, program: Program) -> None:
+        graph = fx.Graph()
+        graph.output(call(graph, "base", parameters_of(program.base.forward)))
+        root = nn.Module()
+        root.base = program.base
+        super().__init__(root, graph, class_name="CompiledModel")
+        self.__dict__["program"] = program
+        self.training = program.base.training
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base" or "_modules" not in self.__dict__:
+                raise
+            return getattr(self.base, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
+        return CompiledModel(copy.deepcopy(self.program, memo))
+
+    def __copy__(self) -> "CompiledModel":
+        return CompiledModel(self.program)
+
+    def __reduce__(self) -> Any:
+        return CompiledModel, (self.program,)
+
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
+
+    __str__ = __repr__
+
+    # --- what is there -------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of all adapters attached now."""
+        return self.program.plan
+
+    @property
+    def peft_config(self) -> dict[str, AdapterSpec]:
+        """Spec by adapter name, in load order, with defaults resolved."""
+        return dict(self.plan.adapters)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters, in load order."""
+        return list(self.program.active)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The names of the adapters that are folded into the weights now."""
+        return list(self.program.merged)
+
+    def get_base_model(self) -> nn.Module:
+        """The rewritten base model."""
+        return self.base
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters, adapters included."""
+        counts = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the two numbers and their ratio in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def site_code(self) -> dict[str, str]:
+        """The generated code of every host; hosts with equal code together (`layers.{0–29}.self_attn.q_proj, …`)."""
+        groups: dict[str, dict[str, list[str]]] = {}
+        for region in self.program.regions:
+            module = self.base.get_submodule(region.host)
+            if isinstance(module, fx.GraphModule):
+                shape = ".".join("#" if part.isdigit() else part for part in region.host.split("."))
+                groups.setdefault(module.code.strip(), {}).setdefault(shape, []).append(region.host)
+        return {", ".join(span(hosts) for hosts in shapes.values()): code for code, shapes in groups.items()}
+
+    def print_code(self) -> None:
+        """Print `site_code`."""
+        for where, code in self.site_code().items():
+            print(f"# {where or type(self.base).__name__}\n{code}\n")
+
+    # --- switching -----------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Activate exactly these adapters, and train them; the others are frozen. They apply in load order.
+
+        Raises AdapterError on an unknown name, MergeError while merged.
+        """
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        self._require(names)
+        self._require_unmerged("set_adapter")
+        rewrite.activate(self.program, names)
+
+    @contextmanager
+    def disable_adapter(self) -> Generator[None]:
+        """A context in which the graphs are those of the base model: no adapter op, no cost.
+
+        Biases that an adapter trains in place (`bias="all"`) stay as they are, as documented for PEFT.
+        Raises MergeError while merged.
+        """
+        self._require_unmerged("disable_adapter")
+        rewrite.emit(self.program, [])
+        try:
+            yield
+        finally:
+            rewrite.emit(self.program, self.program.active)
+
+    def add_adapter(self, adapter_name: str, peft_config: Any, *, on_unmatched: OnUnmatched = "error") -> None:
+        """Attach a new, untrained adapter, inactive and frozen. `peft_config`: whatever `compile` takes as one spec.
+
+        Raises AdapterError if the name is taken, SpecError, NoMatchError, ConflictError; nothing is changed then.
+        """
+        self._extend(adapter_name, load_spec(peft_config, spec_classes()), on_unmatched)
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        *,
+        is_trainable: bool = False,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: Any = None,
+        allow_pickle: bool = False,
+    ) -> None:
+        """Attach an adapter from a folder or a Hub repository, inactive; frozen unless `is_trainable`.
+
+        Raises CheckpointError, SpecError, AdapterError, ConflictError; nothing is changed then.
+        """
+        folder = locate(model_id, subfolder=subfolder, revision=revision, token=token)
+        spec = read_spec(folder)
+        tensors = read_tensors(folder, allow_pickle=allow_pickle)
+        self._extend(adapter_name, spec.model_copy(update={"inference_mode": not is_trainable}), "warn")
+        try:
+            load_state(self.program, adapter_name, tensors)
+        except BaseException:
+            self._shrink(adapter_name)
+            raise
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off. If no other was active, the one loaded first becomes so.
+
+        Raises AdapterError on an unknown name, MergeError while merged.
+        """
+        self._require([adapter_name])
+        self._require_unmerged("delete_adapter")
+        left = [name for name in self.plan.adapters if name != adapter_name]
+        active = [name for name in self.program.active if name != adapter_name] or left[:1]
+        rewrite.activate(self.program, active)
+        self._shrink(adapter_name)
+
+    def _extend(self, name: str, spec: AdapterSpec, on_unmatched: OnUnmatched) -> None:
+        if name in self.plan.adapters:
+            raise AdapterError(f"adapter {name!r} exists already; choose another name, or delete it first")
+        self._require_unmerged("add_adapter")
+        active = self.program.active
+        with rewrite.parked(self.program) as base:
+            plan, regions = self._plan({**self.plan.adapters, name: spec})
+            rewrite.require_applicable(plan, on_unmatched)
+            rewrite.check_names(base, plan, [name])
+        rewrite.extend(self.program, plan, regions, [name])
+        rewrite.activate(self.program, active)
+
+    def _shrink(self, name: str) -> None:
+        """Take an inactive adapter off, and plan what is left."""
+        rewrite.remove(self.program, name)
+        active = self.program.active
+        with rewrite.parked(self.program):
+            plan, regions = self._plan({other: spec for other, spec in self.plan.adapters.items() if other != name})
+        rewrite.extend(self.program, plan, regions, [])
+        rewrite.activate(self.program, active)
+
+    def _plan(self, specs: Mapping[str, AdapterSpec]) -> Any:
+        return make_plan(self.base, specs, self.plan.capture, self.plan.autocast_adapter_dtype)
+
+    def _require(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name not in self.plan.adapters:
+                near = nearest(name, self.plan.adapters)
+                hint = f" Nearest: {near[0]!r}." if near else ""
+                raise AdapterError(f"no adapter {name!r}; there are {', '.join(self.plan.adapters) or 'none'}.{hint}")
+
+    def _require_unmerged(self, what: str) -> None:
+        if self.program.merged:
+            raise MergeError(f"{what}: {', '.join(self.program.merged)} merged; call unmerge_adapter() first")
+
+    # --- merging -------------------------------------------------------------------------------------------------
+
+    def merge_adapter(self, adapter_names: Sequence[str] | None = None, *, untie: bool = False) -> None:
+        """Fold adapters (default: the active ones) into the base weights; their ops leave the graphs.
+
+        Each weight is computed in float64 (float32 for half precision) and rounded once; originals are kept, so
+        `unmerge_adapter` is bit-exact. Raises MergeError, with nothing changed: NaN or Inf, a site without a fold, a
+        tied weight (unless `untie`), or something merged already. AdapterError if one is unknown or not active.
+        """
+        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        self._require(names)
+        merge(self.program, names, untie)
+
+    def unmerge_adapter(self) -> None:
+        """Put the original tensors back and the adapters' ops in again. Raises MergeError if nothing is merged."""
+        unmerge(self.program)
+
+    def merge_and_unload(self, adapter_names: Sequence[str] | None = None, *, untie: bool = False) -> nn.Module:
+        """Fold adapters (default: the active ones, or those merged already) and return the plain model.
+
+        The returned model has the original's classes and no trace of peftc; biases that an adapter trained stay.
+        This CompiledModel has no adapters afterwards. Raises as `merge_adapter` does.
+        """
+        if not self.program.merged or adapter_names is not None:
+            self.merge_adapter(adapter_names, untie=untie)
+        forget(self.program)
+        self.program.journal.tensors.clear()
+        return self._undo()
+
+    def unload(self) -> nn.Module:
+        """Remove every adapter and return the base: same classes, tensors, flags and outputs as the original.
+
+        With `inplace=True` it is the very model that was compiled. This CompiledModel has no adapters afterwards.
+        """
+        if self.program.merged:
+            self.unmerge_adapter()
+        return self._undo()
+
+    def _undo(self) -> nn.Module:
+        base = rewrite.undo(self.program)
+        nothing = {"adapters": {}, "sites": {}, "edits": (), "trained": (), "misses": (), "conflicts": ()}
+        self.__dict__["program"] = Program(base, replace(self.plan, **nothing), ())
+        return base
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def adapter_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
+        """The live tensors of an adapter under the keys of PEFT's files. Raises AdapterError on an unknown name."""
+        self._require([adapter_name])
+        return adapter_state_dict(self.program, adapter_name)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *, selected_adapters: Sequence[str] | None = None
+    ) -> None:
+        """Write adapters (default: all) as PEFT does: `default` into the folder, others into subfolders of their name.
+
+        Raises CheckpointError if the folder can't be written, AdapterError on an unknown name.
+        """
+        names = list(self.plan.adapters) if selected_adapters is None else list(selected_adapters)
+        self._require(names)
+        for name in names:
+            folder = Path(save_directory) if name == "default" else Path(save_directory) / name
+            config = self._config(self.plan.adapters[name])
+            save_adapter(folder, config, self.adapter_state_dict(name), _card(config))
+
+    def _config(self, spec: AdapterSpec) -> dict[str, Any]:
+        """The spec as saved: for inference, with the base model's name, and its class where no task says it."""
+        config = {**spec.to_dict(), "inference_mode": True}
+        base_config = transformers_config(self.base)
+        if config["base_model_name_or_path"] is None and base_config is not None:
+            config["base_model_name_or_path"] = base_config.name_or_path or None
+        if config["task_type"] is None and config["auto_mapping"] is None and base_config is not None:
+            cls = type(self.base)
+            original = getattr(cls, "code_object", None)
+            cls = cls if original is None else original.original
+            config["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
+        return config
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        *,
+        is_trainable: bool = False,
+        config: Any = None,
+        capture: Capture = "modules",
+        inplace: bool = False,
+        autocast_adapter_dtype: bool = True,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: Any = None,
+        allow_pickle: bool = False,
+    ) -> "CompiledModel":
+        """Compile `model` with an adapter from a folder or a Hub repository: for inference, unless `is_trainable`.
+
+        `config` takes the place of the folder's `adapter_config.json`. Raises CheckpointError, SpecError.
+        """
+        folder = locate(model_id, subfolder=subfolder, revision=revision, token=token)
+        spec = read_spec(folder) if config is None else load_spec(config, spec_classes())
+        tensors = read_tensors(folder, allow_pickle=allow_pickle)
+        compiled = compile(
+            model,
+            spec.model_copy(update={"inference_mode": not is_trainable}),
+            adapter_name,
+            capture=capture,
+            inplace=inplace,
+            on_unmatched="warn",
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+        try:
+            load_state(compiled.program, adapter_name, tensors)
+        except BaseException:
+            compiled.unload()
+            raise
+        return compiled if is_trainable else compiled.eval()
+
+
+def compile(
+    model: nn.Module,
+    spec: Any,
+    adapter_name: str = "default",
+    *,
+    capture: Capture = "modules",
+    inplace: bool = False,
+    on_unmatched: OnUnmatched = "error",
+    autocast_adapter_dtype: bool = True,
+) -> CompiledModel:
+    """Compile `model` with the adapters of `spec`. The model is not changed, unless `inplace`.
+
+    `spec`: a spec, a dict, a path to `adapter_config.json` or YAML, an object with PEFT's `to_dict()`, a mapping of
+    adapter names to any of these (the first becomes active), or a Plan, which is applied exactly as it is.
+    `capture`: `modules` (any model), or `symbolic` (one flat graph, for models that torch.fx traces).
+    `inplace`: rewrite the model itself instead of a structural copy; `unload()` then gives it back intact.
+    `on_unmatched`: `warn` goes on without selectors that match nothing. `autocast_adapter_dtype`: adapters of float16
+    and bfloat16 weights are float32.
+
+    Raises SpecError, NoMatchError, ConflictError, CaptureError, AdapterError (a bad name, or a model compiled already),
+    PlanError (the model is not the planned one). Nothing is changed then.
+    """
+    if isinstance(model, CompiledModel):
+        raise AdapterError("the model is compiled already: use its add_adapter, or unload it first")
+    if isinstance(spec, Plan):
+        made, regions = make_plan(model, spec.adapters, spec.capture, spec.autocast_adapter_dtype)
+        _require_same(spec, made)
+        made = spec
+    else:
+        made, regions = make_plan(model, _specs(spec, adapter_name), capture, autocast_adapter_dtype)
+    rewrite.require_applicable(made, on_unmatched)
+    return CompiledModel(rewrite.build(model, made, regions, inplace))
+
+
+def plan(
+    model: nn.Module,
+    spec: Any,
+    adapter_name: str = "default",
+    *,
+    capture: Capture = "modules",
+    autocast_adapter_dtype: bool = True,
+) -> Plan:
+    """What `compile` would change, without changing anything or reading a weight. Arguments as there.
+
+    Misses and conflicts are in the plan, where `compile` raises. Raises SpecError, NoMatchError (no default targets for
+    the model type), CaptureError.
+    """
+    if isinstance(model, CompiledModel):
+        raise AdapterError("the model is compiled already: its plan is .plan")
+    return make_plan(model, _specs(spec, adapter_name), capture, autocast_adapter_dtype)[0]
+
+
+def load(model: nn.Module, model_id: str | os.PathLike[str], adapter_name: str = "default", **kwargs: Any) -> Any:
+    """`CompiledModel.from_pretrained`."""
+    return CompiledModel.from_pretrained(model, model_id, adapter_name, **kwargs)
+
+
+def _specs(spec: Any, adapter_name: str) -> dict[str, AdapterSpec]:
+    """Spec by adapter name."""
+    known = spec_classes()
+    if isinstance(spec, Mapping) and "peft_type" not in spec:
+        several = cast(Mapping[Any, Any], spec)
+        if several and not any(name in AdapterSpec.model_fields for name in several):
+            return {str(name): load_spec(one, known) for name, one in several.items()}
+    return {adapter_name: load_spec(spec, known)}
+
+
+def _require_same(planned: Plan, made: Plan) -> None:
+    """Refuse a model whose plan is another one. Misses do not count: a shorthand is resolved in the plan."""
+    for name in ("model", "fingerprint", "sites", "edits", "trained", "autocast_adapter_dtype"):
+        if getattr(planned, name) != getattr(made, name):
+            lines = planned.diff(replace(made, misses=planned.misses)).split("\n")
+            more = f"\n… and {len(lines) - 10} more" if len(lines) > 10 else ""
+            raise PlanError(
+                f"the plan does not hold for this {made.model}: its {name} differs. Make a new plan, or change the spec"
+                " instead of the plan. From the plan to this model:\n" + "\n".join(lines[:10]) + more
+            )
+
+
+def _card(config: Mapping[str, Any]) -> str:
+    base = config["base_model_name_or_path"]
+    lines = ["---", "library_name: peft", *([f"base_model: {base}"] if base else []), "tags:", "- peftc"]
+    lines += [f"- {str(config['peft_type']).lower()}", "---", "", "# Adapter", ""]
+    lines += [f"A {config['peft_type']} adapter{f' for `{base}`' if base else ''}. Load it with peftc or PEFT:", ""]
+    return "\n".join([*lines, "```python", 'model = peftc.load(base_model, "path/to/this/folder")', "```", ""])

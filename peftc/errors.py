@@ -1,0 +1,73 @@
+"""One error tree. Every error says what was wrong, where, why, and what to do next."""
+
+import difflib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+__all__ = [
+    "AdapterError",
+    "CaptureError",
+    "CheckpointError",
+    "ConflictError",
+    "MergeError",
+    "NoMatchError",
+    "PeftcError",
+    "PlanError",
+    "RuleError",
+    "SpecError",
+    "describe_nearest",
+    "nearest",
+]
+
+
+class PeftcError(Exception):
+    """Base of every error peftc raises on purpose; nothing was changed when one is raised."""
+
+
+class SpecError(PeftcError):
+    """An adapter spec is malformed: a wrong type, an unknown field, fields that contradict each other."""
+
+
+class CaptureError(PeftcError):
+    """A model, or a module of it, can't be captured as a graph."""
+
+
+class RuleError(PeftcError):
+    """A rule is missing, registered twice, or breaks the rule contract."""
+
+
+class NoMatchError(PeftcError):
+    """A selector, pattern or layer index of a spec matches nothing that can be adapted."""
+
+
+class ConflictError(PeftcError):
+    """Two edits claim the same place."""
+
+
+class PlanError(PeftcError):
+    """A plan can't be read, or was made for another model."""
+
+
+class AdapterError(PeftcError):
+    """An adapter is unknown, exists already, or is not in the state that a call needs."""
+
+
+class MergeError(PeftcError):
+    """Adapters can't be folded into the weights, or are merged when they must not be."""
+
+
+class CheckpointError(PeftcError):
+    """An adapter file is missing, unreadable, or does not fit the model."""
+
+
+def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
+    """The up to `limit` known names most like `name`, best first."""
+    return difflib.get_close_matches(name, list(dict.fromkeys(known)), n=limit, cutoff=0.6)
+
+
+def describe_nearest(names: Sequence[str], counts: Counter[str], noun: str = "sites") -> str:
+    """`Nearest: 'q_proj' (30 sites), …` or nothing when there is no near name."""
+    if not names:
+        return ""
+    shown = ", ".join(f"{name!r} ({counts[name]} {noun})" for name in names)
+    return f" Nearest: {shown}."

@@ -1,0 +1,55 @@
+"""The structural copy: a model with its own modules, which shares the frozen tensors of the original."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftc.errors import CaptureError
+
+
+def structural_copy(model: nn.Module) -> nn.Module:
+    """A copy of the module structure (hooks, configs and plain attributes included) sharing the parameters' storage.
+
+    Every parameter becomes a frozen alias, so neither `requires_grad` nor `.data` of the original is ever touched; tied
+    ones stay tied. Buffers are copied, because a forward may update them (batch norm), but for integer tables of two
+    or more dimensions (packed weights, masks), which are shared.
+
+    Raises CaptureError if a plain attribute can't be copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        renormed = isinstance(module, nn.Embedding) and module.max_norm is not None
+        for parameter in module._parameters.values():
+            if parameter is not None and id(parameter) not in memo:
+                # An embedding with max_norm rewrites its own weight in forward, so that one can't be shared.
+                memo[id(parameter)] = _alias(parameter, clone=renormed)
+        for buffer in module._buffers.values():
+            if buffer is not None and id(buffer) not in memo and _is_table(buffer):
+                memo[id(buffer)] = buffer
+        for value in module.__dict__.values():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                memo[id(value)] = value.detach()
+    try:
+        return copy.deepcopy(model, memo)
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+        raise CaptureError(
+            f"{type(model).__name__} can't be copied ({type(error).__name__}: {error}). Compile it with inplace=True;"
+            " unload() then gives the very model back."
+        ) from error
+
+
+def _alias(parameter: nn.Parameter, clone: bool) -> nn.Parameter:
+    data = parameter.detach()
+    if clone:
+        data = data.clone()
+    if type(parameter) is nn.Parameter:
+        return nn.Parameter(data, requires_grad=False)
+    alias = torch.Tensor._make_subclass(type(parameter), data, False)
+    alias.__dict__.update(parameter.__dict__)
+    return alias
+
+
+def _is_table(buffer: torch.Tensor) -> bool:
+    return buffer.dim() >= 2 and not buffer.is_floating_point() and not buffer.is_complex()

@@ -1,0 +1,233 @@
+"""Regions: traced pieces of a model, each run by one host module, with the ops that sites anchor edits to.
+
+Nothing here assumes that a site has a graph of its own: under `modules` capture every site hosts its own region, under
+`symbolic` one region, hosted by the model, holds them all.
+"""
+
+import inspect
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from peftc.graph.sites import Kind
+
+Capture = Literal["modules", "symbolic"]
+
+# The name under which a region's graph calls a host that can't be traced, as it was before the rewrite.
+OPAQUE = "base_layer"
+
+
+@dataclass(frozen=True)
+class OpForm:
+    """Where an op keeps its operands: (position, keyword) of input, weight and bias."""
+
+    kind: Kind
+    x: tuple[int, str] = (0, "input")
+    weight: tuple[int, str] = (1, "weight")
+
+
+OP_FORMS: Mapping[Any, OpForm] = {
+    F.linear: OpForm("linear"),
+    torch.addmm: OpForm("linear", x=(1, "mat1"), weight=(2, "mat2")),
+    F.embedding: OpForm("embedding"),
+    F.conv1d: OpForm("conv1d"),
+    F.conv2d: OpForm("conv2d"),
+    F.conv3d: OpForm("conv3d"),
+}
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The op of a site in a region's graph: the site's fqn relative to the host, and the node's name."""
+
+    site: str
+    node: str
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A traced graph with its anchors; equal hosts share one. `opaque`: the host itself is a node of the graph."""
+
+    graph: fx.Graph
+    anchors: tuple[Anchor, ...]
+    opaque: bool = False
+
+
+@dataclass(frozen=True)
+class Region:
+    """A graph and the fqn of the module that runs it (`""`: the model)."""
+
+    host: str
+    source: Source
+
+
+def operand(node: fx.Node, place: tuple[int, str]) -> Any:
+    """The argument of `node` at `place`, given by position or keyword."""
+    position, name = place
+    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
+
+
+def parameters_of(forward: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The parameters of a bound forward."""
+    return list(inspect.signature(forward).parameters.values())
+
+
+class SiteTracer(fx.Tracer):
+    """Traces one module; its children, if any, stay calls."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+@dataclass
+class SourceCache:
+    """Sources of modules that trace alike: 560 equal sites cost one trace."""
+
+    sources: dict[Any, Source] = field(default_factory=dict)
+
+    def get(self, module: nn.Module) -> Source:
+        key = _alike(module)
+        if key is None:
+            return trace_site(module)
+        if key not in self.sources:
+            self.sources[key] = trace_site(module)
+        return self.sources[key]
+
+
+_STANDARD = frozenset(nn.Module().__dict__)
+_SIZES = frozenset({"in_features", "out_features", "num_embeddings", "embedding_dim", "nf", "nx"})
+
+
+def _alike(module: nn.Module) -> Any | None:
+    """A key that two modules share only if their forwards trace to the same graph; None if that can't be told."""
+    if module._modules or "forward" in module.__dict__:
+        return None
+    state = {name: value for name, value in module.__dict__.items() if name not in _STANDARD}
+    if type(module).__module__.startswith("torch.nn."):
+        state = {name: value for name, value in state.items() if name not in _SIZES}
+    parts: list[Any] = [type(module), tuple((name, value is None) for name, value in module._parameters.items())]
+    parts.append(tuple(module._buffers))
+    for name, value in state.items():
+        plain = tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
+        if not isinstance(plain, int | float | str | tuple | None | torch.dtype | torch.device):
+            return None
+        parts.append((name, repr(plain)))  # pyright: ignore[reportUnknownArgumentType]
+    return tuple(parts)
+
+
+def trace_site(module: nn.Module) -> Source:
+    """The graph of one site's own forward, or an opaque one if torch.fx can't trace it without changing its meaning.
+
+    Opaque are: patched or multi-argument forwards, control flow on values, a forward that differs between train() and
+    eval(), one that does anything with the weight but use it once in the site's op.
+    """
+    parameters = parameters_of(module.forward)
+    simple = len(parameters) == 1 and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
+    if simple and "forward" not in module.__dict__ and not isinstance(module, torch.jit.ScriptModule):
+        graphs = [_trace_in_mode(module, training) for training in (True, False)]
+        if graphs[0] is not None and graphs[1] is not None and str(graphs[0]) == str(graphs[1]):
+            node = _weight_op(graphs[0], module)
+            if node is not None:
+                return Source(graphs[0], (Anchor("", node),))
+    return opaque_source(parameters)
+
+
+def _trace_in_mode(module: nn.Module, training: bool) -> fx.Graph | None:
+    """Trace a shallow stand-in, so that the module's own flags and attributes are not touched."""
+    stand_in = object.__new__(type(module))
+    stand_in.__dict__.update(module.__dict__, training=training)
+    try:
+        graph = SiteTracer().trace(stand_in)
+    except Exception:  # A user's forward may raise anything at all on a proxy; such a module is opaque.
+        return None
+    for node in graph.nodes:
+        # A tensor constant is stored on the stand-in; the module itself has no such attribute.
+        if node.op == "get_attr" and str(node.target) not in {*module._parameters, *module._buffers}:
+            return None
+    return graph
+
+
+def _weight_op(graph: fx.Graph, module: nn.Module) -> str | None:
+    """The name of the one op that uses the parameter `weight`, if nothing else depends on the weight's values."""
+    if module._parameters.get("weight") is None:
+        return None
+    ops: list[fx.Node] = []
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target == "weight":
+            for user in node.users:
+                form = OP_FORMS.get(user.target)
+                if form is not None and operand(user, form.weight) is node:
+                    ops.append(user)
+                elif not (user.target is getattr and user.args[1] in ("dtype", "device", "shape")):
+                    return None
+    return ops[0].name if len(ops) == 1 else None
+
+
+def opaque_source(parameters: list[inspect.Parameter]) -> Source:
+    """A graph that calls the host as it was, with the forward's parameters."""
+    graph = fx.Graph()
+    node = call(graph, OPAQUE, parameters)
+    graph.output(node)
+    return Source(graph, (Anchor("", node.name),), opaque=True)
+
+
+def call(graph: fx.Graph, target: str, parameters: list[inspect.Parameter]) -> fx.Node:
+    """Placeholders for `parameters`, and a node that calls module `target` with all of them.
+
+    A `call_module` node; where the parameters include `*args` or `**kwargs`, which such a node can't spread, a call of
+    `invoke` on the module.
+    """
+    if any(not _is_literal(parameter.default) for parameter in parameters):
+        # Generated code can't spell such a default; let the module fill it in.
+        parameters = parameters_of(lambda *args, **kwargs: None)
+    args: list[fx.Node] = []
+    kwargs: dict[str, fx.Node] = {}
+    spread: dict[str, fx.Node] = {}
+    by_position = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
+    for parameter in parameters:
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            spread["more_args"] = graph.placeholder(f"*{parameter.name}")
+        elif parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            spread["more_kwargs"] = graph.placeholder(f"**{parameter.name}")
+        else:
+            node = graph.placeholder(parameter.name, default_value=parameter.default)
+            named = parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD and not by_position and len(args) > 0
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY or (named and parameter.default is not _EMPTY):
+                kwargs[parameter.name] = node
+            else:
+                args.append(node)
+    if not spread:
+        return graph.call_module(target, tuple(args), kwargs)
+    return graph.call_function(invoke, (graph.get_attr(target), tuple(args), kwargs), spread)
+
+
+_EMPTY = inspect.Parameter.empty
+
+
+def _is_literal(default: Any) -> bool:
+    return default is _EMPTY or default is None or type(default) in (bool, int, float, str)
+
+
+def invoke(
+    module: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    more_args: tuple[Any, ...] = (),
+    more_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """module(*args, *more_args, **kwargs, **more_kwargs), as one op."""
+    return module(*args, *more_args, **kwargs, **(more_kwargs or {}))
+
+
+def call_input(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """The first argument of a module's call, whichever way it is passed."""
+    args: Any = node.args[1] if node.target is invoke else node.args
+    if args:
+        return args[0]
+    with graph.inserting_before(node):
+        return graph.call_function(operator.getitem, (node.kwargs["more_args"], 0))

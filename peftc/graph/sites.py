@@ -1,0 +1,242 @@
+"""The site index: every place of a model that a rule may rewrite, read without touching a weight."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
+
+from peftc.graph.lending import Lending, lending
+
+Kind = Literal["linear", "embedding", "conv1d", "conv2d", "conv3d", "module"]
+Layout = Literal["out_in", "in_out"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place a rule may rewrite.
+
+    `out_features` × `in_features` is the canonical weight; `layout` says how the stored weight lies (`in_out`:
+    transposed, as in transformers' Conv1D and in embeddings, whose "input" is the one-hot token). For convolutions the
+    features are channels and `kernel_size` the rest of the weight's shape. `dtype` and `device` are those of the weight.
+    `refusal` is the reason why the site can't be adapted, `caution` one why it may not do what is expected.
+    """
+
+    fqn: str
+    kind: Kind
+    module: str
+    in_features: int
+    out_features: int
+    layout: Layout = "out_in"
+    kernel_size: tuple[int, ...] = ()
+    groups: int = 1
+    weight: str | None = None
+    bias: str | None = None
+    dtype: str = "float32"
+    device: str = "cpu"
+    layer: int | None = None
+    role: str | None = None
+    tied: tuple[str, ...] = ()
+    refusal: str | None = None
+    caution: str | None = None
+
+    @property
+    def weight_shape(self) -> tuple[int, ...]:
+        """Shape of the canonical weight."""
+        return (self.out_features, self.in_features // self.groups, *self.kernel_size)
+
+
+@dataclass(frozen=True)
+class SiteIndex:
+    """The sites of a model in module order, with what is needed to explain a miss.
+
+    `modules` maps the fqn of every module to its class name; `aliases` a second name of a shared module to its first;
+    `ties` lists the groups of parameters that are one tensor.
+    """
+
+    sites: Mapping[str, Site]
+    modules: Mapping[str, str]
+    aliases: Mapping[str, str]
+    ties: tuple[tuple[str, ...], ...]
+    model_type: str | None
+    output_embedding: str | None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """torch.bfloat16 for `bfloat16`."""
+    return cast(torch.dtype, getattr(torch, name))
+
+
+def layer_index(fqn: str) -> int | None:
+    """The first number in `fqn`: the index of the layer the module is in."""
+    return next((int(part) for part in fqn.split(".") if part.isdigit()), None)
+
+
+def parameter_name(module: str, name: str) -> str:
+    """The fqn of parameter `name` of module `module`."""
+    return f"{module}.{name}" if module else name
+
+
+def index_sites(model: nn.Module) -> SiteIndex:
+    """All sites of `model`. Reads structure only: a model on the meta device is as good as any."""
+    first: dict[int, str] = {}
+    modules: dict[str, str] = {}
+    aliases: dict[str, str] = {}
+    found: list[tuple[str, nn.Module, nn.Module | None]] = []
+    for fqn, module, parent in _walk(model):
+        known = first.setdefault(id(module), fqn)
+        if known != fqn:
+            aliases[fqn] = known
+            continue
+        modules[fqn] = type(module).__name__
+        found.append((fqn, module, parent))
+    ties = _ties(model)
+    tied = {name: group for group in ties for name in group}
+    sites: dict[str, Site] = {}
+    for fqn, module, parent in found:
+        site = _site(fqn, module, parent, tied)
+        if site is not None:
+            sites[fqn] = site
+    config = transformers_config(model)
+    return SiteIndex(
+        sites, modules, aliases, ties, getattr(config, "model_type", None), _output_embedding(model, first)
+    )
+
+
+def transformers_config(model: nn.Module) -> Any | None:
+    """The transformers config of `model`, or None. Does not import transformers: a model of it has."""
+    transformers = sys.modules.get("transformers")
+    config = getattr(model, "config", None)
+    if transformers is None or not isinstance(config, transformers.PretrainedConfig):
+        return None
+    return config
+
+
+def _output_embedding(model: nn.Module, first: Mapping[int, str]) -> str | None:
+    """The fqn of a transformers model's output embedding (the `lm_head`)."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return None
+    head = model.get_output_embeddings()  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType]
+    return first.get(id(head)) if head is not None else None  # pyright: ignore[reportUnknownArgumentType]
+
+
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
+    """(fqn, module, parent) for every path; a shared module comes once for each of its paths, its children once."""
+    seen: set[int] = set()
+    stack: list[tuple[str, nn.Module, nn.Module | None]] = [("", model, None)]
+    while stack:
+        fqn, module, parent = stack.pop()
+        yield fqn, module, parent
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        children = [(name, child) for name, child in module._modules.items() if child is not None]
+        stack.extend((parameter_name(fqn, name), child, module) for name, child in reversed(children))
+
+
+def _ties(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    """Groups of parameter names that share one tensor, or one storage in the same way."""
+    groups: dict[Any, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(_identity(parameter), []).append(name)
+    return tuple(tuple(names) for names in groups.values() if len(names) > 1)
+
+
+def _identity(parameter: nn.Parameter) -> Any:
+    """What two tied parameters have in common: the object, or storage, offset and shape."""
+    if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor or parameter.numel() == 0:
+        return id(parameter)
+    return parameter.untyped_storage()._cdata, parameter.storage_offset(), parameter.shape, parameter.stride()
+
+
+def _site(fqn: str, module: nn.Module, parent: nn.Module | None, tied: Mapping[str, tuple[str, ...]]) -> Site | None:
+    form = _form(module)
+    if form is None:
+        return None
+    kind, features, layout, kernel_size, groups = form
+    weight = module._parameters.get("weight")
+    bias = module._parameters.get("bias")
+    reference = weight if weight is not None else next(iter([*module.parameters(), *module.buffers()]), None)
+    lent = lending(type(parent), fqn.rpartition(".")[2]) if parent is not None else Lending.NO
+    return Site(
+        fqn=fqn,
+        kind=kind,
+        module=type(module).__name__,
+        in_features=features[0],
+        out_features=features[1],
+        layout=layout,
+        kernel_size=kernel_size,
+        groups=groups,
+        weight=parameter_name(fqn, "weight") if weight is not None else None,
+        bias=parameter_name(fqn, "bias") if bias is not None else None,
+        dtype=dtype_name(reference.dtype) if reference is not None else "float32",
+        device=str(reference.device) if reference is not None else "cpu",
+        layer=layer_index(fqn),
+        tied=tied.get(parameter_name(fqn, "weight"), ()) if weight is not None else (),
+        refusal=_refusal(module, weight, lent, parent),
+        caution=_caution(lent, parent, fqn),
+    )
+
+
+def _refusal(module: nn.Module, weight: nn.Parameter | None, lent: Lending, parent: nn.Module | None) -> str | None:
+    if isinstance(weight, UninitializedTensorMixin):
+        return "its weight has no shape yet: run the model once on an example input first"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "it is TorchScript, whose code can't be rewritten: load the model as Python"
+    if lent is Lending.ALWAYS:
+        return (
+            f"{type(parent).__name__} never calls it and only reads its weight, so an op spliced after its forward"
+            " would have no effect: leave it out (exclude_modules)"
+        )
+    return None
+
+
+def _caution(lent: Lending, parent: nn.Module | None, fqn: str) -> str | None:
+    # TransformerEncoderLayer's fused inference path reads linear1/linear2; the rewriter turns that path off.
+    if lent is not Lending.SOMETIMES or isinstance(parent, nn.TransformerEncoderLayer):
+        return None
+    name = fqn.rpartition(".")[2]
+    return f"{type(parent).__name__} also reads self.{name}.weight directly; on that path the adapter has no effect"
+
+
+_Form = tuple[Kind, tuple[int, int], Layout, tuple[int, ...], int]
+
+
+def _form(module: nn.Module) -> _Form | None:
+    """Kind, (in, out) features, layout, kernel size and groups of a module that is a site."""
+    if isinstance(module, nn.Linear):
+        return "linear", (module.in_features, module.out_features), "out_in", (), 1
+    if isinstance(module, nn.Embedding):
+        return "embedding", (module.num_embeddings, module.embedding_dim), "in_out", (), 1
+    for cls, kind in _CONVS:
+        if isinstance(module, cls):
+            return kind, (module.in_channels, module.out_channels), "out_in", module.kernel_size, module.groups
+    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
+    if pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D):
+        rows, columns = cast("tuple[int, int]", tuple(module.weight.shape))
+        return "linear", (rows, columns), "in_out", (), 1
+    return _quantised(module)
+
+
+_CONVS: tuple[tuple[type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d], Kind], ...] = (
+    (nn.Conv1d, "conv1d"),
+    (nn.Conv2d, "conv2d"),
+    (nn.Conv3d, "conv3d"),
+)
+
+
+def _quantised(module: nn.Module) -> _Form | None:
+    """A linear of another library: a leaf that names its in_features and out_features (GPTQ, AWQ, HQQ, torch.ao …)."""
+    features = (module.__dict__.get("in_features"), module.__dict__.get("out_features"))
+    if module._modules or not all(type(size) is int for size in features):
+        return None
+    return "linear", cast("tuple[int, int]", features), "out_in", (), 1

@@ -1,0 +1,133 @@
+"""Symbolic capture: the whole model as one flat graph, hosted by the model itself."""
+
+import traceback
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch import fx, nn
+
+from peftc.errors import CaptureError
+from peftc.graph.region import OP_FORMS, Anchor, Region, Source, SourceCache, operand, parameters_of
+
+
+def trace_model(model: nn.Module, sites: Collection[str], saved: Collection[str]) -> Region:
+    """Trace `model` in which the modules of `sites` are inlined and those of `saved`, and torch.nn's, stay calls.
+
+    The model is traced in train and in eval mode, on the structure given (a copy); forward parameters whose default is
+    None are fixed at None. Raises CaptureError if it does not trace, or traces differently in the two modes.
+    """
+    cache = SourceCache()
+    opaque = {fqn for fqn in sites if cache.get(model.get_submodule(fqn)).opaque}
+    leaves = opaque | set(saved)
+    flags = {fqn: module.training for fqn, module in model.named_modules()}
+    graphs: list[fx.Graph] = []
+    try:
+        for training in (True, False):
+            model.train(training)
+            graphs.append(_trace(model, set(sites) - leaves, leaves))
+    finally:
+        for fqn, training in flags.items():
+            model.get_submodule(fqn).training = training
+    _require_equal(model, *graphs)
+    anchors = tuple(_anchors(graphs[0], model, set(sites), leaves))
+    missing = (set(sites) | set(saved)) - {anchor.site for anchor in anchors}
+    if missing:
+        fqn = min(missing)
+        raise CaptureError(
+            f"capture='symbolic': {type(model).__name__} never calls {fqn!r} in the graph traced from it, so it can't be"
+            " adapted. Leave it out (exclude_modules), or use capture='modules'."
+        )
+    return Region("", Source(graphs[0], anchors))
+
+
+class _ModelTracer(fx.Tracer):
+    """Inlines everything but torch.nn's modules and the given leaves; remembers where it is for error messages."""
+
+    def __init__(self, inlined: Collection[str], leaves: Collection[str]) -> None:
+        super().__init__()
+        self.inlined, self.leaves = inlined, leaves
+        self.where = ""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.inlined:
+            return False
+        return module_qualified_name in self.leaves or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        before, self.where = self.where, self.path_of_module(m)
+        result = super().call_module(m, forward, args, kwargs)
+        self.where = before  # Not in a finally: on an error it stays at the innermost module.
+        return result
+
+
+def _trace(model: nn.Module, inlined: Collection[str], leaves: Collection[str]) -> fx.Graph:
+    tracer = _ModelTracer(inlined, leaves)
+    fixed = {p.name: None for p in parameters_of(model.forward) if p.default is None}
+    try:
+        graph = tracer.trace(model, concrete_args=fixed or None)
+    except Exception as error:  # The model's own code may raise anything on a proxy.
+        module = model.get_submodule(tracer.where)
+        raise CaptureError(
+            f"capture='symbolic': {type(model).__name__} does not trace: {_place(tracer.where, module)},"
+            f" {_construct(error)}: {error}. Use capture='modules', which keeps the model's Python."
+        ) from error
+    # torch.fx numbers the placeholders of fixed arguments; callers pass them by their own names.
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    for node, parameter in zip(inputs, parameters_of(model.forward), strict=True):
+        if parameter.default is None:
+            node.target = parameter.name
+    return graph
+
+
+def _place(fqn: str, module: nn.Module) -> str:
+    return f"in {fqn or 'the model'} ({type(module).__name__})"
+
+
+def _construct(error: BaseException) -> str:
+    """The line of the model's own code where tracing failed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if "/torch/" not in frame.filename and "/peftc/" not in frame.filename]
+    return f"at {own[-1].filename}:{own[-1].lineno} `{own[-1].line}`" if own else type(error).__name__
+
+
+def _require_equal(model: nn.Module, train: fx.Graph, evaluate: fx.Graph) -> None:
+    """Refuse a graph that would freeze train() or eval(), naming the first op that differs."""
+    if str(train) == str(evaluate):
+        return
+    pairs = zip([*train.nodes], [*evaluate.nodes], strict=False)
+    node = next((a for a, b in pairs if a.format_node() != b.format_node()), next(iter(train.nodes)))
+    where = _module_of(node)
+    raise CaptureError(
+        f"capture='symbolic': {_place(where, model.get_submodule(where))}, `{node.format_node()}` depends on"
+        " self.training: tracing would freeze train() and eval() at one of them. Use a module (nn.Dropout) instead of"
+        " the function, or capture='modules'."
+    )
+
+
+def _anchors(graph: fx.Graph, model: nn.Module, sites: Collection[str], leaves: Collection[str]) -> list[Anchor]:
+    found: list[Anchor] = []
+    for node in list(graph.nodes):
+        if node.op == "call_module" and node.target in leaves:
+            found.append(Anchor(str(node.target), node.name))
+            continue
+        form = OP_FORMS.get(node.target)
+        weight = operand(node, form.weight) if form is not None else None
+        fqn = _module_of(node)
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr" or fqn not in sites:
+            continue
+        own = f"{fqn}.weight"
+        if model.get_parameter(str(weight.target)) is not model.get_parameter(own):
+            continue
+        if weight.target != own:
+            # A tied weight is traced under its first name; at this site it goes by the site's own.
+            with graph.inserting_before(node):
+                node.replace_input_with(weight, graph.get_attr(own))
+        found.append(Anchor(fqn, node.name))
+    return found
+
+
+def _module_of(node: fx.Node) -> str:
+    """The fqn of the module whose forward a node was traced from; torch.fx appends `@1` to it on a second call."""
+    return next(reversed(node.meta.get("nn_module_stack", {"": None})), "").partition("@")[0]

@@ -1,0 +1,230 @@
+"""Making a plan: match every adapter's spec, let the rules declare, add up."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from peftc.architectures import families
+from peftc.errors import CaptureError
+from peftc.graph.capture import capture
+from peftc.graph.fingerprint import fingerprint
+from peftc.graph.region import Capture, Region
+from peftc.graph.sites import Site, SiteIndex, dtype_name, dtype_of, index_sites
+from peftc.plan.match import Match, match
+from peftc.plan.plan import Conflict, Costs, Edit, Plan, PlannedParam, TrainedTensor
+from peftc.registry import find_rule
+from peftc.rule import Param, Rule, flops_per_token
+from peftc.specs import AdapterSpec
+
+MODULES_TO_SAVE = "modules_to_save"
+_HALF = ("float16", "bfloat16")
+
+
+def make_plan(
+    model: nn.Module, specs: Mapping[str, AdapterSpec], level: Capture, autocast_adapter_dtype: bool
+) -> tuple[Plan, tuple[Region, ...]]:
+    """The plan of adapting `model` with `specs` (by adapter name, in order), and the regions it was made on.
+
+    Misses and conflicts are in the plan, not raised. Raises NoMatchError (no defaults for the model type), CaptureError.
+    """
+    index = index_sites(model)
+    matches = {name: match(name, spec, index) for name, spec in specs.items()}
+    touched = {site.fqn for found in matches.values() for site in found.sites}
+    saved = {fqn for found in matches.values() for fqn in found.saved}
+    sites = {fqn: site for fqn, site in index.sites.items() if fqn in touched}
+    conflicts = _conflicts(matches)
+    # A site inside a module that another adapter saves is a conflict; it is captured as the site it also is.
+    regions = capture(model, level, list(sites), sorted(saved - touched))
+    opaque = _opaque(level, regions)
+    edits = [
+        edit
+        for name, found in matches.items()
+        for site in found.sites
+        for edit in [_edit(name, found.spec, site, site.fqn in opaque, autocast_adapter_dtype)]
+    ]
+    edits += [_save(name, model, fqn) for name, found in matches.items() for fqn in found.saved]
+    order = {fqn: position for position, fqn in enumerate(index.modules)}
+    edits.sort(key=lambda edit: order[edit.site])
+    trained = tuple(t for name, found in matches.items() for t in _trained(name, found, model, index))
+    described = _with_roles({**sites, **{fqn: _whole(model, fqn) for fqn in saved - touched}}, index)
+    plan = Plan(
+        model=type(model).__name__,
+        capture=level,
+        fingerprint=fingerprint(model, index),
+        adapters={name: found.spec for name, found in matches.items()},
+        sites={fqn: described[fqn] for fqn in order if fqn in described},
+        edits=tuple(edits),
+        trained=trained,
+        misses=tuple(miss for found in matches.values() for miss in found.misses),
+        conflicts=conflicts,
+        ties=index.ties,
+        cautions=_cautions([*sites.values()], edits),
+        autocast_adapter_dtype=autocast_adapter_dtype,
+        costs=_costs(model, edits, trained),
+    )
+    return plan, regions
+
+
+def _opaque(level: Capture, regions: Sequence[Region]) -> set[str]:
+    """Sites whose own forward is called as it is."""
+    if level == "modules":
+        return {region.host for region in regions if region.source.opaque}
+    nodes = {node.name: node for region in regions for node in region.source.graph.nodes}
+    return {a.site for region in regions for a in region.source.anchors if nodes[a.node].op == "call_module"}
+
+
+def _edit(adapter: str, spec: AdapterSpec, site: Site, opaque: bool, autocast: bool) -> Edit:
+    rule = find_rule(spec, site)
+    assert rule is not None  # match() keeps only sites that have a rule
+    if opaque and site.kind != "linear":
+        raise CaptureError(
+            f"{site.fqn}: torch.fx can't trace the forward of this {site.module}, or it uses its weight in other ways"
+            f" than one {site.kind} op, so there is no op to adapt. Leave it out (exclude_modules)."
+        )
+    params = rule.params(spec, site)
+    dtype = "float32" if (autocast and site.dtype in _HALF) or not dtype_of(site.dtype).is_floating_point else site.dtype
+    return Edit(
+        site=site.fqn,
+        adapter=adapter,
+        rule=rule.name,
+        slot=rule.slot(spec, site),
+        params=tuple(_planned(name, param, dtype) for name, param in params.items()),
+        constants=rule.constants(spec, site),
+        dropouts=rule.dropouts(spec, site),
+        flops_per_token=flops_per_token(params),
+        opaque=opaque,
+        unmergeable=_unmergeable(rule, spec, site, opaque),
+    )
+
+
+def _planned(name: str, param: Param, dtype: str) -> PlannedParam:
+    return PlannedParam(name, param.key or name, param.shape, dtype, param.init, param.trainable)
+
+
+def _unmergeable(rule: Rule[AdapterSpec], spec: AdapterSpec, site: Site, opaque: bool) -> str | None:
+    if opaque:
+        return f"the forward of {site.module} can't be traced, so what it does with its weight is not known"
+    if site.weight is None or not dtype_of(site.dtype).is_floating_point:
+        return f"its weight is {'no plain parameter' if site.weight is None else site.dtype}"
+    return rule.cannot_fold(spec, site)
+
+
+def _save(adapter: str, model: nn.Module, fqn: str) -> Edit:
+    """modules_to_save: a copy of every parameter of module `fqn`, trained, and of every persistent buffer."""
+    module = model.get_submodule(fqn)
+    trained = dict(module.named_parameters())
+    tensors = {name: tensor for name, tensor in {**trained, **dict(module.named_buffers())}.items()}
+    persistent = module.state_dict(keep_vars=True)
+    params = tuple(
+        PlannedParam(name, name, tuple(t.shape), dtype_name(t.dtype), "copy", name in trained and t.is_floating_point())
+        for name, t in tensors.items()
+        if name in persistent
+    )
+    return Edit(fqn, adapter, MODULES_TO_SAVE, "module", params, {}, {})
+
+
+def _whole(model: nn.Module, fqn: str) -> Site:
+    """A module saved whole, as a site."""
+    module = model.get_submodule(fqn)
+    first = next(module.parameters(), None)
+    return Site(
+        fqn=fqn,
+        kind="module",
+        module=type(module).__name__,
+        in_features=0,
+        out_features=0,
+        dtype=dtype_name(first.dtype) if first is not None else "float32",
+        device=str(first.device) if first is not None else "cpu",
+    )
+
+
+def _trained(adapter: str, found: Match, model: nn.Module, index: SiteIndex) -> list[TrainedTensor]:
+    """The biases that `bias` trains in place: those of the adapted sites, or every parameter called bias."""
+    mode = found.spec.trained_biases
+    if mode == "none":
+        return []
+    adapted = {site.bias for site in found.sites}
+    saved = tuple(f"{fqn}." for fqn in found.saved)
+    biases: list[TrainedTensor] = []
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] != "bias" or name.startswith(saved):
+            continue
+        if mode == "all" or name in adapted:
+            key = name.removesuffix("bias") + "base_layer.bias" if name in adapted else name
+            biases.append(TrainedTensor(name, adapter, tuple(parameter.shape), dtype_name(parameter.dtype), key))
+    return biases
+
+
+def _conflicts(matches: Mapping[str, Match]) -> tuple[Conflict, ...]:
+    found: list[Conflict] = []
+    names = list(matches)
+    for first in names:
+        for second in names[names.index(first) + 1 :]:
+            found += _between(first, second, matches)
+            found += _between(second, first, matches)
+            if matches[first].spec.trained_biases != "none" and matches[second].spec.trained_biases != "none":
+                found.append(
+                    Conflict("", (first, second), "both train biases of the base model; set bias='none' in one")
+                )
+    return tuple(found)
+
+
+def _between(saver: str, other: str, matches: Mapping[str, Match]) -> list[Conflict]:
+    """Modules that `saver` saves whole, around or inside of which `other` adapts or saves something else."""
+    whole = matches[saver].saved
+    sites = [site.fqn for site in matches[other].sites]
+    nested = [fqn for fqn in matches[other].saved if fqn not in whole]
+    return [
+        Conflict(fqn, (saver, other), f"{saver!r} saves it whole (modules_to_save), {other!r} changes {inner!r} in it")
+        for fqn in whole
+        for inner in [*sites, *nested]
+        if inner == fqn or inner.startswith(f"{fqn}.")
+    ]
+
+
+def _with_roles(sites: dict[str, Site], index: SiteIndex) -> dict[str, Site]:
+    family = families().get(index.model_type or "")
+    if family is None:
+        return sites
+    return {fqn: replace(site, role=family.role_of(fqn)) for fqn, site in sites.items()}
+
+
+def _cautions(sites: Sequence[Site], edits: Sequence[Edit]) -> tuple[str, ...]:
+    """What a reviewer should know: weights lent elsewhere, ties, layouts a spec gets wrong, what can't be merged."""
+    found: dict[str, list[str]] = {}
+    for site in sites:
+        if site.caution:
+            found.setdefault(site.caution, []).append(site.fqn)
+        others = [name for name in site.tied if name != site.weight]
+        if others:
+            text = f"is tied to {', '.join(others)}: that end keeps its weight; merging here needs untie=True"
+            found.setdefault(text, []).append(site.fqn)
+    for edit in edits:
+        if edit.unmergeable:
+            found.setdefault(f"can't be merged: {edit.unmergeable}", []).append(edit.site)
+    return tuple(
+        f"{fqns[0]}{f' (and {len(fqns) - 1} more)' if len(fqns) > 1 else ''} {text}" for text, fqns in found.items()
+    )
+
+
+def _costs(model: nn.Module, edits: Sequence[Edit], trained: Sequence[TrainedTensor]) -> Costs:
+    """Totals; a tensor that is shared counts once."""
+    added = [param for edit in edits for param in edit.params]
+    base = list(model.parameters())
+    count = sum(param.numel for param in added if param.trainable)
+    gradient = sum(param.numel * dtype_of(param.dtype).itemsize for param in added if param.trainable)
+    for tensor in trained:
+        numel = torch.Size(tensor.shape).numel()
+        count += numel
+        gradient += numel * dtype_of(tensor.dtype).itemsize
+    return Costs(
+        trainable=count,
+        total=sum(parameter.numel() for parameter in base) + sum(param.numel for param in added),
+        weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in base)
+        + sum(param.numel * dtype_of(param.dtype).itemsize for param in added),
+        gradient_bytes=gradient,
+        adam_bytes=8 * count,
+        flops_per_token=sum(edit.flops_per_token for edit in edits),
+    )

@@ -1,0 +1,249 @@
+"""Matching: which sites a spec selects, and why the rest of it selects nothing.
+
+The semantics are those of PEFT (see AdapterSpec), but nothing is skipped in silence: whatever matches nothing is a Miss.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from peftc.architectures import Defaults, families
+from peftc.errors import NoMatchError, describe_nearest, nearest
+from peftc.graph.sites import Site, SiteIndex
+from peftc.plan.plan import Miss
+from peftc.registry import find_rule, kinds_of
+from peftc.specs import AdapterSpec, IA3Config, LoraConfig
+from peftc.specs.lora import pattern_matches
+
+
+@dataclass(frozen=True)
+class Match:
+    """A spec with its defaults resolved, the sites and whole modules it selects, and its misses."""
+
+    spec: AdapterSpec
+    sites: tuple[Site, ...]
+    saved: tuple[str, ...]
+    misses: tuple[Miss, ...]
+
+
+def match(adapter: str, spec: AdapterSpec, index: SiteIndex) -> Match:
+    """Resolve `spec` against the sites of a model. Raises NoMatchError if it needs defaults that are not known."""
+    spec = _with_defaults(spec, index)
+    saved, saved_misses = _saved(adapter, spec, index)
+    misses = list(saved_misses)
+    names = _targets(adapter, spec, index, misses)
+    names = _drop(names, _excluded(adapter, spec, index, misses) | _inside(names, saved))
+    names = _in_layers(adapter, spec, names, misses)
+    sites: list[Site] = []
+    for name in names:
+        reason = _unfit(spec, name, index)
+        if reason is None:
+            sites.append(index.sites[name])
+        else:
+            misses.append(Miss(adapter, "target_modules", name, reason, error=_is_listed(spec)))
+    misses += _unused_patterns(adapter, spec, sites)
+    # A named container says nothing on its own when its name reached sites elsewhere.
+    return Match(_resolved(spec, sites, index), tuple(sites), saved, tuple(misses))
+
+
+def _is_listed(spec: AdapterSpec) -> bool:
+    return isinstance(spec.target_modules, tuple)
+
+
+def _selects(selector: str | Sequence[str], fqn: str) -> bool:
+    if isinstance(selector, str):
+        return re.fullmatch(selector, fqn) is not None
+    return any(fqn == name or fqn.endswith(f".{name}") for name in selector)
+
+
+def _with_defaults(spec: AdapterSpec, index: SiteIndex) -> AdapterSpec:
+    """`target_modules` (and (IA)³'s `feedforward_modules`) None: by model type."""
+    feedforward_open = isinstance(spec, IA3Config) and spec.feedforward_modules is None
+    if spec.target_modules is not None and not feedforward_open:
+        return spec
+    family = families().get(index.model_type or "")
+    defaults = family.defaults.get(spec.peft_type) if family else None
+    if defaults is None:
+        raise NoMatchError(_no_defaults(spec, index))
+    return spec.model_copy(update=_open_fields(spec, defaults))
+
+
+def _open_fields(spec: AdapterSpec, defaults: Defaults) -> dict[str, str | tuple[str, ...]]:
+    update: dict[str, str | tuple[str, ...]] = {}
+    if spec.target_modules is None:
+        update["target_modules"] = defaults.target_modules
+    if isinstance(spec, IA3Config) and spec.feedforward_modules is None:
+        update["feedforward_modules"] = defaults.feedforward_modules or ()
+    return update
+
+
+def _no_defaults(spec: AdapterSpec, index: SiteIndex) -> str:
+    counts = Counter(fqn.rpartition(".")[2] for fqn, site in index.sites.items() if site.kind == "linear")
+    linears = ", ".join(f"{name} ({count})" for name, count in counts.most_common(12)) or "none"
+    kind = f"model_type {index.model_type!r}" if index.model_type else "a model that is not of transformers"
+    field = "target_modules" if spec.target_modules is None else "feedforward_modules"
+    hint = "" if field == "target_modules" else " (use [] if no target is feed-forward)"
+    return (
+        f"{type(spec).__name__}.{field}: there is no default for {kind}; name them{hint}."
+        f" Linear modules by frequency: {linears}."
+    )
+
+
+def _targets(adapter: str, spec: AdapterSpec, index: SiteIndex, misses: list[Miss]) -> list[str]:
+    """The fqns that `target_modules` selects, in module order."""
+    selector = spec.target_modules or ()
+    if isinstance(selector, str):
+        if selector.lower() == "all-linear":
+            return _all_linear(adapter, spec, index, misses)
+        names = [fqn for fqn in index.modules if re.fullmatch(selector, fqn)]
+        if not any(name in index.sites for name in names):
+            misses.append(Miss(adapter, "target_modules", selector, _no_match(selector, spec, index)))
+        # A regular expression may take in containers on its way to the sites.
+        return [name for name in names if name in index.sites]
+    found: set[str] = set()
+    for name in selector:
+        hits = [fqn for fqn in index.modules if _selects((name,), fqn)]
+        fit = [fqn for fqn in hits if fqn in index.sites]
+        if not fit:
+            misses.append(Miss(adapter, "target_modules", name, _no_match(name, spec, index, hits)))
+        found.update(fit)
+    return [fqn for fqn in index.sites if fqn in found]
+
+
+def _all_linear(adapter: str, spec: AdapterSpec, index: SiteIndex, misses: list[Miss]) -> list[str]:
+    """Every linear site but the output embedding and, for sequence classification, the head."""
+    left_out = {index.output_embedding}
+    if index.output_embedding is None and spec.task_type == "SEQ_CLS":
+        left_out.add(next((head for head in spec.heads if head in index.modules), None))
+    names: list[str] = []
+    for fqn, site in index.sites.items():
+        if site.kind != "linear":
+            continue
+        if fqn in left_out:
+            misses.append(Miss(adapter, "target_modules", fqn, "is the output layer, not in 'all-linear'", error=False))
+        else:
+            names.append(fqn)
+    if not names:
+        misses.append(Miss(adapter, "target_modules", "all-linear", "matches nothing: the model has no linear sites"))
+    return names
+
+
+def _no_match(name: str, spec: AdapterSpec, index: SiteIndex, hits: Sequence[str] = ()) -> str:
+    kinds = kinds_of(spec)
+    fit = [fqn for fqn, site in index.sites.items() if site.kind in kinds]
+    if hits:
+        inside = Counter(fqn.rpartition(".")[2] for fqn in fit if fqn.startswith(f"{hits[0]}."))
+        hint = f" Inside {hits[0]}: {', '.join(inside)}." if inside else ""
+        return f"is a {index.modules[hits[0]]}, not one of {spec.peft_type}'s kinds ({', '.join(kinds)}).{hint}"
+    alias = next((alias for alias in index.aliases if _selects((name,), alias)), None)
+    if alias is not None:
+        return f"is another name of {index.aliases[alias]!r}; use that one"
+    counts = Counter(fqn.rpartition(".")[2] for fqn in fit)
+    near = nearest(name.rpartition(".")[2], counts)
+    regex = (
+        " (a string is a regular expression that must match the whole fqn)"
+        if isinstance(spec.target_modules, str)
+        else ""
+    )
+    listing = describe_nearest(near, counts) or f" The sites are named: {', '.join(list(counts)[:8]) or 'none'}."
+    return f"matches none of {len(fit)} sites{regex}.{listing}"
+
+
+def _excluded(adapter: str, spec: AdapterSpec, index: SiteIndex, misses: list[Miss]) -> set[str]:
+    selector = spec.exclude_modules
+    if not selector:
+        return set()
+    for part in (selector,) if isinstance(selector, str) else selector:
+        if not any(_selects(part if isinstance(selector, str) else (part,), fqn) for fqn in index.modules):
+            counts = Counter(fqn.rpartition(".")[2] for fqn in index.modules if fqn)
+            near = describe_nearest(nearest(part, counts), counts, "modules")
+            misses.append(Miss(adapter, "exclude_modules", part, f"matches no module.{near}"))
+    return {fqn for fqn in index.sites if _selects(selector, fqn)}
+
+
+def _saved(adapter: str, spec: AdapterSpec, index: SiteIndex) -> tuple[tuple[str, ...], list[Miss]]:
+    """The outermost modules that `modules_to_save` and the task's heads name (a name matches an fqn's end, as in PEFT)."""
+    asked = spec.modules_to_save or ()
+    names = dict.fromkeys((*asked, *spec.heads))
+    found: list[str] = []
+    misses: list[Miss] = []
+    for name in names:
+        hits = [fqn for fqn in index.modules if fqn.endswith(name)]
+        if not hits and name in asked and name not in spec.heads:
+            counts = Counter(fqn.rpartition(".")[2] for fqn in index.modules if fqn)
+            near = describe_nearest(nearest(name, counts), counts, "modules")
+            misses.append(Miss(adapter, "modules_to_save", name, f"matches no module.{near}"))
+        for hit in hits:
+            site = index.sites.get(hit)
+            if site is not None and site.refusal is not None:
+                misses.append(Miss(adapter, "modules_to_save", hit, f"can't be trained apart: {site.refusal}"))
+            else:
+                found.append(hit)
+    outer = [fqn for fqn in index.modules if fqn in found and not any(fqn.startswith(f"{other}.") for other in found)]
+    return tuple(outer), misses
+
+
+def _inside(names: Iterable[str], saved: Sequence[str]) -> set[str]:
+    return {name for name in names if any(name == module or name.startswith(f"{module}.") for module in saved)}
+
+
+def _drop(names: Iterable[str], unwanted: set[str]) -> list[str]:
+    return [name for name in names if name not in unwanted]
+
+
+def _in_layers(adapter: str, spec: AdapterSpec, names: list[str], misses: list[Miss]) -> list[str]:
+    """Those in the layers that `layers_to_transform` names; `layers_pattern` says which list is meant."""
+    if not isinstance(spec, LoraConfig) or spec.layers_to_transform is None:
+        return names
+    layer_of = {name: _layer(name, spec.layers_pattern) for name in names}
+    known = sorted({layer for layer in layer_of.values() if layer is not None})
+    for layer in spec.layers_to_transform:
+        if layer not in known:
+            span = f"the targets are in layers {known[0]}–{known[-1]}" if known else "no target is in a numbered layer"
+            misses.append(Miss(adapter, "layers_to_transform", str(layer), f"matches no target: {span}"))
+    return [name for name in names if layer_of[name] in spec.layers_to_transform]
+
+
+def _layer(fqn: str, patterns: Sequence[str] | None) -> int | None:
+    if not patterns:
+        found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", fqn)
+        return int(found[1]) if found else None
+    for pattern in patterns:
+        found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", fqn)
+        if found:
+            return int(found["idx"])
+    return None
+
+
+def _unfit(spec: AdapterSpec, name: str, index: SiteIndex) -> str | None:
+    """The reason why site `name` can't be adapted."""
+    site = index.sites[name]
+    if site.refusal is not None:
+        return f"can't be adapted: {site.refusal}"
+    rule = find_rule(spec, site)
+    if rule is None:
+        return f"is {site.kind}; {spec.peft_type} adapts {', '.join(kinds_of(spec))}"
+    reason = rule.check(spec, site)
+    return f"can't be adapted: {reason}" if reason else None
+
+
+def _unused_patterns(adapter: str, spec: AdapterSpec, sites: Sequence[Site]) -> list[Miss]:
+    if not isinstance(spec, LoraConfig):
+        return []
+    return [
+        Miss(adapter, field, key, f"matches none of the {len(sites)} adapted sites")
+        for field in ("rank_pattern", "alpha_pattern")
+        for key in getattr(spec, field)
+        if not any(pattern_matches(key, site.fqn) for site in sites)
+    ]
+
+
+def _resolved(spec: AdapterSpec, sites: Sequence[Site], index: SiteIndex) -> AdapterSpec:
+    """`all-linear` as the names it stands for here: last parts where they select the same sites, else whole fqns."""
+    if not (isinstance(spec.target_modules, str) and spec.target_modules.lower() == "all-linear"):
+        return spec
+    chosen = [site.fqn for site in sites]
+    names = tuple(dict.fromkeys(fqn.rpartition(".")[2] for fqn in chosen))
+    exact = [fqn for fqn in index.modules if _selects(names, fqn)] == chosen
+    return spec.model_copy(update={"target_modules": names if exact else tuple(chosen)})

@@ -1,0 +1,259 @@
+"""The plan's data, its JSON, and how two plans differ."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+from pydantic import TypeAdapter, ValidationError
+
+from peftc.errors import PeftcError, PlanError
+from peftc.graph.region import Capture
+from peftc.graph.sites import Site
+from peftc.plan.text import render
+from peftc.registry import spec_classes
+from peftc.rule import Constant, Slot
+from peftc.specs import AdapterSpec, load_spec
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class PlannedParam:
+    """A tensor that an edit adds: its name in the rule, its checkpoint key at the site, shape, dtype and start."""
+
+    name: str
+    key: str
+    shape: tuple[int, ...]
+    dtype: str
+    init: str
+    trainable: bool = True
+
+    @property
+    def saved(self) -> bool:
+        """Whether checkpoints hold it: what is trained, and everything of a module that is saved whole."""
+        return self.trainable or self.init == "copy"
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change: adapter `adapter` takes slot `slot` of site `site` by rule `rule`.
+
+    Slot `module` puts a trained copy in the module's place (modules_to_save). `opaque`: the site's own forward can't be
+    traced and is called as it is. `unmergeable` is the reason why the edit can't be folded, if there is one.
+    """
+
+    site: str
+    adapter: str
+    rule: str
+    slot: Slot
+    params: tuple[PlannedParam, ...]
+    constants: dict[str, Constant]
+    dropouts: dict[str, float]
+    flops_per_token: int = 0
+    opaque: bool = False
+    unmergeable: str | None = None
+
+
+@dataclass(frozen=True)
+class TrainedTensor:
+    """A tensor of the base model that is trained in place, on a copy (a bias): its name, shape, dtype, checkpoint key."""
+
+    name: str
+    adapter: str
+    shape: tuple[int, ...]
+    dtype: str
+    key: str
+
+
+@dataclass(frozen=True)
+class Miss:
+    """A selector, pattern, index or site that leads to no edit, with the reason. `error`: compile refuses it."""
+
+    adapter: str
+    field: str
+    value: str
+    reason: str
+    error: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.value!r} {self.reason}"
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Two adapters that claim places which exclude each other."""
+
+    site: str
+    owners: tuple[str, str]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Totals over all adapters of a plan: parameters, bytes, and added FLOPs per token (or output position).
+
+    `adam_bytes`: two float32 moments per trainable parameter.
+    """
+
+    trainable: int
+    total: int
+    weight_bytes: int
+    gradient_bytes: int
+    adam_bytes: int
+    flops_per_token: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that compiling would change, in order. Frozen, printable, JSON both ways, diffable.
+
+    `adapters` holds the specs with defaults and shorthands resolved. `sites` describes every site an edit touches.
+    `ties` are all groups of parameters that are one tensor. `cautions` are facts worth reading before applying.
+    """
+
+    model: str
+    capture: Capture
+    fingerprint: str
+    adapters: Mapping[str, AdapterSpec]
+    sites: Mapping[str, Site]
+    edits: tuple[Edit, ...]
+    trained: tuple[TrainedTensor, ...]
+    misses: tuple[Miss, ...]
+    conflicts: tuple[Conflict, ...]
+    ties: tuple[tuple[str, ...], ...]
+    cautions: tuple[str, ...]
+    autocast_adapter_dtype: bool
+    costs: Costs
+    version: int = VERSION
+
+    def __str__(self) -> str:
+        return render(self)
+
+    def __repr__(self) -> str:
+        return f"<Plan: {len(self.edits)} edits on {len(self.sites)} sites of {self.model}, {self.fingerprint}>"
+
+    def to_json(self) -> str:
+        """The plan as JSON text, which `from_json` reads back."""
+        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        data["adapters"] = {name: spec.to_dict() for name, spec in self.adapters.items()}
+        return json.dumps(data, default=dataclasses.asdict, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        """The plan that `to_json` wrote. Raises PlanError if the text is no plan of this version."""
+        try:
+            data: Any = json.loads(text)
+            if not isinstance(data, dict) or data.get("version") != VERSION:  # pyright: ignore[reportUnknownMemberType]
+                raise PlanError(f"plan: version {VERSION} expected; print a new plan with this peftc")
+            specs: dict[str, Any] = data["adapters"]
+            known = spec_classes()
+            data["adapters"] = {name: load_spec(spec, known) for name, spec in specs.items()}
+            fields = _fields()
+            return cls(**{name: fields[name].validate_python(value) for name, value in data.items()})
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValidationError) as error:
+            raise PlanError(f"plan: not a plan that peftc wrote: {type(error).__name__}: {error}") from None
+        except PlanError:
+            raise
+        except PeftcError as error:
+            raise PlanError(f"plan: {error}") from None
+
+    def diff(self, other: "Plan") -> str:
+        """What `other` has that this plan has not (`+`), lacks (`-`), or has otherwise (`~`); empty if they are equal."""
+        lines: list[str] = []
+        for name in ("model", "capture", "fingerprint", "autocast_adapter_dtype", "costs", "ties", "cautions"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                lines.append(f"~ {name}: {ours} → {theirs}")
+        for label, ours, theirs in (
+            ("spec", self.adapters, other.adapters),
+            ("site", self.sites, other.sites),
+            ("edit", _by_place(self), _by_place(other)),
+            ("trained", {t.name: t for t in self.trained}, {t.name: t for t in other.trained}),
+            ("miss", {str(m): m for m in self.misses}, {str(m): m for m in other.misses}),
+            ("conflict", {str(c): c for c in self.conflicts}, {str(c): c for c in other.conflicts}),
+        ):
+            lines += _diff(label, ours, theirs)
+        return "\n".join(lines)
+
+    def to_networkx(self) -> nx.MultiDiGraph:
+        """Sites and the modules that contain them as nodes, with edges of `relation` contains, tie and conflict."""
+        graph: nx.MultiDiGraph = nx.MultiDiGraph(model=self.model, fingerprint=self.fingerprint)
+        for fqn, site in self.sites.items():
+            edits = [f"{edit.adapter}:{edit.rule}" for edit in self.edits if edit.site == fqn]
+            _contain(graph, fqn)
+            graph.nodes[fqn].update(site=True, kind=site.kind, role=site.role, layer=site.layer, edits=edits)
+        for group in self.ties:
+            owners = [name.rpartition(".")[0] for name in group]
+            for owner in owners:
+                _contain(graph, owner)
+            for first, second in zip(owners, owners[1:], strict=False):
+                graph.add_edge(first, second, relation="tie", parameters=group)
+        for conflict in self.conflicts:
+            _contain(graph, conflict.site)
+            graph.add_edge(conflict.site, conflict.site, relation="conflict", reason=conflict.reason)
+        return graph
+
+
+def _fields() -> dict[str, TypeAdapter[Any]]:
+    types: dict[str, Any] = {
+        "model": str,
+        "capture": Capture,
+        "fingerprint": str,
+        "adapters": Any,
+        "sites": dict[str, Site],
+        "edits": tuple[Edit, ...],
+        "trained": tuple[TrainedTensor, ...],
+        "misses": tuple[Miss, ...],
+        "conflicts": tuple[Conflict, ...],
+        "ties": tuple[tuple[str, ...], ...],
+        "cautions": tuple[str, ...],
+        "autocast_adapter_dtype": bool,
+        "costs": Costs,
+        "version": int,
+    }
+    return {name: TypeAdapter(kind) for name, kind in types.items()}
+
+
+def _by_place(plan: Plan) -> dict[tuple[str, str, str], Edit]:
+    return {(edit.site, edit.adapter, edit.rule): edit for edit in plan.edits}
+
+
+def _diff(label: str, ours: Mapping[Any, Any], theirs: Mapping[Any, Any]) -> list[str]:
+    lines = [f"- {label} {_key(key)}" for key in ours if key not in theirs]
+    lines += [f"+ {label} {_key(key)}" for key in theirs if key not in ours]
+    for key in ours:
+        if key in theirs and ours[key] != theirs[key]:
+            old, new = _as_dict(ours[key]), _as_dict(theirs[key])
+            changed = [name for name in old if old[name] != new.get(name)]
+            lines.append(f"~ {label} {_key(key)}: " + ", ".join(f"{n} {old[n]} → {new.get(n)}" for n in changed))
+    return lines
+
+
+def _key(key: Any) -> str:
+    return " ".join(str(part) for part in key) if isinstance(key, tuple) else str(key)  # pyright: ignore[reportUnknownArgumentType,reportUnknownVariableType]
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    return value.to_dict() if isinstance(value, AdapterSpec) else dataclasses.asdict(value)
+
+
+def _contain(graph: "nx.MultiDiGraph", fqn: str) -> None:
+    """Add module `fqn` and the modules around it."""
+    parent = ""
+    graph.add_node("")
+    for part in fqn.split("."):
+        child = f"{parent}.{part}" if parent else part
+        if not graph.has_edge(parent, child, key="contains"):
+            graph.add_edge(parent, child, key="contains", relation="contains")
+        parent = child

@@ -1,0 +1,1 @@
+"""The only code that changes a graph or a model: splice, host, apply, undo."""

@@ -1,0 +1,115 @@
+"""Hosts: modules that run a rewritten graph.
+
+A host is the very module that was there, with its class exchanged for one that is both a GraphModule with the new
+forward and its old class. So every name, reference, hook and isinstance check stays true, equal hosts share one class,
+switching is one assignment, and undoing is putting the old class back.
+"""
+
+import copy
+import types
+from typing import Any
+
+from torch import fx, nn
+
+from peftc.graph.region import OPAQUE
+
+_STANDARD = frozenset(nn.Module().__dict__)
+
+
+class Opaque(nn.Module):
+    """A host as it was before the rewrite: its own forward, without the hooks (those run around the new one)."""
+
+    def __init__(self, host: nn.Module, patched: Any) -> None:
+        super().__init__()
+        # Past nn.Module.__setattr__: a registered host would be its own descendant.
+        self.__dict__["host"] = host
+        self.__dict__["patched"] = patched
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.patched is not None:
+            return self.patched(*args, **kwargs)
+        return type(self.host).code_object.original.forward(self.host, *args, **kwargs)
+
+
+class Code:
+    """A rewritten graph, and the class that runs it in place of `original`. Shared by equal hosts; never copied."""
+
+    def __init__(self, original: type[nn.Module], graph: fx.Graph) -> None:
+        self.original = original
+        self.graph = graph
+        self.cls = _host_class(self)
+
+    def __reduce__(self) -> Any:
+        return Code, (self.original, self.graph)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Code":
+        return self
+
+
+def _host_class(code: Code) -> type[nn.Module]:
+    template = fx.GraphModule(nn.Module(), fx.Graph())
+    template.graph = code.graph
+    code.graph.owning_module = None  # The template is done with, and a pickled graph would take it along.
+    namespace: dict[str, Any] = {name: value for name, value in vars(template).items() if name not in _STANDARD}
+    namespace.update(
+        forward=type(template).forward,
+        code_object=code,
+        __module__=__name__,
+        __copy__=_copy,
+        __deepcopy__=_deepcopy,
+        __reduce__=_reduce,
+        __str__=nn.Module.__repr__,
+        _replicate_for_data_parallel=nn.Module._replicate_for_data_parallel,
+    )
+    name = f"Adapted{code.original.__name__}"
+    return types.new_class(name, (fx.GraphModule, code.original), {}, lambda body: body.update(namespace))
+
+
+def _copy(self: nn.Module) -> nn.Module:
+    return _restore(self, dict(self.__dict__))
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    new = _restore(self, {})
+    memo[id(self)] = new
+    new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    return new
+
+
+def _restore(like: nn.Module, state: dict[str, Any]) -> nn.Module:
+    new: nn.Module = object.__new__(type(like))
+    new.__dict__.update(state)
+    return new
+
+
+def _reduce(self: nn.Module) -> Any:
+    return _new_host, (type(self).code_object,), self.__getstate__()  # pyright: ignore
+
+
+def _new_host(code: Code) -> nn.Module:
+    return object.__new__(code.cls)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class `module` had before it was made a host."""
+    code = getattr(type(module), "code_object", None)
+    return type(module) if code is None else code.original
+
+
+def install(module: nn.Module, code: Code, opaque: bool) -> None:
+    """Let `module` run `code`. An opaque one keeps its own forward, patched on the instance or not, as `base_layer`."""
+    uninstall(module)
+    if opaque:
+        module.__dict__[OPAQUE] = Opaque(module, module.__dict__.pop("forward", None))
+    module.__class__ = code.cls
+
+
+def uninstall(module: nn.Module) -> None:
+    """Put the class back that `module` had, and its forward if that was patched."""
+    code = getattr(type(module), "code_object", None)
+    if code is None:
+        return
+    opaque = module.__dict__.pop(OPAQUE, None)
+    if opaque is not None and opaque.patched is not None:
+        module.__dict__["forward"] = opaque.patched
+    module.__class__ = code.original

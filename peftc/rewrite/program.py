@@ -1,0 +1,369 @@
+"""The rewritten model and its journal, and the one mutator: build, activate, remove, undo."""
+
+import copy
+import re
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc.errors import AdapterError, ConflictError, NoMatchError
+from peftc.graph.copying import structural_copy
+from peftc.graph.region import OPAQUE, Anchor, Region
+from peftc.graph.sites import Site, dtype_of, parameter_name
+from peftc.plan import Edit, Plan
+from peftc.plan.make import MODULES_TO_SAVE
+from peftc.registry import find_rule
+from peftc.rewrite.host import Code, install, original_class, uninstall
+from peftc.rewrite.splice import Active, splice
+from peftc.rule import Bound, Rule, fill, live_name
+
+
+@dataclass
+class Journal:
+    """What it takes to give the base model back exactly: original tensors, flags, attributes and references."""
+
+    requires_grad: dict[str, bool] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    merged: dict[str, Tensor] = field(default_factory=dict)
+    untied: dict[str, str] = field(default_factory=dict)
+    tie_word_embeddings: bool = False
+    fast_paths: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Program:
+    """A base model with adapters: what is attached, active and merged, and the codes made so far.
+
+    `codes`: by what they are made of, so equal hosts share one. `variants`: by host and adapters active there.
+    """
+
+    base: nn.Module
+    plan: Plan
+    regions: tuple[Region, ...]
+    active: tuple[str, ...] = ()
+    merged: tuple[str, ...] = ()
+    journal: Journal = field(default_factory=Journal)
+    codes: dict[Any, Code] = field(default_factory=dict)
+    variants: dict[tuple[str, tuple[str, ...]], Code | None] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Program":
+        # The kept originals are never written to, so both journals may hold them.
+        journal = replace(self.journal, merged=dict(self.journal.merged), untied=dict(self.journal.untied))
+        base = copy.deepcopy(self.base, memo)
+        return replace(self, base=base, journal=journal, codes=dict(self.codes), variants=dict(self.variants))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Codes are keyed by identity, which a pickle does not keep; they are made again on the next switch.
+        return {**self.__dict__, "codes": {}, "variants": {}}
+
+    def tensor(self, edit: Edit, key: str) -> Tensor:
+        """The live tensor of `edit` with checkpoint key `key`: a parameter, or a buffer of a module saved whole."""
+        owner, _, leaf = live_fqn(edit, key).rpartition(".")
+        return tensor_slots(self.base.get_submodule(owner), leaf)[leaf]
+
+
+def tensor_slots(module: nn.Module, leaf: str) -> dict[str, Any]:
+    """The dict of `module` that holds its own tensor `leaf`: `_parameters` or `_buffers`."""
+    return module._parameters if leaf in module._parameters else module._buffers
+
+
+def live_fqn(edit: Edit, key: str) -> str:
+    """The fqn in the base model of the parameter of `edit` with checkpoint key `key`."""
+    if edit.rule == MODULES_TO_SAVE:
+        return parameter_name(edit.site, f"{MODULES_TO_SAVE}.{edit.adapter}.{key}")
+    return parameter_name(edit.site, live_name(key, edit.adapter))
+
+
+def require_applicable(plan: Plan, on_unmatched: str) -> None:
+    """Raise NoMatchError or ConflictError if the plan holds misses (unless `on_unmatched="warn"`) or conflicts."""
+    if plan.conflicts:
+        lines = "; ".join(f"{conflict.site or 'the model'}: {conflict.reason}" for conflict in plan.conflicts)
+        raise ConflictError(f"{len(plan.conflicts)} conflicts between adapters: {lines}")
+    errors = [miss for miss in plan.misses if miss.error]
+    if errors and on_unmatched == "error":
+        name = type(plan.adapters[errors[0].adapter]).__name__
+        lines = " ".join(f"{name}.{miss}" for miss in errors[:8])
+        more = f" (and {len(errors) - 8} more)" if len(errors) > 8 else ""
+        raise NoMatchError(f"{lines}{more} Mend the spec, or pass on_unmatched='warn' to go on without them.")
+    for name in plan.adapters:
+        if not any(edit.adapter == name for edit in plan.edits) and on_unmatched == "error":
+            raise NoMatchError(f"adapter {name!r}: nothing to adapt; its spec selects no site of {plan.model}")
+
+
+def build(model: nn.Module, plan: Plan, regions: tuple[Region, ...], inplace: bool) -> Program:
+    """Attach every adapter of `plan` to a structural copy of `model` (or to itself) and activate the first.
+
+    The model given is not changed unless `inplace`, and then given back intact if anything fails.
+    """
+    check_names(model, plan, plan.adapters)
+    base = model if inplace else structural_copy(model)
+    program = Program(base, plan, regions)
+    program.journal.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+    try:
+        extend(program, plan, regions, list(plan.adapters))
+        activate(program, list(plan.adapters)[:1])
+    except BaseException:
+        undo(program)
+        raise
+    return program
+
+
+def extend(program: Program, plan: Plan, regions: tuple[Region, ...], adapters: Collection[str]) -> None:
+    """Attach the parameters of `adapters`, which are new in `plan`. They start inactive."""
+    program.plan, program.regions = plan, regions
+    program.variants.clear()
+    modules = dict(program.base.named_modules())
+    for edit in plan.edits:
+        if edit.adapter not in adapters:
+            continue
+        if edit.rule == MODULES_TO_SAVE:
+            _attach_copy(modules[edit.site], edit)
+        else:
+            _attach(modules[edit.site], edit, plan)
+    for tensor in plan.trained:
+        if tensor.adapter in adapters:
+            parameter = program.base.get_parameter(tensor.name)
+            program.journal.tensors[tensor.name] = parameter.data
+            parameter.data = parameter.data.clone()
+    _close_fast_paths(program, modules.items())
+
+
+def activate(program: Program, names: Iterable[str], trainable: bool = True) -> None:
+    """Make `names` the active adapters: their edits spliced in load order, their parameters trainable, others frozen."""
+    chosen = set(names)
+    order = [name for name in program.plan.adapters if name in chosen]
+    emit(program, [name for name in order if name not in program.merged])
+    program.active = tuple(order)
+    learning = {n for n in order if trainable and not program.plan.adapters[n].inference_mode}
+    for edit in program.plan.edits:
+        for param in edit.params:
+            learns = edit.adapter in learning and param.trainable
+            program.tensor(edit, param.key).requires_grad_(learns)
+    for tensor in program.plan.trained:
+        program.base.get_parameter(tensor.name).requires_grad_(tensor.adapter in learning)
+
+
+def emit(program: Program, names: Sequence[str]) -> None:
+    """Let every host run its region with the edits of `names` spliced in; without any it is its old self again.
+
+    All codes are made before the first host is changed, so a rule that does not trace changes nothing.
+    """
+    owners: dict[str, list[Edit]] = {}
+    for edit in program.plan.edits:
+        owners.setdefault(edit.site, []).append(edit)
+    chosen: list[tuple[nn.Module, Region, Code | None]] = []
+    for region in program.regions:
+        edits = {anchor.site: owners.get(_site_of(region, anchor), []) for anchor in region.source.anchors}
+        here = {edit.adapter for group in edits.values() for edit in group}
+        key = (region.host, tuple(name for name in names if name in here))
+        module = program.base.get_submodule(region.host)
+        if key not in program.variants:
+            program.variants[key] = _code(program, region, module, edits, key[1])
+        chosen.append((module, region, program.variants[key]))
+    for module, region, code in chosen:
+        if code is None:
+            uninstall(module)
+        elif type(module) is not code.cls:
+            install(module, code, region.source.opaque)
+
+
+def _site_of(region: Region, anchor: Anchor) -> str:
+    return parameter_name(region.host, anchor.site) if anchor.site else region.host
+
+
+def _code(
+    program: Program, region: Region, module: nn.Module, edits: Mapping[str, Sequence[Edit]], names: Sequence[str]
+) -> Code | None:
+    """The code of `region` with the adapters `names` active, in this order; equal hosts get the same one."""
+    if not names:
+        return None
+    active: dict[str, list[Active]] = {}
+    for site, group in edits.items():
+        for edit in sorted((e for e in group if e.adapter in names), key=lambda e: names.index(e.adapter)):
+            active.setdefault(site, []).append(Active(edit, _rule_of(program.plan, edit)))
+    cls = original_class(module)
+    signature = tuple((site, tuple(_signature(a.edit) for a in group)) for site, group in active.items())
+    key = (id(region.source), cls, signature)
+    if key not in program.codes:
+        program.codes[key] = Code(cls, splice(region.source, active))
+    return program.codes[key]
+
+
+def _rule_of(plan: Plan, edit: Edit) -> Rule[Any] | None:
+    return None if edit.rule == MODULES_TO_SAVE else find_rule(plan.adapters[edit.adapter], plan.sites[edit.site])
+
+
+def _signature(edit: Edit) -> Any:
+    """What the spliced code depends on."""
+    dropouts = tuple((name, probability > 0) for name, probability in edit.dropouts.items())
+    params = tuple((param.name, param.key) for param in edit.params)
+    return edit.adapter, edit.rule, edit.slot, params, tuple(edit.constants.items()), dropouts
+
+
+def remove(program: Program, adapter: str) -> None:
+    """Take an inactive adapter off: its parameters, and the biases it trained."""
+    for edit in program.plan.edits:
+        if edit.adapter == adapter:
+            _detach(program.base.get_submodule(edit.site), edit)
+    for tensor in program.plan.trained:
+        if tensor.adapter == adapter:
+            _restore_data(program.base.get_parameter(tensor.name), program.journal.tensors.pop(tensor.name))
+
+
+def undo(program: Program) -> nn.Module:
+    """The base model as it was: classes, tensors, flags and attributes. The program is empty afterwards."""
+    for region in program.regions:
+        uninstall(program.base.get_submodule(region.host))
+    for adapter in program.plan.adapters:
+        remove(program, adapter)
+    for fqn, value in program.journal.fast_paths.items():
+        setattr(program.base.get_submodule(fqn), "activation_relu_or_gelu", value)  # noqa: B010
+    for name, flag in program.journal.requires_grad.items():
+        program.base.get_parameter(name).requires_grad_(flag)
+    return program.base
+
+
+def _restore_data(parameter: nn.Parameter, original: Tensor) -> None:
+    """Point `parameter` at its original tensor again, moved along if the model was moved or cast since."""
+    parameter.data = original.to(device=parameter.device, dtype=parameter.dtype)
+
+
+@contextmanager
+def parked(program: Program) -> Generator[nn.Module]:
+    """The base model without its adapters for a while, to be planned on: no rewritten class, no added child."""
+    base = program.base
+    hosts = [(base.get_submodule(region.host), region) for region in program.regions]
+    codes = [(module, getattr(type(module), "code_object", None), region) for module, region in hosts]
+    for module, _, _ in codes:
+        uninstall(module)
+    owners = [(base.get_submodule(edit.site), first) for edit in program.plan.edits for first in _children(edit)]
+    children = [(module, first, module._modules.pop(first)) for module, first in owners if first in module._modules]
+    try:
+        yield base
+    finally:
+        for module, first, child in children:
+            module._modules[first] = child
+        for module, code, region in codes:
+            if code is not None:
+                install(module, code, region.source.opaque)
+
+
+def check_names(model: nn.Module, plan: Plan, adapters: Iterable[str]) -> None:
+    """Refuse adapter names that can't be part of a parameter's name, and sites that have such a child already."""
+    for name in adapters:
+        if not re.fullmatch(r"[A-Za-z0-9_\-]+", name) or name in dir(nn.ModuleDict) or name in dir(nn.ParameterDict):
+            raise AdapterError(
+                f"adapter name {name!r}: it becomes part of parameter names; use letters, digits, '_' and '-'"
+                " (and no method name of nn.ModuleDict)"
+            )
+    for edit in plan.edits:
+        module = model.get_submodule(edit.site)
+        for first in _children(edit):
+            if first in module._modules or first in module._parameters or first in module.__dict__:
+                raise AdapterError(
+                    f"{edit.site}: has a child {first!r} already. A compiled or PEFT model can't be compiled again:"
+                    " use add_adapter, or unload it first."
+                )
+
+
+def _children(edit: Edit) -> list[str]:
+    """The names of the containers that an edit adds to its site."""
+    if edit.rule == MODULES_TO_SAVE:
+        return [MODULES_TO_SAVE]
+    used = [name for name, probability in edit.dropouts.items() if probability > 0]
+    return list(dict.fromkeys([*(param.key.partition(".")[0] for param in edit.params), *used]))
+
+
+def _attach(module: nn.Module, edit: Edit, plan: Plan) -> None:
+    """Create the parameters and dropouts of `edit` on its module, initialised as the rule says."""
+    weight = module._parameters.get("weight")
+    device = weight.device if weight is not None else torch.device(plan.sites[edit.site].device)
+    tensors = {
+        param.name: torch.empty(param.shape, dtype=dtype_of(param.dtype), device=device) for param in edit.params
+    }
+    if device.type != "meta":
+        _initialise(edit, tensors, weight, plan)
+    for param in edit.params:
+        first, dot, rest = param.key.partition(".")
+        parameter = nn.Parameter(tensors[param.name], requires_grad=False)
+        if dot:
+            holders = module._modules.setdefault(first, nn.ModuleDict())
+            assert isinstance(holders, nn.ModuleDict)
+            if edit.adapter not in holders:
+                holders[edit.adapter] = nn.Module()
+            holders[edit.adapter].register_parameter(rest, parameter)
+        else:
+            parameters = module._modules.setdefault(first, nn.ParameterDict())
+            assert isinstance(parameters, nn.ParameterDict)
+            parameters[edit.adapter] = parameter
+    for name, probability in edit.dropouts.items():
+        if probability > 0:
+            dropouts = module._modules.setdefault(name, nn.ModuleDict())
+            assert isinstance(dropouts, nn.ModuleDict)
+            dropouts[edit.adapter] = nn.Dropout(probability).train(module.training)
+
+
+def _initialise(edit: Edit, tensors: Mapping[str, Tensor], weight: nn.Parameter | None, plan: Plan) -> None:
+    own = [param for param in edit.params if param.init == "rule"]
+    for param in edit.params:
+        if param.init != "rule":
+            fill(tensors[param.name], param.init)
+    if not own:
+        return
+    site = plan.sites[edit.site]
+    rule = find_rule(plan.adapters[edit.adapter], site)
+    assert rule is not None and weight is not None  # the rule's check() asks for a weight
+    shapes = {param.name: param.shape for param in own}
+    values = rule.initialise(canonical(weight.detach(), site).float(), shapes, Bound(edit.constants))
+    for param in own:
+        tensors[param.name].copy_(values[param.name])
+
+
+def canonical(weight: Tensor, site: Site) -> Tensor:
+    """`weight` as rules see it, (out, in, *kernel): a view, transposed where the site stores it so."""
+    return weight.T if site.layout == "in_out" else weight
+
+
+def _attach_copy(module: nn.Module, edit: Edit) -> None:
+    """A real copy of `module`, as it was before any rewrite, for `edit` to train."""
+    cls = type(module)
+    others = module._modules.pop(MODULES_TO_SAVE, None)
+    opaque = module.__dict__.pop(OPAQUE, None)
+    module.__class__ = original_class(module)
+    try:
+        fresh = copy.deepcopy(module)
+    finally:
+        module.__class__ = cls
+        if opaque is not None:
+            module.__dict__[OPAQUE] = opaque
+    copies = others if isinstance(others, nn.ModuleDict) else nn.ModuleDict()
+    copies[edit.adapter] = fresh
+    module._modules[MODULES_TO_SAVE] = copies
+
+
+def _detach(module: nn.Module, edit: Edit) -> None:
+    for first in _children(edit):
+        container = module._modules.get(first)
+        if isinstance(container, nn.ModuleDict | nn.ParameterDict):
+            if edit.adapter in container:
+                del container[edit.adapter]
+            if not len(container):
+                del module._modules[first]
+
+
+def _close_fast_paths(program: Program, modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Turn off TransformerEncoderLayer's fused inference path, which reads the weights and skips spliced ops.
+
+    The flag is one of those that nn.TransformerEncoderLayer.forward itself asks before taking the path.
+    """
+    encoders = {fqn: m for fqn, m in modules if isinstance(m, nn.TransformerEncoderLayer)}
+    if any(edit.site.startswith(f"{fqn}." if fqn else "") for edit in program.plan.edits for fqn in encoders):
+        for fqn, layer in encoders.items():
+            program.journal.fast_paths.setdefault(fqn, layer.activation_relu_or_gelu)
+            layer.activation_relu_or_gelu = 0

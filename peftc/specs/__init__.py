@@ -1,0 +1,8 @@
+"""Specs: what to adapt, as validated data with the field names of PEFT's `adapter_config.json`."""
+
+from peftc.specs.base import AdapterSpec
+from peftc.specs.ia3 import IA3Config
+from peftc.specs.io import BUILTIN_SPECS, load_spec, spec_to_json
+from peftc.specs.lora import LoraConfig
+
+__all__ = ["BUILTIN_SPECS", "AdapterSpec", "IA3Config", "LoraConfig", "load_spec", "spec_to_json"]

@@ -1,0 +1,161 @@
+"""The fields every adapter spec has, and how a wrong one is reported."""
+
+import enum
+import re
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+
+from peftc.errors import SpecError, nearest
+
+TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
+BiasMode = Literal["none", "all", "lora_only"]
+
+# The heads that a task trains beside the adapter, as PEFT's task models do.
+TASK_HEADS: Mapping[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+def plain(value: Any) -> Any:
+    """`value` in terms JSON has: enum members as their values, sets as sorted lists."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, Mapping):
+        return {plain(key): plain(item) for key, item in cast(Mapping[Any, Any], value).items()}
+    if isinstance(value, set | frozenset):
+        return sorted((plain(item) for item in cast(Iterable[Any], value)), key=str)
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in cast(Iterable[Any], value)]
+    return value
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(dict.fromkeys(cast("list[Any]", value))) if isinstance(value, list) else value
+
+
+def _one_as_tuple(value: Any) -> Any:
+    return (value,) if isinstance(value, str | int) and not isinstance(value, bool) else _as_tuple(value)
+
+
+def _regex(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+    """A selector given as one string is a regular expression; reject it here if it does not compile."""
+    if isinstance(value, str):
+        re.compile(value)
+    return value
+
+
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+OneOrMoreNames = Annotated[tuple[str, ...], BeforeValidator(_one_as_tuple)]
+LayerIndices = Annotated[tuple[int, ...], BeforeValidator(_one_as_tuple)]
+Selector = Annotated[str | Names, BeforeValidator(_as_tuple)]
+
+
+class AdapterSpec(BaseModel):
+    """What one adapter changes. Frozen; a PEFT `adapter_config.json` is a spec.
+
+    `target_modules`: a list of names (a module matches if its fqn equals a name or ends with `"." + name`), one string
+    (a regular expression that must match the whole fqn, or `"all-linear"`), or None for the defaults of the model type.
+    `exclude_modules` is matched the same way and wins. `modules_to_save`: modules trained and saved whole.
+    Keys that peftc does not know are kept in `model_extra` and written back.
+
+    Raises SpecError, naming the field, the value and the nearest valid ones.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow", protected_namespaces=())
+
+    # PEFT fields that peftc does not implement, with the value that means "off". Another value is refused.
+    not_implemented: ClassVar[Mapping[str, Any]] = {}
+    # Fields PEFT writes that only inform.
+    informative: ClassVar[frozenset[str]] = frozenset({"peft_version"})
+
+    peft_type: str
+    task_type: TaskType | None = None
+    auto_mapping: dict[str, Any] | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+    target_modules: Selector | None = None
+    exclude_modules: Selector | None = None
+    modules_to_save: Names | None = None
+
+    def __init__(self, **data: Any) -> None:
+        name = type(self).__name__
+        if "peft_type" not in data and "peft_type" in type(self).model_fields:
+            data = {"peft_type": type(self).model_fields["peft_type"].default, **data}
+        try:
+            super().__init__(**plain(data))
+        except ValidationError as error:
+            raise SpecError(f"{name}: " + "; ".join(_explain(type(self), item) for item in error.errors())) from None
+        for key in self.unknown_keys:
+            near = nearest(key, type(self).model_fields)
+            hint = f" Nearest: {', '.join(map(repr, near))}." if near else ""
+            raise SpecError(
+                f"{name}.{key}: no such field.{hint} Use {name}.from_dict(...) to keep keys peftc does not know."
+            )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """A spec from the contents of an `adapter_config.json`; unknown keys are kept, see `unknown_keys`."""
+        known = {key: value for key, value in data.items() if key in cls._all_keys()}
+        extra = {key: plain(value) for key, value in data.items() if key not in known}
+        return cls(**known).model_copy(update=extra)
+
+    @classmethod
+    def _all_keys(cls) -> set[str]:
+        return set(cls.model_fields) | set(cls.not_implemented) | cls.informative
+
+    @property
+    def unknown_keys(self) -> tuple[str, ...]:
+        """Keys of the source that peftc does not know; kept, but without effect."""
+        return tuple(key for key in (self.model_extra or {}) if key not in self._all_keys())
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for field in ("target_modules", "exclude_modules"):
+            try:
+                _regex(getattr(self, field))
+            except re.error as error:
+                raise ValueError(f"{field}: {getattr(self, field)!r} is not a regular expression: {error}") from None
+        for key, off in self.not_implemented.items():
+            value = (self.model_extra or {}).get(key, off)
+            if value != off and value:
+                raise ValueError(
+                    f"{key}={value!r} is not implemented; leave it at {off!r} (it would change the result)"
+                )
+        return self
+
+    @property
+    def trained_biases(self) -> BiasMode:
+        """Which biases of the base model are trained with this adapter."""
+        return "none"
+
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """Modules that `task_type` adds to `modules_to_save` where the model has them."""
+        return TASK_HEADS.get(self.task_type or "", ())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec in JSON terms, as `adapter_config.json` holds it."""
+        return plain(self.model_dump())
+
+
+def _explain(cls: type[AdapterSpec], item: Any) -> str:
+    """One pydantic error as `field: value: why, what is valid`."""
+    path = [part for part in item["loc"] if part not in ("str", "int", "float", "bool", "tuple[str, ...]")]
+    field = ".".join(str(part) for part in path if not str(part).startswith(("function-", "constrained-", "literal[")))
+    message = str(item["msg"]).removeprefix("Value error, ")
+    if item["type"] == "extra_forbidden" or not field:
+        return message
+    value = item["input"]
+    text = f"{field}: got {value!r}; {message[0].lower()}{message[1:]}"
+    if item["type"] == "literal_error" and isinstance(value, str):
+        options = re.findall(r"'([^']+)'", str(item["ctx"]["expected"]))
+        near = nearest(value, options) or nearest(value.upper(), options) or nearest(value.lower(), options)
+        text += f" (nearest: {near[0]!r})" if near else ""
+    if isinstance(value, str) and re.fullmatch(r"\d+", value) and item["type"] in ("int_type", "float_type"):
+        text += f" (did you mean {value}, without quotes?)"
+    return text

@@ -1,0 +1,44 @@
+"""(IA)³: which activations to rescale."""
+
+import re
+from typing import Literal, Self
+
+from pydantic import model_validator
+
+from peftc.specs.base import AdapterSpec, Selector
+
+
+class IA3Config(AdapterSpec):
+    """Infused adapter by inhibiting and amplifying inner activations. Liu et al. 2022, arXiv:2205.05638, section 3.3.
+
+    Targeted modules have their output scaled by a learned vector `ia3_l`, feed-forward ones their input.
+    `feedforward_modules`: a list (a module is feed-forward if its fqn ends with a name) or one regular expression.
+    `init_ia3_weights`: ones (true) or normal (false).
+    """
+
+    peft_type: Literal["IA3"] = "IA3"
+    feedforward_modules: Selector | None = None
+    fan_in_fan_out: bool = False
+    init_ia3_weights: bool = True
+
+    @model_validator(mode="after")
+    def _check_ia3(self) -> Self:
+        if isinstance(self.feedforward_modules, tuple) and isinstance(self.target_modules, tuple):
+            alone = [name for name in self.feedforward_modules if name not in self.target_modules]
+            if alone:
+                raise ValueError(
+                    f"feedforward_modules: {alone[0]!r} is not in target_modules={list(self.target_modules)!r};"
+                    " every feed-forward module must be a target"
+                )
+        if isinstance(self.feedforward_modules, str):
+            try:
+                re.compile(self.feedforward_modules)
+            except re.error as error:
+                raise ValueError(f"feedforward_modules: not a regular expression: {error}") from None
+        return self
+
+    def is_feedforward(self, fqn: str) -> bool:
+        """Whether the input of module `fqn` is scaled instead of its output."""
+        if isinstance(self.feedforward_modules, str):
+            return re.fullmatch(self.feedforward_modules, fqn) is not None
+        return fqn.endswith(self.feedforward_modules) if self.feedforward_modules else False

@@ -1,0 +1,83 @@
+"""Reading and writing specs: dicts, JSON, YAML, and foreign objects with PEFT's `to_dict()`."""
+
+import json
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from peftc.errors import SpecError, nearest
+from peftc.specs.base import AdapterSpec, plain
+from peftc.specs.ia3 import IA3Config
+from peftc.specs.lora import LoraConfig
+
+CONFIG_NAME = "adapter_config.json"
+BUILTIN_SPECS: Mapping[str, type[AdapterSpec]] = {"LORA": LoraConfig, "IA3": IA3Config}
+
+
+def load_spec(source: Any, known: Mapping[str, type[AdapterSpec]] = BUILTIN_SPECS) -> AdapterSpec:
+    """A spec from a spec, a dict, a path (a JSON or YAML file, or a folder with `adapter_config.json`), or an object
+    with PEFT's `to_dict()`. `known` maps a `peft_type` to its spec class.
+
+    Raises SpecError: unknown or missing `peft_type`, broken file, wrong fields. Keys peftc does not know are kept and
+    reported with one warning.
+    """
+    if isinstance(source, AdapterSpec):
+        return source
+    if isinstance(source, str | Path):
+        path = Path(source)
+        return _from_dict(_read(path), known, str(path))
+    if isinstance(source, Mapping):
+        return _from_dict(cast(Mapping[str, Any], source), known, "spec")
+    to_dict = getattr(source, "to_dict", None)
+    if callable(to_dict):
+        return _from_dict(cast(Mapping[str, Any], to_dict()), known, type(source).__name__)
+    raise SpecError(
+        f"spec: {type(source).__name__} is not a spec. Give a LoraConfig or IA3Config, a dict, a path to"
+        f" {CONFIG_NAME} or a YAML file, or a PEFT config object."
+    )
+
+
+def spec_to_json(spec: AdapterSpec) -> str:
+    """The text of an `adapter_config.json`: sorted keys, two spaces."""
+    return json.dumps(spec.to_dict(), indent=2, sort_keys=True) + "\n"
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    file = path / CONFIG_NAME if path.is_dir() else path
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SpecError(
+            f"{file}: no such file. Give the path of an {CONFIG_NAME}, or of the folder it is in."
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{file}: can't be read as text: {error}") from None
+    try:
+        data: Any = yaml.safe_load(text) if file.suffix in (".yaml", ".yml") else json.loads(text)
+    except (json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise SpecError(f"{file}: not valid {'YAML' if file.suffix != '.json' else 'JSON'}: {error}") from None
+    if not isinstance(data, dict):
+        raise SpecError(f"{file}: holds a {type(data).__name__}, expected a mapping of fields")
+    return cast(dict[str, Any], data)
+
+
+def _from_dict(data: Mapping[str, Any], known: Mapping[str, type[AdapterSpec]], where: str) -> AdapterSpec:
+    data = plain(data)
+    name = data.get("peft_type")
+    if name is None:
+        raise SpecError(f"{where}: peft_type is missing; valid are {', '.join(sorted(known))}")
+    if name not in known:
+        near = nearest(str(name).upper(), known)
+        hint = f" Nearest: {near[0]!r}." if near else ""
+        raise SpecError(f"{where}: peft_type: {name!r} is not known; valid are {', '.join(sorted(known))}.{hint}")
+    try:
+        spec = known[name].from_dict(data)
+    except SpecError as error:
+        raise SpecError(f"{where}: {error}") from None
+    if spec.unknown_keys:
+        keys = ", ".join(map(repr, spec.unknown_keys))
+        warnings.warn(f"{where}: keys without effect here, kept as they are: {keys}", stacklevel=4)
+    return spec

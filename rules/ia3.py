@@ -1,0 +1,73 @@
+"""(IA)³ on linear and convolution sites."""
+
+from typing import Any
+
+from torch import Tensor
+
+from peftc.graph.sites import Site
+from peftc.rule import Constant, Param, Rule, Slot
+from peftc.specs import IA3Config
+
+
+class _IA3(Rule[IA3Config]):
+    name = "ia3"
+    spec = IA3Config
+
+    def constants(self, spec: IA3Config, site: Site) -> dict[str, Constant]:
+        return {"feedforward": spec.is_feedforward(site.fqn), "groups": site.groups}
+
+    def slot(self, spec: IA3Config, site: Site) -> Slot:
+        return "input" if spec.is_feedforward(site.fqn) else "output"
+
+
+class IA3Linear(_IA3):
+    """l ⊙ y, or the op on l ⊙ x for feed-forward modules.  Liu et al. 2022, arXiv:2205.05638, section 3.3."""
+
+    kinds = ("linear",)
+
+    def params(self, spec: IA3Config, site: Site) -> dict[str, Param]:
+        shape = (1, site.in_features) if spec.is_feedforward(site.fqn) else (site.out_features, 1)
+        return {"ia3_l": Param(shape, "ones" if spec.init_ia3_weights else "normal")}
+
+    def input(self, x: Tensor, p: Any) -> Tensor:
+        return x * p.ia3_l.flatten()
+
+    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
+        return y * p.ia3_l.flatten()
+
+    def fold(self, weight: Tensor, p: Any) -> Tensor:
+        return weight * p.ia3_l
+
+    def fold_bias(self, bias: Tensor, p: Any) -> Tensor:
+        return bias if p.feedforward else bias * p.ia3_l.flatten()
+
+
+class IA3Conv(_IA3):
+    """The same per channel: `ia3_l` is (1, channels, 1 …)."""
+
+    kinds = ("conv1d", "conv2d", "conv3d")
+
+    def params(self, spec: IA3Config, site: Site) -> dict[str, Param]:
+        channels = site.in_features if spec.is_feedforward(site.fqn) else site.out_features
+        shape = (1, channels, *(1 for _ in site.kernel_size))
+        return {"ia3_l": Param(shape, "ones" if spec.init_ia3_weights else "normal")}
+
+    def input(self, x: Tensor, p: Any) -> Tensor:
+        return x * p.ia3_l[0]
+
+    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
+        return y * p.ia3_l[0]
+
+    def fold(self, weight: Tensor, p: Any) -> Tensor:
+        if not p.feedforward:
+            return weight * p.ia3_l.transpose(0, 1)
+        # Each group of output channels sees its own slice of the input channels.
+        per_group = p.ia3_l.flatten().reshape(p.groups, 1, weight.shape[1])
+        per_row = per_group.expand(-1, weight.shape[0] // p.groups, -1).reshape(weight.shape[:2])
+        return weight * per_row.reshape(*weight.shape[:2], *(1 for _ in weight.shape[2:]))
+
+    def fold_bias(self, bias: Tensor, p: Any) -> Tensor:
+        return bias if p.feedforward else bias * p.ia3_l.flatten()
+
+
+RULES = (IA3Linear(), IA3Conv())
