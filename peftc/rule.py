@@ -28,7 +28,8 @@ class Param:
 
     `init`: `zeros`, `ones`, `normal` or `normal:<std>`, `kaiming_uniform`, or `rule` (by `Rule.initialise`).
     `key`: its name in checkpoints, by default its name in the rule; the live name has the adapter's name after the
-    first part (`lora_A.weight` is the parameter `lora_A.default.weight`). `trainable=False`: frozen and not saved.
+    first part (`lora_A.weight` is the parameter `lora_A.default.weight`). `trainable=False`: frozen; saved only if its
+    `init` is `rule`, and a file without it leaves it as it was initialised.
     `lookup=True`: indexed, not multiplied (counts no FLOPs).
     """
 

@@ -36,7 +36,9 @@ def load_state(program: Program, adapter: str, tensors: Mapping[str, Tensor]) ->
     """
     own = adapter_state_dict(program, adapter)
     given = {_renamed(key, own): value for key, value in tensors.items()}
-    missing = [key for key in own if key not in given]
+    optional = _optional(program, adapter)
+    missing = [key for key in own if key not in given and key not in optional]
+    own = {key: target for key, target in own.items() if key in given or key not in optional}
     embeddings, unexpected = _split(program, [key for key in given if key not in own])
     if missing or unexpected:
         raise CheckpointError(_mismatch(adapter, missing, unexpected, own))
@@ -49,6 +51,16 @@ def load_state(program: Program, adapter: str, tensors: Mapping[str, Tensor]) ->
             target.copy_(given[key])
     for key, name in embeddings.items():
         _take_over(program, name, given[key])
+
+
+def _optional(program: Program, adapter: str) -> set[str]:
+    """Keys of frozen starts, which peft's files lack: they are computed from the base weight then."""
+    return {
+        PREFIX + parameter_name(edit.site, param.key)
+        for edit in program.plan.edits
+        for param in edit.params
+        if edit.adapter == adapter and not param.trainable and param.init == "rule"
+    }
 
 
 def _renamed(key: str, own: Mapping[str, Tensor]) -> str:

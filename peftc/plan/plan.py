@@ -33,8 +33,8 @@ class PlannedParam:
 
     @property
     def saved(self) -> bool:
-        """Whether checkpoints hold it: what is trained, and everything of a module that is saved whole."""
-        return self.trainable or self.init == "copy"
+        """Whether checkpoints hold it: what is trained, and what training started from, where that can't be told again."""
+        return self.trainable or self.init in ("copy", "rule")
 
     @property
     def numel(self) -> int:
