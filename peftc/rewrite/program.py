@@ -31,7 +31,7 @@ class Journal:
     merged: dict[str, Tensor] = field(default_factory=dict)
     untied: dict[str, str] = field(default_factory=dict)
     tie_word_embeddings: bool = False
-    fast_paths: dict[str, int] = field(default_factory=dict)
+    fast_paths: dict[tuple[str, str], Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -131,7 +131,7 @@ def extend(program: Program, plan: Plan, regions: tuple[Region, ...], adapters: 
             parameter = program.base.get_parameter(tensor.name)
             program.journal.tensors[tensor.name] = parameter.data
             parameter.data = parameter.data.clone()
-    _close_fast_paths(program, modules.items())
+    _close_fast_paths(program, modules)
 
 
 def activate(program: Program, names: Iterable[str], trainable: bool = True) -> None:
@@ -222,8 +222,8 @@ def undo(program: Program) -> nn.Module:
         uninstall(program.base.get_submodule(region.host))
     for adapter in program.plan.adapters:
         remove(program, adapter)
-    for fqn, value in program.journal.fast_paths.items():
-        setattr(program.base.get_submodule(fqn), "activation_relu_or_gelu", value)  # noqa: B010
+    for (fqn, flag), value in program.journal.fast_paths.items():
+        setattr(program.base.get_submodule(fqn), flag, value)
     for name, flag in program.journal.requires_grad.items():
         program.base.get_parameter(name).requires_grad_(flag)
     return program.base
@@ -357,13 +357,19 @@ def _detach(module: nn.Module, edit: Edit) -> None:
                 del module._modules[first]
 
 
-def _close_fast_paths(program: Program, modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Turn off TransformerEncoderLayer's fused inference path, which reads the weights and skips spliced ops.
+# Flags that these classes ask before taking their fused inference path, which reads weights and skips spliced ops.
+_FAST_PATHS: Mapping[type[nn.Module], tuple[str, Any]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
 
-    The flag is one of those that nn.TransformerEncoderLayer.forward itself asks before taking the path.
-    """
-    encoders = {fqn: m for fqn, m in modules if isinstance(m, nn.TransformerEncoderLayer)}
-    if any(edit.site.startswith(f"{fqn}." if fqn else "") for edit in program.plan.edits for fqn in encoders):
-        for fqn, layer in encoders.items():
-            program.journal.fast_paths.setdefault(fqn, layer.activation_relu_or_gelu)
-            layer.activation_relu_or_gelu = 0
+
+def _close_fast_paths(program: Program, modules: Mapping[str, nn.Module]) -> None:
+    """Turn the fused paths around adapted sites off."""
+    sites = {edit.site for edit in program.plan.edits}
+    for cls, (flag, off) in _FAST_PATHS.items():
+        for fqn, module in modules.items():
+            prefix = f"{fqn}." if fqn else ""
+            if isinstance(module, cls) and any(site.startswith(prefix) for site in sites):
+                program.journal.fast_paths.setdefault((fqn, flag), getattr(module, flag))
+                setattr(module, flag, off)
