@@ -65,9 +65,9 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
     return difflib.get_close_matches(name, list(dict.fromkeys(known)), n=limit, cutoff=0.6)
 
 
-def describe_nearest(names: Sequence[str], counts: Counter[str], noun: str = "sites") -> str:
-    """`Nearest: 'q_proj' (30 sites), …` or nothing when there is no near name."""
+def describe_nearest(names: Sequence[str], counts: Counter[str], noun: str = "site") -> str:
+    """` Nearest: 'q_proj' (30 sites), …` or nothing when there is no near name."""
     if not names:
         return ""
-    shown = ", ".join(f"{name!r} ({counts[name]} {noun})" for name in names)
+    shown = ", ".join(f"{name!r} ({counts[name]} {noun}{'s' if counts[name] > 1 else ''})" for name in names)
     return f" Nearest: {shown}."

@@ -157,7 +157,7 @@ def _excluded(adapter: str, spec: AdapterSpec, index: SiteIndex, misses: list[Mi
     for part in (selector,) if isinstance(selector, str) else selector:
         if not any(_selects(part if isinstance(selector, str) else (part,), fqn) for fqn in index.modules):
             counts = Counter(fqn.rpartition(".")[2] for fqn in index.modules if fqn)
-            near = describe_nearest(nearest(part, counts), counts, "modules")
+            near = describe_nearest(nearest(part, counts), counts, "module")
             misses.append(Miss(adapter, "exclude_modules", part, f"matches no module.{near}"))
     return {fqn for fqn in index.sites if _selects(selector, fqn)}
 
@@ -172,7 +172,7 @@ def _saved(adapter: str, spec: AdapterSpec, index: SiteIndex) -> tuple[tuple[str
         hits = [fqn for fqn in index.modules if fqn.endswith(name)]
         if not hits and name in asked and name not in spec.heads:
             counts = Counter(fqn.rpartition(".")[2] for fqn in index.modules if fqn)
-            near = describe_nearest(nearest(name, counts), counts, "modules")
+            near = describe_nearest(nearest(name, counts), counts, "module")
             misses.append(Miss(adapter, "modules_to_save", name, f"matches no module.{near}"))
         for hit in hits:
             site = index.sites.get(hit)

@@ -92,11 +92,12 @@ def _cells(plan: "Plan", edits: Sequence["Edit"], several: bool) -> list[str]:
 
 
 def _params(edit: "Edit") -> str:
-    shown = [f"{param.name}\u00a0{'×'.join(map(str, param.shape))}" for param in edit.params[:4]]
+    shown = [f"{param.name} {'×'.join(map(str, param.shape))}" for param in edit.params[:4]]
     if len(edit.params) > 4:
         shown.append(f"and {len(edit.params) - 4} more")
     dropouts = [f"{name} p={p}" for name, p in edit.dropouts.items() if p > 0]
-    return ", ".join(shown + dropouts)
+    text = ", ".join(shown + dropouts)
+    return text if len(text) <= 40 else ",\n".join(shown + dropouts)
 
 
 def _groups(plan: "Plan") -> list[tuple[str, list["Edit"]]]:

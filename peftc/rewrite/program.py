@@ -116,7 +116,9 @@ def build(model: nn.Module, plan: Plan, regions: tuple[Region, ...], inplace: bo
 
 def extend(program: Program, plan: Plan, regions: tuple[Region, ...], adapters: Collection[str]) -> None:
     """Attach the parameters of `adapters`, which are new in `plan`. They start inactive."""
-    program.plan, program.regions = plan, regions
+    # A host that is there already keeps its region, and with it its code.
+    known = {region.host: region for region in program.regions} if plan.capture == "modules" else {}
+    program.plan, program.regions = plan, tuple(known.get(region.host, region) for region in regions)
     program.variants.clear()
     modules = dict(program.base.named_modules())
     for edit in plan.edits:
@@ -222,6 +224,8 @@ def undo(program: Program) -> nn.Module:
         uninstall(program.base.get_submodule(region.host))
     for adapter in program.plan.adapters:
         remove(program, adapter)
+    for name, original in program.journal.tensors.items():
+        _restore_data(program.base.get_parameter(name), original)
     for (fqn, flag), value in program.journal.fast_paths.items():
         setattr(program.base.get_submodule(fqn), flag, value)
     for name, flag in program.journal.requires_grad.items():

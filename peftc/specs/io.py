@@ -28,7 +28,8 @@ def load_spec(source: Any, known: Mapping[str, type[AdapterSpec]] = BUILTIN_SPEC
         return source
     if isinstance(source, str | Path):
         path = Path(source)
-        return _from_dict(_read(path), known, str(path))
+        file = path / CONFIG_NAME if path.is_dir() else path
+        return _from_dict(_read(file), known, str(file))
     if isinstance(source, Mapping):
         return _from_dict(cast(Mapping[str, Any], source), known, "spec")
     to_dict = getattr(source, "to_dict", None)
@@ -45,8 +46,7 @@ def spec_to_json(spec: AdapterSpec) -> str:
     return json.dumps(spec.to_dict(), indent=2, sort_keys=True) + "\n"
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    file = path / CONFIG_NAME if path.is_dir() else path
+def _read(file: Path) -> Mapping[str, Any]:
     try:
         text = file.read_text(encoding="utf-8")
     except FileNotFoundError:

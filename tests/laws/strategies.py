@@ -104,4 +104,9 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any], identity: bool = 
         assert after[part] == before[part], part
     assert set(after["tensors"]) == set(before["tensors"])
     for name, tensor in before["tensors"].items():
-        assert torch.equal(after["tensors"][name], tensor), name
+        assert torch.equal(_bits(after["tensors"][name]), _bits(tensor)), name
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, so that NaN equals NaN and -0 is not 0."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -1,0 +1,270 @@
+"""Plans: what they say, what they miss, how they print, and that they hold for one model only."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import peftc
+from peftc.plan.text import ranges, render, span
+from tests.laws.strategies import snapshot
+from tests.models import Everything, Net, tiny
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def meta_llama(layers: int, hidden: int, intermediate: int, **fields: Any) -> nn.Module:
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 128,
+        num_key_value_heads=8,
+        **fields,
+    )
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
+
+
+def golden_plans() -> dict[str, peftc.Plan]:
+    seventy = meta_llama(80, 8192, 28672, dtype=torch.bfloat16).to(torch.bfloat16)
+    return {
+        "llama70b": peftc.plan(
+            seventy, peftc.LoraConfig(r=16, lora_alpha=32, target_modules=SEVEN, rank_pattern={r"\b[0-3]\..*down_proj": 8})
+        ),
+        "misses": peftc.plan(
+            tiny("bert", "AutoModelForSequenceClassification"),
+            {
+                "a": peftc.LoraConfig(
+                    task_type="SEQ_CLS",
+                    bias="all",
+                    target_modules=["query", "vlaue", "word_embeddings", "LayerNorm"],
+                    exclude_modules=["dens"],
+                    layers_to_transform=[0, 1, 9],
+                    modules_to_save=["poler"],
+                    alpha_pattern={"key": 3},
+                ),
+                "b": peftc.IA3Config(target_modules=["key", "output.dense"], feedforward_modules=["output.dense"]),
+            },
+        ),
+        "tied": peftc.plan(tiny("gpt2"), peftc.LoraConfig(target_modules=["lm_head", "c_attn"], lora_dropout=0.1)),
+        "kinds": peftc.plan(
+            Everything(), peftc.LoraConfig(target_modules=r"embed|linear|transposed|conv\dd", init_lora_weights=False)
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["llama70b", "misses", "tied", "kinds"])
+def test_printed_plans_are_golden(name: str) -> None:
+    """Write them anew with `python -m tests.plan.test_plan` and read the difference."""
+    assert render(golden_plans()[name], width=120) == (GOLDEN / f"{name}.txt").read_text()
+
+
+def test_seventy_billion_fit_one_screen() -> None:
+    lines = (GOLDEN / "llama70b.txt").read_text().splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 120
+
+
+def test_generated_code_is_golden() -> None:
+    model = Net()
+    for capture in ("modules", "symbolic"):
+        spec = peftc.LoraConfig(target_modules=["conv", "fc"], r=2, lora_dropout=0.1)
+        code = peftc.compile(model, spec, capture=capture).site_code()
+        text = "\n\n".join(f"# {where}\n{source}" for where, source in code.items())
+        assert text + "\n" == (GOLDEN / f"code_{capture}.txt").read_text()
+
+
+def test_planning_405b_takes_less_than_a_second() -> None:
+    model = meta_llama(126, 16384, 53248)
+    start = time.process_time()
+    plan = peftc.plan(model, peftc.LoraConfig(target_modules=SEVEN))
+    assert len(plan.edits) == 126 * 7
+    # CPU time of this process: what the machine's other work can't lengthen.
+    assert time.process_time() - start < 1
+
+
+def test_planning_changes_nothing() -> None:
+    model = Net().train()
+    before = snapshot(model)
+    for capture in ("modules", "symbolic"):
+        peftc.plan(model, peftc.LoraConfig(target_modules=["conv", "fc"]), capture=capture)
+    after = snapshot(model)
+    assert {k: v for k, v in after.items() if k != "tensors"} == {k: v for k, v in before.items() if k != "tensors"}
+
+
+def test_costs_are_those_of_the_compiled_model() -> None:
+    model = Everything()
+    spec = peftc.LoraConfig(target_modules=["linear", "conv1d"], bias="lora_only", modules_to_save=["head"], r=3)
+    compiled = peftc.compile(model, spec)
+    costs = compiled.plan.costs
+    assert (costs.trainable, costs.total) == compiled.get_nb_trainable_parameters()
+    assert costs.weight_bytes == sum(p.numel() * p.element_size() for p in compiled.parameters())
+    trained = [p for p in compiled.parameters() if p.requires_grad]
+    assert costs.gradient_bytes == sum(p.numel() * p.element_size() for p in trained)
+    optimiser = torch.optim.Adam(trained)
+    compiled(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
+    optimiser.step()
+    moments = [v for state in optimiser.state.values() for k, v in state.items() if k.startswith("exp_avg")]
+    assert costs.adam_bytes == sum(v.numel() * v.element_size() for v in moments)
+
+
+def test_flops_are_those_that_torch_counts() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny("llama")
+    compiled = peftc.compile(model, peftc.LoraConfig(target_modules="all-linear", r=3))
+    counts = []
+    for runs in (model, compiled):
+        with FlopCounterMode(display=False) as counter:
+            runs(torch.zeros(1, 5, dtype=torch.long))
+        counts.append(counter.get_total_flops())
+    assert counts[1] - counts[0] == 5 * compiled.plan.costs.flops_per_token
+
+
+MISSES: dict[str, tuple[dict[str, Any], str]] = {
+    "target": ({"target_modules": ["q_prj"]}, r"'q_prj' matches none of \d+ sites\. Nearest: 'q_proj' \(3 sites\)"),
+    "one of two": ({"target_modules": ["q_proj", "zzz"]}, r"'zzz' matches none of .* The sites are named"),
+    "container": ({"target_modules": ["mlp"]}, r"is a LlamaMLP, not one of .* Inside model\.layers\.0\.mlp: gate_proj"),
+    "regex": ({"target_modules": "q_proj"}, r"a string is a regular expression that must match the whole fqn"),
+    "layer": ({"target_modules": ["q_proj"], "layers_to_transform": [1, 7]}, r"'7' matches no target: .* 0–2"),
+    "layer of a full name": (
+        {"target_modules": ["model.layers.0.mlp.up_proj", "q_proj"], "layers_to_transform": [5]},
+        r"'5' matches no target",
+    ),
+    "rank": ({"target_modules": ["q_proj"], "rank_pattern": {"v_proj": 2}}, r"rank_pattern: 'v_proj' matches none"),
+    "alpha": ({"target_modules": ["q_proj"], "alpha_pattern": {"v_proj": 2}}, r"alpha_pattern: 'v_proj' matches none"),
+    "exclude": ({"target_modules": ["q_proj"], "exclude_modules": ["k_prj"]}, r"exclude_modules: 'k_prj' matches no"),
+    "save": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_haed"]}, r"modules_to_save: 'lm_haed'.*'lm_head'"),
+    "nothing left": ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, r"nothing to adapt"),
+    "rank for init": ({"target_modules": ["k_proj"], "r": 17, "init_lora_weights": "pissa"}, r"r=17 is over .* 16"),
+    "odd rank": ({"target_modules": ["k_proj"], "r": 3, "init_lora_weights": "orthogonal"}, r"needs an even rank"),
+}
+
+
+@pytest.mark.parametrize(("fields", "message"), MISSES.values(), ids=MISSES)
+def test_what_matches_nothing_is_an_error_and_a_miss(fields: dict[str, Any], message: str) -> None:
+    model, spec = tiny("llama"), peftc.LoraConfig(**fields)
+    with pytest.raises(peftc.NoMatchError, match=message):
+        peftc.compile(model, spec)
+    plan = peftc.plan(model, spec)
+    assert "nothing" in message or plan.misses
+    compiled = peftc.compile(model, spec, on_unmatched="warn")
+    assert compiled.plan == plan
+
+
+def test_unknown_model_types_list_their_linear_names() -> None:
+    with pytest.raises(peftc.NoMatchError, match=r"not of transformers; name them.*: linear \(1\), transposed \(1\)"):
+        peftc.plan(Everything(), peftc.LoraConfig())
+    with pytest.raises(peftc.NoMatchError, match=r"feedforward_modules: .*use \[\] if no target"):
+        peftc.plan(Everything(), peftc.IA3Config(target_modules=["linear"]))
+
+
+def test_conflicts_name_both_owners() -> None:
+    model = tiny("bert", "AutoModelForSequenceClassification")
+    specs = {
+        "a": peftc.LoraConfig(target_modules=["query"], modules_to_save=["classifier"], bias="all"),
+        "b": peftc.LoraConfig(target_modules=["query", "classifier"], bias="lora_only"),
+    }
+    with pytest.raises(peftc.ConflictError, match=r"classifier: 'a' saves it whole.*both train biases"):
+        peftc.compile(model, specs)
+    assert [c.owners for c in peftc.plan(model, specs).conflicts] == [("a", "b"), ("a", "b")]
+
+
+def test_a_plan_is_refused_by_another_model() -> None:
+    plan = peftc.plan(tiny("llama"), peftc.LoraConfig(target_modules=["q_proj"]))
+    for other in (tiny("llama", num_hidden_layers=2), tiny("llama", hidden_size=64), tiny("gpt2")):
+        with pytest.raises(peftc.PlanError, match=r"does not hold for this (Llama|GPT2)"):
+            peftc.compile(other, plan)
+    assert peftc.compile(tiny("llama"), plan).plan == plan
+
+
+def test_an_edited_plan_is_refused() -> None:
+    model = tiny("llama")
+    data = json.loads(peftc.plan(model, peftc.LoraConfig(target_modules=["q_proj"])).to_json())
+    data["edits"][0]["params"][0]["shape"] = [4, 32]
+    with pytest.raises(peftc.PlanError, match=r"edits differs"):
+        peftc.compile(model, peftc.Plan.from_json(json.dumps(data)))
+
+
+def test_shorthands_are_resolved_and_replayed() -> None:
+    model = nn.TransformerDecoderLayer(8, 2, 16)
+    plan = peftc.plan(model, peftc.LoraConfig(target_modules="all-linear"))
+    assert plan.adapters["default"].target_modules == ("linear1", "linear2")
+    assert peftc.compile(model, peftc.Plan.from_json(plan.to_json())).plan == plan
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 99}', '{"version": 1}', '{"version": 1, "adapters": {}}'])
+def test_what_is_no_plan(text: str) -> None:
+    with pytest.raises(peftc.PlanError):
+        peftc.Plan.from_json(text)
+
+
+def test_diff_names_what_changed() -> None:
+    model = tiny("llama")
+    one = peftc.plan(model, peftc.LoraConfig(target_modules=["q_proj"], r=4))
+    two = peftc.plan(model, peftc.LoraConfig(target_modules=["q_proj", "v_proj"], r=8, layers_to_transform=[0]))
+    diff = one.diff(two)
+    assert "- edit model.layers.1.self_attn.q_proj default lora" in diff
+    assert "+ edit model.layers.0.self_attn.v_proj default lora" in diff
+    assert "~ spec default: " in diff
+    assert "r 4 → 8" in diff
+    assert one.diff(one) == ""
+
+
+def test_the_network_holds_sites_ties_and_conflicts() -> None:
+    plan = peftc.plan(
+        tiny("gpt2"),
+        {
+            "a": peftc.LoraConfig(target_modules=["lm_head", "c_attn"]),
+            "b": peftc.LoraConfig(target_modules=["c_fc"], modules_to_save=["lm_head"]),
+        },
+    )
+    graph = plan.to_networkx()
+    relations = [data["relation"] for _, _, data in graph.edges(data=True)]
+    assert relations.count("tie") == 1
+    assert relations.count("conflict") == 1
+    assert ("transformer.wte", "lm_head") in [(u, v) for u, v, d in graph.edges(data=True) if d["relation"] == "tie"]
+    sites = [fqn for fqn, data in graph.nodes(data=True) if data.get("site")]
+    assert sorted(sites) == sorted(plan.sites)
+    assert graph.nodes["transformer.h.1.attn.c_attn"]["edits"] == ["a:lora"]
+    assert list(graph.predecessors("transformer.h.1.attn.c_attn")) == ["transformer.h.1.attn"]
+
+
+def test_roles_come_from_the_architecture() -> None:
+    plan = peftc.plan(tiny("llama"), peftc.LoraConfig(target_modules=[*SEVEN, "embed_tokens", "lm_head"]))
+    roles = {fqn.rpartition(".")[2]: site.role for fqn, site in plan.sites.items()}
+    assert roles == {
+        "q_proj": "attention.query",
+        "k_proj": "attention.key",
+        "v_proj": "attention.value",
+        "o_proj": "attention.output",
+        "gate_proj": "mlp.gate",
+        "up_proj": "mlp.up",
+        "down_proj": "mlp.down",
+        "embed_tokens": "embedding.input",
+        "lm_head": "embedding.output",
+    }
+
+
+def test_spans() -> None:
+    assert ranges([3, 1, 2, 7]) == "1–3,7"
+    assert span(["a.0.b", "a.1.b", "a.2.b"]) == "a.{0–2}.b"
+    assert span(["a.0.b.0", "a.1.b.1"]) == "a.{…}.b.{…}"
+    assert span(["a"]) == "a"
+
+
+if __name__ == "__main__":
+    for name, plan in golden_plans().items():
+        (GOLDEN / f"{name}.txt").write_text(render(plan, width=120))
+    for capture in ("modules", "symbolic"):
+        spec = peftc.LoraConfig(target_modules=["conv", "fc"], r=2, lora_dropout=0.1)
+        code = peftc.compile(Net(), spec, capture=capture).site_code()
+        text = "\n\n".join(f"# {where}\n{source}" for where, source in code.items())
+        (GOLDEN / f"code_{capture}.txt").write_text(text + "\n")

@@ -1,0 +1,115 @@
+"""Several adapters: adding, switching, deleting, and that a refused call changes nothing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import peftc
+from tests.laws.strategies import assert_unchanged, snapshot
+from tests.models import Everything, Net, tiny, token_ids
+from tests.rewrite.test_models import perturb
+
+
+def two() -> peftc.CompiledModel:
+    specs = {
+        "a": peftc.LoraConfig(target_modules=["linear", "conv2d"], r=2),
+        "b": peftc.IA3Config(target_modules=["linear", "transposed"], feedforward_modules=[], modules_to_save=["head"]),
+    }
+    return perturb(peftc.compile(Everything().eval(), specs))
+
+
+def test_the_first_is_active_and_trains() -> None:
+    compiled = two()
+    assert compiled.active_adapters == ["a"]
+    assert {n.split(".")[-2] for n, p in compiled.named_parameters() if p.requires_grad} == {"a"}
+    compiled.set_adapter(["b", "a"])
+    assert compiled.active_adapters == ["a", "b"]
+    with pytest.raises(peftc.AdapterError, match=r"no adapter 'aa'; there are a, b\. Nearest: 'a'"):
+        compiled.set_adapter("aa")
+
+
+def test_without_an_active_adapter_the_graph_is_the_base_graph() -> None:
+    compiled = two()
+    with compiled.disable_adapter():
+        assert not [m for m in compiled.base.modules() if isinstance(m, torch.fx.GraphModule)]
+    compiled.set_adapter([])
+    assert compiled.site_code() == {}
+
+
+def test_added_adapters_are_inactive_until_set() -> None:
+    model, ids = Everything().eval(), token_ids()
+    compiled = perturb(peftc.compile(model, peftc.LoraConfig(target_modules=["linear"], r=2), "a"))
+    y = compiled(ids)
+    compiled.add_adapter("b", peftc.IA3Config(target_modules=["linear", "conv2d"], feedforward_modules=["linear"]))
+    assert compiled.active_adapters == ["a"]
+    assert torch.equal(compiled(ids), y)
+    compiled.set_adapter("b")
+    assert torch.equal(compiled(ids), model(ids))
+    both = peftc.compile(model, compiled.peft_config)
+    assert both.plan == compiled.plan
+
+
+@pytest.mark.parametrize("fault", ["taken", "misspelt", "conflict", "name"])
+def test_a_refused_addition_changes_nothing(fault: str) -> None:
+    compiled = two()
+    before, y = snapshot(compiled), compiled(token_ids())
+    name = {"taken": "a", "name": "x.y"}.get(fault, "c")
+    target = {"misspelt": "linaer", "conflict": "head"}.get(fault, "linear")
+    with pytest.raises(peftc.PeftcError):
+        compiled.add_adapter(name, peftc.LoraConfig(target_modules=[target]))
+    assert_unchanged(compiled, before)
+    assert torch.equal(compiled(token_ids()), y)
+
+
+def test_deleting_activates_the_first_that_is_left() -> None:
+    compiled = two()
+    compiled.set_adapter("b")
+    expected = compiled(token_ids())
+    compiled.set_adapter("a")
+    compiled.delete_adapter("a")
+    assert compiled.active_adapters == ["b"]
+    assert torch.equal(compiled(token_ids()), expected)
+    assert not [name for name, _ in compiled.named_parameters() if ".a." in name or name.endswith(".a")]
+    compiled.delete_adapter("b")
+    assert compiled.active_adapters == []
+    assert compiled.get_nb_trainable_parameters()[0] == 0
+
+
+def test_loading_beside_another(tmp_path: Path) -> None:
+    model, ids = tiny("llama"), token_ids(2, 5, 64)
+    one = perturb(peftc.compile(model, peftc.LoraConfig(target_modules=["q_proj"], r=2)))
+    one.save_pretrained(tmp_path)
+    compiled = peftc.compile(model, peftc.LoraConfig(target_modules=["v_proj"], r=4), "mine")
+    before = snapshot(compiled)
+    compiled.load_adapter(tmp_path, "theirs")
+    assert compiled.active_adapters == ["mine"]
+    compiled.set_adapter("theirs")
+    assert torch.equal(compiled(ids).logits, one(ids).logits)
+    assert not any(p.requires_grad for n, p in compiled.named_parameters() if "theirs" in n)
+    compiled.set_adapter("mine")
+    compiled.delete_adapter("theirs")
+    assert_unchanged(compiled, before)
+
+
+def test_symbolic_models_take_more_adapters() -> None:
+    model, x = Net().eval(), torch.randn(2, 3, 8, 8)
+    compiled = perturb(peftc.compile(model, peftc.LoraConfig(target_modules=["fc"], r=2), capture="symbolic"))
+    y = compiled(x)
+    compiled.add_adapter("b", peftc.LoraConfig(target_modules=["fc", "conv"], r=2, modules_to_save=["out"]))
+    assert torch.equal(compiled(x), y)
+    compiled.set_adapter(["default", "b"])
+    perturb(compiled)
+    other = peftc.compile(model, compiled.peft_config)
+    other.load_state_dict(compiled.state_dict())
+    other.set_adapter(["default", "b"])
+    assert torch.equal(other(x), compiled(x))
+
+
+def test_a_bias_trained_by_one_is_given_back() -> None:
+    model = Everything()
+    compiled = peftc.compile(model, peftc.LoraConfig(target_modules=["linear"], bias="all"))
+    with torch.no_grad():
+        compiled.base.conv1d.bias.add_(1)
+    compiled.delete_adapter("default")
+    assert torch.equal(compiled.base.conv1d.bias, model.conv1d.bias)

@@ -1,0 +1,112 @@
+"""A new method is one file and no engine change; a broken one is reported with its place."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftc
+from peftc.rule import Bound
+from tests import made_up_method
+from tests.laws.strategies import snapshot
+from tests.made_up_method import Gated, GatedConfig
+from tests.models import Net
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    rule = Gated()
+    peftc.register(rule)
+    yield
+    peftc.unregister(rule)
+
+
+def test_the_method_is_one_short_file() -> None:
+    assert len(Path(made_up_method.__file__).read_text().splitlines()) <= 40
+
+
+@pytest.mark.parametrize("capture", ["modules", "symbolic"])
+def test_it_compiles_trains_saves_loads_merges_and_unmerges(capture: Any, tmp_path: Path) -> None:
+    model, x = Net().eval(), torch.randn(4, 3, 8, 8)
+    target = torch.randn(4, 5)
+    spec = GatedConfig(target_modules=["fc", "out"])
+    compiled = peftc.compile(model, spec, capture=capture)
+    assert torch.equal(compiled(x), model(x))
+    assert [edit.rule for edit in compiled.plan.edits] == ["gated", "gated"]
+    assert compiled.get_nb_trainable_parameters()[0] == 8 + 8 + 1 + 8 + 5 + 1
+
+    optimiser = torch.optim.Adam([p for p in compiled.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(30):
+        loss = nn.functional.mse_loss(compiled(x), target)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.7 * losses[0]
+
+    y = compiled(x)
+    compiled.save_pretrained(tmp_path)
+    again = peftc.load(model, tmp_path, capture=capture)
+    assert torch.equal(again(x), y)
+    before = snapshot(again.base)["tensors"]
+    again.merge_adapter()
+    torch.testing.assert_close(again(x), y)
+    assert not torch.equal(again.base.fc.weight, model.fc.weight)
+    again.unmerge_adapter()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in again.base.state_dict().items())
+    assert torch.equal(again.unload()(x), model(x))
+
+
+def test_two_rules_for_one_place_are_refused() -> None:
+    with pytest.raises(peftc.RuleError, match=r"GATED on linear sites is taken by Gated \(.*made_up_method\.py:\d+\)"):
+        peftc.register(Gated())
+
+
+def test_an_incomplete_rule_is_refused() -> None:
+    class Nameless(peftc.Rule[GatedConfig]):
+        spec = GatedConfig
+        kinds = ("conv1d",)
+
+    with pytest.raises(peftc.RuleError, match="must set 'name'"):
+        peftc.register(Nameless())
+
+
+@pytest.mark.parametrize("fault", ["branches", "misspells", "returns"])
+def test_a_rule_that_does_not_trace_changes_nothing(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def output(self: Any, x: Tensor, y: Tensor, p: Any) -> Any:
+        if fault == "branches" and bool(y.sum() > 0):
+            return y
+        return 3 if fault == "returns" else y + p.gated_w
+
+    monkeypatch.setattr(Gated, "output", output)
+    model = Net()
+    before = snapshot(model)
+    message = {"branches": "does not trace", "misspells": r"p\.gated_w, but declares only", "returns": "no tensor"}
+    with pytest.raises(peftc.RuleError, match=message[fault]):
+        peftc.compile(model, GatedConfig(target_modules=["fc"]), inplace=True)
+    after = snapshot(model)
+    assert after["classes"] == before["classes"]
+    assert set(after["tensors"]) == set(before["tensors"])
+
+
+def test_a_rule_without_a_fold_is_unmergeable_and_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Gated, "fold")
+    compiled = peftc.compile(Net(), GatedConfig(target_modules=["fc"]))
+    assert "can't be merged: rule 'gated' declares no fold" in str(compiled.plan)
+    with pytest.raises(peftc.MergeError, match="declares no fold"):
+        compiled.merge_adapter()
+
+
+def test_its_files_name_the_method(tmp_path: Path) -> None:
+    peftc.compile(Net(), GatedConfig(target_modules=["fc"], gate=0.5)).save_pretrained(tmp_path)
+    spec = peftc.load_spec(tmp_path, {"GATED": GatedConfig})
+    assert spec == GatedConfig(target_modules=["fc"], gate=0.5, inference_mode=True)
+
+
+def test_bound_says_what_it_has() -> None:
+    with pytest.raises(peftc.RuleError, match="declares only a, b"):
+        _ = Bound({"a": 1, "b": 2}).c
