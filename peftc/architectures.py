@@ -1,7 +1,6 @@
 """Model families: default targets and roles per `model_type`, from the YAML files of installed packages."""
 
 import functools
-import re
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from importlib.resources import files
@@ -41,9 +40,12 @@ class Family(BaseModel):
 
     def role_of(self, fqn: str) -> str | None:
         """The role of module `fqn`: `attention.query`, `mlp.down`, `head` …"""
-        return next(
-            (role for role, names in self.roles.items() for name in names if re.search(rf"(^|\.){name}$", fqn)), None
-        )
+        path = f".{fqn}"
+        return next((role for role, ends in self._ends.items() if path.endswith(ends)), None)
+
+    @functools.cached_property
+    def _ends(self) -> dict[str, tuple[str, ...]]:
+        return {role: tuple(f".{name}" for name in names) for role, names in self.roles.items()}
 
 
 @functools.cache

@@ -17,7 +17,7 @@ def capture(model: nn.Module, level: Capture, sites: Collection[str], saved: Col
     """
     if level == "symbolic":
         return (trace_model(structural_copy(model), sites, saved),)
-    cache = SourceCache()
-    regions = [Region(fqn, cache.get(model.get_submodule(fqn))) for fqn in sites]
-    whole = [Region(fqn, opaque_source(parameters_of(model.get_submodule(fqn).forward))) for fqn in saved]
+    cache, modules = SourceCache(), dict(model.named_modules())
+    regions = [Region(fqn, cache.get(modules[fqn])) for fqn in sites]
+    whole = [Region(fqn, opaque_source(parameters_of(modules[fqn].forward))) for fqn in saved]
     return (*regions, *whole)

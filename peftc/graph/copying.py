@@ -1,6 +1,7 @@
 """The structural copy: a model with its own modules, which shares the frozen tensors of the original."""
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -32,12 +33,44 @@ def structural_copy(model: nn.Module) -> nn.Module:
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach()
     try:
-        return copy.deepcopy(model, memo)
+        return _copy_module(model, memo)
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise CaptureError(
             f"{type(model).__name__} can't be copied ({type(error).__name__}: {error}). Compile it with inplace=True;"
             " unload() then gives the very model back."
         ) from error
+
+
+def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """copy.deepcopy of a module, five times as fast for ordinary ones, whose dicts are mostly empty or of modules."""
+    done = memo.get(id(module))
+    if done is not None:
+        return done
+    if any(getattr(type(module), name, None) is not ordinary for name, ordinary in _ORDINARY.items()):
+        return copy.deepcopy(module, memo)
+    new = memo[id(module)] = object.__new__(type(module))
+    for name, value in module.__getstate__().items():
+        if type(value) in _ATOMS:
+            new.__dict__[name] = value
+        elif name == "_modules":
+            children = {key: child and _copy_module(child, memo) for key, child in value.items()}
+            new.__dict__[name] = type(value)(children)
+        elif type(value) in (dict, OrderedDict, set) and not value:
+            new.__dict__[name] = type(value)()
+        else:
+            new.__dict__[name] = copy.deepcopy(value, memo)
+    return new
+
+
+_ATOMS = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
+# A class that overrides one of these has its own idea of a copy.
+_ORDINARY = {
+    "__deepcopy__": None,
+    "__getstate__": nn.Module.__getstate__,
+    "__setstate__": nn.Module.__setstate__,
+    "__reduce__": object.__reduce__,
+    "__reduce_ex__": object.__reduce_ex__,
+}
 
 
 def _alias(parameter: nn.Parameter, clone: bool) -> nn.Parameter:

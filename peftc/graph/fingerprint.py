@@ -2,12 +2,10 @@
 
 import hashlib
 
-from torch import nn
-
 from peftc.graph.sites import SiteIndex, dtype_name
 
 
-def fingerprint(model: nn.Module, index: SiteIndex) -> str:
+def fingerprint(index: SiteIndex) -> str:
     """A hash of the model's structure: module names and classes, parameter names, shapes and dtypes, ties.
 
     Reads no weights. 16 hex digits of blake2b.
@@ -15,7 +13,7 @@ def fingerprint(model: nn.Module, index: SiteIndex) -> str:
     digest = hashlib.blake2b(digest_size=8)
     for fqn, name in index.modules.items():
         digest.update(f"{fqn}={name};".encode())
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name}:{tuple(parameter.shape)}:{dtype_name(parameter.dtype)};".encode())
+    for name, shape, dtype in index.parameters:
+        digest.update(f"{name}:{shape}:{dtype_name(dtype)};".encode())
     digest.update(repr(sorted(index.ties)).encode())
     return digest.hexdigest()

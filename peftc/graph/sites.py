@@ -1,7 +1,7 @@
 """The site index: every place of a model that a rule may rewrite, read without touching a weight."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -54,12 +54,13 @@ class SiteIndex:
     """The sites of a model in module order, with what is needed to explain a miss.
 
     `modules` maps the fqn of every module to its class name; `aliases` a second name of a shared module to its first;
-    `ties` lists the groups of parameters that are one tensor.
+    `parameters` lists name, shape and dtype of every parameter, `ties` the groups of names that are one tensor.
     """
 
     sites: Mapping[str, Site]
     modules: Mapping[str, str]
     aliases: Mapping[str, str]
+    parameters: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
     ties: tuple[tuple[str, ...], ...]
     model_type: str | None
     output_embedding: str | None
@@ -98,16 +99,23 @@ def index_sites(model: nn.Module) -> SiteIndex:
             continue
         modules[fqn] = type(module).__name__
         found.append((fqn, module, parent))
-    ties = _ties(model)
+    named = list(model.named_parameters(remove_duplicate=False))
+    ties = _ties(named)
     tied = {name: group for group in ties for name in group}
     sites: dict[str, Site] = {}
     for fqn, module, parent in found:
         site = _site(fqn, module, parent, tied)
         if site is not None:
             sites[fqn] = site
-    config = transformers_config(model)
+    parameters = {id(p): (name, tuple(p.shape), p.dtype) for name, p in reversed(named)}
     return SiteIndex(
-        sites, modules, aliases, ties, getattr(config, "model_type", None), _output_embedding(model, first)
+        sites=sites,
+        modules=modules,
+        aliases=aliases,
+        parameters=tuple(reversed(parameters.values())),
+        ties=ties,
+        model_type=getattr(transformers_config(model), "model_type", None),
+        output_embedding=_output_embedding(model, first),
     )
 
 
@@ -143,10 +151,10 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]
         stack.extend((parameter_name(fqn, name), child, module) for name, child in reversed(children))
 
 
-def _ties(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+def _ties(named: Sequence[tuple[str, nn.Parameter]]) -> tuple[tuple[str, ...], ...]:
     """Groups of parameter names that share one tensor, or one storage in the same way."""
     groups: dict[Any, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
+    for name, parameter in named:
         groups.setdefault(_identity(parameter), []).append(name)
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 

@@ -1,9 +1,9 @@
 """Making a plan: match every adapter's spec, let the rules declare, add up."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import torch
 from torch import nn
 
 from peftc.architectures import families
@@ -47,12 +47,12 @@ def make_plan(
     edits += [_save(name, model, fqn) for name, found in matches.items() for fqn in found.saved]
     order = {fqn: position for position, fqn in enumerate(index.modules)}
     edits.sort(key=lambda edit: order[edit.site])
-    trained = tuple(t for name, found in matches.items() for t in _trained(name, found, model, index))
+    trained = tuple(t for name, found in matches.items() for t in _trained(name, found, index))
     described = _with_roles({**sites, **{fqn: _whole(model, fqn) for fqn in saved - touched}}, index)
     plan = Plan(
         model=type(model).__name__,
         capture=level,
-        fingerprint=fingerprint(model, index),
+        fingerprint=fingerprint(index),
         adapters={name: found.spec for name, found in matches.items()},
         sites={fqn: described[fqn] for fqn in order if fqn in described},
         edits=tuple(edits),
@@ -62,7 +62,7 @@ def make_plan(
         ties=index.ties,
         cautions=_cautions([*sites.values()], edits),
         autocast_adapter_dtype=autocast_adapter_dtype,
-        costs=_costs(model, edits, trained),
+        costs=_costs(index, edits, trained),
     )
     return plan, regions
 
@@ -140,7 +140,7 @@ def _whole(model: nn.Module, fqn: str) -> Site:
     )
 
 
-def _trained(adapter: str, found: Match, model: nn.Module, index: SiteIndex) -> list[TrainedTensor]:
+def _trained(adapter: str, found: Match, index: SiteIndex) -> list[TrainedTensor]:
     """The biases that `bias` trains in place: those of the adapted sites, or every parameter called bias."""
     mode = found.spec.trained_biases
     if mode == "none":
@@ -148,12 +148,12 @@ def _trained(adapter: str, found: Match, model: nn.Module, index: SiteIndex) -> 
     adapted = {site.bias for site in found.sites}
     saved = tuple(f"{fqn}." for fqn in found.saved)
     biases: list[TrainedTensor] = []
-    for name, parameter in model.named_parameters():
+    for name, shape, dtype in index.parameters:
         if name.rpartition(".")[2] != "bias" or name.startswith(saved):
             continue
         if mode == "all" or name in adapted:
             key = name.removesuffix("bias") + "base_layer.bias" if name in adapted else name
-            biases.append(TrainedTensor(name, adapter, tuple(parameter.shape), dtype_name(parameter.dtype), key))
+            biases.append(TrainedTensor(name, adapter, shape, dtype_name(dtype), key))
     return biases
 
 
@@ -209,20 +209,20 @@ def _cautions(sites: Sequence[Site], edits: Sequence[Edit]) -> tuple[str, ...]:
     )
 
 
-def _costs(model: nn.Module, edits: Sequence[Edit], trained: Sequence[TrainedTensor]) -> Costs:
+def _costs(index: SiteIndex, edits: Sequence[Edit], trained: Sequence[TrainedTensor]) -> Costs:
     """Totals; a tensor that is shared counts once."""
     added = [param for edit in edits for param in edit.params]
-    base = list(model.parameters())
+    base = [(math.prod(shape), dtype) for _, shape, dtype in index.parameters]
     count = sum(param.numel for param in added if param.trainable)
     gradient = sum(param.numel * dtype_of(param.dtype).itemsize for param in added if param.trainable)
     for tensor in trained:
-        numel = torch.Size(tensor.shape).numel()
+        numel = math.prod(tensor.shape)
         count += numel
         gradient += numel * dtype_of(tensor.dtype).itemsize
     return Costs(
         trainable=count,
-        total=sum(parameter.numel() for parameter in base) + sum(param.numel for param in added),
-        weight_bytes=sum(parameter.numel() * parameter.element_size() for parameter in base)
+        total=sum(numel for numel, _ in base) + sum(param.numel for param in added),
+        weight_bytes=sum(numel * dtype.itemsize for numel, dtype in base)
         + sum(param.numel * dtype_of(param.dtype).itemsize for param in added),
         gradient_bytes=gradient,
         adam_bytes=8 * count,

@@ -72,7 +72,7 @@ def _copy(self: nn.Module) -> nn.Module:
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     new = _restore(self, {})
     memo[id(self)] = new
-    new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+    new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
     return new
 
 

