@@ -4,7 +4,7 @@ import functools
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
@@ -16,7 +16,7 @@ GROUP = "peftc.architectures"
 
 
 def _targets(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownArgumentType,reportUnknownVariableType]
+    return tuple(cast(list[Any], value)) if isinstance(value, list) else value
 
 
 Targets = Annotated[tuple[str, ...] | str, BeforeValidator(_targets)]

@@ -13,14 +13,13 @@ from torch import Tensor, fx, nn
 from peftc.checkpoint import adapter_state_dict, load_state, locate, read_spec, read_tensors, save_adapter
 from peftc.errors import AdapterError, MergeError, PlanError, nearest
 from peftc.graph.region import Capture, call, parameters_of
-from peftc.graph.sites import transformers_config
 from peftc.merge import forget, merge, unmerge
 from peftc.plan import Plan, make_plan
-from peftc.plan.text import span
 from peftc.registry import spec_classes
 from peftc.rewrite import program as rewrite
 from peftc.rewrite.program import Program
 from peftc.specs import AdapterSpec, load_spec
+from peftc.view.text import span
 
 OnUnmatched = Literal["error", "warn"]
 
@@ -283,21 +282,7 @@ class CompiledModel(fx.GraphModule):
         self._require(names)
         for name in names:
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            config = self._config(self.plan.adapters[name])
-            save_adapter(folder, config, self.adapter_state_dict(name), _card(config))
-
-    def _config(self, spec: AdapterSpec) -> dict[str, Any]:
-        """The spec as saved: for inference, with the base model's name, and its class where no task says it."""
-        config = {**spec.to_dict(), "inference_mode": True}
-        base_config = transformers_config(self.base)
-        if config["base_model_name_or_path"] is None and base_config is not None:
-            config["base_model_name_or_path"] = base_config.name_or_path or None
-        if config["task_type"] is None and config["auto_mapping"] is None and base_config is not None:
-            cls = type(self.base)
-            original = getattr(cls, "code_object", None)
-            cls = cls if original is None else original.original
-            config["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
-        return config
+            save_adapter(folder, self.program, name)
 
     @classmethod
     def from_pretrained(
@@ -417,11 +402,3 @@ def _require_same(planned: Plan, made: Plan) -> None:
                 f"the plan does not hold for this {made.model}: its {name} differs. Make a new plan, or change the spec"
                 " instead of the plan. From the plan to this model:\n" + "\n".join(lines[:10]) + more
             )
-
-
-def _card(config: Mapping[str, Any]) -> str:
-    base = config["base_model_name_or_path"]
-    lines = ["---", "library_name: peft", *([f"base_model: {base}"] if base else []), "tags:", "- peftc"]
-    lines += [f"- {str(config['peft_type']).lower()}", "---", "", "# Adapter", ""]
-    lines += [f"A {config['peft_type']} adapter{f' for `{base}`' if base else ''}. Load it with peftc or PEFT:", ""]
-    return "\n".join([*lines, "```python", 'model = peftc.load(base_model, "path/to/this/folder")', "```", ""])

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from peftc.graph.sites import Site
 from peftc.rule import Constant, Param, Rule
 from peftc.specs import LoraConfig
-from peftc_rules.lora_init import from_weight, init_names, orthogonal, starts_from_weight
+
+from .lora_init import from_weight, init_names, orthogonal, starts_from_weight
 
 
 class _Lora(Rule[LoraConfig]):

@@ -91,7 +91,15 @@ _SIZES: dict[str, Any] = {
         "num_attention_heads": 4,
         "vocab_size": 64,
     },
-    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": 64, "decoder_start_token_id": 0},
+    "t5": {
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "vocab_size": 64,
+        "decoder_start_token_id": 0,
+    },
     "vit": {
         "hidden_size": 32,
         "intermediate_size": 48,

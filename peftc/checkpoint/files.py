@@ -71,7 +71,7 @@ def read_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tenso
         raise CheckpointError(f"{pickle}: can't be read with weights_only=True: {error}") from None
 
 
-def save_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
+def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
     """Write one adapter: every file under another name first, then renamed, the config last; modes as umask says.
 
     Raises CheckpointError if the folder can't be written; files that were there are then still whole.

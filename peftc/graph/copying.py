@@ -80,7 +80,7 @@ def _alias(parameter: nn.Parameter, clone: bool) -> nn.Parameter:
     if type(parameter) is nn.Parameter:
         return nn.Parameter(data, requires_grad=False)
     alias = torch.Tensor._make_subclass(type(parameter), data, False)
-    alias.__dict__.update(parameter.__dict__)
+    vars(alias).update(vars(parameter))
     return alias
 
 

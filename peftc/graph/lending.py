@@ -42,9 +42,9 @@ def _uses(parent: type[nn.Module]) -> dict[str, tuple[bool, bool]]:
     if parent in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
         return uses
     for name, method in inspect.getmembers(parent, inspect.isfunction):
-        if name in _SETUP or name.startswith(_SETUP_PREFIXES) or name in nn.Module.__dict__:
-            if name != "forward":
-                continue
+        setup = name in _SETUP or name.startswith(_SETUP_PREFIXES) or name in nn.Module.__dict__
+        if setup and name != "forward":
+            continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
         except (OSError, TypeError, SyntaxError, IndentationError):

@@ -8,7 +8,7 @@ import inspect
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import fx, nn
@@ -113,10 +113,10 @@ def _alike(module: nn.Module) -> Any | None:
     parts: list[Any] = [type(module), tuple((name, value is None) for name, value in module._parameters.items())]
     parts.append(tuple(module._buffers))
     for name, value in state.items():
-        plain = tuple(value) if isinstance(value, list) else value  # pyright: ignore[reportUnknownVariableType,reportUnknownArgumentType]
+        plain = tuple(cast(list[Any], value)) if isinstance(value, list) else value
         if not isinstance(plain, int | float | str | tuple | None | torch.dtype | torch.device):
             return None
-        parts.append((name, repr(plain)))  # pyright: ignore[reportUnknownArgumentType]
+        parts.append((name, repr(plain)))
     return tuple(parts)
 
 
@@ -186,8 +186,8 @@ def call(graph: fx.Graph, target: str, parameters: list[inspect.Parameter]) -> f
         # Generated code can't spell such a default; let the module fill it in.
         parameters = parameters_of(lambda *args, **kwargs: None)
     args: list[fx.Node] = []
-    kwargs: dict[str, fx.Node] = {}
-    spread: dict[str, fx.Node] = {}
+    kwargs: dict[str, Any] = {}
+    spread: dict[str, Any] = {}
     by_position = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
     for parameter in parameters:
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedParameter
 
 from peftc.graph.lending import Lending, lending
 
@@ -133,8 +133,8 @@ def _output_embedding(model: nn.Module, first: Mapping[int, str]) -> str | None:
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel):
         return None
-    head = model.get_output_embeddings()  # pyright: ignore[reportUnknownMemberType,reportUnknownVariableType]
-    return first.get(id(head)) if head is not None else None  # pyright: ignore[reportUnknownArgumentType]
+    head = cast(Any, model).get_output_embeddings()
+    return first.get(id(head)) if head is not None else None
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
@@ -196,7 +196,7 @@ def _site(fqn: str, module: nn.Module, parent: nn.Module | None, tied: Mapping[s
 
 
 def _refusal(module: nn.Module, weight: nn.Parameter | None, lent: Lending, parent: nn.Module | None) -> str | None:
-    if isinstance(weight, UninitializedTensorMixin):
+    if isinstance(weight, UninitializedParameter):
         return "its weight has no shape yet: run the model once on an example input first"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is TorchScript, whose code can't be rewritten: load the model as Python"
@@ -230,7 +230,7 @@ def _form(module: nn.Module) -> _Form | None:
             return kind, (module.in_channels, module.out_channels), "out_in", module.kernel_size, module.groups
     pytorch_utils = sys.modules.get("transformers.pytorch_utils")
     if pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D):
-        rows, columns = cast("tuple[int, int]", tuple(module.weight.shape))
+        rows, columns = cast("tuple[int, int]", module.get_parameter("weight").shape)
         return "linear", (rows, columns), "in_out", (), 1
     return _quantised(module)
 

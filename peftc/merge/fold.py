@@ -1,6 +1,6 @@
 """Fold and unfold.
 
-A merge computes every new tensor first and exchanges them after: the originals are kept, never written to, so undoing is
+A merge computes every new tensor first and exchanges them after: originals are kept, never written to, so undoing is
 putting them back and nothing can be half merged. Weights are computed in float64 (float32 for half precision, and on
 devices without float64) over all adapters of a site, and rounded once.
 """
@@ -170,7 +170,7 @@ def _exchange(program: Program, item: Folded) -> None:
     module = program.base.get_submodule(owner)
     parameter = module._parameters.get(leaf)
     if parameter is None:
-        program.journal.merged[item.name] = module._buffers[leaf]  # pyright: ignore[reportArgumentType]
+        program.journal.merged[item.name] = module.get_buffer(leaf)
         module._buffers[leaf] = item.value
         return
     partner = _partner(program, item.name, parameter)

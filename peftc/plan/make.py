@@ -84,7 +84,9 @@ def _edit(adapter: str, spec: AdapterSpec, site: Site, opaque: bool, autocast: b
             f" than one {site.kind} op, so there is no op to adapt. Leave it out (exclude_modules)."
         )
     params = rule.params(spec, site)
-    dtype = "float32" if (autocast and site.dtype in _HALF) or not dtype_of(site.dtype).is_floating_point else site.dtype
+    dtype = (
+        "float32" if (autocast and site.dtype in _HALF) or not dtype_of(site.dtype).is_floating_point else site.dtype
+    )
     return Edit(
         site=site.fqn,
         adapter=adapter,
@@ -115,7 +117,7 @@ def _save(adapter: str, model: nn.Module, fqn: str) -> Edit:
     """modules_to_save: a copy of every parameter of module `fqn`, trained, and of every persistent buffer."""
     module = model.get_submodule(fqn)
     trained = dict(module.named_parameters())
-    tensors = {name: tensor for name, tensor in {**trained, **dict(module.named_buffers())}.items()}
+    tensors = {**trained, **dict(module.named_buffers())}
     persistent = module.state_dict(keep_vars=True)
     params = tuple(
         PlannedParam(name, name, tuple(t.shape), dtype_name(t.dtype), "copy", name in trained and t.is_floating_point())

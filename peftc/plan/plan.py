@@ -6,23 +6,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import networkx as nx
 from pydantic import TypeAdapter, ValidationError
 
 from peftc.errors import PeftcError, PlanError
 from peftc.graph.region import Capture
 from peftc.graph.sites import Site
-from peftc.plan.text import render
 from peftc.registry import spec_classes
 from peftc.rule import Constant, Slot
 from peftc.specs import AdapterSpec, load_spec
+from peftc.view.diff import difference
+from peftc.view.network import Network, network
+from peftc.view.text import render
 
 VERSION = 1
 
 
 @dataclass(frozen=True)
 class PlannedParam:
-    """A tensor that an edit adds: its name in the rule, its checkpoint key at the site, shape, dtype and start."""
+    """A tensor that an edit adds: name in the rule, checkpoint key at the site, shape, dtype and start."""
 
     name: str
     key: str
@@ -67,7 +68,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class TrainedTensor:
-    """A tensor of the base model that is trained in place, on a copy (a bias): its name, shape, dtype, checkpoint key."""
+    """A tensor of the base model that is trained in place, on a copy (a bias): name, shape, dtype, checkpoint key."""
 
     name: str
     adapter: str
@@ -154,11 +155,10 @@ class Plan:
         """The plan that `to_json` wrote. Raises PlanError if the text is no plan of this version."""
         try:
             data: Any = json.loads(text)
-            if not isinstance(data, dict) or data.get("version") != VERSION:  # pyright: ignore[reportUnknownMemberType]
+            if not isinstance(data, dict) or data.get("version") != VERSION:
                 raise PlanError(f"plan: version {VERSION} expected; print a new plan with this peftc")
-            specs: dict[str, Any] = data["adapters"]
             known = spec_classes()
-            data["adapters"] = {name: load_spec(spec, known) for name, spec in specs.items()}
+            data["adapters"] = {name: load_spec(spec, known) for name, spec in data["adapters"].items()}
             fields = _fields()
             return cls(**{name: fields[name].validate_python(value) for name, value in data.items()})
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValidationError) as error:
@@ -169,40 +169,12 @@ class Plan:
             raise PlanError(f"plan: {error}") from None
 
     def diff(self, other: "Plan") -> str:
-        """What `other` has that this plan has not (`+`), lacks (`-`), or has otherwise (`~`); empty if they are equal."""
-        lines: list[str] = []
-        for name in ("model", "capture", "fingerprint", "autocast_adapter_dtype", "costs", "ties", "cautions"):
-            ours, theirs = getattr(self, name), getattr(other, name)
-            if ours != theirs:
-                lines.append(f"~ {name}: {ours} → {theirs}")
-        for label, ours, theirs in (
-            ("spec", self.adapters, other.adapters),
-            ("site", self.sites, other.sites),
-            ("edit", _by_place(self), _by_place(other)),
-            ("trained", {t.name: t for t in self.trained}, {t.name: t for t in other.trained}),
-            ("miss", {str(m): m for m in self.misses}, {str(m): m for m in other.misses}),
-            ("conflict", {str(c): c for c in self.conflicts}, {str(c): c for c in other.conflicts}),
-        ):
-            lines += _diff(label, ours, theirs)
-        return "\n".join(lines)
+        """What `other` has and this plan lacks (`+`), the reverse (`-`), and what differs (`~`); empty if they are equal."""
+        return difference(self, other)
 
-    def to_networkx(self) -> nx.MultiDiGraph:
+    def to_networkx(self) -> Network:
         """Sites and the modules that contain them as nodes, with edges of `relation` contains, tie and conflict."""
-        graph: nx.MultiDiGraph = nx.MultiDiGraph(model=self.model, fingerprint=self.fingerprint)
-        for fqn, site in self.sites.items():
-            edits = [f"{edit.adapter}:{edit.rule}" for edit in self.edits if edit.site == fqn]
-            _contain(graph, fqn)
-            graph.nodes[fqn].update(site=True, kind=site.kind, role=site.role, layer=site.layer, edits=edits)
-        for group in self.ties:
-            owners = [name.rpartition(".")[0] for name in group]
-            for owner in owners:
-                _contain(graph, owner)
-            for first, second in zip(owners, owners[1:], strict=False):
-                graph.add_edge(first, second, relation="tie", parameters=group)
-        for conflict in self.conflicts:
-            _contain(graph, conflict.site)
-            graph.add_edge(conflict.site, conflict.site, relation="conflict", reason=conflict.reason)
-        return graph
+        return network(self)
 
 
 def _fields() -> dict[str, TypeAdapter[Any]]:
@@ -223,37 +195,3 @@ def _fields() -> dict[str, TypeAdapter[Any]]:
         "version": int,
     }
     return {name: TypeAdapter(kind) for name, kind in types.items()}
-
-
-def _by_place(plan: Plan) -> dict[tuple[str, str, str], Edit]:
-    return {(edit.site, edit.adapter, edit.rule): edit for edit in plan.edits}
-
-
-def _diff(label: str, ours: Mapping[Any, Any], theirs: Mapping[Any, Any]) -> list[str]:
-    lines = [f"- {label} {_key(key)}" for key in ours if key not in theirs]
-    lines += [f"+ {label} {_key(key)}" for key in theirs if key not in ours]
-    for key in ours:
-        if key in theirs and ours[key] != theirs[key]:
-            old, new = _as_dict(ours[key]), _as_dict(theirs[key])
-            changed = [name for name in old if old[name] != new.get(name)]
-            lines.append(f"~ {label} {_key(key)}: " + ", ".join(f"{n} {old[n]} → {new.get(n)}" for n in changed))
-    return lines
-
-
-def _key(key: Any) -> str:
-    return " ".join(str(part) for part in key) if isinstance(key, tuple) else str(key)  # pyright: ignore[reportUnknownArgumentType,reportUnknownVariableType]
-
-
-def _as_dict(value: Any) -> dict[str, Any]:
-    return value.to_dict() if isinstance(value, AdapterSpec) else dataclasses.asdict(value)
-
-
-def _contain(graph: "nx.MultiDiGraph", fqn: str) -> None:
-    """Add module `fqn` and the modules around it."""
-    parent = ""
-    graph.add_node("")
-    for part in fqn.split("."):
-        child = f"{parent}.{part}" if parent else part
-        if not graph.has_edge(parent, child, key="contains"):
-            graph.add_edge(parent, child, key="contains", relation="contains")
-        parent = child

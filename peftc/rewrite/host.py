@@ -26,9 +26,10 @@ class Opaque(nn.Module):
         self.__dict__["patched"] = patched
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.patched is not None:
-            return self.patched(*args, **kwargs)
-        return type(self.host).code_object.original.forward(self.host, *args, **kwargs)
+        patched, host = self.__dict__["patched"], self.__dict__["host"]
+        if patched is not None:
+            return patched(*args, **kwargs)
+        return original_class(host).forward(host, *args, **kwargs)
 
 
 class Code:
@@ -83,7 +84,7 @@ def _restore(like: nn.Module, state: dict[str, Any]) -> nn.Module:
 
 
 def _reduce(self: nn.Module) -> Any:
-    return _new_host, (type(self).code_object,), self.__getstate__()  # pyright: ignore
+    return _new_host, (vars(type(self))["code_object"],), self.__getstate__()
 
 
 def _new_host(code: Code) -> nn.Module:

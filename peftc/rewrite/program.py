@@ -153,7 +153,7 @@ def extend(program: Program, plan: Plan, regions: tuple[Region, ...], adapters: 
 
 
 def activate(program: Program, names: Iterable[str], trainable: bool = True) -> None:
-    """Make `names` the active adapters: their edits spliced in load order, their parameters trainable, others frozen."""
+    """Make `names` the active adapters: edits spliced in load order, their parameters trainable, all others frozen."""
     chosen = set(names)
     order = [name for name in program.plan.adapters if name in chosen]
     emit(program, [name for name in order if name not in program.merged])
@@ -339,7 +339,8 @@ def _initialise(edit: Edit, tensors: Mapping[str, Tensor], weight: nn.Parameter 
         return
     site = plan.sites[edit.site]
     rule = find_rule(plan.adapters[edit.adapter], site)
-    assert rule is not None and weight is not None  # the rule's check() asks for a weight
+    assert rule is not None, site
+    assert weight is not None, "the rule's check() asks for a weight"
     shapes = {param.name: param.shape for param in own}
     values = rule.initialise(canonical(weight.detach(), site).float(), shapes, Bound(edit.constants))
     for param in own:

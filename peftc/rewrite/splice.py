@@ -6,9 +6,11 @@ gives the same function: with f₀ the site's op, edit k makes fₖ(x) = output(
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import fx
+from torch.fx.proxy import GraphAppendingTracer, TraceError
 from torch.nn import functional as F
 
 from peftc.errors import RuleError
@@ -58,7 +60,7 @@ def _splice_site(graph: fx.Graph, node: fx.Node, anchor: Anchor, edits: Sequence
     form = OP_FORMS.get(node.target)
     place = form.x if form is not None else None
     first: fx.Node = operand(node, place) if place is not None else call_input(graph, node)
-    tracer = fx.proxy.GraphAppendingTracer(graph)
+    tracer = GraphAppendingTracer(graph)
     # Inputs from the outside in: the last edit sees the raw x, the op what all of them have made of it.
     seen: list[fx.Node] = []
     x = first
@@ -97,7 +99,7 @@ def _path(site: str, name: str) -> str:
 
 
 def _apply(
-    active: Active, slot: str, tracer: fx.proxy.TracerBase, node: fx.Node, site: str, x: fx.Node, *y: fx.Node
+    active: Active, slot: str, tracer: GraphAppendingTracer, node: fx.Node, site: str, x: fx.Node, *y: fx.Node
 ) -> fx.Node:
     """Trace one slot function into the graph at the insertion point, with x in the adapter's dtype."""
     rule = active.rule
@@ -109,7 +111,7 @@ def _apply(
         own = own.to(dtype)
     try:
         result = getattr(rule, slot)(own, *(fx.Proxy(node, tracer) for node in y), p)
-    except (fx.proxy.TraceError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (TraceError, TypeError, AttributeError, RuntimeError, ValueError) as error:
         raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}.{slot}) does not trace: {error}") from error
     if not isinstance(result, fx.Proxy):
         raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}.{slot}) returns {type(result).__name__}, no tensor")
@@ -118,12 +120,12 @@ def _apply(
     return result.node
 
 
-def _cast(tracer: fx.proxy.TracerBase, y: fx.Node, like: fx.Node) -> fx.Node:
+def _cast(tracer: GraphAppendingTracer, y: fx.Node, like: fx.Node) -> fx.Node:
     """y in the dtype of the op's own output, whatever the adapter's."""
     return fx.Proxy(y, tracer).to(fx.Proxy(like, tracer).dtype).node
 
 
-def _bind(active: Active, tracer: fx.proxy.TracerBase, node: fx.Node, site: str) -> tuple[Bound, Any]:
+def _bind(active: Active, tracer: GraphAppendingTracer, node: fx.Node, site: str) -> tuple[Bound, Any]:
     """The rule's `p` for tracing, and the dtype of the adapter."""
     edit, graph = active.edit, node.graph
 
@@ -132,9 +134,13 @@ def _bind(active: Active, tracer: fx.proxy.TracerBase, node: fx.Node, site: str)
 
     def dropout(name: str, probability: float) -> Any:
         if probability == 0:
-            return lambda x: x  # pyright: ignore[reportUnknownLambdaType,reportUnknownVariableType]
+            return _same
         target = _path(site, f"{name}.{edit.adapter}")
-        return lambda x: fx.Proxy(graph.call_module(target, (x.node,)), tracer)  # pyright: ignore[reportUnknownLambdaType,reportUnknownMemberType]
+
+        def call(x: fx.Proxy) -> fx.Proxy:
+            return fx.Proxy(graph.call_module(target, (x.node,)), tracer)
+
+        return call
 
     values: dict[str, Any] = {param.name: attribute(param.key) for param in edit.params}
     dtype = values[edit.params[0].name].dtype
@@ -153,9 +159,14 @@ def _site_op(node: fx.Node) -> Any:
     if form is None or form.kind == "linear":
         return F.linear
     if form.kind == "embedding":
-        options = dict(node.kwargs)
-        return lambda x, weight: F.embedding(x, weight, **{k: v for k, v in options.items() if k != "max_norm"})  # pyright: ignore
+        # max_norm would renormalise the adapter's weight in place.
+        options: dict[str, Any] = {name: value for name, value in node.kwargs.items() if name != "max_norm"}
+        return partial(F.embedding, **options)
     conv = _POINTWISE[form.kind]
     geometry = dict(zip(_CONV_ARGS, node.args[3:], strict=False))
     geometry.update({name: node.kwargs[name] for name in _CONV_ARGS if name in node.kwargs})
-    return lambda x, weight, **changed: conv(x, weight, None, **{**geometry, **changed})  # pyright: ignore
+    return partial(conv, **geometry)
+
+
+def _same(x: fx.Proxy) -> fx.Proxy:
+    return x

@@ -72,7 +72,7 @@ class AdapterSpec(BaseModel):
     # Fields PEFT writes that only inform.
     informative: ClassVar[frozenset[str]] = frozenset({"peft_version"})
 
-    peft_type: str
+    peft_type: Any
     task_type: TaskType | None = None
     auto_mapping: dict[str, Any] | None = None
     base_model_name_or_path: str | None = None

@@ -99,7 +99,10 @@ FAULTS: dict[str, tuple[Any, str]] = {
         lambda t: t.update({"base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight": torch.ones(2, 32)}),
         r"1 unexpected: .*k_proj\.lora_A\.weight\. Nearest to .*: .*_proj\.lora_A\.weight",
     ),
-    "shape": (lambda t: t.update({next(iter(t)): torch.ones(3, 3)}), r"the file has shape \(3, 3\), the model \(2, 32\)"),
+    "shape": (
+        lambda t: t.update({next(iter(t)): torch.ones(3, 3)}),
+        r"the file has shape \(3, 3\), the model \(2, 32\)",
+    ),
     "nan": (lambda t: next(iter(t.values())).fill_(float("nan")), "holds NaN or Inf"),
     "integers": (lambda t: t.update({next(iter(t)): torch.ones(2, 32, dtype=torch.int8)}), "a floating-point tensor"),
 }
@@ -149,7 +152,7 @@ def test_where_there_is_no_adapter(tmp_path: Path) -> None:
         peftc.load(tiny("llama"), tmp_path)
     saved(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
-    with pytest.raises(peftc.CheckpointError, match="holds no adapter_model.safetensors"):
+    with pytest.raises(peftc.CheckpointError, match=r"holds no adapter_model\.safetensors"):
         peftc.load(tiny("llama"), tmp_path)
 
 
@@ -192,7 +195,9 @@ def test_an_embedding_that_peft_saved_along(tmp_path: Path) -> None:
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "orthogonal"])
 def test_special_inits_reload_to_the_same_function(init: str, tmp_path: Path) -> None:
     model, ids = Everything().eval(), token_ids()
-    compiled = peftc.compile(model, peftc.LoraConfig(target_modules=["linear", "transposed"], r=4, init_lora_weights=init))
+    compiled = peftc.compile(
+        model, peftc.LoraConfig(target_modules=["linear", "transposed"], r=4, init_lora_weights=init)
+    )
     torch.testing.assert_close(compiled(ids), model(ids))
     with torch.no_grad():
         compiled.base.linear.lora_A.default.weight.add_(0.1)

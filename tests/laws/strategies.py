@@ -60,7 +60,9 @@ def _module(kind: str, draw: Any, fan_in: int, fan_out: int) -> tuple[nn.Module,
         "dilation": draw(st.integers(1, 2)),
         "padding_mode": draw(st.sampled_from(["zeros", "circular"])),
     }
-    return cls(fan_in, fan_out, draw(st.integers(1, 2)), bias=bias, **options), torch.randn(2, fan_in, *[5] * dimensions)
+    return cls(fan_in, fan_out, draw(st.integers(1, 2)), bias=bias, **options), torch.randn(
+        2, fan_in, *[5] * dimensions
+    )
 
 
 @st.composite

@@ -35,7 +35,7 @@ def test_an_overflow_of_the_dtype_is_refused() -> None:
     compiled = perturb(peftc.compile(Everything().half(), peftc.LoraConfig(target_modules=["linear"], r=2)))
     with torch.no_grad():
         compiled.base.linear.lora_B.default.weight.fill_(1e5)
-    with pytest.raises(peftc.MergeError, match="over the range of torch.float16"):
+    with pytest.raises(peftc.MergeError, match=r"over the range of torch\.float16"):
         compiled.merge_adapter()
 
 

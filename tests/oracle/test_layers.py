@@ -11,7 +11,16 @@ from torch import nn
 
 import peftc
 from tests.models import Everything, Net, tiny, token_ids
-from tests.oracle.compare import FLOAT64, SEVERAL_LAYERS, TOLERANCE, assert_close, assert_same_function, first_tensor, randomise, to_peft
+from tests.oracle.compare import (
+    FLOAT64,
+    SEVERAL_LAYERS,
+    TOLERANCE,
+    assert_close,
+    assert_same_function,
+    first_tensor,
+    randomise,
+    to_peft,
+)
 
 LAYERS = ["embed", "linear", "transposed", "conv1d", "conv2d", "conv3d"]
 
@@ -34,7 +43,11 @@ IA3_LAYERS = ["linear", "transposed", "conv2d", "conv3d"]
 IA3: dict[str, dict[str, Any]] = {
     "output": {"target_modules": IA3_LAYERS, "feedforward_modules": []},
     "input": {"target_modules": IA3_LAYERS, "feedforward_modules": IA3_LAYERS},
-    "mixed": {"target_modules": IA3_LAYERS, "feedforward_modules": ["transposed", "conv2d"], "modules_to_save": ["head"]},
+    "mixed": {
+        "target_modules": IA3_LAYERS,
+        "feedforward_modules": ["transposed", "conv2d"],
+        "modules_to_save": ["head"],
+    },
     "regex": {"target_modules": r"(linear|conv3d)", "feedforward_modules": r"lin.*"},
 }
 
@@ -116,10 +129,10 @@ def test_residual_inits_equal_peft(init: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("autocast", [True, False])
 def test_half_precision_bases_equal_peft(dtype: torch.dtype, autocast: bool, tmp_path: Path) -> None:
     model = tiny("llama").to(dtype)
-    compiled = peftc.compile(
-        model, peftc.LoraConfig(r=4, target_modules="all-linear"), autocast_adapter_dtype=autocast
+    compiled = peftc.compile(model, peftc.LoraConfig(r=4, target_modules="all-linear"), autocast_adapter_dtype=autocast)
+    assert compiled.base.model.layers[0].mlp.up_proj.lora_A.default.weight.dtype == (
+        torch.float32 if autocast else dtype
     )
-    assert compiled.base.model.layers[0].mlp.up_proj.lora_A.default.weight.dtype == (torch.float32 if autocast else dtype)
     randomise(compiled)
     compiled.save_pretrained(tmp_path)
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path, autocast_adapter_dtype=autocast).eval()
@@ -134,7 +147,9 @@ def test_several_adapters_equal_peft(tmp_path: Path) -> None:
     model = Everything().eval()
     specs = {
         "default": peftc.LoraConfig(r=4, target_modules=["linear", "conv2d"], modules_to_save=["head"]),
-        "second": peftc.LoraConfig(r=2, lora_alpha=5, target_modules=["linear", "transposed"], modules_to_save=["head"]),
+        "second": peftc.LoraConfig(
+            r=2, lora_alpha=5, target_modules=["linear", "transposed"], modules_to_save=["head"]
+        ),
     }
     compiled = peftc.compile(model, specs)
     randomise(compiled)

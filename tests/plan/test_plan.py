@@ -11,7 +11,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftc
-from peftc.plan.text import ranges, render, span
+from peftc.view.text import ranges, render, span
 from tests.laws.strategies import snapshot
 from tests.models import Everything, Net, tiny
 
@@ -36,7 +36,8 @@ def golden_plans() -> dict[str, peftc.Plan]:
     seventy = meta_llama(80, 8192, 28672, dtype=torch.bfloat16).to(torch.bfloat16)
     return {
         "llama70b": peftc.plan(
-            seventy, peftc.LoraConfig(r=16, lora_alpha=32, target_modules=SEVEN, rank_pattern={r"\b[0-3]\..*down_proj": 8})
+            seventy,
+            peftc.LoraConfig(r=16, lora_alpha=32, target_modules=SEVEN, rank_pattern={r"\b[0-3]\..*down_proj": 8}),
         ),
         "misses": peftc.plan(
             tiny("bert", "AutoModelForSequenceClassification"),
@@ -200,7 +201,9 @@ def test_shorthands_are_resolved_and_replayed() -> None:
     assert peftc.compile(model, peftc.Plan.from_json(plan.to_json())).plan == plan
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 99}', '{"version": 1}', '{"version": 1, "adapters": {}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", '{"version": 99}', '{"version": 1}', '{"version": 1, "adapters": {}}']
+)
 def test_what_is_no_plan(text: str) -> None:
     with pytest.raises(peftc.PlanError):
         peftc.Plan.from_json(text)

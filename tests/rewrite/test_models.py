@@ -267,7 +267,8 @@ class TestOpaque:
 
     def test_parametrised_and_weight_normed_linears(self) -> None:
         model = nn.Sequential(
-            nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.utils.parametrizations.orthogonal(nn.Linear(4, 4))
+            nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)),
+            nn.utils.parametrizations.orthogonal(nn.Linear(4, 4)),
         )
         x = torch.randn(2, 4)
         compiled = peftc.compile(model, lora("0", "1"))

@@ -77,8 +77,12 @@ def test_autocast(capture: Any) -> None:
 def test_torch_compile_fullgraph(spec: str) -> None:
     torch.compiler.reset()
     specs: dict[str, peftc.AdapterSpec] = {
-        "lora": peftc.LoraConfig(target_modules=["embed", "linear", "transposed", "conv2d"], r=4, init_lora_weights=False),
-        "ia3": peftc.IA3Config(target_modules=["linear", "conv2d"], feedforward_modules=["linear"], init_ia3_weights=False),
+        "lora": peftc.LoraConfig(
+            target_modules=["embed", "linear", "transposed", "conv2d"], r=4, init_lora_weights=False
+        ),
+        "ia3": peftc.IA3Config(
+            target_modules=["linear", "conv2d"], feedforward_modules=["linear"], init_ia3_weights=False
+        ),
         "saved": peftc.LoraConfig(target_modules=["linear"], modules_to_save=["head"], init_lora_weights=False),
     }
     compiled = peftc.compile(Everything().eval(), specs[spec])
@@ -167,7 +171,9 @@ def test_calls_pass_everything_on() -> None:
             super().__init__()
             self.fc = nn.Linear(2, 2)
 
-        def forward(self, x: Any, /, y: Any = 1, *more: Any, act: Any = torch.relu, flag: bool = False, **rest: Any) -> Any:
+        def forward(
+            self, x: Any, /, y: Any = 1, *more: Any, act: Any = torch.relu, flag: bool = False, **rest: Any
+        ) -> Any:
             return act(self.fc(x)) * y, more, flag, rest
 
     model = Odd()

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 def render(plan: "Plan", width: int | None = None) -> str:
     """The plan as text of at most `width` columns (default: the terminal's, at least 100)."""
     width = width or max(100, shutil.get_terminal_size((120, 24)).columns)
-    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=width, color_system=None, highlight=False)
     console.print(Text(_title(plan), style="bold"), soft_wrap=True)
     if plan.edits:
         console.print(_table(plan))
@@ -30,8 +31,7 @@ def render(plan: "Plan", width: int | None = None) -> str:
         for position, line in enumerate(lines):
             grid.add_row(Text(label if position == 0 else ""), Text(line))
         console.print(grid)
-    text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue,reportUnknownMemberType,reportUnknownVariableType]
-    return "\n".join(line.rstrip() for line in str(text).rstrip().split("\n"))  # pyright: ignore[reportUnknownArgumentType]
+    return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().split("\n"))
 
 
 def _title(plan: "Plan") -> str:

@@ -1,0 +1,48 @@
+"""A plan as a networkx graph."""
+
+from itertools import pairwise
+from typing import TYPE_CHECKING, TypeAlias
+
+import networkx as nx
+
+if TYPE_CHECKING:
+    from peftc.plan.plan import Plan
+
+Network: TypeAlias = "nx.MultiDiGraph[str]"
+
+
+def network(plan: "Plan") -> Network:
+    """Nodes: modules by fqn, down to the sites (`site=True`, `kind`, `role`, `layer`, `edits`).
+
+    Edges, by their `relation`: `contains` (module to child), `tie` (between modules that share a tensor, `parameters`
+    names it) and `conflict` (from the contested module to itself, with the `reason`).
+    """
+    graph: Network = nx.MultiDiGraph(model=plan.model, fingerprint=plan.fingerprint)
+    edits: dict[str, list[str]] = {}
+    for edit in plan.edits:
+        edits.setdefault(edit.site, []).append(f"{edit.adapter}:{edit.rule}")
+    for fqn, site in plan.sites.items():
+        _contain(graph, fqn)
+        facts = {"kind": site.kind, "role": site.role, "layer": site.layer, "edits": edits.get(fqn, [])}
+        graph.add_node(fqn, site=True, **facts)
+    for group in plan.ties:
+        owners = [name.rpartition(".")[0] for name in group]
+        for owner in owners:
+            _contain(graph, owner)
+        for first, second in pairwise(owners):
+            graph.add_edge(first, second, relation="tie", parameters=group)
+    for conflict in plan.conflicts:
+        _contain(graph, conflict.site)
+        graph.add_edge(conflict.site, conflict.site, relation="conflict", reason=conflict.reason)
+    return graph
+
+
+def _contain(graph: Network, fqn: str) -> None:
+    """Add module `fqn` and the modules around it."""
+    parent = ""
+    graph.add_node("")
+    for part in fqn.split(".") if fqn else ():
+        child = f"{parent}.{part}" if parent else part
+        if not graph.has_edge(parent, child, key="contains"):
+            graph.add_edge(parent, child, key="contains", relation="contains")
+        parent = child
