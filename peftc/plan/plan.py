@@ -169,7 +169,7 @@ class Plan:
             raise PlanError(f"plan: {error}") from None
 
     def diff(self, other: "Plan") -> str:
-        """What `other` has and this plan lacks (`+`), the reverse (`-`), and what differs (`~`); empty if they are equal."""
+        """What `other` has and this plan lacks (`+`), the reverse (`-`), what differs (`~`); empty if they are equal."""
         return difference(self, other)
 
     def to_networkx(self) -> Network:

@@ -15,7 +15,7 @@ from tests.laws.strategies import DTYPES, Case, Wrapped, assert_unchanged, cases
 
 ZERO_IA3 = peftc.IA3Config(target_modules=["site"], feedforward_modules=[])
 
-laws = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+laws = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @laws
@@ -166,9 +166,9 @@ def test_both_captures_give_the_same_function(case: Case) -> None:
 
 
 @laws
-@given(cases((torch.float32,), ("LORA",)), st.integers(1, 3))
-def test_adapters_compose_in_load_order(case: Case, rank: int) -> None:
-    """LoRA and IA3 on one site, in either order: folding in load order gives the spliced function."""
+@given(cases((torch.float32,), ("LORA",)), st.integers(1, 3), st.permutations(["first", "scaled", "last", "outer"]))
+def test_adapters_compose_in_load_order(case: Case, rank: int, order: list[str]) -> None:
+    """LoRA and IA3 on one site, in any order: folding in load order gives the spliced function."""
     if case.compile().plan.sites["inner.site"].kind == "embedding":
         return
     specs = {
@@ -177,6 +177,7 @@ def test_adapters_compose_in_load_order(case: Case, rank: int) -> None:
         "last": peftc.LoraConfig(target_modules=["site"], r=rank),
         "outer": peftc.IA3Config(target_modules=["site"], feedforward_modules=[]),
     }
+    specs = {name: specs[name] for name in order}
     compiled = peftc.compile(case.model.double(), specs, capture=case.capture)
     with torch.no_grad():
         for name in specs:

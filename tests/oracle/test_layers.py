@@ -61,6 +61,7 @@ def test_lora_equals_peft(fields: dict[str, Any], dtype: torch.dtype, tmp_path: 
     theirs = to_peft(compiled, model, tmp_path)
     assert_same_function(compiled, theirs, {"ids": token_ids()}, _tolerance(fields, dtype))
     _assert_reads_back(theirs, model, compiled, tmp_path)
+    _assert_merges(compiled)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
@@ -72,6 +73,21 @@ def test_ia3_equals_peft(fields: dict[str, Any], dtype: torch.dtype, tmp_path: P
     theirs = to_peft(compiled, model, tmp_path)
     assert_same_function(compiled, theirs, {"ids": token_ids()}, _tolerance(fields, dtype))
     _assert_reads_back(theirs, model, compiled, tmp_path)
+    _assert_merges(compiled)
+
+
+def _assert_merges(compiled: peftc.CompiledModel) -> None:
+    """Folding gives the function that equals peft's; where that is refused, the plan has said so."""
+    ids = token_ids()
+    y = compiled(ids)
+    if any(edit.unmergeable for edit in compiled.plan.edits):
+        with pytest.raises(peftc.MergeError):
+            compiled.merge_adapter()
+        return
+    compiled.merge_adapter()
+    assert_close(compiled(ids), y, "merged", 1e-5 if y.dtype == torch.float32 else FLOAT64)
+    compiled.unmerge_adapter()
+    assert torch.equal(compiled(ids), y)
 
 
 def _tolerance(fields: dict[str, Any], dtype: torch.dtype) -> float:

@@ -1,7 +1,6 @@
 """Plans: what they say, what they miss, how they print, and that they hold for one model only."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +81,11 @@ def test_generated_code_is_golden() -> None:
         assert text + "\n" == (GOLDEN / f"code_{capture}.txt").read_text()
 
 
-def test_planning_405b_takes_less_than_a_second() -> None:
-    model = meta_llama(126, 16384, 53248)
-    start = time.process_time()
-    plan = peftc.plan(model, peftc.LoraConfig(target_modules=SEVEN))
+def test_planning_reads_no_weights() -> None:
+    """A shape of 405 billion parameters has none to read; benchmarks/compile.py times it."""
+    plan = peftc.plan(meta_llama(126, 16384, 53248), peftc.LoraConfig(target_modules=SEVEN))
     assert len(plan.edits) == 126 * 7
-    # CPU time of this process: what the machine's other work can't lengthen.
-    assert time.process_time() - start < 1
+    assert plan.costs.total > 400e9
 
 
 def test_planning_changes_nothing() -> None:
