@@ -17,6 +17,7 @@ from peftc.merge import forget, merge, unmerge
 from peftc.plan import Plan, make_plan
 from peftc.registry import spec_classes
 from peftc.rewrite import program as rewrite
+from peftc.rewrite.attach import check_names
 from peftc.rewrite.program import Program
 from peftc.specs import AdapterSpec, load_spec
 from peftc.view.text import span
@@ -135,10 +136,12 @@ class CompiledModel(fx.GraphModule):
         Raises MergeError while merged.
         """
         self._require_unmerged("disable_adapter")
-        rewrite.emit(self.program, [])
+        before, self.program.enabled = self.program.enabled, False
+        rewrite.emit(self.program, self.program.active)
         try:
             yield
         finally:
+            self.program.enabled = before
             rewrite.emit(self.program, self.program.active)
 
     def add_adapter(self, adapter_name: str, peft_config: Any, *, on_unmatched: OnUnmatched = "error") -> None:
@@ -193,8 +196,12 @@ class CompiledModel(fx.GraphModule):
         with rewrite.parked(self.program) as base:
             plan, regions = self._plan({**self.plan.adapters, name: spec})
             rewrite.require_applicable(plan, on_unmatched)
-            rewrite.check_names(base, plan, [name])
-        rewrite.extend(self.program, plan, regions, [name])
+            check_names(base, plan, [name])
+        try:
+            rewrite.extend(self.program, plan, regions, [name])
+        except BaseException:
+            self._shrink(name)
+            raise
         rewrite.activate(self.program, active)
 
     def _shrink(self, name: str) -> None:

@@ -17,7 +17,8 @@ from peftc.graph.sites import parameter_name, transformers_config
 from peftc.plan import Edit
 from peftc.plan.make import MODULES_TO_SAVE
 from peftc.registry import find_rule
-from peftc.rewrite.program import Program, canonical, emit, tensor_slots
+from peftc.rewrite.attach import canonical
+from peftc.rewrite.program import Program, emit, tensor_slots
 from peftc.rule import Bound
 
 

@@ -1,25 +1,24 @@
 """The rewritten model and its journal, and the one mutator: build, activate, remove, undo."""
 
 import copy
-import re
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
-from peftc.errors import AdapterError, ConflictError, NoMatchError
+from peftc.errors import ConflictError, NoMatchError
 from peftc.graph.copying import structural_copy
-from peftc.graph.region import OPAQUE, Anchor, Region
-from peftc.graph.sites import Site, dtype_of, parameter_name
+from peftc.graph.region import Anchor, Region
+from peftc.graph.sites import parameter_name
 from peftc.plan import Edit, Plan
 from peftc.plan.make import MODULES_TO_SAVE
 from peftc.registry import find_rule
+from peftc.rewrite.attach import attach, check_names, containers, detach
 from peftc.rewrite.host import Code, install, original_class, uninstall
 from peftc.rewrite.splice import Active, splice
-from peftc.rule import Bound, Rule, fill, live_name
+from peftc.rule import Rule, live_name
 
 
 @dataclass
@@ -47,6 +46,7 @@ class Program:
     regions: tuple[Region, ...]
     active: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
+    enabled: bool = True
     journal: Journal = field(default_factory=Journal)
     owners: dict[str, nn.Module] = field(default_factory=dict)
     codes: dict[Any, Code] = field(default_factory=dict)
@@ -139,12 +139,8 @@ def extend(program: Program, plan: Plan, regions: tuple[Region, ...], adapters: 
     program.variants.clear()
     _close_fast_paths(program, program.find_owners())
     for edit in plan.edits:
-        if edit.adapter not in adapters:
-            continue
-        if edit.rule == MODULES_TO_SAVE:
-            _attach_copy(program.owners[edit.site], edit)
-        else:
-            _attach(program.owners[edit.site], edit, plan)
+        if edit.adapter in adapters:
+            attach(program.owners[edit.site], edit, plan)
     for tensor in plan.trained:
         if tensor.adapter in adapters:
             parameter = program.base.get_parameter(tensor.name)
@@ -156,7 +152,7 @@ def activate(program: Program, names: Iterable[str], trainable: bool = True) -> 
     """Make `names` the active adapters: edits spliced in load order, their parameters trainable, all others frozen."""
     chosen = set(names)
     order = [name for name in program.plan.adapters if name in chosen]
-    emit(program, [name for name in order if name not in program.merged])
+    emit(program, order)
     program.active = tuple(order)
     learning = {n for n in order if trainable and not program.plan.adapters[n].inference_mode}
     for edit in program.plan.edits:
@@ -170,8 +166,10 @@ def activate(program: Program, names: Iterable[str], trainable: bool = True) -> 
 def emit(program: Program, names: Sequence[str]) -> None:
     """Let every host run its region with the edits of `names` spliced in; without any it is its old self again.
 
-    All codes are made before the first host is changed, so a rule that does not trace changes nothing.
+    None is while the program is disabled. All codes are made before the first host is changed, so a rule that does not
+    trace changes nothing.
     """
+    names = names if program.enabled else []
     owners: dict[str, list[Edit]] = {}
     for edit in program.plan.edits:
         owners.setdefault(edit.site, []).append(edit)
@@ -228,10 +226,11 @@ def remove(program: Program, adapter: str) -> None:
     """Take an inactive adapter off: its parameters, and the biases it trained."""
     for edit in program.plan.edits:
         if edit.adapter == adapter:
-            _detach(program.owners[edit.site], edit)
+            detach(program.owners[edit.site], edit)
     for tensor in program.plan.trained:
-        if tensor.adapter == adapter:
-            _restore_data(program.base.get_parameter(tensor.name), program.journal.tensors.pop(tensor.name))
+        original = program.journal.tensors.pop(tensor.name, None) if tensor.adapter == adapter else None
+        if original is not None:
+            _restore_data(program.base.get_parameter(tensor.name), original)
 
 
 def undo(program: Program) -> nn.Module:
@@ -262,7 +261,7 @@ def parked(program: Program) -> Generator[nn.Module]:
     codes = [(module, getattr(type(module), "code_object", None), region) for module, region in hosts]
     for module, _, _ in codes:
         uninstall(module)
-    owners = [(program.owners[edit.site], first) for edit in program.plan.edits for first in _children(edit)]
+    owners = [(program.owners[edit.site], first) for edit in program.plan.edits for first in containers(edit)]
     children = [(module, first, module._modules.pop(first)) for module, first in owners if first in module._modules]
     try:
         yield base
@@ -272,111 +271,6 @@ def parked(program: Program) -> Generator[nn.Module]:
         for module, code, region in codes:
             if code is not None:
                 install(module, code, region.source.opaque)
-
-
-def check_names(model: nn.Module, plan: Plan, adapters: Iterable[str]) -> None:
-    """Refuse adapter names that can't be part of a parameter's name, and sites that have such a child already."""
-    for name in adapters:
-        if not re.fullmatch(r"[A-Za-z0-9_\-]+", name) or name in dir(nn.ModuleDict) or name in dir(nn.ParameterDict):
-            raise AdapterError(
-                f"adapter name {name!r}: it becomes part of parameter names; use letters, digits, '_' and '-'"
-                " (and no method name of nn.ModuleDict)"
-            )
-    modules = dict(model.named_modules())
-    for edit in plan.edits:
-        module = modules[edit.site]
-        for first in _children(edit):
-            if first in module._modules or first in module._parameters or first in module.__dict__:
-                raise AdapterError(
-                    f"{edit.site}: has a child {first!r} already. A compiled or PEFT model can't be compiled again:"
-                    " use add_adapter, or unload it first."
-                )
-
-
-def _children(edit: Edit) -> list[str]:
-    """The names of the containers that an edit adds to its site."""
-    if edit.rule == MODULES_TO_SAVE:
-        return [MODULES_TO_SAVE]
-    used = [name for name, probability in edit.dropouts.items() if probability > 0]
-    return list(dict.fromkeys([*(param.key.partition(".")[0] for param in edit.params), *used]))
-
-
-def _attach(module: nn.Module, edit: Edit, plan: Plan) -> None:
-    """Create the parameters and dropouts of `edit` on its module, initialised as the rule says."""
-    weight = module._parameters.get("weight")
-    device = weight.device if weight is not None else torch.device(plan.sites[edit.site].device)
-    tensors = {
-        param.name: torch.empty(param.shape, dtype=dtype_of(param.dtype), device=device) for param in edit.params
-    }
-    if device.type != "meta":
-        _initialise(edit, tensors, weight, plan)
-    for param in edit.params:
-        first, dot, rest = param.key.partition(".")
-        parameter = nn.Parameter(tensors[param.name], requires_grad=False)
-        if dot:
-            holders = module._modules.setdefault(first, nn.ModuleDict())
-            assert isinstance(holders, nn.ModuleDict)
-            if edit.adapter not in holders:
-                holders[edit.adapter] = nn.Module()
-            holders[edit.adapter].register_parameter(rest, parameter)
-        else:
-            parameters = module._modules.setdefault(first, nn.ParameterDict())
-            assert isinstance(parameters, nn.ParameterDict)
-            parameters[edit.adapter] = parameter
-    for name, probability in edit.dropouts.items():
-        if probability > 0:
-            dropouts = module._modules.setdefault(name, nn.ModuleDict())
-            assert isinstance(dropouts, nn.ModuleDict)
-            dropouts[edit.adapter] = nn.Dropout(probability).train(module.training)
-
-
-def _initialise(edit: Edit, tensors: Mapping[str, Tensor], weight: nn.Parameter | None, plan: Plan) -> None:
-    own = [param for param in edit.params if param.init == "rule"]
-    for param in edit.params:
-        if param.init != "rule":
-            fill(tensors[param.name], param.init)
-    if not own:
-        return
-    site = plan.sites[edit.site]
-    rule = find_rule(plan.adapters[edit.adapter], site)
-    assert rule is not None, site
-    assert weight is not None, "the rule's check() asks for a weight"
-    shapes = {param.name: param.shape for param in own}
-    values = rule.initialise(canonical(weight.detach(), site).float(), shapes, Bound(edit.constants))
-    for param in own:
-        tensors[param.name].copy_(values[param.name])
-
-
-def canonical(weight: Tensor, site: Site) -> Tensor:
-    """`weight` as rules see it, (out, in, *kernel): a view, transposed where the site stores it so."""
-    return weight.T if site.layout == "in_out" else weight
-
-
-def _attach_copy(module: nn.Module, edit: Edit) -> None:
-    """A real copy of `module`, as it was before any rewrite, for `edit` to train."""
-    cls = type(module)
-    others = module._modules.pop(MODULES_TO_SAVE, None)
-    opaque = module.__dict__.pop(OPAQUE, None)
-    module.__class__ = original_class(module)
-    try:
-        fresh = copy.deepcopy(module)
-    finally:
-        module.__class__ = cls
-        if opaque is not None:
-            module.__dict__[OPAQUE] = opaque
-    copies = others if isinstance(others, nn.ModuleDict) else nn.ModuleDict()
-    copies[edit.adapter] = fresh
-    module._modules[MODULES_TO_SAVE] = copies
-
-
-def _detach(module: nn.Module, edit: Edit) -> None:
-    for first in _children(edit):
-        container = module._modules.get(first)
-        if isinstance(container, nn.ModuleDict | nn.ParameterDict):
-            if edit.adapter in container:
-                del container[edit.adapter]
-            if not len(container):
-                del module._modules[first]
 
 
 # Flags that these classes ask before taking their fused inference path, which reads weights and skips spliced ops.

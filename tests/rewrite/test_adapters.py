@@ -113,3 +113,40 @@ def test_a_bias_trained_by_one_is_given_back() -> None:
         compiled.base.conv1d.bias.add_(1)
     compiled.delete_adapter("default")
     assert torch.equal(compiled.base.conv1d.bias, model.conv1d.bias)
+
+
+def test_disabling_nests_and_survives_errors_and_switching() -> None:
+    compiled = two()
+    ids = token_ids()
+    y = {name: (compiled.set_adapter(name), compiled(ids))[1] for name in ("b", "a")}
+    base = Everything()
+    base.load_state_dict({k: v for k, v in compiled.base.state_dict().items() if k in base.state_dict()})
+    plain = base.eval()(ids)
+    with compiled.disable_adapter():
+        with pytest.raises(RuntimeError, match="inside"), compiled.disable_adapter():
+            raise RuntimeError("inside")
+        assert torch.equal(compiled(ids), plain)
+        compiled.set_adapter("b")
+        assert torch.equal(compiled(ids), plain)
+    assert torch.equal(compiled(ids), y["b"])
+
+
+def test_an_addition_that_fails_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from peftc.rewrite import program
+
+    compiled = two()
+    before, y = snapshot(compiled), compiled(token_ids())
+    real, calls = program.attach, []
+
+    def failing(*args: object) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            raise MemoryError("half way")
+        real(*args)  # pyright: ignore
+
+    monkeypatch.setattr(program, "attach", failing)
+    with pytest.raises(MemoryError):
+        compiled.add_adapter("c", peftc.LoraConfig(target_modules=["linear", "conv1d", "conv3d"]))
+    assert_unchanged(compiled, before)
+    assert list(compiled.peft_config) == ["a", "b"]
+    assert torch.equal(compiled(token_ids()), y)

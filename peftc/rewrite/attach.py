@@ -1,0 +1,125 @@
+"""Putting an adapter's tensors on the modules of its sites, and taking them off."""
+
+import copy
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peftc.errors import AdapterError
+from peftc.graph.region import OPAQUE
+from peftc.graph.sites import Site, dtype_of
+from peftc.plan import Edit, Plan
+from peftc.plan.make import MODULES_TO_SAVE
+from peftc.registry import find_rule
+from peftc.rewrite.host import original_class
+from peftc.rule import Bound, fill
+
+
+def check_names(model: nn.Module, plan: Plan, adapters: Iterable[str]) -> None:
+    """Refuse adapter names that can't be part of a parameter's name, and sites that have such a child already."""
+    for name in adapters:
+        if not re.fullmatch(r"[A-Za-z0-9_\-]+", name) or name in dir(nn.ModuleDict) or name in dir(nn.ParameterDict):
+            raise AdapterError(
+                f"adapter name {name!r}: it becomes part of parameter names; use letters, digits, '_' and '-'"
+                " (and no method name of nn.ModuleDict)"
+            )
+    modules = dict(model.named_modules())
+    for edit in plan.edits:
+        module = modules[edit.site]
+        for first in containers(edit):
+            if first in module._modules or first in module._parameters or first in module.__dict__:
+                raise AdapterError(
+                    f"{edit.site}: has a child {first!r} already. A compiled or PEFT model can't be compiled again:"
+                    " use add_adapter, or unload it first."
+                )
+
+
+def containers(edit: Edit) -> list[str]:
+    """The names of the containers that an edit adds to its site."""
+    if edit.rule == MODULES_TO_SAVE:
+        return [MODULES_TO_SAVE]
+    used = [name for name, probability in edit.dropouts.items() if probability > 0]
+    return list(dict.fromkeys([*(param.key.partition(".")[0] for param in edit.params), *used]))
+
+
+def attach(module: nn.Module, edit: Edit, plan: Plan) -> None:
+    """Create the parameters and dropouts of `edit` on its module, initialised as the rule says; or its trained copy."""
+    if edit.rule == MODULES_TO_SAVE:
+        _attach_copy(module, edit)
+        return
+    weight = module._parameters.get("weight")
+    device = weight.device if weight is not None else torch.device(plan.sites[edit.site].device)
+    tensors = {
+        param.name: torch.empty(param.shape, dtype=dtype_of(param.dtype), device=device) for param in edit.params
+    }
+    if device.type != "meta":
+        _initialise(edit, tensors, weight, plan)
+    for param in edit.params:
+        first, dot, rest = param.key.partition(".")
+        parameter = nn.Parameter(tensors[param.name], requires_grad=False)
+        if dot:
+            holders = module._modules.setdefault(first, nn.ModuleDict())
+            assert isinstance(holders, nn.ModuleDict)
+            if edit.adapter not in holders:
+                holders[edit.adapter] = nn.Module()
+            holders[edit.adapter].register_parameter(rest, parameter)
+        else:
+            parameters = module._modules.setdefault(first, nn.ParameterDict())
+            assert isinstance(parameters, nn.ParameterDict)
+            parameters[edit.adapter] = parameter
+    for name, probability in edit.dropouts.items():
+        if probability > 0:
+            dropouts = module._modules.setdefault(name, nn.ModuleDict())
+            assert isinstance(dropouts, nn.ModuleDict)
+            dropouts[edit.adapter] = nn.Dropout(probability).train(module.training)
+
+
+def _initialise(edit: Edit, tensors: Mapping[str, Tensor], weight: nn.Parameter | None, plan: Plan) -> None:
+    own = [param for param in edit.params if param.init == "rule"]
+    for param in edit.params:
+        if param.init != "rule":
+            fill(tensors[param.name], param.init)
+    if not own:
+        return
+    site = plan.sites[edit.site]
+    rule = find_rule(plan.adapters[edit.adapter], site)
+    assert rule is not None, site
+    assert weight is not None, "the rule's check() asks for a weight"
+    shapes = {param.name: param.shape for param in own}
+    values = rule.initialise(canonical(weight.detach(), site).float(), shapes, Bound(edit.constants))
+    for param in own:
+        tensors[param.name].copy_(values[param.name])
+
+
+def canonical(weight: Tensor, site: Site) -> Tensor:
+    """`weight` as rules see it, (out, in, *kernel): a view, transposed where the site stores it so."""
+    return weight.T if site.layout == "in_out" else weight
+
+
+def _attach_copy(module: nn.Module, edit: Edit) -> None:
+    """A real copy of `module`, as it was before any rewrite, for `edit` to train."""
+    cls = type(module)
+    others = module._modules.pop(MODULES_TO_SAVE, None)
+    opaque = module.__dict__.pop(OPAQUE, None)
+    module.__class__ = original_class(module)
+    try:
+        fresh = copy.deepcopy(module)
+    finally:
+        module.__class__ = cls
+        if opaque is not None:
+            module.__dict__[OPAQUE] = opaque
+    copies = others if isinstance(others, nn.ModuleDict) else nn.ModuleDict()
+    copies[edit.adapter] = fresh
+    module._modules[MODULES_TO_SAVE] = copies
+
+
+def detach(module: nn.Module, edit: Edit) -> None:
+    for first in containers(edit):
+        container = module._modules.get(first)
+        if isinstance(container, nn.ModuleDict | nn.ParameterDict):
+            if edit.adapter in container:
+                del container[edit.adapter]
+            if not len(container):
+                del module._modules[first]
