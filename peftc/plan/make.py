@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from peftc.architectures import families
-from peftc.errors import CaptureError
+from peftc.errors import CaptureError, PlanError
 from peftc.graph.capture import capture
 from peftc.graph.fingerprint import fingerprint
 from peftc.graph.region import Capture, Region
@@ -65,6 +65,18 @@ def make_plan(
         costs=_costs(index, edits, trained),
     )
     return plan, regions
+
+
+def require_same(planned: Plan, made: Plan) -> None:
+    """Refuse a model whose plan is another one. Misses do not count: a shorthand is resolved in the plan."""
+    for name in ("model", "fingerprint", "sites", "edits", "trained", "autocast_adapter_dtype"):
+        if getattr(planned, name) != getattr(made, name):
+            lines = planned.diff(replace(made, misses=planned.misses)).split("\n")
+            more = f"\n… and {len(lines) - 10} more" if len(lines) > 10 else ""
+            raise PlanError(
+                f"the plan does not hold for this {made.model}: its {name} differs. Make a new plan, or change the spec"
+                " instead of the plan. From the plan to this model:\n" + "\n".join(lines[:10]) + more
+            )
 
 
 def _opaque(level: Capture, regions: Sequence[Region]) -> set[str]:

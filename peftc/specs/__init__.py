@@ -2,7 +2,7 @@
 
 from peftc.specs.base import AdapterSpec
 from peftc.specs.ia3 import IA3Config
-from peftc.specs.io import BUILTIN_SPECS, load_spec, spec_to_json
+from peftc.specs.io import BUILTIN_SPECS, load_spec, load_specs
 from peftc.specs.lora import LoraConfig
 
-__all__ = ["BUILTIN_SPECS", "AdapterSpec", "IA3Config", "LoraConfig", "load_spec", "spec_to_json"]
+__all__ = ["BUILTIN_SPECS", "AdapterSpec", "IA3Config", "LoraConfig", "load_spec", "load_specs"]

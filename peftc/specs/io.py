@@ -41,9 +41,13 @@ def load_spec(source: Any, known: Mapping[str, type[AdapterSpec]] = BUILTIN_SPEC
     )
 
 
-def spec_to_json(spec: AdapterSpec) -> str:
-    """The text of an `adapter_config.json`: sorted keys, two spaces."""
-    return json.dumps(spec.to_dict(), indent=2, sort_keys=True) + "\n"
+def load_specs(source: Any, adapter_name: str, known: Mapping[str, type[AdapterSpec]]) -> dict[str, AdapterSpec]:
+    """Spec by adapter name: `source` is one spec, for `adapter_name`, or a mapping of names to specs."""
+    if isinstance(source, Mapping) and "peft_type" not in source:
+        several = cast(Mapping[Any, Any], source)
+        if several and not any(name in AdapterSpec.model_fields for name in several):
+            return {str(name): load_spec(one, known) for name, one in several.items()}
+    return {adapter_name: load_spec(source, known)}
 
 
 def _read(file: Path) -> Mapping[str, Any]:
