@@ -4,7 +4,6 @@ import copy
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,13 +51,22 @@ class CompiledModel(fx.GraphModule):
             return getattr(self.base, name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
-        return CompiledModel(copy.deepcopy(self.program, memo))
+        new = CompiledModel(copy.deepcopy(self.program, memo))
+        new.__dict__.update(copy.deepcopy(self._own_state(), memo))
+        return new
 
     def __copy__(self) -> "CompiledModel":
-        return CompiledModel(self.program)
+        new = CompiledModel(self.program)
+        new.__dict__.update(self._own_state())
+        return new
 
     def __reduce__(self) -> Any:
-        return CompiledModel, (self.program,)
+        return CompiledModel, (self.program,), self._own_state()
+
+    def _own_state(self) -> dict[str, Any]:
+        """Attributes and hooks that were put on this model, beside what its constructor makes."""
+        made = CompiledModel(self.program).__dict__
+        return {name: v for name, v in self.__dict__.items() if name not in made or name.endswith("_hooks")}
 
     def __repr__(self) -> str:
         return nn.Module.__repr__(self)
@@ -126,13 +134,13 @@ class CompiledModel(fx.GraphModule):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         self._require(names)
         self._require_unmerged("set_adapter")
-        rewrite.activate(self.program, names)
+        rewrite.activate(self.program, names, names)
 
     @contextmanager
     def disable_adapter(self) -> Generator[None]:
         """A context in which the graphs are those of the base model: no adapter op, no cost.
 
-        Biases that an adapter trains in place (`bias="all"`) stay as they are, as documented for PEFT.
+        Unlike PEFT's, it takes trained biases (`bias="all"`) out as well, so the outputs are the base model's.
         Raises MergeError while merged.
         """
         self._require_unmerged("disable_adapter")
@@ -184,15 +192,17 @@ class CompiledModel(fx.GraphModule):
         self._require([adapter_name])
         self._require_unmerged("delete_adapter")
         left = [name for name in self.plan.adapters if name != adapter_name]
-        active = [name for name in self.program.active if name != adapter_name] or left[:1]
-        rewrite.activate(self.program, active)
+        active = [name for name in self.program.active if name != adapter_name]
+        rewrite.activate(self.program, active or left[:1], self.program.learning if active else left[:1])
         self._shrink(adapter_name)
 
     def _extend(self, name: str, spec: AdapterSpec, on_unmatched: OnUnmatched) -> None:
+        if self.program.unloaded:
+            raise AdapterError("the model was unloaded; compile it again to give it adapters")
         if name in self.plan.adapters:
             raise AdapterError(f"adapter {name!r} exists already; choose another name, or delete it first")
         self._require_unmerged("add_adapter")
-        active = self.program.active
+        active, learning = self.program.active, self.program.learning
         with rewrite.parked(self.program) as base:
             plan, regions = self._plan({**self.plan.adapters, name: spec})
             rewrite.require_applicable(plan, on_unmatched)
@@ -202,16 +212,16 @@ class CompiledModel(fx.GraphModule):
         except BaseException:
             self._shrink(name)
             raise
-        rewrite.activate(self.program, active)
+        rewrite.activate(self.program, active, learning)
 
     def _shrink(self, name: str) -> None:
         """Take an inactive adapter off, and plan what is left."""
         rewrite.remove(self.program, name)
-        active = self.program.active
+        active, learning = self.program.active, self.program.learning
         with rewrite.parked(self.program):
             plan, regions = self._plan({other: spec for other, spec in self.plan.adapters.items() if other != name})
         rewrite.extend(self.program, plan, regions, [])
-        rewrite.activate(self.program, active)
+        rewrite.activate(self.program, active, learning)
 
     def _plan(self, specs: Mapping[str, AdapterSpec]) -> Any:
         return make_plan(self.base, specs, self.plan.capture, self.plan.autocast_adapter_dtype)
@@ -229,14 +239,15 @@ class CompiledModel(fx.GraphModule):
 
     # --- merging -------------------------------------------------------------------------------------------------
 
-    def merge_adapter(self, adapter_names: Sequence[str] | None = None, *, untie: bool = False) -> None:
+    def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, *, untie: bool = False) -> None:
         """Fold adapters (default: the active ones) into the base weights; their ops leave the graphs.
 
         Each weight is computed in float64 (float32 for half precision) and rounded once; originals are kept, so
         `unmerge_adapter` is bit-exact. Raises MergeError, with nothing changed: NaN or Inf, a site without a fold, a
         tied weight (unless `untie`), or something merged already. AdapterError if one is unknown or not active.
         """
-        names = self.active_adapters if adapter_names is None else list(adapter_names)
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        names = self.active_adapters if names is None else list(names)
         self._require(names)
         merge(self.program, names, untie)
 
@@ -244,7 +255,7 @@ class CompiledModel(fx.GraphModule):
         """Put the original tensors back and the adapters' ops in again. Raises MergeError if nothing is merged."""
         unmerge(self.program)
 
-    def merge_and_unload(self, adapter_names: Sequence[str] | None = None, *, untie: bool = False) -> nn.Module:
+    def merge_and_unload(self, adapter_names: str | Sequence[str] | None = None, *, untie: bool = False) -> nn.Module:
         """Fold adapters (default: the active ones, or those merged already) and return the plain model.
 
         The returned model has the original's classes and no trace of peftc; biases that an adapter trained stay.
@@ -252,23 +263,29 @@ class CompiledModel(fx.GraphModule):
         """
         if not self.program.merged or adapter_names is not None:
             self.merge_adapter(adapter_names, untie=untie)
+        rewrite.require_unwrapped(self.program)
         forget(self.program)
-        self.program.journal.tensors.clear()
+        # What active adapters trained in place stays.
+        for name in self.program.journal.training:
+            self.program.journal.trained.pop(name)
+        self.program.journal.replaced.clear()
         return self._undo()
 
     def unload(self) -> nn.Module:
         """Remove every adapter and return the base: same classes, tensors, flags and outputs as the original.
 
-        With `inplace=True` it is the very model that was compiled. This CompiledModel has no adapters afterwards.
+        With `inplace=True` it is the very model that was compiled; else it shares its tensors with that one, so copy
+        it before training either. This CompiledModel has no adapters afterwards.
         """
         if self.program.merged:
             self.unmerge_adapter()
         return self._undo()
 
     def _undo(self) -> nn.Module:
+        rewrite.require_unwrapped(self.program)
         base = rewrite.undo(self.program)
-        nothing = {"adapters": {}, "sites": {}, "edits": (), "trained": (), "misses": (), "conflicts": ()}
-        self.__dict__["program"] = Program(base, replace(self.plan, **nothing), ())
+        empty, _ = make_plan(base, {}, self.plan.capture, self.plan.autocast_adapter_dtype)
+        self.__dict__["program"] = Program(base, empty, (), unloaded=True)
         return base
 
     # --- files ---------------------------------------------------------------------------------------------------

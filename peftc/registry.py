@@ -4,10 +4,10 @@ import functools
 import inspect
 from collections.abc import Mapping
 from importlib.metadata import entry_points
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from peftc.errors import RuleError
-from peftc.graph.sites import Site
+from peftc.graph.sites import Kind, Site
 from peftc.rule import Rule
 from peftc.specs import BUILTIN_SPECS, AdapterSpec
 
@@ -32,6 +32,8 @@ def register(rule: Rule[Any]) -> None:
 
 def unregister(rule: Rule[Any]) -> None:
     """Take a registered rule back."""
+    if rule not in _extra:
+        raise RuleError(f"{_where(rule)} is not registered")
     _extra.remove(rule)
     _table.cache_clear()
 
@@ -75,9 +77,14 @@ def _installed() -> tuple[Rule[Any], ...]:
 
 
 def _check(rule: Rule[Any]) -> None:
+    if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise RuleError(f"{rule!r} is not an instance of a Rule: register LoraLinear(), not LoraLinear")
     for attribute in ("name", "spec", "kinds"):
         if not getattr(rule, attribute, None):
             raise RuleError(f"{_where(rule)}: a rule must set {attribute!r}")
+    for kind in rule.kinds:
+        if kind not in get_args(Kind):
+            raise RuleError(f"{_where(rule)}: there is no kind {kind!r}; there are {', '.join(get_args(Kind))}")
 
 
 def _peft_type(rule: Rule[Any]) -> str:

@@ -30,14 +30,15 @@ class Param:
     `key`: its name in checkpoints, by default its name in the rule; the live name has the adapter's name after the
     first part (`lora_A.weight` is the parameter `lora_A.default.weight`). `trainable=False`: frozen; saved only if its
     `init` is `rule`, and a file without it leaves it as it was initialised.
-    `lookup=True`: indexed, not multiplied (counts no FLOPs).
+    `use` is for the FLOPs of the plan: a `matrix` is multiplied with (two per element and token), a `vector` scales or
+    is added (one), a `lookup` table is only indexed.
     """
 
     shape: tuple[int, ...]
     init: str = "zeros"
     key: str | None = None
     trainable: bool = True
-    lookup: bool = False
+    use: Literal["matrix", "vector", "lookup"] = "matrix"
 
 
 class Bound:
@@ -118,11 +119,35 @@ def live_name(key: str, adapter: str) -> str:
     return f"{first}.{adapter}{dot}{rest}"
 
 
-def known_init(init: str) -> bool:
-    """Whether `init` names an initialisation."""
-    return init in ("zeros", "ones", "normal", "kaiming_uniform", "rule") or bool(
-        re.fullmatch(r"normal:[\d.e-]+", init)
-    )
+_INITS = r"zeros|ones|kaiming_uniform|rule|normal(:[\d.e-]+)?"
+
+
+def validate(
+    rule: Rule[Any],
+    slot: str,
+    params: Mapping[str, Param],
+    constants: Mapping[str, Constant],
+    dropouts: Mapping[str, float],
+) -> None:
+    """Raise RuleError, naming the rule, if a declaration breaks the contract."""
+    keys = [param.key or name for name, param in params.items()]
+    names = [*params, *constants, *dropouts]
+    taken = {*dir(nn.Module()), "weight", "bias"}
+    wrong = [
+        *([f"slot {slot!r} is neither 'input' nor 'output'"] if slot not in ("input", "output") else []),
+        *([] if params else ["it declares no parameter"]),
+        *(f"{name!r} is declared twice" for name in dict.fromkeys(names) if names.count(name) > 1),
+        *(f"key {key!r} is used twice" for key in dict.fromkeys(keys) if keys.count(key) > 1),
+        *(f"key {key!r} has more than two parts" for key in keys if key.count(".") > 1),
+        *(f"{name!r} is a name that modules have" for name in [*keys, *dropouts] if name.partition(".")[0] in taken),
+        *(f"{n}: unknown init {p.init!r}" for n, p in params.items() if not re.fullmatch(_INITS, p.init)),
+        *(f"constant {n!r} is a {type(v).__name__}" for n, v in constants.items() if type(v) not in _PLAIN),
+    ]
+    if wrong:
+        raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}): {'; '.join(wrong)}")
+
+
+_PLAIN = (float, int, bool, str)
 
 
 def fill(tensor: Tensor, init: str) -> None:
@@ -139,9 +164,6 @@ def fill(tensor: Tensor, init: str) -> None:
 
 
 def flops_per_token(params: Mapping[str, Param]) -> int:
-    """Multiply-adds (two each) that a rule's parameters add per token, or per output position of a convolution."""
-    return sum(
-        2 * prod(param.shape) if len(param.shape) > 1 and min(param.shape[:2]) > 1 else prod(param.shape)
-        for param in params.values()
-        if not param.lookup
-    )
+    """The FLOPs that a rule's parameters add per token, or per output position of a convolution."""
+    each = {"matrix": 2, "vector": 1, "lookup": 0}
+    return sum(each[param.use] * prod(param.shape) for param in params.values())

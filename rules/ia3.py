@@ -27,7 +27,7 @@ class IA3Linear(_IA3):
 
     def params(self, spec: IA3Config, site: Site) -> dict[str, Param]:
         shape = (1, site.in_features) if spec.is_feedforward(site.fqn) else (site.out_features, 1)
-        return {"ia3_l": Param(shape, "ones" if spec.init_ia3_weights else "normal")}
+        return {"ia3_l": Param(shape, "ones" if spec.init_ia3_weights else "normal", use="vector")}
 
     def input(self, x: Tensor, p: Any) -> Tensor:
         return x * p.ia3_l.flatten()
@@ -50,7 +50,7 @@ class IA3Conv(_IA3):
     def params(self, spec: IA3Config, site: Site) -> dict[str, Param]:
         channels = site.in_features if spec.is_feedforward(site.fqn) else site.out_features
         shape = (1, channels, *(1 for _ in site.kernel_size))
-        return {"ia3_l": Param(shape, "ones" if spec.init_ia3_weights else "normal")}
+        return {"ia3_l": Param(shape, "ones" if spec.init_ia3_weights else "normal", use="vector")}
 
     def input(self, x: Tensor, p: Any) -> Tensor:
         return x * p.ia3_l[0]

@@ -41,7 +41,7 @@ class LoraLinear(_Lora):
         a, b = (r, site.in_features), (site.out_features, r)
         params = {"lora_A": Param(a, init[0], "lora_A.weight"), "lora_B": Param(b, init[1], "lora_B.weight")}
         if spec.lora_bias:
-            params["lora_B_bias"] = Param((site.out_features,), "zeros", "lora_B.bias")
+            params["lora_B_bias"] = Param((site.out_features,), "zeros", "lora_B.bias", use="vector")
         if starts_from_weight(spec):
             params["lora_A0"] = Param(a, "rule", trainable=False)
             params["lora_B0"] = Param(b, "rule", trainable=False)
@@ -101,7 +101,7 @@ class LoraEmbedding(_Lora):
     def params(self, spec: LoraConfig, site: Site) -> dict[str, Param]:
         r, random = spec.rank_for(site.fqn), spec.init_lora_weights is False
         return {
-            "lora_embedding_A": Param((r, site.in_features), "normal" if random else "zeros", lookup=True),
+            "lora_embedding_A": Param((r, site.in_features), "normal" if random else "zeros", use="lookup"),
             "lora_embedding_B": Param((site.out_features, r), "normal"),
         }
 
@@ -130,7 +130,7 @@ class LoraConv(_Lora):
             "lora_B": Param((site.out_features, r // site.groups, *ones), init[1], "lora_B.weight"),
         }
         if spec.lora_bias:
-            params["lora_B_bias"] = Param((site.out_features,), "zeros", "lora_B.bias")
+            params["lora_B_bias"] = Param((site.out_features,), "zeros", "lora_B.bias", use="vector")
         return params
 
     def constants(self, spec: LoraConfig, site: Site) -> dict[str, Constant]:

@@ -29,7 +29,7 @@ class Gated(Rule[GatedConfig]):
         return {
             "gated_u": Param((site.out_features, 1), "normal"),
             "gated_v": Param((1, site.in_features), "normal"),
-            "gated_g": Param((1,), "zeros"),
+            "gated_g": Param((1,), "zeros", use="vector"),
         }
 
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:

@@ -24,8 +24,17 @@ def adapter_state_dict(program: Program, adapter: str) -> dict[str, Tensor]:
                     state[PREFIX + parameter_name(edit.site, param.key)] = program.tensor(edit, param.key)
     for tensor in program.plan.trained:
         if tensor.adapter == adapter:
-            state[PREFIX + tensor.key] = program.base.get_parameter(tensor.name)
+            state[PREFIX + tensor.key] = _trained(program, tensor.name)
     return state
+
+
+def _trained(program: Program, name: str) -> Tensor:
+    """The value of a bias as its adapter trained it, whether that is in the model now, merged over, or put aside."""
+    journal = program.journal
+    under = {f"{owner}.{leaf}" if owner else leaf: old for owner, leaf, old in journal.merged}
+    if name in journal.training:
+        return under.get(name, program.base.get_parameter(name))
+    return journal.trained[name]
 
 
 def load_state(program: Program, adapter: str, tensors: Mapping[str, Tensor]) -> None:
@@ -35,17 +44,17 @@ def load_state(program: Program, adapter: str, tensors: Mapping[str, Tensor]) ->
     differs. Raises CheckpointError, with nothing copied, on missing, unexpected or mis-shaped keys, NaN or Inf.
     """
     own = adapter_state_dict(program, adapter)
-    given = {_renamed(key, own): value for key, value in tensors.items()}
-    optional = _optional(program, adapter)
+    given = {_renamed(key, own): value for key, value in tensors.items() if ".original_module." not in key}
+    optional, buffers = _optional(program, adapter), _buffers(program, adapter)
     missing = [key for key in own if key not in given and key not in optional]
     own = {key: target for key, target in own.items() if key in given or key not in optional}
     embeddings, unexpected = _split(program, [key for key in given if key not in own])
     if missing or unexpected:
         raise CheckpointError(_mismatch(adapter, missing, unexpected, own))
-    for key, name in embeddings.items():
-        _require_like(key, given[key], program.base.get_parameter(name))
-    for key, target in own.items():
+    for key, target in [*own.items(), *((k, program.base.get_parameter(name)) for k, name in embeddings.items())]:
         _require_like(key, given[key], target)
+        if key not in buffers:
+            _require_finite(key, given[key], target)
     with torch.no_grad():
         for key, target in own.items():
             target.copy_(given[key])
@@ -63,11 +72,26 @@ def _optional(program: Program, adapter: str) -> set[str]:
     }
 
 
+def _buffers(program: Program, adapter: str) -> set[str]:
+    """Keys of buffers of modules saved whole, which may hold infinities (masks)."""
+    return {
+        PREFIX + parameter_name(edit.site, param.key)
+        for edit in program.plan.edits
+        for param in edit.params
+        if edit.adapter == adapter and edit.rule == MODULES_TO_SAVE and not param.trainable
+    }
+
+
 def _renamed(key: str, own: Mapping[str, Tensor]) -> str:
     """Keys of older PEFT versions, and of modules_to_save and biases, which have had two spellings."""
     if key in own:
         return key
-    for old, new in ((f"{MODULES_TO_SAVE}.default.", ""), ("base_layer.bias", "bias"), (".bias", ".base_layer.bias")):
+    for old, new in (
+        (f"{MODULES_TO_SAVE}.default.", ""),
+        (f"{MODULES_TO_SAVE}.", ""),
+        ("base_layer.bias", "bias"),
+        (".bias", ".base_layer.bias"),
+    ):
         if old in key and key.replace(old, new) in own:
             return key.replace(old, new)
     return key
@@ -107,14 +131,17 @@ def _require_like(key: str, value: Tensor, target: Tensor) -> None:
         )
     if target.is_floating_point() and not value.is_floating_point():
         raise CheckpointError(f"{key}: the file has {value.dtype}, a floating-point tensor is expected")
-    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
-        raise CheckpointError(f"{key}: holds NaN or Inf; the adapter is broken")
+
+
+def _require_finite(key: str, value: Tensor, target: Tensor) -> None:
+    if value.is_floating_point() and not bool(torch.isfinite(value.to(target.dtype)).all()):
+        raise CheckpointError(f"{key}: holds NaN or Inf (as {target.dtype}); the adapter is broken")
 
 
 def _take_over(program: Program, name: str, value: Tensor) -> None:
     parameter = program.base.get_parameter(name)
     if parameter.device.type == "meta" or torch.equal(parameter.detach().to(value.dtype), value.to(parameter.device)):
         return
-    program.journal.tensors.setdefault(name, parameter.data)
+    program.journal.replaced.setdefault(name, parameter.data)
     parameter.data = value.to(device=parameter.device, dtype=parameter.dtype, copy=True)
     warnings.warn(f"{name}: the adapter brings its own, which replaces the base model's", stacklevel=4)

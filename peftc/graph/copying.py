@@ -2,43 +2,60 @@
 
 import copy
 from collections import OrderedDict
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
 from peftc.errors import CaptureError
+from peftc.graph.sites import is_lazy, is_quantised
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
     """A copy of the module structure (hooks, configs and plain attributes included) sharing the parameters' storage.
 
     Every parameter becomes a frozen alias, so neither `requires_grad` nor `.data` of the original is ever touched; tied
-    ones stay tied. Buffers are copied, because a forward may update them (batch norm), but for integer tables of two
-    or more dimensions (packed weights, masks), which are shared.
+    ones stay tied. Buffers are copied, because a forward may update them (batch norm), but for the packed weights of
+    quantised linears, which are shared.
 
     Raises CaptureError if a plain attribute can't be copied.
     """
     memo: dict[int, Any] = {}
-    for module in model.modules():
+    for fqn, module in model.named_modules():
+        if isinstance(module.__dict__.get("forward"), FunctionType):
+            # A plain function is not bound to the copy; it would go on calling the original.
+            raise CaptureError(
+                f"{fqn or type(model).__name__}: its forward was replaced by a function, which a copy would share with the"
+                " original. Compile with inplace=True, or replace it by a method (types.MethodType)."
+            )
         renormed = isinstance(module, nn.Embedding) and module.max_norm is not None
         for parameter in module._parameters.values():
-            if parameter is not None and id(parameter) not in memo:
+            if parameter is not None and id(parameter) not in memo and not is_lazy(parameter):
                 # An embedding with max_norm rewrites its own weight in forward, so that one can't be shared.
                 memo[id(parameter)] = _alias(parameter, clone=renormed)
-        for buffer in module._buffers.values():
-            if buffer is not None and id(buffer) not in memo and _is_table(buffer):
+        for buffer in module._buffers.values() if is_quantised(module) else ():
+            if buffer is not None and not buffer.is_floating_point():
                 memo[id(buffer)] = buffer
         for value in module.__dict__.values():
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach()
     try:
-        return _copy_module(model, memo)
+        return _own(_copy_module(model, memo), model)
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
         raise CaptureError(
             f"{type(model).__name__} can't be copied ({type(error).__name__}: {error}). Compile it with inplace=True;"
             " unload() then gives the very model back."
         ) from error
+
+
+def _own(new: nn.Module, model: nn.Module) -> nn.Module:
+    """`new`, if no module of it is one of the original's (whose class has its own idea of a copy)."""
+    originals = {id(module) for module in model.modules()}
+    shared = next((fqn for fqn, module in new.named_modules() if id(module) in originals), None)
+    if shared is not None:
+        raise TypeError(f"a copy of {shared!r} is that module itself")
+    return new
 
 
 def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
@@ -82,7 +99,3 @@ def _alias(parameter: nn.Parameter, clone: bool) -> nn.Parameter:
     alias = torch.Tensor._make_subclass(type(parameter), data, False)
     vars(alias).update(vars(parameter))
     return alias
-
-
-def _is_table(buffer: torch.Tensor) -> bool:
-    return buffer.dim() >= 2 and not buffer.is_floating_point() and not buffer.is_complex()

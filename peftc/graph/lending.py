@@ -11,9 +11,6 @@ import textwrap
 
 from torch import nn
 
-# Methods that set a module up read weights too, but compute nothing.
-_SETUP = ("__init__", "reset_parameters", "post_init", "extra_repr", "state_dict")
-_SETUP_PREFIXES = ("_init", "init_", "tie_", "_tie", "get_", "set_", "_load", "load_", "_save", "resize")
 # Reading these off a weight is not reading the weight.
 _FACTS = frozenset({"dtype", "device", "shape", "size", "ndim", "dim", "numel", "requires_grad", "is_cuda", "data_ptr"})
 
@@ -42,18 +39,30 @@ def _uses(parent: type[nn.Module]) -> dict[str, tuple[bool, bool]]:
     if parent in (nn.Sequential, nn.ModuleList, nn.ModuleDict):
         return uses
     for name, method in inspect.getmembers(parent, inspect.isfunction):
-        setup = name in _SETUP or name.startswith(_SETUP_PREFIXES) or name in nn.Module.__dict__
-        if setup and name != "forward":
+        if name != "forward" and (name in nn.Module.__dict__ or name in nn.Sequential.__dict__):
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(method)))
         except (OSError, TypeError, SyntaxError, IndentationError):
             continue
-        _collect(tree, uses)
+        _collect(tree, "forward" in name, uses)
+    if issubclass(parent, nn.Sequential | nn.ModuleList) or _is_dynamic(parent):
+        # Children may be called without being named.
+        return {child: (read, True) for child, (read, _) in uses.items()}
     return uses
 
 
-def _collect(tree: ast.AST, uses: dict[str, tuple[bool, bool]]) -> None:
+def _is_dynamic(parent: type[nn.Module]) -> bool:
+    """Whether the class reaches attributes by computed names."""
+    try:
+        source = inspect.getsource(parent)
+    except (OSError, TypeError):
+        return False
+    return any(way in source for way in ("getattr(self", "self._modules", "self.children(", "self.named_children("))
+
+
+def _collect(tree: ast.AST, runs: bool, uses: dict[str, tuple[bool, bool]]) -> None:
+    """Add the uses in one method; a weight that a method reads counts only if the method runs in a forward pass."""
     parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
     for node in ast.walk(tree):
         if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"):
@@ -63,7 +72,7 @@ def _collect(tree: ast.AST, uses: dict[str, tuple[bool, bool]]) -> None:
         if not isinstance(outer, ast.Attribute):
             other = True
         elif outer.attr in ("weight", "bias"):
-            read = read or not _is_fact(outer, parents)
+            read = read or (runs and not _is_fact(outer, parents))
         uses[node.attr] = (read, other)
 
 

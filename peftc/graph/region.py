@@ -4,6 +4,7 @@ Nothing here assumes that a site has a graph of its own: under `modules` capture
 `symbolic` one region, hosted by the model, holds them all.
 """
 
+import copy
 import inspect
 import operator
 from collections.abc import Callable, Mapping
@@ -39,6 +40,24 @@ OP_FORMS: Mapping[Any, OpForm] = {
     F.conv2d: OpForm("conv2d"),
     F.conv3d: OpForm("conv3d"),
 }
+# `input @ weight.T`, as Falcon's linears have it: a linear op if nothing (a bias) follows inside the module.
+MATMULS = (operator.matmul, torch.matmul)
+_MATMUL = OpForm("linear", weight=(1, "other"))
+
+
+def form_of(node: fx.Node) -> OpForm | None:
+    """The form of a site's op, or None if `node` is none."""
+    return _MATMUL if node.target in MATMULS else OP_FORMS.get(node.target)
+
+
+def weight_of(node: fx.Node) -> fx.Node | None:
+    """The `get_attr` node of the weight that the op `node` uses, or None."""
+    form = form_of(node)
+    weight = operand(node, form.weight) if form is not None else None
+    if node.target in MATMULS and isinstance(weight, fx.Node):
+        turned = (weight.target is getattr and weight.args[1] in ("T", "mT")) or weight.target == "t"
+        weight = weight.args[0] if turned else None
+    return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
 
 
 @dataclass(frozen=True)
@@ -78,7 +97,9 @@ def parameters_of(forward: Callable[..., Any]) -> list[inspect.Parameter]:
 
 
 class SiteTracer(fx.Tracer):
-    """Traces one module; its children, if any, stay calls."""
+    """Traces one module; its children, if any, stay calls, and what it does to its buffers stays in the graph."""
+
+    proxy_buffer_attributes = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -139,10 +160,17 @@ def trace_site(module: nn.Module) -> Source:
 
 def _trace_in_mode(module: nn.Module, training: bool) -> fx.Graph | None:
     """Trace a shallow stand-in, so that the module's own flags and attributes are not touched."""
-    stand_in = object.__new__(type(module))
-    stand_in.__dict__.update(module.__dict__, training=training)
+    stand_in: nn.Module = object.__new__(type(module))
+    own = {name: value for name, value in module.__dict__.items() if name not in _STANDARD}
     try:
+        # Only containers can be changed in place; what else a module refers to may be as large as a model.
+        state, before = (
+            {k: copy.deepcopy(v) if type(v) in (dict, list, set) else v for k, v in own.items()} for _ in range(2)
+        )
+        stand_in.__dict__.update(module.__dict__, training=training, _buffers=dict(module._buffers), **state)
         graph = SiteTracer().trace(stand_in)
+        if {name: stand_in.__dict__.get(name) for name in own} != before:
+            return None  # It counts or remembers something in Python, which a traced graph would not.
     except Exception:  # A user's forward may raise anything at all on a proxy; such a module is opaque.
         return None
     for node in graph.nodes:
@@ -159,13 +187,19 @@ def _weight_op(graph: fx.Graph, module: nn.Module) -> str | None:
     ops: list[fx.Node] = []
     for node in graph.nodes:
         if node.op == "get_attr" and node.target == "weight":
-            for user in node.users:
-                form = OP_FORMS.get(user.target)
-                if form is not None and operand(user, form.weight) is node:
+            for user in [u for n in node.users for u in (n.users if _is_turned(n, module) else [n])]:
+                if weight_of(user) is node:
                     ops.append(user)
                 elif not (user.target is getattr and user.args[1] in ("dtype", "device", "shape")):
                     return None
     return ops[0].name if len(ops) == 1 else None
+
+
+def _is_turned(node: fx.Node, module: nn.Module) -> bool:
+    """Whether `node` is `weight.T` for nothing but matrix products, in a module without bias."""
+    return module._parameters.get("bias") is None and all(
+        user.target in MATMULS and weight_of(user) is node.args[0] for user in node.users
+    )
 
 
 def opaque_source(parameters: list[inspect.Parameter]) -> Source:
@@ -227,7 +261,13 @@ def invoke(
 def call_input(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """The first argument of a module's call, whichever way it is passed."""
     args: Any = node.args[1] if node.target is invoke else node.args
-    if args:
-        return args[0]
+    kwargs: Any = node.args[2] if node.target is invoke else node.kwargs
+    if args or kwargs:
+        return args[0] if args else next(iter(kwargs.values()))
     with graph.inserting_before(node):
-        return graph.call_function(operator.getitem, (node.kwargs["more_args"], 0))
+        return graph.call_function(first_argument, (node.kwargs.get("more_args"), node.kwargs.get("more_kwargs")))
+
+
+def first_argument(args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> Any:
+    """The first of a call's arguments."""
+    return args[0] if args else next(iter((kwargs or {}).values()))

@@ -43,11 +43,6 @@ class Site:
     refusal: str | None = None
     caution: str | None = None
 
-    @property
-    def weight_shape(self) -> tuple[int, ...]:
-        """Shape of the canonical weight."""
-        return (self.out_features, self.in_features // self.groups, *self.kernel_size)
-
 
 @dataclass(frozen=True)
 class SiteIndex:
@@ -78,7 +73,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 def layer_index(fqn: str) -> int | None:
     """The first number in `fqn`: the index of the layer the module is in."""
-    return next((int(part) for part in fqn.split(".") if part.isdigit()), None)
+    return next((int(part) for part in fqn.split(".") if part.isascii() and part.isdigit()), None)
 
 
 def parameter_name(module: str, name: str) -> str:
@@ -99,7 +94,12 @@ def index_sites(model: nn.Module) -> SiteIndex:
             continue
         modules[fqn] = type(module).__name__
         found.append((fqn, module, parent))
-    named = list(model.named_parameters(remove_duplicate=False))
+    # Not by the second name of a shared module: that is the same parameter of the same module.
+    named = [
+        (name, parameter)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name.rpartition(".")[0] in modules
+    ]
     ties = _ties(named)
     tied = {name: group for group in ties for name in group}
     sites: dict[str, Site] = {}
@@ -107,7 +107,7 @@ def index_sites(model: nn.Module) -> SiteIndex:
         site = _site(fqn, module, parent, tied)
         if site is not None:
             sites[fqn] = site
-    parameters = {id(p): (name, tuple(p.shape), p.dtype) for name, p in reversed(named)}
+    parameters = {id(p): (name, _shape(p), p.dtype) for name, p in reversed(named)}
     return SiteIndex(
         sites=sites,
         modules=modules,
@@ -159,9 +159,23 @@ def _ties(named: Sequence[tuple[str, nn.Parameter]]) -> tuple[tuple[str, ...], .
     return tuple(tuple(names) for names in groups.values() if len(names) > 1)
 
 
+def is_lazy(parameter: nn.Parameter) -> bool:
+    """Whether `parameter` has no shape yet (nn.LazyLinear)."""
+    return isinstance(parameter, UninitializedParameter)
+
+
+def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
+    return () if is_lazy(parameter) else tuple(parameter.shape)
+
+
 def _identity(parameter: nn.Parameter) -> Any:
     """What two tied parameters have in common: the object, or storage, offset and shape."""
-    if type(parameter) is not nn.Parameter or type(parameter.data) is not torch.Tensor or parameter.numel() == 0:
+    if (
+        type(parameter) is not nn.Parameter
+        or parameter.is_meta
+        or type(parameter.data) is not torch.Tensor
+        or parameter.numel() == 0
+    ):
         return id(parameter)
     return parameter.untyped_storage()._cdata, parameter.storage_offset(), parameter.shape, parameter.stride()
 
@@ -196,8 +210,12 @@ def _site(fqn: str, module: nn.Module, parent: nn.Module | None, tied: Mapping[s
 
 
 def _refusal(module: nn.Module, weight: nn.Parameter | None, lent: Lending, parent: nn.Module | None) -> str | None:
-    if isinstance(weight, UninitializedParameter):
+    if weight is not None and is_lazy(weight):
         return "its weight has no shape yet: run the model once on an example input first"
+    if weight is not None and weight.is_complex():
+        return f"its weight is {dtype_name(weight.dtype)}; adapters are real"
+    if weight is not None and weight.is_meta and "_hf_hook" in module.__dict__:
+        return "accelerate has offloaded its weight: compile first, then dispatch the model"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is TorchScript, whose code can't be rewritten: load the model as Python"
     if lent is Lending.ALWAYS:
@@ -242,9 +260,15 @@ _CONVS: tuple[tuple[type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d], Kind], 
 )
 
 
+def is_quantised(module: nn.Module) -> bool:
+    """Whether `module` is a linear of another library, whose integer buffers are its weight."""
+    return _quantised(module) is not None and not isinstance(module, nn.Linear)
+
+
 def _quantised(module: nn.Module) -> _Form | None:
     """A linear of another library: a leaf that names its in_features and out_features (GPTQ, AWQ, HQQ, torch.ao …)."""
     features = (module.__dict__.get("in_features"), module.__dict__.get("out_features"))
-    if module._modules or not all(type(size) is int for size in features):
+    holds_tensors = any(tensor is not None for tensor in [*module._parameters.values(), *module._buffers.values()])
+    if module._modules or not holds_tensors or not all(type(size) is int for size in features):
         return None
     return "linear", cast("tuple[int, int]", features), "out_in", (), 1

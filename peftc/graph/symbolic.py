@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx, nn
 
 from peftc.errors import CaptureError
-from peftc.graph.region import OP_FORMS, Anchor, Region, Source, SourceCache, operand, parameters_of
+from peftc.graph.region import MATMULS, Anchor, Region, Source, SourceCache, parameters_of, weight_of
 
 
 def trace_model(model: nn.Module, sites: Collection[str], saved: Collection[str]) -> Region:
@@ -19,15 +19,7 @@ def trace_model(model: nn.Module, sites: Collection[str], saved: Collection[str]
     cache = SourceCache()
     opaque = {fqn for fqn in sites if cache.get(model.get_submodule(fqn)).opaque}
     leaves = opaque | set(saved)
-    flags = {fqn: module.training for fqn, module in model.named_modules()}
-    graphs: list[fx.Graph] = []
-    try:
-        for training in (True, False):
-            model.train(training)
-            graphs.append(_trace(model, set(sites) - leaves, leaves))
-    finally:
-        for fqn, training in flags.items():
-            model.get_submodule(fqn).training = training
+    graphs = [_trace(model.train(training), set(sites) - leaves, leaves) for training in (True, False)]
     _require_equal(model, *graphs)
     anchors = tuple(_anchors(graphs[0], model, set(sites), leaves))
     missing = (set(sites) | set(saved)) - {anchor.site for anchor in anchors}
@@ -112,18 +104,18 @@ def _anchors(graph: fx.Graph, model: nn.Module, sites: Collection[str], leaves: 
         if node.op == "call_module" and node.target in leaves:
             found.append(Anchor(str(node.target), node.name))
             continue
-        form = OP_FORMS.get(node.target)
-        weight = operand(node, form.weight) if form is not None else None
-        fqn = _module_of(node)
-        if not isinstance(weight, fx.Node) or weight.op != "get_attr" or fqn not in sites:
+        weight, fqn = weight_of(node), _module_of(node)
+        if weight is None or fqn not in sites:
             continue
         own = f"{fqn}.weight"
         if model.get_parameter(str(weight.target)) is not model.get_parameter(own):
             continue
         if weight.target != own:
             # A tied weight is traced under its first name; at this site it goes by the site's own.
-            with graph.inserting_before(node):
-                node.replace_input_with(weight, graph.get_attr(own))
+            user = node if node.target not in MATMULS else node.args[1]
+            assert isinstance(user, fx.Node), "weight_of has looked at it"
+            with graph.inserting_before(user):
+                user.replace_input_with(weight, graph.get_attr(own))
         found.append(Anchor(fqn, node.name))
     return found
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from peftc.errors import AdapterError, MergeError
+from peftc.errors import AdapterError, MergeError, RuleError
 from peftc.graph.sites import parameter_name, transformers_config
-from peftc.plan import Edit
+from peftc.plan import Edit, PlannedParam
 from peftc.plan.make import MODULES_TO_SAVE
 from peftc.registry import find_rule
 from peftc.rewrite.attach import canonical
@@ -24,9 +24,10 @@ from peftc.rule import Bound
 
 @dataclass(frozen=True)
 class Folded:
-    """A new value of a base parameter."""
+    """A new value of the tensor `leaf` of module `owner`."""
 
-    name: str
+    owner: str
+    leaf: str
     value: Tensor
 
 
@@ -38,6 +39,8 @@ def merge(program: Program, names: Sequence[str], untie: bool) -> None:
     """
     if program.merged:
         raise MergeError(f"{', '.join(program.merged)} merged already; call unmerge_adapter() first")
+    if not program.enabled:
+        raise MergeError("adapters are disabled; merge outside of disable_adapter()")
     for name in names:
         if name not in program.active:
             raise AdapterError(
@@ -45,9 +48,12 @@ def merge(program: Program, names: Sequence[str], untie: bool) -> None:
             )
     groups = _groups(program, names)
     _require_mergeable(program, names, groups)
+    device = next((p.device.type for p in program.base.parameters() if not p.is_meta), "cpu")
+    # The caller's autocast would round the fold, and tensors made in inference mode can't be trained with.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        folded = [item for fqn, edits in groups.items() for item in _fold_site(program, fqn, edits)]
     if not untie:
-        _require_untied(program, groups)
-    folded = [item for fqn, edits in groups.items() for item in _fold_site(program, fqn, edits)]
+        _require_untied(program, folded)
     emit(program, [name for name in program.active if name not in names])
     for item in folded:
         _exchange(program, item)
@@ -58,15 +64,14 @@ def unmerge(program: Program) -> None:
     """Put the original tensors back, and splice the adapters in again."""
     if not program.merged:
         raise MergeError("no adapter is merged")
+    emit(program, program.active)
     _restore(program)
     program.merged = ()
-    emit(program, program.active)
 
 
 def forget(program: Program) -> None:
     """Make the merge final: the folded weights become the base's, and the merged adapters are done with."""
     program.journal.merged.clear()
-    program.journal.untied.clear()
     program.merged = ()
 
 
@@ -88,19 +93,15 @@ def _require_mergeable(program: Program, names: Sequence[str], groups: dict[str,
         _require_order(program, names, fqn, edits)
 
 
-def _require_untied(program: Program, groups: dict[str, list[Edit]]) -> None:
-    """Refuse to fold into a weight that is another module's too."""
-    for fqn, edits in groups.items():
-        keys = [param.key for param in edits[-1].params] if edits[-1].rule == MODULES_TO_SAVE else ["weight"]
-        for key in keys:
-            name = parameter_name(fqn, key)
-            group = next((group for group in program.plan.ties if name in group), ())
-            others = [other for other in group if not other.startswith(f"{fqn}.")]
-            if others:
-                raise MergeError(
-                    f"{fqn}: its {key} is tied to {', '.join(others)}, and folding would change both. Pass untie=True to"
-                    " give this end a tensor of its own (the model grows by it), or leave the site out."
-                )
+def _require_untied(program: Program, folded: Sequence[Folded]) -> None:
+    """Refuse to fold into a tensor that is another module's too."""
+    for item in folded:
+        partner = _partner(program, item)
+        if partner is not None:
+            raise MergeError(
+                f"{item.owner}: its {item.leaf} is tied to {partner}, and folding would change both. Pass untie=True to"
+                " give this end a tensor of its own (the model grows by it), or leave the site out."
+            )
 
 
 def _require_order(program: Program, names: Sequence[str], fqn: str, edits: Sequence[Edit]) -> None:
@@ -127,27 +128,33 @@ def _additive(program: Program, edit: Edit) -> bool:
 def _fold_site(program: Program, fqn: str, edits: Sequence[Edit]) -> list[Folded]:
     site = program.plan.sites[fqn]
     if edits[-1].rule == MODULES_TO_SAVE:
-        edit = edits[-1]
-        copies = [(param.key, program.tensor(edit, param.key)) for param in edit.params]
-        return [_checked(parameter_name(fqn, key), copy.detach().clone(), edit) for key, copy in copies]
-    module = program.base.get_submodule(fqn)
+        return [_fold_copy(program, edits[-1], param) for param in edits[-1].params]
+    module = program.owners[fqn]
     weight = module.get_parameter("weight").detach()
     bias = module._parameters.get("bias")
     dtype = fold_dtype(weight)
-    new = canonical(weight, site).to(dtype)
-    start_bias = new_bias = bias.detach().to(dtype) if bias is not None else None
+    new = canonical(weight, site).to(dtype, copy=True)
+    start_bias = new_bias = bias.detach().to(dtype, copy=True) if bias is not None else None
     for edit in edits:
         rule = find_rule(program.plan.adapters[edit.adapter], site)
-        assert rule is not None  # the plan was made with it
+        assert rule is not None, "the plan was made with it"
         values = {p.name: program.tensor(edit, p.key).detach().to(dtype) for p in edit.params}
         p = Bound({**values, **edit.constants})
         new = rule.fold(new, p)
         new_bias = rule.fold_bias(new_bias, p) if new_bias is not None else None
-    stored = canonical(new, site).to(weight.dtype).contiguous()
-    folded = [_checked(parameter_name(fqn, "weight"), stored, edits[-1])]
+    stored = canonical(new, site)
+    folded = [_checked(Folded(fqn, "weight", stored.to(weight.dtype).contiguous()), weight, edits[-1])]
     if new_bias is not None and bias is not None and new_bias is not start_bias:
-        folded.append(_checked(parameter_name(fqn, "bias"), new_bias.to(bias.dtype), edits[-1]))
+        folded.append(_checked(Folded(fqn, "bias", new_bias.to(bias.dtype)), bias, edits[-1]))
     return folded
+
+
+def _fold_copy(program: Program, edit: Edit, param: PlannedParam) -> Folded:
+    """The trained copy's own tensor, in the place of the base module's. A buffer may hold an infinite mask."""
+    value = program.tensor(edit, param.key).detach().clone()
+    path, _, leaf = param.key.rpartition(".")
+    item = Folded(parameter_name(edit.site, path) if path else edit.site, leaf, value)
+    return _checked(item, value, edit) if param.trainable else item
 
 
 def fold_dtype(weight: Tensor) -> torch.dtype:
@@ -156,42 +163,43 @@ def fold_dtype(weight: Tensor) -> torch.dtype:
     return torch.float32 if half or weight.device.type == "mps" else torch.float64
 
 
-def _checked(name: str, value: Tensor, edit: Edit) -> Folded:
-    if value.device.type != "meta" and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+def _checked(item: Folded, old: Tensor, edit: Edit) -> Folded:
+    value, name = item.value, parameter_name(item.owner, item.leaf)
+    if value.shape != old.shape:
+        raise RuleError(
+            f"rule {edit.rule!r}: folding into {name} gives shape {tuple(value.shape)}, not {tuple(old.shape)}"
+        )
+    if value.device.type != "meta" and not bool(torch.isfinite(value).all()):
         raise MergeError(
             f"{name}: folding adapter {edit.adapter!r} gives NaN or Inf (a broken adapter, or a value over the range of"
             f" {value.dtype}); nothing was merged"
         )
-    return Folded(name, value)
+    return item
 
 
 def _exchange(program: Program, item: Folded) -> None:
-    """Point a base parameter at its new value; one that is tied elsewhere is replaced at this end only."""
-    owner, _, leaf = item.name.rpartition(".")
-    module = program.base.get_submodule(owner)
-    parameter = module._parameters.get(leaf)
-    if parameter is None:
-        program.journal.merged[item.name] = module.get_buffer(leaf)
-        module._buffers[leaf] = item.value
-        return
-    partner = _partner(program, item.name, parameter)
+    """Put the new tensor in the place of the old one, which the journal keeps as it is: the same object, ties and all."""
+    partner = _partner(program, item)
+    slots = tensor_slots(program.base.get_submodule(item.owner), item.leaf)
+    old: Tensor = slots[item.leaf]
+    program.journal.merged.append((item.owner, item.leaf, old))
+    slots[item.leaf] = nn.Parameter(item.value, requires_grad=False) if isinstance(old, nn.Parameter) else item.value
     if partner is None:
-        program.journal.merged[item.name] = parameter.data
-        parameter.data = item.value
         return
-    program.journal.untied[item.name] = partner
-    module._parameters[leaf] = nn.Parameter(item.value, requires_grad=False)
     config = transformers_config(program.base)
     if config is not None and config.tie_word_embeddings:
         config.tie_word_embeddings = False
         program.journal.tie_word_embeddings = True
-    warnings.warn(f"{item.name} is no longer tied to {partner}: it was merged with untie=True", stacklevel=5)
+    name = parameter_name(item.owner, item.leaf)
+    warnings.warn(f"{name} is no longer tied to {partner}: it was merged with untie=True", stacklevel=5)
 
 
-def _partner(program: Program, name: str, parameter: nn.Parameter) -> str | None:
-    """Another name that is bound to the very same parameter."""
+def _partner(program: Program, item: Folded) -> str | None:
+    """The name of a parameter of another module that is the very tensor that `item` is about to replace."""
+    name = parameter_name(item.owner, item.leaf)
     group = next((group for group in program.plan.ties if name in group), ())
-    return next((other for other in group if other != name and _lookup(program, other) is parameter), None)
+    old = program.base.get_submodule(item.owner)._parameters.get(item.leaf)
+    return next((other for other in group if other != name and _lookup(program, other) is old), None)
 
 
 def _lookup(program: Program, name: str) -> nn.Parameter | None:
@@ -201,23 +209,14 @@ def _lookup(program: Program, name: str) -> nn.Parameter | None:
 
 def _restore(program: Program) -> None:
     journal = program.journal
-    for name, original in journal.merged.items():
-        owner, _, leaf = name.rpartition(".")
+    for owner, leaf, old in reversed(journal.merged):
         slots = tensor_slots(program.base.get_submodule(owner), leaf)
-        now: Tensor = slots[leaf]
         # Moved or cast since: the original goes along.
-        back = original.to(device=now.device, dtype=now.dtype)
-        if isinstance(now, nn.Parameter):
-            now.data = back
-        else:
-            slots[leaf] = back
-    for name, partner in reversed(journal.untied.items()):
-        owner, _, leaf = name.rpartition(".")
-        program.base.get_submodule(owner)._parameters[leaf] = program.base.get_parameter(partner)
+        old.data = old.data.to(device=slots[leaf].device, dtype=slots[leaf].dtype)
+        slots[leaf] = old
+    journal.merged.clear()
     if journal.tie_word_embeddings:
         config = transformers_config(program.base)
-        assert config is not None
+        assert config is not None, "it was there when the tie was cut"
         config.tie_word_embeddings = True
-    journal.merged.clear()
-    journal.untied.clear()
-    journal.tie_word_embeddings = False
+        journal.tie_word_embeddings = False

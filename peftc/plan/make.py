@@ -15,11 +15,10 @@ from peftc.graph.sites import Site, SiteIndex, dtype_name, dtype_of, index_sites
 from peftc.plan.match import Match, match
 from peftc.plan.plan import Conflict, Costs, Edit, Plan, PlannedParam, TrainedTensor
 from peftc.registry import find_rule
-from peftc.rule import Param, Rule, flops_per_token
+from peftc.rule import Param, Rule, flops_per_token, validate
 from peftc.specs import AdapterSpec
 
 MODULES_TO_SAVE = "modules_to_save"
-_HALF = ("float16", "bfloat16")
 
 
 def make_plan(
@@ -29,6 +28,10 @@ def make_plan(
 
     Misses and conflicts are in the plan, not raised. Raises NoMatchError (no defaults for the model type), CaptureError.
     """
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise CaptureError(f"expected a torch.nn.Module, got {model!r}")
+    if level not in ("modules", "symbolic"):
+        raise CaptureError(f"capture={level!r}: valid are 'modules' and 'symbolic'")
     index = index_sites(model)
     matches = {name: match(name, spec, index) for name, spec in specs.items()}
     touched = {site.fqn for found in matches.values() for site in found.sites}
@@ -52,7 +55,7 @@ def make_plan(
     plan = Plan(
         model=type(model).__name__,
         capture=level,
-        fingerprint=fingerprint(index),
+        fingerprint=fingerprint(model, index),
         adapters={name: found.spec for name, found in matches.items()},
         sites={fqn: described[fqn] for fqn in order if fqn in described},
         edits=tuple(edits),
@@ -69,9 +72,12 @@ def make_plan(
 
 def require_same(planned: Plan, made: Plan) -> None:
     """Refuse a model whose plan is another one. Misses do not count: a shorthand is resolved in the plan."""
+    # A plan made on the meta device or the CPU holds wherever the weights are.
+    here = replace(made, sites={fqn: replace(site, device="") for fqn, site in made.sites.items()})
+    there = replace(planned, sites={fqn: replace(site, device="") for fqn, site in planned.sites.items()})
     for name in ("model", "fingerprint", "sites", "edits", "trained", "autocast_adapter_dtype"):
-        if getattr(planned, name) != getattr(made, name):
-            lines = planned.diff(replace(made, misses=planned.misses)).split("\n")
+        if getattr(there, name) != getattr(here, name):
+            lines = there.diff(replace(here, misses=there.misses)).split("\n")
             more = f"\n… and {len(lines) - 10} more" if len(lines) > 10 else ""
             raise PlanError(
                 f"the plan does not hold for this {made.model}: its {name} differs. Make a new plan, or change the spec"
@@ -95,22 +101,29 @@ def _edit(adapter: str, spec: AdapterSpec, site: Site, opaque: bool, autocast: b
             f"{site.fqn}: torch.fx can't trace the forward of this {site.module}, or it uses its weight in other ways"
             f" than one {site.kind} op, so there is no op to adapt. Leave it out (exclude_modules)."
         )
-    params = rule.params(spec, site)
-    dtype = (
-        "float32" if (autocast and site.dtype in _HALF) or not dtype_of(site.dtype).is_floating_point else site.dtype
-    )
+    params, constants, dropouts = rule.params(spec, site), rule.constants(spec, site), rule.dropouts(spec, site)
+    slot = rule.slot(spec, site)
+    validate(rule, slot, params, constants, dropouts)
+    dtype = _adapter_dtype(site.dtype, autocast)
     return Edit(
         site=site.fqn,
         adapter=adapter,
         rule=rule.name,
-        slot=rule.slot(spec, site),
+        slot=slot,
         params=tuple(_planned(name, param, dtype) for name, param in params.items()),
-        constants=rule.constants(spec, site),
-        dropouts=rule.dropouts(spec, site),
+        constants=constants,
+        dropouts=dropouts,
         flops_per_token=flops_per_token(params),
         opaque=opaque,
         unmergeable=_unmergeable(rule, spec, site, opaque),
     )
+
+
+def _adapter_dtype(weight: str, autocast: bool) -> str:
+    """float32 for half precision (if `autocast`) and for everything that is no dtype to train in (int8, float8)."""
+    dtype = dtype_of(weight)
+    trainable = dtype.is_floating_point and dtype.itemsize > 1
+    return "float32" if not trainable or (autocast and dtype.itemsize == 2) else weight
 
 
 def _planned(name: str, param: Param, dtype: str) -> PlannedParam:
@@ -120,7 +133,7 @@ def _planned(name: str, param: Param, dtype: str) -> PlannedParam:
 def _unmergeable(rule: Rule[AdapterSpec], spec: AdapterSpec, site: Site, opaque: bool) -> str | None:
     if opaque:
         return f"the forward of {site.module} can't be traced, so what it does with its weight is not known"
-    if site.weight is None or not dtype_of(site.dtype).is_floating_point:
+    if site.weight is None or not dtype_of(site.dtype).is_floating_point or dtype_of(site.dtype).itemsize == 1:
         return f"its weight is {'no plain parameter' if site.weight is None else site.dtype}"
     return rule.cannot_fold(spec, site)
 
@@ -159,7 +172,8 @@ def _trained(adapter: str, found: Match, index: SiteIndex) -> list[TrainedTensor
     mode = found.spec.trained_biases
     if mode == "none":
         return []
-    adapted = {site.bias for site in found.sites}
+    first = {name: group[0] for group in index.ties for name in group}
+    adapted = {first.get(site.bias, site.bias) for site in found.sites if site.bias is not None}
     saved = tuple(f"{fqn}." for fqn in found.saved)
     biases: list[TrainedTensor] = []
     for name, shape, dtype in index.parameters:

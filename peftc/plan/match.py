@@ -14,7 +14,7 @@ from peftc.graph.sites import Site, SiteIndex
 from peftc.plan.plan import Miss
 from peftc.registry import find_rule, kinds_of
 from peftc.specs import AdapterSpec, IA3Config, LoraConfig
-from peftc.specs.lora import pattern_matches
+from peftc.specs.lora import LAYERS_PATTERN, pattern_matches
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ def match(adapter: str, spec: AdapterSpec, index: SiteIndex) -> Match:
     saved, saved_misses = _saved(adapter, spec, index)
     misses = list(saved_misses)
     names = _targets(adapter, spec, index, misses)
-    names = _drop(names, _excluded(adapter, spec, index, misses) | _inside(names, saved))
+    unwanted = _excluded(adapter, spec, index, misses) | _inside(names, saved)
+    names = [name for name in names if name not in unwanted]
     names = _in_layers(adapter, spec, names, misses)
     sites: list[Site] = []
     for name in names:
@@ -43,7 +44,11 @@ def match(adapter: str, spec: AdapterSpec, index: SiteIndex) -> Match:
         else:
             misses.append(Miss(adapter, "target_modules", name, reason, error=_is_listed(spec)))
     misses += _unused_patterns(adapter, spec, sites)
-    # A named container says nothing on its own when its name reached sites elsewhere.
+    if not sites and not saved and not any(miss.error for miss in misses):
+        reason = "selects nothing: all it matches is excluded or in modules_to_save"
+        targets = spec.target_modules or ()
+        value = targets if isinstance(targets, str) else ", ".join(targets)
+        misses.append(Miss(adapter, "target_modules", value, reason))
     return Match(_resolved(spec, sites, index), tuple(sites), saved, tuple(misses))
 
 
@@ -188,10 +193,6 @@ def _inside(names: Iterable[str], saved: Sequence[str]) -> set[str]:
     return {name for name in names if any(name == module or name.startswith(f"{module}.") for module in saved)}
 
 
-def _drop(names: Iterable[str], unwanted: set[str]) -> list[str]:
-    return [name for name in names if name not in unwanted]
-
-
 def _in_layers(adapter: str, spec: AdapterSpec, names: list[str], misses: list[Miss]) -> list[str]:
     """Those in the layers that `layers_to_transform` names; `layers_pattern` says which list is meant."""
     if not isinstance(spec, LoraConfig) or spec.layers_to_transform is None:
@@ -210,7 +211,7 @@ def _layer(fqn: str, patterns: Sequence[str] | None) -> int | None:
         found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", fqn)
         return int(found[1]) if found else None
     for pattern in patterns:
-        found = re.match(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", fqn)
+        found = re.match(LAYERS_PATTERN.format(pattern), fqn)
         if found:
             return int(found["idx"])
     return None

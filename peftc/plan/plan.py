@@ -1,10 +1,12 @@
 """The plan's data, its JSON, and how two plans differ."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import Any, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -40,10 +42,7 @@ class PlannedParam:
     @property
     def numel(self) -> int:
         """Number of elements."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -177,21 +176,7 @@ class Plan:
         return network(self)
 
 
+@functools.cache
 def _fields() -> dict[str, TypeAdapter[Any]]:
-    types: dict[str, Any] = {
-        "model": str,
-        "capture": Capture,
-        "fingerprint": str,
-        "adapters": Any,
-        "sites": dict[str, Site],
-        "edits": tuple[Edit, ...],
-        "trained": tuple[TrainedTensor, ...],
-        "misses": tuple[Miss, ...],
-        "conflicts": tuple[Conflict, ...],
-        "ties": tuple[tuple[str, ...], ...],
-        "cautions": tuple[str, ...],
-        "autocast_adapter_dtype": bool,
-        "costs": Costs,
-        "version": int,
-    }
-    return {name: TypeAdapter(kind) for name, kind in types.items()}
+    """How to read each field; the specs are read before."""
+    return {name: TypeAdapter(Any if name == "adapters" else kind) for name, kind in get_type_hints(Plan).items()}

@@ -3,11 +3,12 @@
 import copy
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from peftc.errors import AdapterError
+from peftc.errors import AdapterError, RuleError
 from peftc.graph.region import OPAQUE
 from peftc.graph.sites import Site, dtype_of
 from peftc.plan import Edit, Plan
@@ -19,8 +20,9 @@ from peftc.rule import Bound, fill
 
 def check_names(model: nn.Module, plan: Plan, adapters: Iterable[str]) -> None:
     """Refuse adapter names that can't be part of a parameter's name, and sites that have such a child already."""
+    taken = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
     for name in adapters:
-        if not re.fullmatch(r"[A-Za-z0-9_\-]+", name) or name in dir(nn.ModuleDict) or name in dir(nn.ParameterDict):
+        if not isinstance(cast(Any, name), str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", name) or name in taken:
             raise AdapterError(
                 f"adapter name {name!r}: it becomes part of parameter names; use letters, digits, '_' and '-'"
                 " (and no method name of nn.ModuleDict)"
@@ -88,9 +90,12 @@ def _initialise(edit: Edit, tensors: Mapping[str, Tensor], weight: nn.Parameter 
     assert rule is not None, site
     assert weight is not None, "the rule's check() asks for a weight"
     shapes = {param.name: param.shape for param in own}
-    values = rule.initialise(canonical(weight.detach(), site).float(), shapes, Bound(edit.constants))
-    for param in own:
-        tensors[param.name].copy_(values[param.name])
+    try:
+        values = rule.initialise(canonical(weight.detach(), site).float(), shapes, Bound(edit.constants))
+        for param in own:
+            tensors[param.name].copy_(values[param.name])
+    except (NotImplementedError, KeyError, RuntimeError, TypeError) as error:
+        raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}.initialise) at {edit.site}: {error!r}") from error
 
 
 def canonical(weight: Tensor, site: Site) -> Tensor:

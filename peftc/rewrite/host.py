@@ -73,7 +73,8 @@ def _copy(self: nn.Module) -> nn.Module:
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     new = _restore(self, {})
     memo[id(self)] = new
-    new.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+    state = {name: value for name, value in self.__dict__.items() if name != "_compiled_call_impl"}
+    new.__dict__.update(copy.deepcopy(state, memo))
     return new
 
 

@@ -1,6 +1,7 @@
 """The rewritten model and its journal, and the one mutator: build, activate, remove, undo."""
 
 import copy
+import warnings
 from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -8,10 +9,10 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from peftc.errors import ConflictError, NoMatchError
+from peftc.errors import AdapterError, ConflictError, NoMatchError
 from peftc.graph.copying import structural_copy
 from peftc.graph.region import Anchor, Region
-from peftc.graph.sites import parameter_name
+from peftc.graph.sites import is_lazy, parameter_name
 from peftc.plan import Edit, Plan
 from peftc.plan.make import MODULES_TO_SAVE
 from peftc.registry import find_rule
@@ -23,19 +24,25 @@ from peftc.rule import Rule, live_name
 
 @dataclass
 class Journal:
-    """What it takes to give the base model back exactly: original tensors, flags, attributes and references."""
+    """What it takes to give the base model back exactly.
+
+    `replaced`: tensors a checkpoint brought its own of. `trained`: for a bias that an adapter trains, the value that is
+    not in the model now: the original while its name is in `training`, else the trained one. `merged`: (owner, leaf,
+    tensor object) of what merging put something else in the place of. `fast_paths`: (fqn, attribute) → value.
+    """
 
     requires_grad: dict[str, bool] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    merged: dict[str, Tensor] = field(default_factory=dict)
-    untied: dict[str, str] = field(default_factory=dict)
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+    trained: dict[str, Tensor] = field(default_factory=dict)
+    training: set[str] = field(default_factory=set)
+    merged: list[tuple[str, str, Tensor]] = field(default_factory=list)
     tie_word_embeddings: bool = False
     fast_paths: dict[tuple[str, str], Any] = field(default_factory=dict)
 
 
 @dataclass
 class Program:
-    """A base model with adapters: what is attached, active and merged, and the codes made so far.
+    """A base model with adapters: what is attached, active, learning and merged, and the codes made so far.
 
     `owners`: the modules of sites and hosts by fqn. `codes`: by what they are made of, so equal hosts share one.
     `variants`: by host and adapters active there.
@@ -45,19 +52,19 @@ class Program:
     plan: Plan
     regions: tuple[Region, ...]
     active: tuple[str, ...] = ()
+    learning: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
     enabled: bool = True
+    unloaded: bool = False
     journal: Journal = field(default_factory=Journal)
     owners: dict[str, nn.Module] = field(default_factory=dict)
     codes: dict[Any, Code] = field(default_factory=dict)
     variants: dict[tuple[str, tuple[str, ...]], Code | None] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Program":
-        # The kept originals are never written to, so both journals may hold them.
-        journal = replace(self.journal, merged=dict(self.journal.merged), untied=dict(self.journal.untied))
-        base = copy.deepcopy(self.base, memo)
+        base, journal = copy.deepcopy(self.base, memo), copy.deepcopy(self.journal, memo)
         new = replace(self, base=base, journal=journal, codes=dict(self.codes), variants=dict(self.variants))
-        new.find_owners()
+        new.settle()
         return new
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,7 +73,14 @@ class Program:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.settle()
+
+    def settle(self) -> None:
+        """Look the modules of a copy up, and end the disabling of the context that the copy was made in."""
         self.find_owners()
+        if not self.enabled:
+            self.enabled = True
+            emit(self, self.active)
 
     def find_owners(self) -> dict[str, nn.Module]:
         """Look the modules of all sites and hosts up; all modules by fqn."""
@@ -96,19 +110,20 @@ def live_path(edit: Edit, key: str) -> list[str]:
 
 
 def require_applicable(plan: Plan, on_unmatched: str) -> None:
-    """Raise NoMatchError or ConflictError if the plan holds misses (unless `on_unmatched="warn"`) or conflicts."""
+    """Raise ConflictError on conflicts, and NoMatchError on misses; `on_unmatched="warn"` makes those a warning."""
+    if on_unmatched not in ("error", "warn"):
+        raise NoMatchError(f"on_unmatched={on_unmatched!r}: valid are 'error' and 'warn'")
     if plan.conflicts:
         lines = "; ".join(f"{conflict.site or 'the model'}: {conflict.reason}" for conflict in plan.conflicts)
         raise ConflictError(f"{len(plan.conflicts)} conflicts between adapters: {lines}")
     errors = [miss for miss in plan.misses if miss.error]
-    if errors and on_unmatched == "error":
-        name = type(plan.adapters[errors[0].adapter]).__name__
-        lines = " ".join(f"{name}.{miss}" for miss in errors[:8])
-        more = f" (and {len(errors) - 8} more)" if len(errors) > 8 else ""
+    if not errors:
+        return
+    lines = " ".join(f"{type(plan.adapters[miss.adapter]).__name__}.{miss}" for miss in errors[:8])
+    more = f" (and {len(errors) - 8} more)" if len(errors) > 8 else ""
+    if on_unmatched == "error":
         raise NoMatchError(f"{lines}{more} Mend the spec, or pass on_unmatched='warn' to go on without them.")
-    for name in plan.adapters:
-        if not any(edit.adapter == name for edit in plan.edits) and on_unmatched == "error":
-            raise NoMatchError(f"adapter {name!r}: nothing to adapt; its spec selects no site of {plan.model}")
+    warnings.warn(f"{lines}{more}", stacklevel=4)
 
 
 def build(model: nn.Module, plan: Plan, regions: tuple[Region, ...], inplace: bool) -> Program:
@@ -119,12 +134,13 @@ def build(model: nn.Module, plan: Plan, regions: tuple[Region, ...], inplace: bo
     check_names(model, plan, plan.adapters)
     base = model if inplace else structural_copy(model)
     program = Program(base, plan, regions)
-    program.journal.requires_grad = {name: p.requires_grad for name, p in model.named_parameters()}
-    for parameter in base.parameters():
-        parameter.requires_grad_(False)
+    program.journal.requires_grad = {n: p.requires_grad for n, p in model.named_parameters() if not is_lazy(p)}
+    for name in program.journal.requires_grad:
+        base.get_parameter(name).requires_grad_(False)
     try:
         extend(program, plan, regions, list(plan.adapters))
-        activate(program, list(plan.adapters)[:1])
+        first = list(plan.adapters)[:1]
+        activate(program, first, [name for name in first if not plan.adapters[name].inference_mode])
     except BaseException:
         undo(program)
         raise
@@ -143,31 +159,35 @@ def extend(program: Program, plan: Plan, regions: tuple[Region, ...], adapters: 
             attach(program.owners[edit.site], edit, plan)
     for tensor in plan.trained:
         if tensor.adapter in adapters:
-            parameter = program.base.get_parameter(tensor.name)
-            program.journal.tensors[tensor.name] = parameter.data
-            parameter.data = parameter.data.clone()
+            program.journal.trained[tensor.name] = program.base.get_parameter(tensor.name).data.clone()
 
 
-def activate(program: Program, names: Iterable[str], trainable: bool = True) -> None:
-    """Make `names` the active adapters: edits spliced in load order, their parameters trainable, all others frozen."""
-    chosen = set(names)
-    order = [name for name in program.plan.adapters if name in chosen]
-    emit(program, order)
-    program.active = tuple(order)
-    learning = {n for n in order if trainable and not program.plan.adapters[n].inference_mode}
+def activate(program: Program, names: Iterable[str], learning: Iterable[str]) -> None:
+    """Make `names` the active adapters, spliced in load order; parameters of those in `learning` train, others do not.
+
+    Raises RuleError (a rule does not trace) or AdapterError (a forward was wrapped); nothing is changed then.
+    """
+    chosen, before = set(names), program.active
+    program.active = tuple(name for name in program.plan.adapters if name in chosen)
+    try:
+        emit(program, program.active)
+    except BaseException:
+        program.active = before
+        raise
+    program.learning = tuple(name for name in program.active if name in set(learning))
     for edit in program.plan.edits:
         for param in edit.params:
-            learns = edit.adapter in learning and param.trainable
+            learns = edit.adapter in program.learning and param.trainable
             program.tensor(edit, param.key).requires_grad_(learns)
     for tensor in program.plan.trained:
-        program.base.get_parameter(tensor.name).requires_grad_(tensor.adapter in learning)
+        program.base.get_parameter(tensor.name).requires_grad_(tensor.adapter in program.learning)
 
 
 def emit(program: Program, names: Sequence[str]) -> None:
     """Let every host run its region with the edits of `names` spliced in; without any it is its old self again.
 
     None is while the program is disabled. All codes are made before the first host is changed, so a rule that does not
-    trace changes nothing.
+    trace changes nothing. The biases that active adapters train are put in, those of others taken out.
     """
     names = names if program.enabled else []
     owners: dict[str, list[Edit]] = {}
@@ -182,11 +202,39 @@ def emit(program: Program, names: Sequence[str]) -> None:
         if key not in program.variants:
             program.variants[key] = _code(program, region, module, edits, key[1])
         chosen.append((module, region, program.variants[key]))
+    require_unwrapped(program)
     for module, region, code in chosen:
         if code is None:
             uninstall(module)
         elif type(module) is not code.cls:
             install(module, code, region.source.opaque)
+    for tensor in program.plan.trained:
+        _set_bias(program, tensor.name, program.enabled and tensor.adapter in program.active)
+
+
+def _set_bias(program: Program, name: str, on: bool) -> None:
+    """Exchange the value of a bias that an adapter trains for its original one, or back."""
+    journal = program.journal
+    if name in journal.trained and on != (name in journal.training):
+        parameter = program.base.get_parameter(name)
+        other = journal.trained[name].to(device=parameter.device, dtype=parameter.dtype)
+        journal.trained[name], parameter.data = parameter.data, other
+        journal.training.symmetric_difference_update([name])
+
+
+def require_unwrapped(program: Program) -> None:
+    """Raise AdapterError if the forward of a host was replaced on the instance after compiling.
+
+    The wrapper holds the code of that moment, which exchanging the class would not reach.
+    """
+    for region in program.regions:
+        module = program.owners[region.host]
+        if "forward" in module.__dict__ and (original_class(module) is not type(module) or not region.source.opaque):
+            raise AdapterError(
+                f"{region.host or 'the model'}: its forward was replaced after compiling (an accelerate hook?), so it"
+                " can't be switched. Take the replacement off (accelerate.hooks.remove_hook_from_module), switch, and"
+                " put it on again."
+            )
 
 
 def _site_of(region: Region, anchor: Anchor) -> str:
@@ -223,34 +271,30 @@ def _signature(edit: Edit) -> Any:
 
 
 def remove(program: Program, adapter: str) -> None:
-    """Take an inactive adapter off: its parameters, and the biases it trained."""
+    """Take an adapter off: its parameters, and the biases it trained."""
     for edit in program.plan.edits:
         if edit.adapter == adapter:
             detach(program.owners[edit.site], edit)
     for tensor in program.plan.trained:
-        original = program.journal.tensors.pop(tensor.name, None) if tensor.adapter == adapter else None
-        if original is not None:
-            _restore_data(program.base.get_parameter(tensor.name), original)
+        if tensor.adapter == adapter:
+            _set_bias(program, tensor.name, False)
+            program.journal.trained.pop(tensor.name, None)
 
 
 def undo(program: Program) -> nn.Module:
-    """The base model as it was: classes, tensors, flags and attributes. The program is empty afterwards."""
+    """The base model as it was: classes, tensors, flags and attributes. The program is spent afterwards."""
     for region in program.regions:
         uninstall(program.owners[region.host])
     for adapter in program.plan.adapters:
         remove(program, adapter)
-    for name, original in program.journal.tensors.items():
-        _restore_data(program.base.get_parameter(name), original)
+    for name, original in program.journal.replaced.items():
+        parameter = program.base.get_parameter(name)
+        parameter.data = original.to(device=parameter.device, dtype=parameter.dtype)
     for (fqn, flag), value in program.journal.fast_paths.items():
         setattr(program.base.get_submodule(fqn), flag, value)
     for name, flag in program.journal.requires_grad.items():
         program.base.get_parameter(name).requires_grad_(flag)
     return program.base
-
-
-def _restore_data(parameter: nn.Parameter, original: Tensor) -> None:
-    """Point `parameter` at its original tensor again, moved along if the model was moved or cast since."""
-    parameter.data = original.to(device=parameter.device, dtype=parameter.dtype)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch.fx.proxy import GraphAppendingTracer, TraceError
 from torch.nn import functional as F
 
 from peftc.errors import RuleError
-from peftc.graph.region import OP_FORMS, Anchor, Source, call_input, invoke, operand
+from peftc.graph.region import Anchor, Source, call_input, form_of, invoke, operand
 from peftc.plan import Edit
 from peftc.plan.make import MODULES_TO_SAVE
 from peftc.rule import Bound, Rule, live_name
@@ -57,7 +57,7 @@ def _splice_site(graph: fx.Graph, node: fx.Node, anchor: Anchor, edits: Sequence
     if saved:
         _retarget(graph, node, _path(anchor.site, f"{MODULES_TO_SAVE}.{saved[-1].edit.adapter}"))
         return
-    form = OP_FORMS.get(node.target)
+    form = form_of(node)
     place = form.x if form is not None else None
     first: fx.Node = operand(node, place) if place is not None else call_input(graph, node)
     tracer = GraphAppendingTracer(graph)
@@ -106,12 +106,12 @@ def _apply(
     assert rule is not None  # only modules_to_save has none, and it never gets here
     p, dtype = _bind(active, tracer, node, site)
     own = fx.Proxy(x, tracer)
-    form = OP_FORMS.get(node.target)
+    form = form_of(node)
     if form is None or form.kind != "embedding":  # token ids are no numbers to cast
         own = own.to(dtype)
     try:
         result = getattr(rule, slot)(own, *(fx.Proxy(node, tracer) for node in y), p)
-    except (TraceError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+    except (TraceError, TypeError, AttributeError, RuntimeError, ValueError, LookupError) as error:
         raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}.{slot}) does not trace: {error}") from error
     if not isinstance(result, fx.Proxy):
         raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}.{slot}) returns {type(result).__name__}, no tensor")
@@ -147,7 +147,7 @@ def _bind(active: Active, tracer: GraphAppendingTracer, node: fx.Node, site: str
     values.update(edit.constants)
     values.update({name: dropout(name, probability) for name, probability in edit.dropouts.items()})
     values["op"] = _site_op(node)
-    form = OP_FORMS.get(node.target)
+    form = form_of(node)
     if form is not None and form.kind in _POINTWISE:
         values["pointwise"] = _POINTWISE[form.kind]
     return Bound(values), dtype
@@ -155,7 +155,7 @@ def _bind(active: Active, tracer: GraphAppendingTracer, node: fx.Node, site: str
 
 def _site_op(node: fx.Node) -> Any:
     """`p.op`: the op at `node` on another weight, in canonical layout, without bias."""
-    form = OP_FORMS.get(node.target)
+    form = form_of(node)
     if form is None or form.kind == "linear":
         return F.linear
     if form.kind == "embedding":

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from peftc.errors import SpecError, nearest
 
@@ -41,17 +41,19 @@ def _one_as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str | int) and not isinstance(value, bool) else _as_tuple(value)
 
 
-def _regex(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
-    """A selector given as one string is a regular expression; reject it here if it does not compile."""
-    if isinstance(value, str):
-        re.compile(value)
-    return value
+def require_regex(field: str, text: str, template: str = "{}") -> None:
+    """Raise ValueError if `text`, set into the `template` it will be used in, is not a regular expression."""
+    try:
+        re.compile(template.format(text))
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{field}: {text!r} is not a regular expression: {error}") from None
 
 
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
-OneOrMoreNames = Annotated[tuple[str, ...], BeforeValidator(_one_as_tuple)]
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[tuple[Name, ...], BeforeValidator(_as_tuple)]
+OneOrMoreNames = Annotated[tuple[Name, ...], BeforeValidator(_one_as_tuple)]
 LayerIndices = Annotated[tuple[int, ...], BeforeValidator(_one_as_tuple)]
-Selector = Annotated[str | Names, BeforeValidator(_as_tuple)]
+Selector = Annotated[Name | Names, BeforeValidator(_as_tuple)]
 
 
 class AdapterSpec(BaseModel):
@@ -65,7 +67,7 @@ class AdapterSpec(BaseModel):
     Raises SpecError, naming the field, the value and the nearest valid ones.
     """
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="allow", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, strict=True, extra="allow", protected_namespaces=(), allow_inf_nan=False)
 
     # PEFT fields that peftc does not implement, with the value that means "off". Another value is refused.
     not_implemented: ClassVar[Mapping[str, Any]] = {}
@@ -115,11 +117,10 @@ class AdapterSpec(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for field in ("target_modules", "exclude_modules"):
-            try:
-                _regex(getattr(self, field))
-            except re.error as error:
-                raise ValueError(f"{field}: {getattr(self, field)!r} is not a regular expression: {error}") from None
+        for field in ("target_modules", "exclude_modules", "feedforward_modules"):
+            selector = getattr(self, field, None)
+            if isinstance(selector, str):
+                require_regex(field, selector)
         for key, off in self.not_implemented.items():
             value = (self.model_extra or {}).get(key, off)
             if value != off and value:

@@ -1,6 +1,7 @@
 """Reading and writing specs: dicts, JSON, YAML, and foreign objects with PEFT's `to_dict()`."""
 
 import json
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,13 +29,14 @@ def load_spec(source: Any, known: Mapping[str, type[AdapterSpec]] = BUILTIN_SPEC
         return source
     if isinstance(source, str | Path):
         path = Path(source)
-        file = path / CONFIG_NAME if path.is_dir() else path
+        file = path / CONFIG_NAME if os.path.isdir(path) else path
         return _from_dict(_read(file), known, str(file))
     if isinstance(source, Mapping):
         return _from_dict(cast(Mapping[str, Any], source), known, "spec")
     to_dict = getattr(source, "to_dict", None)
-    if callable(to_dict):
-        return _from_dict(cast(Mapping[str, Any], to_dict()), known, type(source).__name__)
+    fields = to_dict() if callable(to_dict) else None
+    if isinstance(fields, Mapping):
+        return _from_dict(cast(Mapping[str, Any], fields), known, type(source).__name__)
     raise SpecError(
         f"spec: {type(source).__name__} is not a spec. Give a LoraConfig or IA3Config, a dict, a path to"
         f" {CONFIG_NAME} or a YAML file, or a PEFT config object."
@@ -52,16 +54,16 @@ def load_specs(source: Any, adapter_name: str, known: Mapping[str, type[AdapterS
 
 def _read(file: Path) -> Mapping[str, Any]:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise SpecError(
             f"{file}: no such file. Give the path of an {CONFIG_NAME}, or of the folder it is in."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{file}: can't be read as text: {error}") from None
+    except (OSError, ValueError) as error:
+        raise SpecError(f"{str(file)[:200]}: can't be read as text: {error}") from None
     try:
         data: Any = yaml.safe_load(text) if file.suffix in (".yaml", ".yml") else json.loads(text)
-    except (json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise SpecError(f"{file}: not valid {'YAML' if file.suffix != '.json' else 'JSON'}: {error}") from None
     if not isinstance(data, dict):
         raise SpecError(f"{file}: holds a {type(data).__name__}, expected a mapping of fields")
@@ -73,7 +75,7 @@ def _from_dict(data: Mapping[str, Any], known: Mapping[str, type[AdapterSpec]], 
     name = data.get("peft_type")
     if name is None:
         raise SpecError(f"{where}: peft_type is missing; valid are {', '.join(sorted(known))}")
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         near = nearest(str(name).upper(), known)
         hint = f" Nearest: {near[0]!r}." if near else ""
         raise SpecError(f"{where}: peft_type: {name!r} is not known; valid are {', '.join(sorted(known))}.{hint}")

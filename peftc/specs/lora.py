@@ -7,10 +7,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from peftc.specs.base import AdapterSpec, BiasMode, LayerIndices, OneOrMoreNames
+from peftc.specs.base import AdapterSpec, BiasMode, LayerIndices, OneOrMoreNames, require_regex
 
 T = TypeVar("T")
 Rank = Annotated[int, Field(gt=0)]
+# How the keys of rank_pattern and alpha_pattern, and layers_pattern, are set into regular expressions, as in PEFT.
+_PATTERN = r"(.*\.)?({})$"
+LAYERS_PATTERN = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 INITS = ("gaussian", "olora", "pissa", "orthogonal")
 
 
@@ -20,7 +23,8 @@ def _init_name(value: Any) -> Any:
         return value
     name = value.lower()
     if name not in INITS and not re.fullmatch(r"pissa_niter_[1-9]\d*", name):
-        raise ValueError(f"unknown initialisation; valid are true, false, {', '.join(INITS)}, pissa_niter_<n>")
+        hint = " (a trained adapter's file loads with true: its weights replace the start)" if name == "eva" else ""
+        raise ValueError(f"unknown initialisation; valid are true, false, {', '.join(INITS)}, pissa_niter_<n>{hint}")
     return name
 
 
@@ -89,10 +93,9 @@ class LoraConfig(AdapterSpec):
             raise ValueError("layers_pattern needs layers_to_transform")
         for field in ("rank_pattern", "alpha_pattern"):
             for key in getattr(self, field):
-                try:
-                    re.compile(key)
-                except re.error as error:
-                    raise ValueError(f"{field}: {key!r} is not a regular expression: {error}") from None
+                require_regex(field, key, _PATTERN)
+        for pattern in self.layers_pattern or ():
+            require_regex("layers_pattern", pattern, LAYERS_PATTERN)
         return self
 
     @property
@@ -115,7 +118,7 @@ class LoraConfig(AdapterSpec):
 
 def pattern_matches(key: str, fqn: str) -> bool:
     """Whether a key of `rank_pattern` or `alpha_pattern` applies to module `fqn`."""
-    return re.match(rf"(.*\.)?({key})$", fqn) is not None
+    return re.match(_PATTERN.format(key), fqn) is not None
 
 
 def _first_match(patterns: Mapping[str, T], fqn: str, default: T) -> T:

@@ -61,16 +61,17 @@ def _table(plan: "Plan") -> Table:
     for pattern, edits in _groups(plan):
         stem, name = _stem(pattern)
         if stem != around:
-            table.add_row(stem)
+            table.add_row(Text(stem))
             around = stem
-        table.add_row(f"  {name}" if stem else name, *_cells(plan, edits, several))
+        cells = [f"  {name}" if stem else name, *_cells(plan, edits, several)]
+        table.add_row(*map(Text, cells))
     return table
 
 
 def _stem(pattern: str) -> tuple[str, str]:
     """`model.layers.{0–79}`, `self_attn.q_proj`: the path to the numbered layer, and the name in it."""
     parts = pattern.split(".")
-    numbered = [i for i, part in enumerate(parts[:-1]) if part.startswith("{") or part.isdigit()]
+    numbered = [i for i, part in enumerate(parts[:-1]) if part.startswith("{") or _is_number(part)]
     cut = numbered[-1] + 1 if numbered else 0
     return ".".join(parts[:cut]), ".".join(parts[cut:])
 
@@ -106,7 +107,7 @@ def _groups(plan: "Plan") -> list[tuple[str, list["Edit"]]]:
     for edit in plan.edits:
         site = plan.sites[edit.site]
         key = (
-            re.sub(r"(?<![^.])\d+(?![^.])", "#", edit.site),
+            re.sub(r"(?<![^.])[0-9]+(?![^.])", "#", edit.site),
             (site.kind, site.in_features, site.out_features, site.module),
             (edit.adapter, edit.rule, edit.slot, edit.params, edit.opaque),
             tuple(edit.constants.items()),
@@ -138,6 +139,9 @@ def ranges(numbers: Iterable[int]) -> str:
     return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)
 
 
+_FLOPS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")
+
+
 def _sections(plan: "Plan") -> list[tuple[str, list[str]]]:
     costs = plan.costs
     share = costs.trainable / costs.total if costs.total else 0
@@ -151,7 +155,7 @@ def _sections(plan: "Plan") -> list[tuple[str, list[str]]]:
                 f" · Adam states {_bytes(costs.adam_bytes)}"
             ],
         ),
-        ("compute", [f"+{_si(costs.flops_per_token)}FLOP per token (forward)"]),
+        ("compute", [f"+{_scaled(costs.flops_per_token, 1000, _FLOPS)} per token (forward)"]),
         ("biases", _biases(plan)),
         ("ties", [" = ".join(group) for group in plan.ties]),
         ("caution", list(plan.cautions)),
@@ -185,15 +189,16 @@ def _number(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def _is_number(part: str) -> bool:
+    return part.isascii() and part.isdigit()
+
+
 def _bytes(number: int) -> str:
-    value, unit = float(number), 0
-    while value >= 1024 and unit < 4:
-        value, unit = value / 1024, unit + 1
-    return f"{value:.4g} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+    return _scaled(number, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
-def _si(number: int) -> str:
+def _scaled(number: int, step: int, units: Sequence[str]) -> str:
     value, unit = float(number), 0
-    while value >= 1000 and unit < 4:
-        value, unit = value / 1000, unit + 1
-    return f"{value:.4g} {('', 'k', 'M', 'G', 'T')[unit]}"
+    while value >= step and unit < len(units) - 1:
+        value, unit = value / step, unit + 1
+    return f"{value:.4g} {units[unit]}"

@@ -140,7 +140,10 @@ MISSES: dict[str, tuple[dict[str, Any], str]] = {
     "alpha": ({"target_modules": ["q_proj"], "alpha_pattern": {"v_proj": 2}}, r"alpha_pattern: 'v_proj' matches none"),
     "exclude": ({"target_modules": ["q_proj"], "exclude_modules": ["k_prj"]}, r"exclude_modules: 'k_prj' matches no"),
     "save": ({"target_modules": ["q_proj"], "modules_to_save": ["lm_haed"]}, r"modules_to_save: 'lm_haed'.*'lm_head'"),
-    "nothing left": ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, r"nothing to adapt"),
+    "nothing left": (
+        {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
+        r"'q_proj' selects nothing: all it matches is excluded",
+    ),
     "rank for init": ({"target_modules": ["k_proj"], "r": 17, "init_lora_weights": "pissa"}, r"r=17 is over .* 16"),
     "odd rank": ({"target_modules": ["k_proj"], "r": 3, "init_lora_weights": "orthogonal"}, r"needs an even rank"),
 }

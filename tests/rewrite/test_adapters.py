@@ -84,9 +84,10 @@ def test_loading_beside_another(tmp_path: Path) -> None:
     before = snapshot(compiled)
     compiled.load_adapter(tmp_path, "theirs")
     assert compiled.active_adapters == ["mine"]
+    assert not any(p.requires_grad for n, p in compiled.named_parameters() if "theirs" in n)
     compiled.set_adapter("theirs")
     assert torch.equal(compiled(ids).logits, one(ids).logits)
-    assert not any(p.requires_grad for n, p in compiled.named_parameters() if "theirs" in n)
+    assert all(p.requires_grad == ("theirs" in n) for n, p in compiled.named_parameters())
     compiled.set_adapter("mine")
     compiled.delete_adapter("theirs")
     assert_unchanged(compiled, before)
