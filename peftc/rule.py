@@ -132,14 +132,13 @@ def validate(
     """Raise RuleError, naming the rule, if a declaration breaks the contract."""
     keys = [param.key or name for name, param in params.items()]
     names = [*params, *constants, *dropouts]
-    taken = {*dir(nn.Module()), "weight", "bias"}
     wrong = [
         *([f"slot {slot!r} is neither 'input' nor 'output'"] if slot not in ("input", "output") else []),
         *([] if params else ["it declares no parameter"]),
         *(f"{name!r} is declared twice" for name in dict.fromkeys(names) if names.count(name) > 1),
         *(f"key {key!r} is used twice" for key in dict.fromkeys(keys) if keys.count(key) > 1),
         *(f"key {key!r} has more than two parts" for key in keys if key.count(".") > 1),
-        *(f"{name!r} is a name that modules have" for name in [*keys, *dropouts] if name.partition(".")[0] in taken),
+        *(f"{name!r} is a name that modules have" for name in [*keys, *dropouts] if name.partition(".")[0] in _TAKEN),
         *(f"{n}: unknown init {p.init!r}" for n, p in params.items() if not re.fullmatch(_INITS, p.init)),
         *(f"constant {n!r} is a {type(v).__name__}" for n, v in constants.items() if type(v) not in _PLAIN),
     ]
@@ -148,6 +147,7 @@ def validate(
 
 
 _PLAIN = (float, int, bool, str)
+_TAKEN = frozenset({*dir(nn.Module()), "weight", "bias"})
 
 
 def fill(tensor: Tensor, init: str) -> None:

@@ -108,7 +108,8 @@ def _targets(adapter: str, spec: AdapterSpec, index: SiteIndex, misses: list[Mis
         return [name for name in names if name in index.sites]
     found: set[str] = set()
     for name in selector:
-        hits = [fqn for fqn in index.modules if _selects((name,), fqn)]
+        end = f".{name}"
+        hits = [fqn for fqn in index.modules if fqn == name or fqn.endswith(end)]
         fit = [fqn for fqn in hits if fqn in index.sites]
         if not fit:
             misses.append(Miss(adapter, "target_modules", name, _no_match(name, spec, index, hits)))

@@ -135,8 +135,9 @@ def build(model: nn.Module, plan: Plan, regions: tuple[Region, ...], inplace: bo
     base = model if inplace else structural_copy(model)
     program = Program(base, plan, regions)
     program.journal.requires_grad = {n: p.requires_grad for n, p in model.named_parameters() if not is_lazy(p)}
-    for name in program.journal.requires_grad:
-        base.get_parameter(name).requires_grad_(False)
+    for parameter in base.parameters():
+        if not is_lazy(parameter):
+            parameter.requires_grad_(False)
     try:
         extend(program, plan, regions, list(plan.adapters))
         first = list(plan.adapters)[:1]
