@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
 SETUP := pyproject.toml constraints.txt
 
+# Waiting threads sleep instead of spinning, so that other work on the machine does not slow torch down tenfold.
+export OMP_WAIT_POLICY ?= PASSIVE
+
 .PHONY: demo test quick lint format bench clean
 
 demo: $(VENV)/demo.done  ## The main job: fine-tune, save, load, merge and export SmolLM2 (about three minutes)

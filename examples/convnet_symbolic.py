@@ -1,13 +1,17 @@
 """Adapt a plain PyTorch ConvNet with LoRA on its convolutions and linear layers, captured as one flat graph.
 
-The network learns six shapes, drawn dark on light, from images made on the spot. Then the camera changes: light on dark,
-and turned. `capture="symbolic"` traces the network once; the adapter's operations stand in the same graph as the
+The network learns six shapes, drawn dark on light, from images made on the spot. Then the camera changes: light on
+dark, and turned. `capture="symbolic"` traces the network once; the adapter's operations stand in the same graph as the
 network's own, and the script prints some of that code. Ten seconds on two cores, nothing is downloaded.
 
     python examples/convnet_symbolic.py
 """
 
+import os
 from collections.abc import Callable
+
+# Waiting threads should sleep: by default they spin, and one other busy program makes torch ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from rich.console import Console
@@ -135,7 +139,7 @@ def show_code(compiled: peftc.CompiledModel, until: str) -> None:
 
 
 def check_life(compiled: peftc.CompiledModel, model: nn.Module, images: Tensor) -> None:
-    """Merge, unmerge and unload. `compiled` shares tensors with `model`, so a copy witnesses that none was written to."""
+    """Merge, unmerge and unload. `compiled` shares tensors with `model`; a copy witnesses that none was written to."""
     witness = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with torch.no_grad():
         adapted, original = compiled(images), model(images)

