@@ -1,6 +1,7 @@
 """The examples run, with small settings, and their own checks hold."""
 
 import importlib.util
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -50,25 +51,24 @@ def test_finetune_smollm2_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_p
 @pytest.mark.slow
 def test_minilm_ia3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     example("minilm_ia3", monkeypatch).main(out=tmp_path, epochs=1)
-    assert (tmp_path / "adapter_model.safetensors").is_file() or list(tmp_path.rglob("adapter_model.safetensors"))
-    assert "recall" in capsys.readouterr().out
+    assert len(list(tmp_path.rglob("adapter_model.safetensors"))) == 1
+    assert "loaded into a fresh base: the same embeddings, bit for bit" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_convnet_symbolic(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     example("convnet_symbolic", monkeypatch).main(pretrain_epochs=2, adapt_epochs=1, images=240)
-    assert "LoRA" in capsys.readouterr().out or True
+    printed = capsys.readouterr().out
+    assert "unmerged: same logits as before, bit for bit" in printed
+    assert "unloaded: same logits as the original, bit for bit" in printed
 
 
 def test_the_examples_data_is_held_out() -> None:
-    import json
-
     for stem, field in (("schema", "message"), ("workshop", "request")):
+        files = {part: EXAMPLES / "data" / f"{stem}_{part}.jsonl" for part in ("train", "heldout")}
         rows = {
-            part: {
-                json.loads(line)[field] for line in (EXAMPLES / "data" / f"{stem}_{part}.jsonl").open(encoding="utf-8")
-            }
-            for part in ("train", "heldout")
+            part: {json.loads(line)[field] for line in file.read_text(encoding="utf-8").splitlines()}
+            for part, file in files.items()
         }
         assert len(rows["train"]) > len(rows["heldout"]) > 20
         assert not rows["train"] & rows["heldout"]
