@@ -14,7 +14,7 @@ from collections.abc import Callable
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from rich.console import Console
+from report import check, console, heading
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,8 +31,6 @@ SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 BATCH_SIZE = 64
 LORA = peftc.LoraConfig(r=8, lora_alpha=16, target_modules=["conv1", "conv2", "conv3", "hidden", "classes"])
-
-console = Console(highlight=False)
 
 
 class ShapeNet(nn.Module):
@@ -155,18 +153,6 @@ def check_life(compiled: peftc.CompiledModel, model: nn.Module, images: Tensor) 
     for which, state in (("unloaded", plain.state_dict()), ("original", model.state_dict())):
         untouched = state.keys() == witness.keys() and all(torch.equal(state[name], witness[name]) for name in witness)
         check(untouched, f"{which}: all {len(witness)} tensors untouched, running statistics included")
-
-
-def heading(title: str) -> None:
-    console.print()
-    console.rule(f"[bold]{title}", align="left")
-
-
-def check(holds: bool, claim: str) -> None:
-    """Print the claim, or stop if it does not hold."""
-    if not holds:
-        raise RuntimeError(f"check failed: {claim}")
-    console.print(f"[green]✓[/] {claim}")
 
 
 if __name__ == "__main__":

@@ -33,8 +33,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 import typer
 from packages import folder_of
+from report import check, console
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -75,9 +75,6 @@ output = model.generate(
 )
 print(json.dumps(tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)))
 """
-
-# Without a terminal rich assumes 80 columns, which is too narrow for the tables.
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 112)
 
 
 @dataclass(frozen=True)
@@ -153,13 +150,6 @@ def main(
     with watch.stage("Merge for good, load without peftc"):
         export(loaded, tokenizer, out / "merged", messages[::6], after[::6])
     show_summary(watch, out, first, last)
-
-
-def check(holds: bool, claim: str) -> None:
-    """Print the claim, or stop if it does not hold."""
-    if not holds:
-        raise RuntimeError(f"check failed: {claim}")
-    console.print(f"[green]✓[/] {claim}")
 
 
 def read_examples(file: Path) -> list[Example]:

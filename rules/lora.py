@@ -11,7 +11,7 @@ from peftc.graph.sites import Site
 from peftc.rule import Constant, Param, Rule
 from peftc.specs import LoraConfig
 
-from .lora_init import from_weight, init_names, orthogonal, starts_from_weight
+from .lora_factors import factors, from_weight, init_names, no_special_init, orthogonal, starts_from_weight
 
 
 class _Lora(Rule[LoraConfig]):
@@ -20,11 +20,26 @@ class _Lora(Rule[LoraConfig]):
     additive = True
 
     def constants(self, spec: LoraConfig, site: Site) -> dict[str, Constant]:
-        fqn = site.fqn
-        values: dict[str, Constant] = {"r": spec.rank_for(fqn), "lora_alpha": spec.alpha_for(fqn)}
-        if init_names(spec, site)[0] == "rule":
-            values["init"] = str(spec.init_lora_weights)
-        return {**values, "scaling": spec.scaling_for(fqn)}
+        fqn, init = site.fqn, spec.init_lora_weights
+        return {
+            "r": spec.rank_for(fqn),
+            "lora_alpha": spec.alpha_for(fqn),
+            "scaling": spec.scaling_for(fqn),
+            "biased": spec.lora_bias,
+            "residual": starts_from_weight(spec),
+            "groups": site.groups,
+            **({"init": str(init)} if init_names(spec, site)[0] == "rule" else {}),
+        }
+
+    def dropouts(self, spec: LoraConfig, site: Site) -> dict[str, float]:
+        return {"lora_dropout": spec.lora_dropout}
+
+    def cannot_fold(self, spec: LoraConfig, site: Site) -> str | None:
+        missing = spec.lora_bias and not site.bias
+        return "lora_bias=True needs a bias to fold into; the site has none" if missing else None
+
+    def fold_bias(self, bias: Tensor, p: Any) -> Tensor:
+        return bias + p.scaling * p.lora_B_bias if p.biased else bias
 
 
 class LoraLinear(_Lora):
@@ -37,21 +52,11 @@ class LoraLinear(_Lora):
     kinds = ("linear",)
 
     def params(self, spec: LoraConfig, site: Site) -> dict[str, Param]:
-        r, init = spec.rank_for(site.fqn), init_names(spec, site)
+        r = spec.rank_for(site.fqn)
         a, b = (r, site.in_features), (site.out_features, r)
-        params = {"lora_A": Param(a, init[0], "lora_A.weight"), "lora_B": Param(b, init[1], "lora_B.weight")}
-        if spec.lora_bias:
-            params["lora_B_bias"] = Param((site.out_features,), "zeros", "lora_B.bias", use="vector")
-        if starts_from_weight(spec):
-            params["lora_A0"] = Param(a, "rule", trainable=False)
-            params["lora_B0"] = Param(b, "rule", trainable=False)
-        return params
-
-    def constants(self, spec: LoraConfig, site: Site) -> dict[str, Constant]:
-        return {"biased": spec.lora_bias, "residual": starts_from_weight(spec), **super().constants(spec, site)}
-
-    def dropouts(self, spec: LoraConfig, site: Site) -> dict[str, float]:
-        return {"lora_dropout": spec.lora_dropout}
+        params = factors(spec, site, a, b)
+        starts = {"lora_A0": a, "lora_B0": b} if starts_from_weight(spec) else {}
+        return params | {name: Param(shape, "rule", trainable=False) for name, shape in starts.items()}
 
     def check(self, spec: LoraConfig, site: Site) -> str | None:
         r = spec.rank_for(site.fqn)
@@ -60,14 +65,9 @@ class LoraLinear(_Lora):
         limit = min(site.in_features, site.out_features)
         if starts_from_weight(spec) and r > limit:
             return f"{spec.init_lora_weights} takes factors of the weight: r={r} is over its smaller side, {limit}"
-        if starts_from_weight(spec) and site.weight is None:
-            return f"{spec.init_lora_weights} takes factors of the weight, which is not a plain parameter here"
+        if init_names(spec, site)[0] == "rule" and site.weight is None:
+            return f"{spec.init_lora_weights} initialisation needs the weight, which is not a plain parameter here"
         return None
-
-    def cannot_fold(self, spec: LoraConfig, site: Site) -> str | None:
-        return (
-            "lora_bias=True needs a bias to fold into; the site has none" if spec.lora_bias and not site.bias else None
-        )
 
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         dropped = p.lora_dropout(x)
@@ -81,9 +81,6 @@ class LoraLinear(_Lora):
         if p.residual:
             delta = delta - p.lora_B0 @ p.lora_A0
         return weight + p.scaling * delta
-
-    def fold_bias(self, bias: Tensor, p: Any) -> Tensor:
-        return bias + p.scaling * p.lora_B_bias if p.biased else bias
 
     def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
         if p.init == "orthogonal":
@@ -105,10 +102,13 @@ class LoraEmbedding(_Lora):
             "lora_embedding_B": Param((site.out_features, r), "normal"),
         }
 
+    def dropouts(self, spec: LoraConfig, site: Site) -> dict[str, float]:
+        return {}  # token ids can't be dropped; PEFT has none here either
+
     def check(self, spec: LoraConfig, site: Site) -> str | None:
         if spec.lora_bias:
             return "lora_bias is for linear and convolution sites; an embedding has no bias"
-        return _no_special_init(spec, site)
+        return no_special_init(spec, site)
 
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         return y + F.linear(p.op(x, p.lora_embedding_A.T) * p.scaling, p.lora_embedding_B)
@@ -123,34 +123,20 @@ class LoraConv(_Lora):
     kinds = ("conv1d", "conv2d", "conv3d")
 
     def params(self, spec: LoraConfig, site: Site) -> dict[str, Param]:
-        r, init = spec.rank_for(site.fqn), init_names(spec, site)
-        ones = (1,) * len(site.kernel_size)
-        params = {
-            "lora_A": Param((r, site.in_features, *site.kernel_size), init[0], "lora_A.weight"),
-            "lora_B": Param((site.out_features, r // site.groups, *ones), init[1], "lora_B.weight"),
-        }
-        if spec.lora_bias:
-            params["lora_B_bias"] = Param((site.out_features,), "zeros", "lora_B.bias", use="vector")
-        return params
-
-    def constants(self, spec: LoraConfig, site: Site) -> dict[str, Constant]:
-        return {"biased": spec.lora_bias, "groups": site.groups, **super().constants(spec, site)}
-
-    def dropouts(self, spec: LoraConfig, site: Site) -> dict[str, float]:
-        return {"lora_dropout": spec.lora_dropout}
+        r, ones = spec.rank_for(site.fqn), (1,) * len(site.kernel_size)
+        a, b = (r, site.in_features, *site.kernel_size), (site.out_features, r // site.groups, *ones)
+        return factors(spec, site, a, b)
 
     def check(self, spec: LoraConfig, site: Site) -> str | None:
         r = spec.rank_for(site.fqn)
         if r % site.groups:
             return f"r={r} is not divisible by its {site.groups} groups"
-        return _no_special_init(spec, site)
+        return no_special_init(spec, site)
 
     def cannot_fold(self, spec: LoraConfig, site: Site) -> str | None:
         if site.groups > 1:
             return f"A mixes all channels, which a convolution in {site.groups} groups can't express"
-        return (
-            "lora_bias=True needs a bias to fold into; the site has none" if spec.lora_bias and not site.bias else None
-        )
+        return super().cannot_fold(spec, site)
 
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         inner = p.op(p.lora_dropout(x), p.lora_A, groups=1) * p.scaling
@@ -159,15 +145,6 @@ class LoraConv(_Lora):
 
     def fold(self, weight: Tensor, p: Any) -> Tensor:
         return weight + p.scaling * torch.einsum("or,ri...->oi...", p.lora_B.flatten(1), p.lora_A)
-
-    def fold_bias(self, bias: Tensor, p: Any) -> Tensor:
-        return bias + p.scaling * p.lora_B_bias if p.biased else bias
-
-
-def _no_special_init(spec: LoraConfig, site: Site) -> str | None:
-    if isinstance(spec.init_lora_weights, str) and spec.init_lora_weights != "gaussian":
-        return f"init_lora_weights={spec.init_lora_weights!r} is for linear sites, this is {site.kind}"
-    return None
 
 
 RULES = (LoraLinear(), LoraEmbedding(), LoraConv())

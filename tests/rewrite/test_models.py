@@ -178,6 +178,13 @@ class TestOpaque:
         assert compiled.base.linear.qweight.data_ptr() == model.linear.qweight.data_ptr()
         assert type(compiled.unload().linear) is QuantisedLinear
 
+    @pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+    def test_starts_that_need_the_weight_are_refused_without_one(self, init: str) -> None:
+        model = Everything()
+        model.linear = QuantisedLinear(model.linear)
+        with pytest.raises(peftc.NoMatchError, match=f"{init} initialisation needs the weight"):
+            peftc.compile(model, lora("linear", init_lora_weights=init))
+
     @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
     def test_opaque_sites_survive_copies(self, how: str) -> None:
         model = Everything().eval()

@@ -1,10 +1,20 @@
-"""Initialisations of LoRA's factors."""
+"""LoRA's factors: their declarations and how they start."""
 
 import torch
 from torch import Tensor
 
 from peftc.graph.sites import Site
+from peftc.rule import Param
 from peftc.specs import LoraConfig
+
+
+def factors(spec: LoraConfig, site: Site, a: tuple[int, ...], b: tuple[int, ...]) -> dict[str, Param]:
+    """A and B of these shapes, and B's bias if the spec wants one."""
+    init = init_names(spec, site)
+    params = {"lora_A": Param(a, init[0], "lora_A.weight"), "lora_B": Param(b, init[1], "lora_B.weight")}
+    if spec.lora_bias:
+        params["lora_B_bias"] = Param((site.out_features,), "zeros", "lora_B.bias", use="vector")
+    return params
 
 
 def init_names(spec: LoraConfig, site: Site) -> tuple[str, str]:
@@ -49,3 +59,9 @@ def orthogonal(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     r, in_features = a
     q, _ = torch.linalg.qr(torch.randn(r, r))
     return (torch.randn(in_features, r // 2) @ q[0::2]).T / 10, torch.randn(b[0], r // 2) @ q[1::2] / 10
+
+
+def no_special_init(spec: LoraConfig, site: Site) -> str | None:
+    if isinstance(spec.init_lora_weights, str) and spec.init_lora_weights != "gaussian":
+        return f"init_lora_weights={spec.init_lora_weights!r} is for linear sites, this is {site.kind}"
+    return None
