@@ -18,6 +18,22 @@ from peftc.rewrite.host import original_class
 from peftc.rule import Bound, fill
 
 
+class Holder(nn.Module):
+    """Holds the parameters of one adapter under their PEFT names. The generated code reads them; it is never called.
+
+    So a hook on it would never run, and one of accelerate's that offloads would leave the code to compute with the
+    memory of nothing: that is refused, with AdapterError.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_hf_hook" and getattr(value, "offload", False):
+            raise AdapterError(
+                "accelerate can't offload the parameters of an adapter: generated code reads them past its hooks."
+                " Offloading has begun, so load the model again, and compile it without offloading."
+            )
+        super().__setattr__(name, value)
+
+
 def check_names(model: nn.Module, plan: Plan, adapters: Iterable[str]) -> None:
     """Refuse adapter names that can't be part of a parameter's name, and sites that have such a child already."""
     taken = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
@@ -65,7 +81,7 @@ def attach(module: nn.Module, edit: Edit, plan: Plan) -> None:
             holders = module._modules.setdefault(first, nn.ModuleDict())
             assert isinstance(holders, nn.ModuleDict)
             if edit.adapter not in holders:
-                holders[edit.adapter] = nn.Module()
+                holders[edit.adapter] = Holder()
             holders[edit.adapter].register_parameter(rest, parameter)
         else:
             parameters = module._modules.setdefault(first, nn.ParameterDict())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
 from torch import Tensor, nn
 
@@ -135,6 +136,15 @@ class TestStates:
         assert torch.equal(compiled(X), y)
         compiled.base.a.__dict__.pop("forward", None)
         assert torch.equal(compiled.unload()(X), model(X))
+
+    def test_offloading_an_adapter_is_refused_and_dispatching_works(self) -> None:
+        """Past the hook, the generated code would read a meta tensor, and torch computes garbage with one."""
+        compiled = perturb(peftc.compile(MLP(), lora("a")))
+        y = compiled(X)
+        dispatch_model(compiled.base, {"": "cpu"}, force_hooks=True)
+        assert torch.equal(compiled(X), y)
+        with pytest.raises(peftc.AdapterError, match="can't offload"):
+            cpu_offload(peftc.compile(MLP(), lora("a")).base, torch.device("cpu"))
 
     def test_merging_ignores_the_callers_autocast_and_inference_mode(self) -> None:
         model = MLP().to(torch.bfloat16)
@@ -351,7 +361,8 @@ class TestPlans:
 
     def test_going_on_without_a_selector_is_a_warning(self) -> None:
         with pytest.warns(UserWarning, match="'zzz' matches none"):
-            peftc.compile(MLP(), lora("a", "zzz"), on_unmatched="warn")
+            compiled = peftc.compile(MLP(), lora("a", "zzz"), on_unmatched="warn")
+        assert [edit.site for edit in compiled.plan.edits] == ["a"]
 
 
 WRONG: dict[str, Any] = {
