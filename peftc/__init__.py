@@ -15,8 +15,17 @@ from peftc.errors import (
 )
 from peftc.plan import Plan
 from peftc.registry import register, unregister
-from peftc.rule import Param, Rule
-from peftc.specs import AdapterSpec, IA3Config, LoraConfig, load_spec
+from peftc.rule import Param, PromptRule, Rule
+from peftc.specs import (
+    AdapterSpec,
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptSpec,
+    PromptTuningConfig,
+    load_spec,
+)
 
 __all__ = [
     "AdapterError",
@@ -33,6 +42,11 @@ __all__ = [
     "PeftcError",
     "Plan",
     "PlanError",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptRule",
+    "PromptSpec",
+    "PromptTuningConfig",
     "Rule",
     "RuleError",
     "SpecError",

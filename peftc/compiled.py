@@ -2,22 +2,32 @@
 
 import copy
 import os
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, fx, nn
 
-from peftc.checkpoint import adapter_state_dict, load_state, locate, read_spec, read_tensors, save_adapter
-from peftc.errors import AdapterError, MergeError, nearest
+from peftc import lifecycle
+from peftc.checkpoint import (
+    adapter_state_dict,
+    load_state,
+    locate,
+    prompt_edit,
+    prompt_embeddings,
+    prompt_encoder,
+    read_adapter,
+    save_adapter,
+)
+from peftc.errors import AdapterError
 from peftc.graph.region import Capture, call, parameters_of
 from peftc.merge import forget, merge, unmerge
 from peftc.plan import Plan, make_plan, require_same
 from peftc.registry import spec_classes
 from peftc.rewrite import program as rewrite
-from peftc.rewrite.attach import check_names
 from peftc.rewrite.program import Program
+from peftc.rewrite.virtual import rows
 from peftc.specs import AdapterSpec, load_spec, load_specs
 from peftc.view.text import span
 
@@ -128,8 +138,8 @@ class CompiledModel(fx.GraphModule):
         Raises AdapterError on an unknown name, MergeError while merged.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        self._require(names)
-        self._require_unmerged("set_adapter")
+        lifecycle.require_known(self.program, names)
+        lifecycle.require_unmerged(self.program, "set_adapter")
         rewrite.activate(self.program, names, names)
 
     @contextmanager
@@ -139,7 +149,7 @@ class CompiledModel(fx.GraphModule):
         Unlike PEFT's, it takes trained biases (`bias="all"`) out as well, so the outputs are the base model's.
         Raises MergeError while merged.
         """
-        self._require_unmerged("disable_adapter")
+        lifecycle.require_unmerged(self.program, "disable_adapter")
         before, self.program.enabled = self.program.enabled, False
         rewrite.emit(self.program, self.program.active)
         try:
@@ -153,7 +163,7 @@ class CompiledModel(fx.GraphModule):
 
         Raises AdapterError if the name is taken, SpecError, NoMatchError, ConflictError; nothing is changed then.
         """
-        self._extend(adapter_name, load_spec(peft_config, spec_classes()), on_unmatched)
+        lifecycle.add(self.program, adapter_name, load_spec(peft_config, spec_classes()), on_unmatched)
 
     def load_adapter(
         self,
@@ -171,67 +181,15 @@ class CompiledModel(fx.GraphModule):
         Raises CheckpointError, SpecError, AdapterError, ConflictError; nothing is changed then.
         """
         folder = locate(model_id, subfolder=subfolder, revision=revision, token=token)
-        spec = read_spec(folder)
-        tensors = read_tensors(folder, allow_pickle=allow_pickle)
-        self._extend(adapter_name, spec.model_copy(update={"inference_mode": not is_trainable}), "warn")
-        try:
-            load_state(self.program, adapter_name, tensors)
-        except BaseException:
-            self._shrink(adapter_name)
-            raise
+        files = read_adapter(folder, is_trainable=is_trainable, allow_pickle=allow_pickle)
+        lifecycle.load(self.program, adapter_name, *files)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off. If no other was active, the one loaded first becomes so.
 
         Raises AdapterError on an unknown name, MergeError while merged.
         """
-        self._require([adapter_name])
-        self._require_unmerged("delete_adapter")
-        left = [name for name in self.plan.adapters if name != adapter_name]
-        active = [name for name in self.program.active if name != adapter_name]
-        rewrite.activate(self.program, active or left[:1], self.program.learning if active else left[:1])
-        self._shrink(adapter_name)
-
-    def _extend(self, name: str, spec: AdapterSpec, on_unmatched: OnUnmatched) -> None:
-        if self.program.unloaded:
-            raise AdapterError("the model was unloaded; compile it again to give it adapters")
-        if name in self.plan.adapters:
-            raise AdapterError(f"adapter {name!r} exists already; choose another name, or delete it first")
-        self._require_unmerged("add_adapter")
-        active, learning = self.program.active, self.program.learning
-        with rewrite.parked(self.program) as base:
-            plan, regions = self._plan({**self.plan.adapters, name: spec})
-            rewrite.require_applicable(plan, on_unmatched)
-            check_names(base, plan, [name])
-        try:
-            rewrite.extend(self.program, plan, regions, [name])
-        except BaseException:
-            self._shrink(name)
-            raise
-        rewrite.activate(self.program, active, learning)
-
-    def _shrink(self, name: str) -> None:
-        """Take an inactive adapter off, and plan what is left."""
-        rewrite.remove(self.program, name)
-        active, learning = self.program.active, self.program.learning
-        with rewrite.parked(self.program):
-            plan, regions = self._plan({other: spec for other, spec in self.plan.adapters.items() if other != name})
-        rewrite.extend(self.program, plan, regions, [])
-        rewrite.activate(self.program, active, learning)
-
-    def _plan(self, specs: Mapping[str, AdapterSpec]) -> Any:
-        return make_plan(self.base, specs, self.plan.capture, self.plan.autocast_adapter_dtype)
-
-    def _require(self, names: Iterable[str]) -> None:
-        for name in names:
-            if name not in self.plan.adapters:
-                near = nearest(name, self.plan.adapters)
-                hint = f" Nearest: {near[0]!r}." if near else ""
-                raise AdapterError(f"no adapter {name!r}; there are {', '.join(self.plan.adapters) or 'none'}.{hint}")
-
-    def _require_unmerged(self, what: str) -> None:
-        if self.program.merged:
-            raise MergeError(f"{what}: {', '.join(self.program.merged)} merged; call unmerge_adapter() first")
+        lifecycle.delete(self.program, adapter_name)
 
     def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, *, untie: bool = False) -> None:
         """Fold adapters (default: the active ones) into the base weights; their ops leave the graphs.
@@ -242,7 +200,7 @@ class CompiledModel(fx.GraphModule):
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         names = self.active_adapters if names is None else list(names)
-        self._require(names)
+        lifecycle.require_known(self.program, names)
         merge(self.program, names, untie)
 
     def unmerge_adapter(self) -> None:
@@ -284,8 +242,38 @@ class CompiledModel(fx.GraphModule):
 
     def adapter_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """The live tensors of an adapter under the keys of PEFT's files. Raises AdapterError on an unknown name."""
-        self._require([adapter_name])
+        lifecycle.require_known(self.program, [adapter_name])
         return adapter_state_dict(self.program, adapter_name)
+
+    @property
+    def prompt_encoder(self) -> dict[str, nn.Module]:
+        """The prompt encoders by adapter name: what a prompt method trains."""
+        edits = {name: prompt_edit(self.program, name) for name in self.plan.adapters}
+        return {name: prompt_encoder(self.program, edit) for name, edit in edits.items() if edit is not None}
+
+    def get_prompt_embedding_to_save(self, adapter_name: str = "default") -> Tensor:
+        """The rows of a prompt adapter as saved: (rows, token_dim), or (rows, num_layers·2·token_dim) of a prefix.
+
+        Raises AdapterError if `adapter_name` is unknown or no prompt method.
+        """
+        lifecycle.require_known(self.program, [adapter_name])
+        edit = prompt_edit(self.program, adapter_name)
+        if edit is None:
+            raise AdapterError(f"{adapter_name!r} is {self.peft_config[adapter_name].peft_type}, which has no prompt")
+        return prompt_embeddings(self.program, edit).detach().cpu()
+
+    def get_prompt(self, batch_size: int) -> Tensor:
+        """The rows of the first active prompt adapter, for every sequence: (batch_size, rows, width), differentiable.
+
+        A prefix comes flat, as it is saved. Raises AdapterError if no prompt adapter is active.
+        """
+        edits = [edit for name in self.active_adapters if (edit := prompt_edit(self.program, name)) is not None]
+        if not edits:
+            raise AdapterError(
+                f"no active adapter has a prompt; active are {', '.join(self.active_adapters) or 'none'}"
+            )
+        made = rows(prompt_encoder(self.program, edits[0]), int(edits[0].constants["rows"]))
+        return made.expand(batch_size, -1, -1)
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *, selected_adapters: Sequence[str] | None = None
@@ -295,7 +283,7 @@ class CompiledModel(fx.GraphModule):
         Raises CheckpointError if the folder can't be written, AdapterError on an unknown name.
         """
         names = list(self.plan.adapters) if selected_adapters is None else list(selected_adapters)
-        self._require(names)
+        lifecycle.require_known(self.program, names)
         for name in names:
             folder = Path(save_directory) if name == "default" else Path(save_directory) / name
             save_adapter(folder, self.program, name)
@@ -322,19 +310,15 @@ class CompiledModel(fx.GraphModule):
         `config` takes the place of the folder's `adapter_config.json`. Raises CheckpointError, SpecError.
         """
         folder = locate(model_id, subfolder=subfolder, revision=revision, token=token)
-        spec = read_spec(folder) if config is None else load_spec(config, spec_classes())
-        tensors = read_tensors(folder, allow_pickle=allow_pickle)
-        compiled = compile(
-            model,
-            spec.model_copy(update={"inference_mode": not is_trainable}),
-            adapter_name,
-            capture=capture,
-            inplace=inplace,
-            on_unmatched="warn",
-            autocast_adapter_dtype=autocast_adapter_dtype,
+        given = None if config is None else load_spec(config, spec_classes())
+        spec, tensors, encoder = read_adapter(
+            folder, config=given, is_trainable=is_trainable, allow_pickle=allow_pickle
         )
+        made, regions = _planned(model, {adapter_name: spec}, capture, autocast_adapter_dtype)
+        rewrite.require_applicable(made, "warn")
+        compiled = cls(rewrite.build(model, made, regions, inplace, fresh=False))
         try:
-            load_state(compiled.program, adapter_name, tensors)
+            load_state(compiled.program, adapter_name, tensors, encoder)
         except BaseException:
             compiled.unload()
             raise
@@ -363,18 +347,15 @@ def compile(
     Raises SpecError, NoMatchError, ConflictError, CaptureError, AdapterError (a bad name, or a model compiled already),
     PlanError (the model is not the planned one). Nothing is changed then.
     """
-    if isinstance(model, CompiledModel):
-        raise AdapterError("the model is compiled already: use its add_adapter, or unload it first")
     if isinstance(spec, Plan):
-        made, regions = make_plan(model, spec.adapters, spec.capture, spec.autocast_adapter_dtype)
+        made, regions = _planned(model, spec.adapters, spec.capture, spec.autocast_adapter_dtype)
         require_same(spec, made)
         made = spec
     else:
-        made, regions = make_plan(
-            model, load_specs(spec, adapter_name, spec_classes()), capture, autocast_adapter_dtype
-        )
+        specs = load_specs(spec, adapter_name, spec_classes())
+        made, regions = _planned(model, specs, capture, autocast_adapter_dtype)
     rewrite.require_applicable(made, on_unmatched)
-    return CompiledModel(rewrite.build(model, made, regions, inplace))
+    return CompiledModel(rewrite.build(model, made, regions, inplace, fresh=True))
 
 
 def plan(
@@ -390,9 +371,13 @@ def plan(
     Misses and conflicts are in the plan, where `compile` raises. Raises SpecError, NoMatchError (no default targets for
     the model type), CaptureError.
     """
+    return _planned(model, load_specs(spec, adapter_name, spec_classes()), capture, autocast_adapter_dtype)[0]
+
+
+def _planned(model: nn.Module, specs: Mapping[str, AdapterSpec], capture: Capture, autocast: bool) -> Any:
     if isinstance(model, CompiledModel):
-        raise AdapterError("the model is compiled already: its plan is .plan")
-    return make_plan(model, load_specs(spec, adapter_name, spec_classes()), capture, autocast_adapter_dtype)[0]
+        raise AdapterError("the model is compiled already: use its add_adapter or its .plan, or unload it first")
+    return make_plan(model, specs, capture, autocast)
 
 
 # peftc.load(model, "a folder or a Hub repository")

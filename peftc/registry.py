@@ -8,7 +8,7 @@ from typing import Any, cast, get_args
 
 from peftc.errors import RuleError
 from peftc.graph.sites import Kind, Site
-from peftc.rule import Rule
+from peftc.rule import PromptRule, Rule
 from peftc.specs import BUILTIN_SPECS, AdapterSpec
 
 GROUP = "peftc.rules"
@@ -41,6 +41,12 @@ def unregister(rule: Rule[Any]) -> None:
 def find_rule(spec: AdapterSpec, site: Site) -> Rule[Any] | None:
     """The rule for the method of `spec` on the kind of `site`, or None."""
     return _table().get((spec.peft_type, site.kind))
+
+
+def find_prompt_rule(spec: AdapterSpec) -> PromptRule[Any] | None:
+    """The rule for the method of `spec`, if that is a prompt method."""
+    rule = _table().get((spec.peft_type, "call"))
+    return rule if isinstance(rule, PromptRule) else None
 
 
 def kinds_of(spec: AdapterSpec) -> tuple[str, ...]:

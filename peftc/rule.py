@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import RuleError
-from peftc.graph.sites import Kind, Site
-from peftc.specs import AdapterSpec
+from peftc.graph.sites import Kind, Site, Stack
+from peftc.specs import AdapterSpec, PromptSpec
 
 S = TypeVar("S", bound=AdapterSpec)
-Slot = Literal["input", "output", "module"]
+P = TypeVar("P", bound=PromptSpec)
+# `memory`: where a decoder looks at the encoder's output, which virtual tokens have made longer.
+Slot = Literal["input", "output", "module", "embeds", "past", "memory"]
 Constant = float | int | bool | str
 
 
@@ -111,6 +113,47 @@ class Rule(Generic[S]):
     def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
         """Values of the parameters whose `init` is `rule`, from the canonical float32 `weight`."""
         raise NotImplementedError
+
+
+class PromptRule(Rule[P]):
+    """A method that puts trained virtual tokens into a model's call; register it as any rule.
+
+    `at` says where: `embeds`, before the embedded tokens, or `past`, as cached keys and values. The tensors come from
+    an encoder, a plain module: called with the row numbers (1, rows) it returns the rows (1, rows, width). The engine
+    does the rest: masks, labels, positions, caches. Saved is what the encoder returns, as `prompt_embeddings`.
+    """
+
+    kinds = ("call",)
+    at: ClassVar[Literal["embeds", "past"]]
+
+    def resolve(self, spec: P, stack: Stack) -> P:
+        """`spec` with what it leaves open read off the model."""
+        raise NotImplementedError
+
+    def disagreement(self, spec: P, stack: Stack) -> str | None:
+        """Why a resolved `spec` does not fit the model, or None."""
+        return None
+
+    def encoder(self, spec: P) -> nn.Module:
+        """The encoder of a resolved `spec`; with `inference_mode`, one `embedding` that holds the rows themselves."""
+        raise NotImplementedError
+
+    def width(self, spec: P) -> int:
+        """The width of a row: `token_dim` at `embeds`; at `past` a key and a value for every layer."""
+        raise NotImplementedError
+
+    def start(self, encoder: nn.Module, spec: P, embed: Callable[[Tensor], Tensor], vocab_size: int) -> None:
+        """Initialise a fresh `encoder` further. `embed` gives the model's embeddings (n, token_dim) of n token ids."""
+
+    def folded(self, spec: P) -> PromptSpec:
+        """The spec of the same rows without reparameterisation: what can be trained on without the encoder."""
+        return spec
+
+    def cannot_fold(self, spec: P, site: Site) -> str | None:
+        return "virtual tokens are no part of a weight: there is nothing to fold them into. Keep them active, or unload"
+
+    def slot(self, spec: P, site: Site) -> Slot:
+        return self.at
 
 
 def live_name(key: str, adapter: str) -> str:

@@ -20,6 +20,8 @@ from peftc.specs.io import CONFIG_NAME
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 BIN_NAME = "adapter_model.bin"
+# What training a prompt goes on with. PEFT does not know it, and reads the folder without it.
+ENCODER_NAME = "prompt_encoder.safetensors"
 
 
 def locate(
@@ -34,7 +36,8 @@ def locate(
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-        patterns = [f"{subfolder}/{name}" if subfolder else name for name in (CONFIG_NAME, WEIGHTS_NAME, BIN_NAME)]
+        names = (CONFIG_NAME, WEIGHTS_NAME, BIN_NAME, ENCODER_NAME)
+        patterns = [f"{subfolder}/{name}" if subfolder else name for name in names]
         try:
             folder = Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=patterns))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
@@ -56,10 +59,7 @@ def read_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tenso
     """
     file = folder / WEIGHTS_NAME
     if file.is_file():
-        try:
-            return load_file(file)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
+        return _load(file)
     pickle = folder / BIN_NAME
     if not pickle.is_file():
         raise CheckpointError(f"{folder}: holds no {WEIGHTS_NAME}")
@@ -71,14 +71,33 @@ def read_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tenso
         raise CheckpointError(f"{pickle}: can't be read with weights_only=True: {error}") from None
 
 
-def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor], card: str) -> None:
+def read_encoder(folder: Path) -> dict[str, Tensor]:
+    """The tensors of the encoder that a prompt is trained with, or none. Raises CheckpointError on a broken file."""
+    file = folder / ENCODER_NAME
+    return _load(file) if file.is_file() else {}
+
+
+def _load(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
+
+
+def write_adapter(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    card: str,
+    encoder: Mapping[str, Tensor],
+) -> None:
     """Write one adapter: every file under another name first, then renamed, the config last; modes as umask says.
 
     Raises CheckpointError if the folder can't be written; files that were there are then still whole.
     """
-    contiguous = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
     files = {
-        WEIGHTS_NAME: save(contiguous, metadata={"format": "pt"}),
+        **({ENCODER_NAME: _bytes(encoder)} if encoder else {}),
+        WEIGHTS_NAME: _bytes(tensors),
         CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
     }
     try:
@@ -88,11 +107,18 @@ def write_adapter(folder: Path, config: Mapping[str, Any], tensors: Mapping[str,
         with tempfile.TemporaryDirectory(prefix=".peftc-", dir=folder) as temporary:
             for name, content in files.items():
                 _write(Path(temporary) / name, content)
+            if not encoder:
+                (folder / ENCODER_NAME).unlink(missing_ok=True)
             for name in files:
                 os.replace(Path(temporary) / name, folder / name)
     except OSError as error:
         size = sum(map(len, files.values()))
         raise CheckpointError(f"{folder}: can't write the adapter ({size:,} bytes): {error}") from None
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> bytes:
+    contiguous = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+    return save(contiguous, metadata={"format": "pt"})
 
 
 def _write(path: Path, content: bytes) -> None:

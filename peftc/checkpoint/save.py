@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from peftc.checkpoint.files import write_adapter
+from peftc.checkpoint.prompts import encoder_state, prompt_edit
 from peftc.checkpoint.state import adapter_state_dict
 from peftc.graph.sites import transformers_config
 from peftc.rewrite.host import original_class
@@ -14,7 +15,9 @@ from peftc.rewrite.program import Program
 def save_adapter(folder: Path, program: Program, adapter: str) -> None:
     """Write `adapter` into `folder`. Raises CheckpointError if that can't be done; nothing is half written then."""
     config = _config(program, adapter)
-    write_adapter(folder, config, adapter_state_dict(program, adapter), _card(config))
+    edit = prompt_edit(program, adapter)
+    encoder = encoder_state(program, edit) if edit is not None else {}
+    write_adapter(folder, config, adapter_state_dict(program, adapter), _card(config), encoder)
 
 
 def _config(program: Program, adapter: str) -> dict[str, Any]:

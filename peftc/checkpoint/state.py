@@ -6,26 +6,36 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
+from peftc.checkpoint.prompts import PROMPT_KEY, load_prompt, prompt_edit, prompt_embeddings
 from peftc.errors import CheckpointError, nearest
 from peftc.graph.sites import parameter_name
 from peftc.plan.make import MODULES_TO_SAVE
 from peftc.rewrite.program import Program
+from peftc.specs import PromptSpec
 
 PREFIX = "base_model.model."
 
 
 def adapter_state_dict(program: Program, adapter: str) -> dict[str, Tensor]:
-    """The live tensors of `adapter` by their key in `adapter_model.safetensors`."""
+    """The live tensors of `adapter` by their key in `adapter_model.safetensors`; the rows of a prompt are computed."""
     state: dict[str, Tensor] = {}
+    prefix = _prefix(program, adapter)
     for edit in program.plan.edits:
-        if edit.adapter == adapter:
+        if edit.adapter == adapter and edit.slot in ("embeds", "past"):
+            state[PROMPT_KEY] = prompt_embeddings(program, edit)
+        elif edit.adapter == adapter:
             for param in edit.params:
                 if param.saved:
-                    state[PREFIX + parameter_name(edit.site, param.key)] = program.tensor(edit, param.key)
+                    state[prefix + parameter_name(edit.site, param.key)] = program.tensor(edit, param.key)
     for tensor in program.plan.trained:
         if tensor.adapter == adapter:
-            state[PREFIX + tensor.key] = _trained(program, tensor.name)
+            state[prefix + tensor.key] = _trained(program, tensor.name)
     return state
+
+
+def _prefix(program: Program, adapter: str) -> str:
+    """What keys begin with. PEFT puts one wrapper around a model for a prompt method, two for the others."""
+    return "base_model." if isinstance(program.plan.adapters[adapter], PromptSpec) else PREFIX
 
 
 def _trained(program: Program, name: str) -> Tensor:
@@ -37,8 +47,10 @@ def _trained(program: Program, name: str) -> Tensor:
     return journal.trained[name]
 
 
-def load_state(program: Program, adapter: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copy `tensors` into the parameters of `adapter`.
+def load_state(
+    program: Program, adapter: str, tensors: Mapping[str, Tensor], encoder: Mapping[str, Tensor] | None = None
+) -> None:
+    """Copy `tensors` into the parameters of `adapter`; of a prompt that is to be trained, `encoder` makes them.
 
     A saved embedding (PEFT's `save_embedding_layers`) is compared with the base and taken over, with a warning, if it
     differs. Raises CheckpointError, with nothing copied, on missing, unexpected or mis-shaped keys, NaN or Inf.
@@ -48,16 +60,20 @@ def load_state(program: Program, adapter: str, tensors: Mapping[str, Tensor]) ->
     optional, buffers = _optional(program, adapter), _buffers(program, adapter)
     missing = [key for key in own if key not in given and key not in optional]
     own = {key: target for key, target in own.items() if key in given or key not in optional}
-    embeddings, unexpected = _split(program, [key for key in given if key not in own])
+    embeddings, unexpected = _split(program, _prefix(program, adapter), [key for key in given if key not in own])
     if missing or unexpected:
         raise CheckpointError(_mismatch(adapter, missing, unexpected, own))
     for key, target in [*own.items(), *((k, program.base.get_parameter(name)) for k, name in embeddings.items())]:
         _require_like(key, given[key], target)
         if key not in buffers:
             _require_finite(key, given[key], target)
+    edit = prompt_edit(program, adapter)
     with torch.no_grad():
         for key, target in own.items():
-            target.copy_(given[key])
+            if edit is not None and key == PROMPT_KEY:
+                load_prompt(program, edit, given[key], encoder or {})
+            else:
+                target.copy_(given[key])
     for key, name in embeddings.items():
         _take_over(program, name, given[key])
 
@@ -75,7 +91,7 @@ def _optional(program: Program, adapter: str) -> set[str]:
 def _buffers(program: Program, adapter: str) -> set[str]:
     """Keys of buffers of modules saved whole, which may hold infinities (masks)."""
     return {
-        PREFIX + parameter_name(edit.site, param.key)
+        _prefix(program, adapter) + parameter_name(edit.site, param.key)
         for edit in program.plan.edits
         for param in edit.params
         if edit.adapter == adapter and edit.rule == MODULES_TO_SAVE and not param.trainable
@@ -97,13 +113,13 @@ def _renamed(key: str, own: Mapping[str, Tensor]) -> str:
     return key
 
 
-def _split(program: Program, keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+def _split(program: Program, prefix: str, keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """Keys of whole embeddings with the base parameter they are, and keys that are nothing known."""
     names = {name for name, _ in program.base.named_parameters(remove_duplicate=False)}
     embeddings: dict[str, str] = {}
     unexpected: list[str] = []
     for key in keys:
-        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
+        name = key.removeprefix(prefix).replace(".base_layer.", ".")
         if name in names and name.endswith(".weight"):
             embeddings[key] = name
         else:

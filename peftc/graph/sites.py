@@ -11,8 +11,27 @@ from torch.nn.parameter import UninitializedParameter
 
 from peftc.graph.lending import Lending, lending
 
-Kind = Literal["linear", "embedding", "conv1d", "conv2d", "conv3d", "module"]
+Kind = Literal["linear", "embedding", "conv1d", "conv2d", "conv3d", "module", "call"]
 Layout = Literal["out_in", "in_out"]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a prompt method must know of the model around a call: `token_dim` is the width of an embedded token.
+
+    `num_layers` have a cache, whose keys and values have `key_value_heads` heads of `head_dim`; `vocab_size` tokens are
+    embedded by module `embedding` (fqn relative to the site). `no_past` is the reason why no prefix can be cached.
+    """
+
+    token_dim: int
+    vocab_size: int
+    embedding: str
+    num_layers: int
+    num_attention_heads: int
+    key_value_heads: int
+    head_dim: int
+    is_encoder_decoder: bool
+    no_past: str | None = None
 
 
 @dataclass(frozen=True)
@@ -23,6 +42,7 @@ class Site:
     transposed, as in transformers' Conv1D and in embeddings, whose "input" is the one-hot token). For convolutions the
     features are channels and `kernel_size` the rest of the weight's shape. `dtype` and `device` are those of the weight.
     `refusal` is the reason why the site can't be adapted, `caution` one why it may not do what is expected.
+    A `call` is that of a whole model or of its encoder or decoder, which `stack` describes.
     """
 
     fqn: str
@@ -42,6 +62,7 @@ class Site:
     tied: tuple[str, ...] = ()
     refusal: str | None = None
     caution: str | None = None
+    stack: Stack | None = None
 
 
 @dataclass(frozen=True)

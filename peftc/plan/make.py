@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import cast
 
 from torch import nn
 
@@ -12,11 +13,12 @@ from peftc.graph.capture import capture
 from peftc.graph.fingerprint import fingerprint
 from peftc.graph.region import Capture, Region
 from peftc.graph.sites import Site, SiteIndex, dtype_name, dtype_of, index_sites
+from peftc.plan.calls import call_edit, match_call
 from peftc.plan.match import Match, match
 from peftc.plan.plan import Conflict, Costs, Edit, Plan, PlannedParam, TrainedTensor
-from peftc.registry import find_rule
+from peftc.registry import find_prompt_rule, find_rule
 from peftc.rule import Param, Rule, flops_per_token, validate
-from peftc.specs import AdapterSpec
+from peftc.specs import AdapterSpec, PromptSpec
 
 MODULES_TO_SAVE = "modules_to_save"
 
@@ -33,13 +35,14 @@ def make_plan(
     if level not in ("modules", "symbolic"):
         raise CaptureError(f"capture={level!r}: valid are 'modules' and 'symbolic'")
     index = index_sites(model)
-    matches = {name: match(name, spec, index) for name, spec in specs.items()}
+    matches = {name: _match(name, spec, model, level, index) for name, spec in specs.items()}
     touched = {site.fqn for found in matches.values() for site in found.sites}
+    calls = {call.site.fqn: call.site for found in matches.values() for call in found.calls}
     saved = {fqn for found in matches.values() for fqn in found.saved}
     sites = {fqn: site for fqn, site in index.sites.items() if fqn in touched}
     conflicts = _conflicts(matches)
     # A site inside a module that another adapter saves is a conflict; it is captured as the site it also is.
-    regions = capture(model, level, list(sites), sorted(saved - touched))
+    regions = capture(model, level, list(sites), sorted((saved - touched) | set(calls)))
     opaque = _opaque(level, regions)
     edits = [
         edit
@@ -47,11 +50,20 @@ def make_plan(
         for site in found.sites
         for edit in [_edit(name, found.spec, site, site.fqn in opaque, autocast_adapter_dtype)]
     ]
+    edits += [
+        call_edit(
+            name, cast(PromptSpec, found.spec), rule, call, _adapter_dtype(call.site.dtype, autocast_adapter_dtype)
+        )
+        for name, found in matches.items()
+        for rule in [find_prompt_rule(found.spec)]
+        for call in found.calls
+        if rule is not None
+    ]
     edits += [_save(name, model, fqn) for name, found in matches.items() for fqn in found.saved]
     order = {fqn: position for position, fqn in enumerate(index.modules)}
     edits.sort(key=lambda edit: order[edit.site])
     trained = tuple(t for name, found in matches.items() for t in _trained(name, found, index))
-    described = _with_roles({**sites, **{fqn: _whole(model, fqn) for fqn in saved - touched}}, index)
+    described = _with_roles({**sites, **{fqn: _whole(model, fqn) for fqn in saved - touched}, **calls}, index)
     plan = Plan(
         model=type(model).__name__,
         capture=level,
@@ -68,6 +80,13 @@ def make_plan(
         costs=_costs(index, edits, trained),
     )
     return plan, regions
+
+
+def _match(adapter: str, spec: AdapterSpec, model: nn.Module, level: Capture, index: SiteIndex) -> Match:
+    rule = find_prompt_rule(spec)
+    if rule is None:
+        return match(adapter, spec, index)
+    return match_call(adapter, cast(PromptSpec, spec), rule, model, level, index)
 
 
 def require_same(planned: Plan, made: Plan) -> None:
@@ -202,7 +221,7 @@ def _conflicts(matches: Mapping[str, Match]) -> tuple[Conflict, ...]:
 def _between(saver: str, other: str, matches: Mapping[str, Match]) -> list[Conflict]:
     """Modules that `saver` saves whole, around or inside of which `other` adapts or saves something else."""
     whole = matches[saver].saved
-    sites = [site.fqn for site in matches[other].sites]
+    sites = [site.fqn for site in (*matches[other].sites, *(call.site for call in matches[other].calls))]
     nested = [fqn for fqn in matches[other].saved if fqn not in whole]
     return [
         Conflict(fqn, (saver, other), f"{saver!r} saves it whole (modules_to_save), {other!r} changes {inner!r} in it")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from peftc.architectures import Defaults, families
 from peftc.errors import NoMatchError, describe_nearest, nearest
+from peftc.graph.calls import CallSite
 from peftc.graph.sites import Site, SiteIndex
 from peftc.plan.plan import Miss
 from peftc.registry import find_rule, kinds_of
@@ -19,18 +20,19 @@ from peftc.specs.lora import LAYERS_PATTERN, pattern_matches
 
 @dataclass(frozen=True)
 class Match:
-    """A spec with its defaults resolved, the sites and whole modules it selects, and its misses."""
+    """A spec with its defaults resolved, the sites, whole modules and calls it selects, and its misses."""
 
     spec: AdapterSpec
     sites: tuple[Site, ...]
     saved: tuple[str, ...]
     misses: tuple[Miss, ...]
+    calls: tuple[CallSite, ...] = ()
 
 
 def match(adapter: str, spec: AdapterSpec, index: SiteIndex) -> Match:
     """Resolve `spec` against the sites of a model. Raises NoMatchError if it needs defaults that are not known."""
     spec = _with_defaults(spec, index)
-    saved, saved_misses = _saved(adapter, spec, index)
+    saved, saved_misses = match_saved(adapter, spec, index)
     misses = list(saved_misses)
     names = _targets(adapter, spec, index, misses)
     unwanted = _excluded(adapter, spec, index, misses) | _inside(names, saved)
@@ -168,7 +170,7 @@ def _excluded(adapter: str, spec: AdapterSpec, index: SiteIndex, misses: list[Mi
     return {fqn for fqn in index.sites if _selects(selector, fqn)}
 
 
-def _saved(adapter: str, spec: AdapterSpec, index: SiteIndex) -> tuple[tuple[str, ...], list[Miss]]:
+def match_saved(adapter: str, spec: AdapterSpec, index: SiteIndex) -> tuple[tuple[str, ...], list[Miss]]:
     """The outermost modules that `modules_to_save` and the task's heads name (a name matches an fqn's end, as in PEFT)."""
     asked = spec.modules_to_save or ()
     names = dict.fromkeys((*asked, *spec.heads))

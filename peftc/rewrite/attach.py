@@ -12,8 +12,9 @@ from peftc.errors import AdapterError, RuleError
 from peftc.graph.region import OPAQUE
 from peftc.graph.sites import Site, dtype_of
 from peftc.plan import Edit, Plan
+from peftc.plan.calls import PROMPT_ENCODER
 from peftc.plan.make import MODULES_TO_SAVE
-from peftc.registry import find_rule
+from peftc.registry import find_prompt_rule, find_rule
 from peftc.rewrite.host import original_class
 from peftc.rule import Bound, fill
 
@@ -62,10 +63,16 @@ def containers(edit: Edit) -> list[str]:
     return list(dict.fromkeys([*(param.key.partition(".")[0] for param in edit.params), *used]))
 
 
-def attach(module: nn.Module, edit: Edit, plan: Plan) -> None:
-    """Create the parameters and dropouts of `edit` on its module, initialised as the rule says; or its trained copy."""
+def attach(module: nn.Module, edit: Edit, plan: Plan, fresh: bool) -> None:
+    """Create the parameters and dropouts of `edit` on its module, initialised as the rule says; or its trained copy.
+
+    `fresh=False`: values are about to be loaded, so a start that needs more than the model (a tokenizer) is left out.
+    """
     if edit.rule == MODULES_TO_SAVE:
         _attach_copy(module, edit)
+        return
+    if edit.slot == "embeds" or edit.slot == "past":
+        _attach_encoder(module, edit, plan, fresh)
         return
     weight = module._parameters.get("weight")
     device = weight.device if weight is not None else torch.device(plan.sites[edit.site].device)
@@ -117,6 +124,22 @@ def _initialise(edit: Edit, tensors: Mapping[str, Tensor], weight: nn.Parameter 
 def canonical(weight: Tensor, site: Site) -> Tensor:
     """`weight` as rules see it, (out, in, *kernel): a view, transposed where the site stores it so."""
     return weight.T if site.layout == "in_out" else weight
+
+
+def _attach_encoder(module: nn.Module, edit: Edit, plan: Plan, fresh: bool) -> None:
+    spec = plan.adapters[edit.adapter]
+    rule = find_prompt_rule(spec)
+    assert rule is not None, "the plan was made with it"
+    path = str(edit.constants["embedding"])
+    embedding = module.get_submodule(path) if path else None
+    like = next((embedding or module).parameters())
+    encoder = rule.encoder(spec).to(device=like.device, dtype=dtype_of(edit.params[0].dtype)).train(module.training)
+    if fresh and embedding is not None and not like.is_meta and not spec.inference_mode:
+        with torch.no_grad():
+            rule.start(encoder, spec, lambda ids: embedding(ids.to(like.device)), like.shape[0])
+    encoders = module._modules.setdefault(PROMPT_ENCODER, nn.ModuleDict())
+    assert isinstance(encoders, nn.ModuleDict)
+    encoders[edit.adapter] = encoder.requires_grad_(False)
 
 
 def _attach_copy(module: nn.Module, edit: Edit) -> None:

@@ -126,10 +126,11 @@ def require_applicable(plan: Plan, on_unmatched: str) -> None:
     warnings.warn(f"{lines}{more}", stacklevel=4)
 
 
-def build(model: nn.Module, plan: Plan, regions: tuple[Region, ...], inplace: bool) -> Program:
+def build(model: nn.Module, plan: Plan, regions: tuple[Region, ...], inplace: bool, fresh: bool) -> Program:
     """Attach every adapter of `plan` to a structural copy of `model` (or to itself) and activate the first.
 
-    The model given is not changed unless `inplace`, and then given back intact if anything fails.
+    `fresh=False`: their values are about to be loaded. The model given is not changed unless `inplace`, and then given
+    back intact if anything fails.
     """
     check_names(model, plan, plan.adapters)
     base = model if inplace else structural_copy(model)
@@ -139,7 +140,7 @@ def build(model: nn.Module, plan: Plan, regions: tuple[Region, ...], inplace: bo
         if not is_lazy(parameter):
             parameter.requires_grad_(False)
     try:
-        extend(program, plan, regions, list(plan.adapters))
+        extend(program, plan, regions, list(plan.adapters), fresh)
         first = list(plan.adapters)[:1]
         activate(program, first, [name for name in first if not plan.adapters[name].inference_mode])
     except BaseException:
@@ -148,8 +149,10 @@ def build(model: nn.Module, plan: Plan, regions: tuple[Region, ...], inplace: bo
     return program
 
 
-def extend(program: Program, plan: Plan, regions: tuple[Region, ...], adapters: Collection[str]) -> None:
-    """Attach the parameters of `adapters`, which are new in `plan`. They start inactive."""
+def extend(
+    program: Program, plan: Plan, regions: tuple[Region, ...], adapters: Collection[str], fresh: bool = True
+) -> None:
+    """Attach the parameters of `adapters`, which are new in `plan`. They start inactive. `fresh` as in `build`."""
     # A host that is there already keeps its region, and with it its code.
     known = {region.host: region for region in program.regions} if plan.capture == "modules" else {}
     program.plan, program.regions = plan, tuple(known.get(region.host, region) for region in regions)
@@ -157,7 +160,7 @@ def extend(program: Program, plan: Plan, regions: tuple[Region, ...], adapters: 
     _close_fast_paths(program, program.find_owners())
     for edit in plan.edits:
         if edit.adapter in adapters:
-            attach(program.owners[edit.site], edit, plan)
+            attach(program.owners[edit.site], edit, plan, fresh)
     for tensor in plan.trained:
         if tensor.adapter in adapters:
             program.journal.trained[tensor.name] = program.base.get_parameter(tensor.name).data.clone()

@@ -17,6 +17,7 @@ from peftc.errors import RuleError
 from peftc.graph.region import Anchor, Source, call_input, form_of, invoke, operand
 from peftc.plan import Edit
 from peftc.plan.make import MODULES_TO_SAVE
+from peftc.rewrite.call import CALL_SLOTS, splice_call
 from peftc.rule import Bound, Rule, live_name
 
 _POINTWISE: Mapping[str, Any] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
@@ -56,6 +57,9 @@ def _splice_site(graph: fx.Graph, node: fx.Node, anchor: Anchor, edits: Sequence
     saved = [active for active in edits if active.edit.rule == MODULES_TO_SAVE]
     if saved:
         _retarget(graph, node, _path(anchor.site, f"{MODULES_TO_SAVE}.{saved[-1].edit.adapter}"))
+        return
+    if edits[0].edit.slot in CALL_SLOTS:
+        splice_call(graph, node, [active.edit for active in edits])
         return
     form = form_of(node)
     place = form.x if form is not None else None

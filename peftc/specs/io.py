@@ -13,9 +13,16 @@ from peftc.errors import SpecError, nearest
 from peftc.specs.base import AdapterSpec, plain
 from peftc.specs.ia3 import IA3Config
 from peftc.specs.lora import LoraConfig
+from peftc.specs.prompts import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
 CONFIG_NAME = "adapter_config.json"
-BUILTIN_SPECS: Mapping[str, type[AdapterSpec]] = {"LORA": LoraConfig, "IA3": IA3Config}
+BUILTIN_SPECS: Mapping[str, type[AdapterSpec]] = {
+    "LORA": LoraConfig,
+    "IA3": IA3Config,
+    "PREFIX_TUNING": PrefixTuningConfig,
+    "PROMPT_TUNING": PromptTuningConfig,
+    "P_TUNING": PromptEncoderConfig,
+}
 
 
 def load_spec(source: Any, known: Mapping[str, type[AdapterSpec]] = BUILTIN_SPECS) -> AdapterSpec:
@@ -38,7 +45,7 @@ def load_spec(source: Any, known: Mapping[str, type[AdapterSpec]] = BUILTIN_SPEC
     if isinstance(fields, Mapping):
         return _from_dict(cast(Mapping[str, Any], fields), known, type(source).__name__)
     raise SpecError(
-        f"spec: {type(source).__name__} is not a spec. Give a LoraConfig or IA3Config, a dict, a path to"
+        f"spec: {type(source).__name__} is not a spec. Give a spec such as LoraConfig, a dict, a path to"
         f" {CONFIG_NAME} or a YAML file, or a PEFT config object."
     )
 

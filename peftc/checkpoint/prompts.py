@@ -1,0 +1,94 @@
+"""Prompt adapters in files: the rows themselves, which is all PEFT knows, and the encoder that training goes on with."""
+
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from peftc.errors import CheckpointError
+from peftc.plan import Edit
+from peftc.plan.calls import PROMPT_ENCODER
+from peftc.registry import find_prompt_rule
+from peftc.rewrite.program import Program
+from peftc.rewrite.virtual import rows
+from peftc.specs import AdapterSpec
+
+# The one tensor of a prompt adapter's file.
+PROMPT_KEY = "prompt_embeddings"
+_ROWS = f"{PROMPT_ENCODER}.embedding.weight"
+
+
+def prompt_edit(program: Program, adapter: str) -> Edit | None:
+    """The edit of `adapter` that holds virtual tokens, or None."""
+    own = [edit for edit in program.plan.edits if edit.adapter == adapter]
+    return next((edit for edit in own if edit.slot in ("embeds", "past")), None)
+
+
+def prompt_encoder(program: Program, edit: Edit) -> nn.Module:
+    """The live encoder of a prompt edit."""
+    encoders = cast(nn.ModuleDict, program.owners[edit.site]._modules[PROMPT_ENCODER])
+    return encoders[edit.adapter]
+
+
+def prompt_embeddings(program: Program, edit: Edit) -> Tensor:
+    """The rows (rows, width) of a prompt edit, without dropout; the parameter itself if nothing makes it."""
+    encoder = prompt_encoder(program, edit)
+    if not is_reparameterised(edit):
+        return program.tensor(edit, _ROWS)
+    training = encoder.training
+    try:
+        with torch.no_grad():
+            return rows(encoder.eval(), int(edit.constants["rows"]))
+    finally:
+        encoder.train(training)
+
+
+def is_reparameterised(edit: Edit) -> bool:
+    """Whether an encoder makes the rows, instead of holding them."""
+    return [param.key for param in edit.params] != [_ROWS]
+
+
+def encoder_state(program: Program, edit: Edit) -> dict[str, Tensor]:
+    """The encoder's tensors, if it makes the rows: `prompt_encoder.safetensors`."""
+    return {p.name: program.tensor(edit, p.key) for p in edit.params} if is_reparameterised(edit) else {}
+
+
+def trainable_spec(spec: AdapterSpec, encoder: Mapping[str, Tensor]) -> tuple[AdapterSpec, str | None]:
+    """The spec to train a loaded adapter on with, and a warning if its file lacks the encoder (PEFT's files do)."""
+    rule = find_prompt_rule(spec)
+    if rule is None or encoder:
+        return spec, None
+    folded = rule.folded(spec)
+    if folded == spec:
+        return spec, None
+    return folded, (
+        f"the {spec.peft_type} adapter was saved without its encoder (as PEFT does): its {PROMPT_KEY} are trained on"
+        f" themselves, as {type(folded).__name__}"
+    )
+
+
+def load_prompt(program: Program, edit: Edit, value: Tensor, encoder: Mapping[str, Tensor]) -> None:
+    """Copy the rows, or the encoder that makes them, into place.
+
+    Raises CheckpointError, with nothing copied, if the encoder is not the planned one. It has been copied, and the
+    adapter is to be dropped, if it does not make the rows that are saved beside it.
+    """
+    targets = encoder_state(program, edit)
+    if not targets:
+        program.tensor(edit, _ROWS).copy_(value)
+        return
+    wrong = [name for name in targets if name not in encoder or encoder[name].shape != targets[name].shape]
+    if wrong or len(encoder) != len(targets):
+        raise CheckpointError(
+            f"prompt_encoder.safetensors is not of the encoder in the config: {', '.join(wrong or encoder)}. Load with"
+            " is_trainable=False, which needs only the prompt_embeddings, or remove the file to train on those."
+        )
+    for name, target in targets.items():
+        target.copy_(encoder[name])
+    made = prompt_embeddings(program, edit)
+    if not made.is_meta and not torch.allclose(made, value.to(made), rtol=1e-3, atol=1e-3 * float(value.abs().max())):
+        raise CheckpointError(
+            "prompt_encoder.safetensors does not make the saved prompt_embeddings: one of the two was changed. Load with"
+            " is_trainable=False to use the prompt_embeddings, or remove the file to train on them."
+        )

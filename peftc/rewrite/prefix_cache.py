@@ -1,0 +1,143 @@
+"""Trained keys and values in transformers' caches. Imported when a prefix is first used: transformers takes its time."""
+
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from peftc.errors import AdapterError
+from peftc.graph.region import invoke
+from peftc.rewrite.virtual import Progress, rows
+
+
+class Prefix(NamedTuple):
+    """A prefix encoder and how its rows (n, layers · 2 · heads · head_dim) are read; `halves` is 2 for SEQ_2_SEQ_LM."""
+
+    encoder: nn.Module
+    number: int
+    layers: int
+    heads: int
+    halves: int
+
+
+def prefix_cache(at: Progress, base: nn.Module, past: Any, double: bool, prefixes: Sequence[tuple[Any, ...]]) -> Any:
+    """The cache that a model goes on with: on a first call, the given one (or a new one) with the prefixes in it."""
+    if not at.first:
+        return past
+    host = _host(base)
+    dtype = next(parameter.dtype for parameter in host.parameters() if parameter.is_floating_point())
+    read = [_keys_and_values(Prefix(*prefix), dtype, at.batch) for prefix in prefixes]
+    pairs = [
+        (torch.cat([keys for keys, _ in layer], dim=2), torch.cat([values for _, values in layer], dim=2))
+        for layer in zip(*read, strict=True)
+    ]
+    if past is None and _checkpointed(host):
+        return _read_only(pairs, double)
+    if past is None:
+        past = EncoderDecoderCache(DynamicCache(), DynamicCache()) if double else DynamicCache()
+    own = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
+    for index, (keys, values) in enumerate(pairs):
+        own.update(keys, values, index)
+    return past
+
+
+def _keys_and_values(prefix: Prefix, dtype: torch.dtype, batch: int) -> list[tuple[Tensor, Tensor]]:
+    """(batch, heads, n, head_dim) keys and values by layer.
+
+    PEFT reads a prefix of two halves with a stride of two pairs, once for self-attention and once for cross-attention,
+    and throws the latter away: layer i has the pair 2i, modulo the number of layers. Files of both depend on it.
+    """
+    flat = rows(prefix.encoder, prefix.number).to(dtype)
+    pairs = flat.view(prefix.number, prefix.layers, 2, prefix.heads, -1).permute(1, 2, 3, 0, 4)
+    chosen = [pairs[prefix.halves * layer % prefix.layers] for layer in range(prefix.layers)]
+    return [(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)) for keys, values in chosen]
+
+
+class _ReadOnlyLayer(DynamicLayer):
+    """Keys and values that stay what they are: a layer run twice, as under gradient checkpointing, sees the same."""
+
+    def __init__(self, keys: Tensor | None = None, values: Tensor | None = None) -> None:
+        super().__init__()
+        if keys is not None and values is not None:
+            self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+            self.keys, self.values = keys, values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if self.keys is None or self.values is None:
+            return key_states, value_states
+        return torch.cat([self.keys, key_states], dim=-2), torch.cat([self.values, value_states], dim=-2)
+
+
+class _NeverUpdated(dict[int, bool]):
+    """Says of every layer that its cross-attention is still to be computed."""
+
+    def __setitem__(self, key: int, value: bool) -> None:
+        pass
+
+
+def _read_only(pairs: Sequence[tuple[Tensor, Tensor]], double: bool) -> Any:
+    own = Cache(layers=[_ReadOnlyLayer(keys, values) for keys, values in pairs])
+    if not double:
+        return own
+    both = EncoderDecoderCache(own, Cache(layers=[_ReadOnlyLayer() for _ in pairs]))
+    both.is_updated = _NeverUpdated()
+    return both
+
+
+def _host(base: nn.Module) -> nn.Module:
+    """The module that `base` calls as it was before the rewrite (see peftc.rewrite.host.Opaque)."""
+    return base.__dict__["host"]
+
+
+def _checkpointed(host: nn.Module) -> list[nn.Module]:
+    """The layers of `host` that will be checkpointed in this call."""
+    if not (host.training and torch.is_grad_enabled()):
+        return []
+    return [module for module in host.modules() if getattr(module, "gradient_checkpointing", False) is True]
+
+
+def call_with_prefix(
+    base: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    more_args: tuple[Any, ...] = (),
+    more_kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """`invoke`, with gradient checkpointing told that the cache is only read. Recomputed layers keep what they got.
+
+    Raises AdapterError where checkpointing can't carry a prefix: reentrant, or of layers that are not transformers' own.
+    """
+    with _kept_by(_checkpointed(_host(base))):
+        return invoke(base, args, kwargs, more_args, more_kwargs)
+
+
+@contextmanager
+def _kept_by(modules: Sequence[nn.Module]) -> Generator[None]:
+    layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
+    if modules and not (layers and "_can_checkpoint_with_cache" in vars(GradientCheckpointingLayer)):
+        raise AdapterError(
+            f"gradient checkpointing of {type(modules[0]).__name__} drops the cache, and with it the prefix, in this"
+            " version of transformers. Disable it (gradient_checkpointing_disable()), or use prompt tuning."
+        )
+    if any(_is_reentrant(layer) for layer in layers):
+        raise AdapterError(
+            "reentrant gradient checkpointing loses the gradient of a prefix. Use the other kind:"
+            " gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
+        )
+    for layer in layers:
+        layer.__dict__["_can_checkpoint_with_cache"] = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("_can_checkpoint_with_cache", None)
+
+
+def _is_reentrant(layer: Any) -> bool:
+    function = layer._gradient_checkpointing_func
+    return isinstance(function, partial) and bool(function.keywords.get("use_reentrant", False))

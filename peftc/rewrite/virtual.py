@@ -1,0 +1,153 @@
+"""The ops that put virtual tokens into a model's call; generated code calls them.
+
+Each takes the call's `Progress` and one of its arguments, and returns the argument that goes on. A call with an empty
+cache is the first of its sequences: virtual tokens enter. Any other continues a cache that holds them already: only
+masks and positions have to count them.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peftc.errors import AdapterError
+
+IGNORED = -100  # The label that losses pass over.
+
+
+class Progress(NamedTuple):
+    """Where a call is: sequences, tokens given, virtual tokens (embedded, cached), and the length of the cache given."""
+
+    batch: int
+    tokens: int
+    embedded: int
+    prefixed: int
+    cached: int
+
+    @property
+    def first(self) -> bool:
+        """Whether virtual tokens enter in this call."""
+        return self.cached == 0
+
+    @property
+    def virtual(self) -> int:
+        """All virtual tokens."""
+        return self.embedded + self.prefixed
+
+
+def progress(embedded: int, prefixed: int, past: Any, *inputs: Tensor | None) -> Progress:
+    """Measure a call by the first of its `inputs` that is given, (batch, tokens, …), and its cache.
+
+    Raises AdapterError for a cache of fixed size, which was made without room for virtual tokens.
+    """
+    given = next((tensor for tensor in inputs if tensor is not None), None)
+    if given is None:
+        raise AdapterError("a prompt method needs input_ids or inputs_embeds; the call has neither")
+    if past is not None and getattr(past, "is_compileable", False):
+        raise AdapterError(
+            f"{type(past).__name__}: a cache of fixed size has no room for the {embedded + prefixed} virtual tokens of the"
+            " active prompt adapter. Use a dynamic one (cache_implementation='dynamic'), or disable the adapter."
+        )
+    cached = 0 if past is None else past.get_seq_length()
+    return Progress(given.shape[0], given.shape[1], embedded, prefixed, cached)
+
+
+def rows(encoder: nn.Module, number: int) -> Tensor:
+    """The trained rows (number, width) of a prompt encoder."""
+    device = next(encoder.parameters()).device
+    return encoder(torch.arange(number, device=device)[None])[0]
+
+
+def prepend(
+    at: Progress,
+    embedding: nn.Module,
+    ids: Tensor | None,
+    embeds: Tensor | None,
+    encoders: Sequence[tuple[nn.Module, int, int]],
+) -> Tensor | None:
+    """`inputs_embeds` (batch, rows + tokens, width) on a first call; what was given, or None, on any other.
+
+    `encoders`: (encoder, rows it has, rows used).
+    """
+    if not at.first:
+        return embeds
+    tokens: Tensor = embedding(ids) if embeds is None else embeds
+    prompts = [rows(encoder, number)[:used] for encoder, number, used in encoders]
+    prompt = torch.cat(prompts).to(device=tokens.device, dtype=tokens.dtype)
+    return torch.cat([prompt.expand(at.batch, -1, -1), tokens], dim=1)
+
+
+def unless_first(at: Progress, value: Any) -> Any:
+    """`value`, or None on a first call, where embeddings stand for the token ids."""
+    return None if at.first else value
+
+
+def lead(at: Progress, value: Tensor | None, fill: int) -> Tensor | None:
+    """`value` (…, tokens) with `fill` for the embedded virtual tokens of a first call: labels, token types."""
+    if value is None or not at.first:
+        return value
+    return torch.cat([value.new_full((*value.shape[:-1], at.embedded), fill), value], dim=-1)
+
+
+def widen_mask(at: Progress, mask: Any) -> Any:
+    """An attention mask that covers the virtual tokens too; one that does so already is left as it is.
+
+    2-D masks (batch, keys) of any dtype; 4-D ones (batch, heads or 1, queries, keys), boolean or additive, where no query
+    is virtual. Raises AdapterError if the number of keys is neither with nor without the virtual tokens.
+    """
+    if mask is None:
+        return None
+    if isinstance(mask, dict):
+        return {kind: widen_mask(at, one) for kind, one in mask.items()}
+    seen = at.cached - (0 if at.first else at.virtual) + at.tokens
+    keys = mask.shape[-1]
+    if keys == seen + at.virtual and (mask.dim() == 2 or mask.shape[-2] == at.tokens + at.embedded * at.first):
+        return mask
+    if keys != seen:
+        raise AdapterError(
+            f"the attention mask covers {keys} tokens; this call sees {seen}"
+            + (f" ({at.cached} cached, of which {at.virtual} virtual, and {at.tokens} new)" if at.cached else "")
+            + f", or {seen + at.virtual} with the virtual ones. To go on from a cache, pass only the new tokens, and a mask"
+            " of all real ones; the cache must have been made with the adapters that are active now."
+        )
+    if mask.dim() == 2:
+        return torch.cat([mask.new_ones(mask.shape[0], at.virtual), mask], dim=1)
+    if at.first and at.embedded:
+        raise AdapterError("a 4-D attention mask has no rows for virtual tokens; pass a 2-D one (batch, tokens)")
+    open_ = mask.new_zeros if mask.is_floating_point() else mask.new_ones
+    return torch.cat([open_(*mask.shape[:-1], at.virtual), mask], dim=-1)
+
+
+def shift_positions(at: Progress, positions: Tensor | None) -> Tensor | None:
+    """Position ids (…, tokens) after those of the virtual tokens, with the embedded ones' own on a first call."""
+    if positions is None:
+        return None
+    shifted = positions + at.virtual
+    if not at.first or not at.embedded:
+        return shifted
+    own = torch.arange(at.prefixed, at.virtual, device=positions.device, dtype=positions.dtype)
+    return torch.cat([own.expand(*positions.shape[:-1], -1), shifted], dim=-1)
+
+
+def shift_indices(at: Progress, kept: Any) -> Any:
+    """`logits_to_keep`: a number counts from the end and stays, indices count from the first virtual token."""
+    return kept + at.embedded if at.first and isinstance(kept, Tensor) else kept
+
+
+def widen_memory(mask: Tensor | None, memory: Tensor | None) -> Tensor | None:
+    """The encoder's attention mask as wide as its output, which virtual tokens have made longer."""
+    if mask is None or memory is None or mask.dim() != 2:
+        return mask
+    missing = memory.shape[1] - mask.shape[1]
+    return torch.cat([mask.new_ones(mask.shape[0], missing), mask], dim=1) if missing > 0 else mask
+
+
+def drop(at: Progress, output: Any) -> Any:
+    """The model output without the hidden states of the virtual tokens that entered in this call."""
+    if not at.first:
+        return output
+    if isinstance(output, tuple):
+        return (output[0][:, at.embedded :], *output[1:])
+    output["last_hidden_state"] = output["last_hidden_state"][:, at.embedded :]
+    return output

@@ -1,0 +1,78 @@
+"""Prefix tuning: trained keys and values before those of the tokens, in every layer."""
+
+from torch import Tensor, nn
+
+from peftc.graph.sites import Stack
+from peftc.rule import PromptRule
+from peftc.specs import PrefixTuningConfig
+
+
+class PrefixEncoder(nn.Module):
+    """Row numbers (batch, num_virtual_tokens) → keys and values (batch, num_virtual_tokens, num_layers·2·token_dim).
+
+    `embedding` holds the rows; with `prefix_projection` (and outside `inference_mode`) it is `token_dim` wide, and
+    `transform`, a two-layer MLP with tanh, makes the rows from it. Li & Liang 2021, section 4.3.
+    """
+
+    def __init__(self, spec: PrefixTuningConfig) -> None:
+        super().__init__()
+        dim, layers, rows = spec.fact("token_dim"), spec.fact("num_layers"), spec.num_virtual_tokens
+        self.prefix_projection = spec.prefix_projection and not spec.inference_mode
+        self.embedding = nn.Embedding(rows, dim if self.prefix_projection else layers * 2 * dim)
+        self.transform: nn.Sequential | None = None
+        if self.prefix_projection:
+            hidden = spec.encoder_hidden_size or dim
+            self.transform = nn.Sequential(nn.Linear(dim, hidden), nn.Tanh(), nn.Linear(hidden, layers * 2 * dim))
+        last = self.transform[-1] if self.transform is not None else self.embedding
+        if spec.init_weights == "zero":
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, prefix: Tensor) -> Tensor:
+        rows = self.embedding(prefix)
+        return rows if self.transform is None else self.transform(rows)
+
+
+class PrefixTuning(PromptRule[PrefixTuningConfig]):
+    """softmax(q [K_p; K]ᵀ) [V_p; V] with trained K_p, V_p.  Li & Liang 2021, arXiv:2101.00190, section 4.2."""
+
+    name = "prefix_tuning"
+    spec = PrefixTuningConfig
+    at = "past"
+
+    def resolve(self, spec: PrefixTuningConfig, stack: Stack) -> PrefixTuningConfig:
+        dim = spec.token_dim or stack.key_value_heads * stack.head_dim
+        update = {
+            "token_dim": dim,
+            "num_transformer_submodules": spec.num_transformer_submodules or (2 if stack.is_encoder_decoder else 1),
+            "num_attention_heads": spec.num_attention_heads or stack.key_value_heads,
+            "num_layers": spec.num_layers or stack.num_layers,
+        }
+        if spec.prefix_projection:
+            update["encoder_hidden_size"] = spec.encoder_hidden_size or dim
+        return spec.model_copy(update=update)
+
+    def disagreement(self, spec: PrefixTuningConfig, stack: Stack) -> str | None:
+        width = stack.key_value_heads * stack.head_dim
+        if stack.no_past:
+            return f"no prefix can be put into its cache: {stack.no_past}. Use prompt tuning"
+        if (spec.token_dim, spec.num_attention_heads) != (width, stack.key_value_heads):
+            return (
+                f"token_dim={spec.token_dim} with num_attention_heads={spec.num_attention_heads} contradicts the model,"
+                f" whose keys are {stack.key_value_heads} heads × {stack.head_dim} = {width} wide; leave both out"
+            )
+        if spec.num_layers != stack.num_layers and not stack.is_encoder_decoder:
+            return f"num_layers={spec.num_layers} contradicts the model, which has {stack.num_layers}; leave it out"
+        return None
+
+    def encoder(self, spec: PrefixTuningConfig) -> PrefixEncoder:
+        return PrefixEncoder(spec)
+
+    def width(self, spec: PrefixTuningConfig) -> int:
+        return spec.fact("num_layers") * 2 * spec.fact("token_dim")
+
+    def folded(self, spec: PrefixTuningConfig) -> PrefixTuningConfig:
+        return spec.model_copy(update={"prefix_projection": False})
+
+
+RULES = (PrefixTuning(),)

@@ -1,0 +1,73 @@
+"""Prompt tuning: trained embeddings before those of the tokens."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from peftc.errors import AdapterError
+from peftc.specs import PromptTuningConfig
+
+from .virtual_tokens import VirtualTokens
+
+
+class PromptEmbedding(nn.Module):
+    """Row numbers (batch, rows) → embeddings (batch, rows, token_dim), which `embedding` holds."""
+
+    def __init__(self, spec: PromptTuningConfig) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(spec.rows, spec.fact("token_dim"))
+
+    def forward(self, indices: Tensor) -> Tensor:
+        return self.embedding(indices)
+
+
+class PromptTuning(VirtualTokens[PromptTuningConfig]):
+    """[P; E(x)] with trained P.  Lester et al. 2021, arXiv:2104.08691, section 2."""
+
+    name = "prompt_tuning"
+    spec = PromptTuningConfig
+
+    def encoder(self, spec: PromptTuningConfig) -> PromptEmbedding:
+        return PromptEmbedding(spec)
+
+    def start(
+        self, encoder: nn.Module, spec: PromptTuningConfig, embed: Callable[[Tensor], Tensor], vocab_size: int
+    ) -> None:
+        if spec.prompt_tuning_init == "RANDOM":
+            return
+        text = spec.prompt_tuning_init == "TEXT"
+        ids = _text_ids(spec) if text else torch.randint(0, vocab_size, (spec.rows,))
+        if int(ids.max()) >= vocab_size:
+            raise AdapterError(
+                f"PromptTuningConfig.tokenizer_name_or_path: {spec.tokenizer_name_or_path!r} gives token {int(ids.max())},"
+                f" the model embeds {vocab_size}; is it the model's own tokenizer?"
+            )
+        weight = encoder.get_parameter("embedding.weight")
+        weight.copy_(embed(ids))
+
+
+def _text_ids(spec: PromptTuningConfig) -> Tensor:
+    """The token ids of the text, repeated or cut to the number of rows."""
+    from transformers import AutoTokenizer
+
+    options = dict(spec.tokenizer_kwargs or {})
+    if options.pop("trust_remote_code", None):
+        warnings.warn("tokenizer_kwargs: trust_remote_code is ignored; no code named by a spec is run", stacklevel=2)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(spec.tokenizer_name_or_path, **options)
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        raise AdapterError(
+            f"PromptTuningConfig.tokenizer_name_or_path: no tokenizer can be loaded from {spec.tokenizer_name_or_path!r}:"
+            f" {str(error).partition(chr(10))[0]}"
+        ) from None
+    ids: list[int] = tokenizer(spec.prompt_tuning_init_text)["input_ids"]
+    if not ids:
+        raise AdapterError(
+            f"PromptTuningConfig.prompt_tuning_init_text: {spec.prompt_tuning_init_text!r} has no tokens"
+        )
+    return torch.tensor(ids).repeat(-(-spec.rows // len(ids)))[: spec.rows]
+
+
+RULES = (PromptTuning(),)
