@@ -150,7 +150,7 @@ class PromptRule(Rule[P]):
         return spec
 
     def cannot_fold(self, spec: P, site: Site) -> str | None:
-        return "virtual tokens are no part of a weight: there is nothing to fold them into. Keep them active, or unload"
+        return "virtual tokens are no part of a weight, so there is nothing to fold"
 
     def slot(self, spec: P, site: Site) -> Slot:
         return self.at

@@ -55,7 +55,7 @@ class PrefixTuning(PromptRule[PrefixTuningConfig]):
     def disagreement(self, spec: PrefixTuningConfig, stack: Stack) -> str | None:
         width = stack.key_value_heads * stack.head_dim
         if stack.no_past:
-            return f"no prefix can be put into its cache: {stack.no_past}. Use prompt tuning"
+            return f"no prefix fits into its cache: {stack.no_past}. Prompt tuning or p-tuning would do."
         if (spec.token_dim, spec.num_attention_heads) != (width, stack.key_value_heads):
             return (
                 f"token_dim={spec.token_dim} with num_attention_heads={spec.num_attention_heads} contradicts the model,"

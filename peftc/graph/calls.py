@@ -51,7 +51,8 @@ def find_calls(model: nn.Module, slot: str, task: str, index: SiteIndex) -> list
     if slot == "past":
         host = next((m for m in (outer, backbone) if "past_key_values" in _arguments(m)), None)
         if host is None:
-            return f"{_name(model)} takes no past_key_values: it has no cache to put a prefix into. Use prompt tuning"
+            hint = " Prompt tuning or p-tuning would do." if "inputs_embeds" in _arguments(model) else ""
+            return f"{_name(model)} takes no past_key_values: there is no cache to put a prefix into.{hint}"
         return [CallSite(_site(host, names[id(host)], known, index), "past")]
     host = cast(nn.Module, known.get_encoder()) if double else outer
     if "inputs_embeds" not in _arguments(host) or not isinstance(host, transformers.PreTrainedModel):

@@ -89,7 +89,7 @@ def _require_mergeable(program: Program, names: Sequence[str], groups: dict[str,
     for fqn, edits in groups.items():
         for edit in edits:
             if edit.unmergeable:
-                raise MergeError(f"{fqn}: adapter {edit.adapter!r} can't be merged: {edit.unmergeable}")
+                raise MergeError(f"{fqn or 'the model'}: adapter {edit.adapter!r} can't be merged: {edit.unmergeable}")
         _require_order(program, names, fqn, edits)
 
 

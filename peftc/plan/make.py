@@ -249,8 +249,11 @@ def _cautions(sites: Sequence[Site], edits: Sequence[Edit]) -> tuple[str, ...]:
             text = f"is tied to {', '.join(others)}: that end keeps its weight; merging here needs untie=True"
             found.setdefault(text, []).append(site.fqn)
     for edit in edits:
-        if edit.unmergeable:
-            found.setdefault(f"can't be merged: {edit.unmergeable}", []).append(edit.site)
+        if edit.unmergeable and edit.slot != "memory":
+            found.setdefault(f"can't be merged: {edit.unmergeable}", []).append(edit.site or "the model")
+        if edit.slot == "embeds" and edit.constants["rows"] != edit.constants["num_virtual_tokens"]:
+            text = "stores rows for the decoder too, as PEFT does; like there they have no effect"
+            found.setdefault(text, []).append(edit.site or "the model")
     return tuple(
         f"{fqns[0]}{f' (and {len(fqns) - 1} more)' if len(fqns) > 1 else ''} {text}" for text, fqns in found.items()
     )

@@ -4,10 +4,11 @@ All prompt adapters of a call are spliced at once, because their virtual tokens 
 cached ones first, then embedded ones, each in load order.
 """
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from peftc.graph.region import invoke
 from peftc.plan import Edit
@@ -33,12 +34,44 @@ def splice_call(graph: fx.Graph, node: fx.Node, edits: Sequence[Edit]) -> None:
     _replace(node, given, changed)
     if "past_key_values" in changed:
         node = _call_with_prefix(graph, node)
+        if "use_cache" in given:
+            node = _follow(graph, node, virtual.withhold, at, given["use_cache"], given["past_key_values"])
+    elif "past_key_values" in given:
+        node = _follow(graph, node, virtual.remember, at)
     if any(edit.constants["drop"] for edit in edits):
-        users = list(node.users)
-        with graph.inserting_after(node):
-            dropped = graph.call_function(virtual.drop, (at, node))
-        for user in users:
-            user.replace_input_with(node, dropped)
+        _follow(graph, node, virtual.drop, at)
+
+
+def call_methods(cls: type[nn.Module], edits: Sequence[Edit]) -> dict[str, Callable[[Any], Any]]:
+    """The methods of `cls` that must know of virtual tokens too (see peftc.rewrite.host.Code)."""
+    cached = any(edit.slot in ("embeds", "past") for edit in edits)
+    return {_PREPARE: _count_virtual} if cached and callable(getattr(cls, _PREPARE, None)) else {}
+
+
+_PREPARE = "prepare_inputs_for_generation"
+
+
+def _count_virtual(original: Any) -> Any:
+    """`generate` goes on from a given cache with the tokens that are not in it, and takes its length for theirs."""
+
+    @functools.wraps(original)
+    def prepare(self: Any, *args: Any, **kwargs: Any) -> Any:
+        number = kwargs.get("next_sequence_length")
+        if kwargs.get("is_first_iteration") and number is not None:
+            kwargs["next_sequence_length"] = number + virtual.held_by(kwargs.get("past_key_values"))
+        return original(self, *args, **kwargs)
+
+    return prepare
+
+
+def _follow(graph: fx.Graph, node: fx.Node, op: Any, at: fx.Node, *more: fx.Node) -> fx.Node:
+    """Put `op` after `node`, in front of everything that used it."""
+    users = list(node.users)
+    with graph.inserting_after(node):
+        new = graph.call_function(op, (at, node, *more))
+    for user in users:
+        user.replace_input_with(node, new)
+    return new
 
 
 def _arguments(

@@ -7,6 +7,7 @@ switching is one assignment, and undoing is putting the old class back.
 
 import copy
 import types
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -33,15 +34,21 @@ class Opaque(nn.Module):
 
 
 class Code:
-    """A rewritten graph, and the class that runs it in place of `original`. Shared by equal hosts; never copied."""
+    """A rewritten graph, and the class that runs it in place of `original`. Shared by equal hosts; never copied.
 
-    def __init__(self, original: type[nn.Module], graph: fx.Graph) -> None:
+    `methods` takes the place of those of `original`: name → a function that makes one from the one it replaces.
+    """
+
+    def __init__(
+        self, original: type[nn.Module], graph: fx.Graph, methods: Mapping[str, Callable[[Any], Any]] | None = None
+    ) -> None:
         self.original = original
         self.graph = graph
+        self.methods = dict(methods or {})
         self.cls = _host_class(self)
 
     def __reduce__(self) -> Any:
-        return Code, (self.original, self.graph)
+        return Code, (self.original, self.graph, self.methods)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Code":
         return self
@@ -55,15 +62,19 @@ def _host_class(code: Code) -> type[nn.Module]:
     namespace.update(
         forward=type(template).forward,
         code_object=code,
-        __module__=__name__,
+        __module__=code.original.__module__,
+        __qualname__=code.original.__qualname__,
         __copy__=_copy,
         __deepcopy__=_deepcopy,
         __reduce__=_reduce,
         __str__=nn.Module.__repr__,
         _replicate_for_data_parallel=nn.Module._replicate_for_data_parallel,
     )
-    name = f"Adapted{code.original.__name__}"
-    return types.new_class(name, (fx.GraphModule, code.original), {}, lambda body: body.update(namespace))
+    namespace.update({name: make(getattr(code.original, name)) for name, make in code.methods.items()})
+    # Named as the class it stands in for: transformers looks up what it records of a model by the name of its class.
+    return types.new_class(
+        code.original.__name__, (fx.GraphModule, code.original), {}, lambda body: body.update(namespace)
+    )
 
 
 def _copy(self: nn.Module) -> nn.Module:

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import PreTrainedModel
 
 from peftc.errors import AdapterError
 from peftc.graph.region import invoke
-from peftc.rewrite.virtual import Progress, rows
+from peftc.rewrite.virtual import Progress, mark, rows
 
 
 class Prefix(NamedTuple):
@@ -43,6 +44,7 @@ def prefix_cache(at: Progress, base: nn.Module, past: Any, double: bool, prefixe
     own = past.self_attention_cache if isinstance(past, EncoderDecoderCache) else past
     for index, (keys, values) in enumerate(pairs):
         own.update(keys, values, index)
+    mark(at, past)
     return past
 
 
@@ -118,6 +120,7 @@ def call_with_prefix(
 
 @contextmanager
 def _kept_by(modules: Sequence[nn.Module]) -> Generator[None]:
+    """Let checkpointing leave the cache to `modules`: its layers, and models, some of which look at their own flag."""
     layers = [module for module in modules if isinstance(module, GradientCheckpointingLayer)]
     if modules and not (layers and "_can_checkpoint_with_cache" in vars(GradientCheckpointingLayer)):
         raise AdapterError(
@@ -129,13 +132,18 @@ def _kept_by(modules: Sequence[nn.Module]) -> Generator[None]:
             "reentrant gradient checkpointing loses the gradient of a prefix. Use the other kind:"
             " gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
         )
+    models = [module for module in modules if isinstance(module, PreTrainedModel)]
     for layer in layers:
         layer.__dict__["_can_checkpoint_with_cache"] = True
+    for model in models:
+        model.gradient_checkpointing = False
     try:
         yield
     finally:
         for layer in layers:
             layer.__dict__.pop("_can_checkpoint_with_cache", None)
+        for model in models:
+            model.gradient_checkpointing = True
 
 
 def _is_reentrant(layer: Any) -> bool:

@@ -17,6 +17,7 @@ from peftc.plan import Edit, Plan
 from peftc.plan.make import MODULES_TO_SAVE
 from peftc.registry import find_rule
 from peftc.rewrite.attach import attach, check_names, containers, detach
+from peftc.rewrite.call import call_methods
 from peftc.rewrite.host import Code, install, original_class, uninstall
 from peftc.rewrite.splice import Active, splice
 from peftc.rule import Rule, live_name
@@ -121,6 +122,9 @@ def require_applicable(plan: Plan, on_unmatched: str) -> None:
         return
     lines = " ".join(f"{type(plan.adapters[miss.adapter]).__name__}.{miss}" for miss in errors[:8])
     more = f" (and {len(errors) - 8} more)" if len(errors) > 8 else ""
+    # A prompt method has one place to go; without it nothing of the adapter would be left.
+    if any(miss.field in ("peft_type", "task_type") for miss in errors):
+        raise NoMatchError(f"{lines.rstrip('.')}{more}. Nothing of the adapter would be left.")
     if on_unmatched == "error":
         raise NoMatchError(f"{lines}{more} Mend the spec, or pass on_unmatched='warn' to go on without them.")
     warnings.warn(f"{lines}{more}", stacklevel=4)
@@ -259,7 +263,8 @@ def _code(
     signature = tuple((site, tuple(_signature(a.edit) for a in group)) for site, group in active.items())
     key = (id(region.source), cls, signature)
     if key not in program.codes:
-        program.codes[key] = Code(cls, splice(region.source, active))
+        methods = call_methods(cls, [item.edit for item in active.get("", ())])
+        program.codes[key] = Code(cls, splice(region.source, active), methods)
     return program.codes[key]
 
 

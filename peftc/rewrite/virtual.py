@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peftc.errors import AdapterError
 
 IGNORED = -100  # The label that losses pass over.
+_HELD = "peftc_virtual_tokens"  # The attribute of a cache that says what it holds: (embedded, cached).
 
 
 class Progress(NamedTuple):
@@ -39,7 +40,8 @@ class Progress(NamedTuple):
 def progress(embedded: int, prefixed: int, past: Any, *inputs: Tensor | None) -> Progress:
     """Measure a call by the first of its `inputs` that is given, (batch, tokens, …), and its cache.
 
-    Raises AdapterError for a cache of fixed size, which was made without room for virtual tokens.
+    Raises AdapterError for a cache of fixed size, which was made without room for virtual tokens, and for one that does
+    not hold those of the active adapters.
     """
     given = next((tensor for tensor in inputs if tensor is not None), None)
     if given is None:
@@ -49,8 +51,42 @@ def progress(embedded: int, prefixed: int, past: Any, *inputs: Tensor | None) ->
             f"{type(past).__name__}: a cache of fixed size has no room for the {embedded + prefixed} virtual tokens of the"
             " active prompt adapter. Use a dynamic one (cache_implementation='dynamic'), or disable the adapter."
         )
-    cached = 0 if past is None else past.get_seq_length()
-    return Progress(given.shape[0], given.shape[1], embedded, prefixed, cached)
+    at = Progress(given.shape[0], given.shape[1], embedded, prefixed, 0 if past is None else past.get_seq_length())
+    held = getattr(past, _HELD, (0, 0))
+    if at.first:
+        mark(at, past)
+    elif held != (embedded, prefixed):
+        raise AdapterError(
+            f"the cache given holds {sum(held)} virtual tokens, the active prompt adapters have {at.virtual}: it was made"
+            " with other adapters active, or none. Make it with those that are active now."
+        )
+    return at
+
+
+def mark(at: Progress, past: Any) -> None:
+    """Note on a cache how many virtual tokens it holds: a cache can't be told from its length."""
+    if past is not None:
+        setattr(past, _HELD, (at.embedded, at.prefixed))
+
+
+def held_by(cache: Any) -> int:
+    """How many virtual tokens a cache holds."""
+    return sum(getattr(cache, _HELD, (0, 0)))
+
+
+def withhold(at: Progress, output: Any, use_cache: Any, past: Any) -> Any:
+    """The model output without the cache that a prefix needed, where the caller neither gave one nor wants one."""
+    if use_cache is False and past is None and not isinstance(output, tuple):
+        output["past_key_values"] = None
+    return output
+
+
+def remember(at: Progress, output: Any) -> Any:
+    """The model output, its cache marked as one that holds the virtual tokens that entered in this call."""
+    if at.first:
+        values = output if isinstance(output, tuple) else (output.get("past_key_values"),)
+        mark(at, next((value for value in values if hasattr(value, "get_seq_length")), None))
+    return output
 
 
 def rows(encoder: nn.Module, number: int) -> Tensor:
@@ -72,6 +108,8 @@ def prepend(
     """
     if not at.first:
         return embeds
+    if ids is not None and embeds is not None:
+        raise AdapterError("give input_ids or inputs_embeds, not both")
     tokens: Tensor = embedding(ids) if embeds is None else embeds
     prompts = [rows(encoder, number)[:used] for encoder, number, used in encoders]
     prompt = torch.cat(prompts).to(device=tokens.device, dtype=tokens.dtype)
@@ -109,7 +147,7 @@ def widen_mask(at: Progress, mask: Any) -> Any:
             f"the attention mask covers {keys} tokens; this call sees {seen}"
             + (f" ({at.cached} cached, of which {at.virtual} virtual, and {at.tokens} new)" if at.cached else "")
             + f", or {seen + at.virtual} with the virtual ones. To go on from a cache, pass only the new tokens, and a mask"
-            " of all real ones; the cache must have been made with the adapters that are active now."
+            " of all real ones."
         )
     if mask.dim() == 2:
         return torch.cat([mask.new_ones(mask.shape[0], at.virtual), mask], dim=1)

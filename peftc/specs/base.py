@@ -151,6 +151,8 @@ def _explain(cls: type[AdapterSpec], item: Any) -> str:
     message = str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "extra_forbidden" or not field:
         return message
+    if item["type"] == "missing":
+        return f"{field} is missing; give it"
     value = item["input"]
     text = f"{field}: got {value!r}; {message[0].lower()}{message[1:]}"
     if item["type"] == "literal_error" and isinstance(value, str):

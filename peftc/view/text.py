@@ -63,7 +63,7 @@ def _table(plan: "Plan") -> Table:
         if stem != around:
             table.add_row(Text(stem))
             around = stem
-        cells = [f"  {name}" if stem else name, *_cells(plan, edits, several)]
+        cells = [f"  {name}" if stem else name or "(the model)", *_cells(plan, edits, several)]
         table.add_row(*map(Text, cells))
     return table
 
@@ -155,7 +155,8 @@ def _sections(plan: "Plan") -> list[tuple[str, list[str]]]:
                 f" · Adam states {_bytes(costs.adam_bytes)}"
             ],
         ),
-        ("compute", [f"+{_scaled(costs.flops_per_token, 1000, _FLOPS)} per {_unit(plan)} (forward)"]),
+        ("compute", _compute(plan)),
+        ("virtual", _virtual(plan)),
         ("biases", _biases(plan)),
         ("ties", [" = ".join(group) for group in plan.ties]),
         ("caution", list(plan.cautions)),
@@ -168,6 +169,11 @@ def _sections(plan: "Plan") -> list[tuple[str, list[str]]]:
     return [(label, lines) for label, lines in sections if lines]
 
 
+def _compute(plan: "Plan") -> list[str]:
+    flops = plan.costs.flops_per_token
+    return [f"+{_scaled(flops, 1000, _FLOPS)} per {_unit(plan)} (forward)"] if flops or not plan.edits else []
+
+
 def _unit(plan: "Plan") -> str:
     """What the FLOPs are counted per: a convolution has output positions where others have tokens."""
     convolutions = any(site.kind.startswith("conv") for site in plan.sites.values())
@@ -176,6 +182,21 @@ def _unit(plan: "Plan") -> str:
 
 def _dtypes(plan: "Plan") -> str:
     return ", ".join(dict.fromkeys(param.dtype for edit in plan.edits for param in edit.params)) or "no dtype"
+
+
+def _virtual(plan: "Plan") -> list[str]:
+    """What prompt methods put in front of every sequence."""
+    lines: list[str] = []
+    for edit in plan.edits:
+        number, layers = edit.constants.get("num_virtual_tokens"), edit.constants.get("num_layers")
+        if edit.slot == "embeds":
+            dropped = "; dropped again from the hidden states" if edit.constants["drop"] else ""
+            lines.append(f"{number} tokens ({edit.adapter}) before the embedded ones of every sequence{dropped}")
+        elif edit.slot == "past":
+            lines.append(
+                f"{number} keys and values ({edit.adapter}) before those of every sequence, in {layers} layers"
+            )
+    return lines
 
 
 def _biases(plan: "Plan") -> list[str]:
