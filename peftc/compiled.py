@@ -46,9 +46,11 @@ class CompiledModel(fx.GraphModule):
     def __init__(self, program: Program) -> None:
         graph = fx.Graph()
         graph.output(call(graph, "base", parameters_of(program.base.forward)))
+        # A stand-in for the base until the graph is compiled: torch.fx would compile every host in it anew.
         root = nn.Module()
-        root.base = program.base
+        root.base = nn.Module()
         super().__init__(root, graph, class_name="CompiledModel")
+        self.base = program.base
         self.__dict__["program"] = program
         self.training = program.base.training
 

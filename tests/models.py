@@ -74,7 +74,48 @@ class QuantisedLinear(nn.Module):
         return x @ (self.qweight * self.scale).T
 
 
+_DECODER: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "max_position_embeddings": 64,
+}
+_GROUPED: dict[str, Any] = {**_DECODER, "num_key_value_heads": 2, "head_dim": 8}
+
 _SIZES: dict[str, Any] = {
+    "qwen2": {**_DECODER, "num_key_value_heads": 2},
+    "qwen3": _GROUPED,
+    "mistral": {**_GROUPED, "sliding_window": 32},
+    "gemma2": {**_GROUPED, "sliding_window": 32},
+    "opt": {
+        "hidden_size": 32,
+        "ffn_dim": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 64,
+        "word_embed_proj_dim": 32,
+        "max_position_embeddings": 64,
+    },
+    "gpt_neox": _DECODER,
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2},
+    "bart": {
+        "d_model": 32,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "vocab_size": 64,
+        "max_position_embeddings": 64,
+    },
+    "roberta": _DECODER,
+    "deberta-v2": {**_DECODER, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "llama": {
         "hidden_size": 32,
         "intermediate_size": 48,
@@ -144,16 +185,17 @@ _SIZES: dict[str, Any] = {
         "vocab_size": 64,
     },
 }
+CAUSAL = ("llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3_text", "gpt2", "opt", "gpt_neox", "bloom")
+SEQ2SEQ = ("t5", "bart")
+ENCODERS = ("bert", "roberta", "deberta-v2")
 
 _CLASSES: dict[str, str] = {
-    "llama": "AutoModelForCausalLM",
-    "gpt2": "AutoModelForCausalLM",
-    "bert": "AutoModelForMaskedLM",
-    "t5": "AutoModelForSeq2SeqLM",
+    **dict.fromkeys(CAUSAL, "AutoModelForCausalLM"),
+    **dict.fromkeys(SEQ2SEQ, "AutoModelForSeq2SeqLM"),
+    **dict.fromkeys(ENCODERS, "AutoModelForMaskedLM"),
     "vit": "AutoModelForImageClassification",
     "mixtral": "AutoModelForCausalLM",
     "whisper": "AutoModelForSpeechSeq2Seq",
-    "gemma3_text": "AutoModelForCausalLM",
 }
 
 ARCHITECTURES = ("llama", "gpt2", "bert", "t5", "vit", "mixtral", "whisper")

@@ -22,24 +22,24 @@ def match_call(
 ) -> Match:
     """Resolve `spec` against the calls of `model`; a reason why there is none is a miss."""
     saved, misses = match_saved(adapter, spec, index)
+
+    def missed(reason: str, field: str = "peft_type") -> Match:
+        miss = Miss(adapter, field, str(getattr(spec, field)), reason)
+        return Match(spec, (), saved, (*misses, miss))
+
     if spec.task_type is None:
-        reason = (
-            "says what becomes of labels, positions and heads, so it is required: CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, …"
-        )
-        return Match(spec, (), saved, (*misses, Miss(adapter, "task_type", "None", reason)))
+        tasks = "CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS, QUESTION_ANS or FEATURE_EXTRACTION"
+        return missed(f"leaves open what becomes of labels, positions and heads; give {tasks}", "task_type")
     if level != "modules":
-        reason = f"needs capture='modules': under {level!r} the model's call is already part of the graph"
-        return Match(spec, (), saved, (*misses, Miss(adapter, "peft_type", spec.peft_type, reason)))
+        return missed("needs capture='modules', which keeps the model's own call")
     calls = find_calls(model, rule.at, spec.task_type, index)
     if isinstance(calls, str):
-        return Match(spec, (), saved, (*misses, Miss(adapter, "peft_type", spec.peft_type, calls)))
+        return missed(f"can't be used here: {calls}")
     stack = calls[0].site.stack
     assert stack is not None, "a call has one"
     spec = rule.resolve(spec, stack)
     reason = rule.disagreement(spec, stack)
-    if reason is not None:
-        return Match(spec, (), saved, (*misses, Miss(adapter, "peft_type", spec.peft_type, reason)))
-    return Match(spec, (), saved, tuple(misses), tuple(calls))
+    return missed(f"can't be used here: {reason}") if reason else Match(spec, (), saved, tuple(misses), tuple(calls))
 
 
 def call_edit(adapter: str, spec: PromptSpec, rule: PromptRule[Any], call: CallSite, dtype: str) -> Edit:

@@ -13,6 +13,7 @@ import peftc
 from peftc.view.text import ranges, render, span
 from tests.laws.strategies import snapshot
 from tests.models import Everything, Net, tiny
+from tests.prompts import METHODS
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -57,10 +58,20 @@ def golden_plans() -> dict[str, peftc.Plan]:
         "kinds": peftc.plan(
             Everything(), peftc.LoraConfig(target_modules=r"embed|linear|transposed|conv\dd", init_lora_weights=False)
         ),
+        "prompts": peftc.plan(
+            tiny("llama", "AutoModelForSequenceClassification"),
+            {
+                "prefix": METHODS["projected prefix"]("SEQ_CLS"),
+                "encoder": METHODS["p-tuning"]("SEQ_CLS"),
+                "lora": peftc.LoraConfig(target_modules=["q_proj"]),
+            },
+        ),
+        "prompts_t5": peftc.plan(tiny("t5"), METHODS["prompt"]("SEQ_2_SEQ_LM")),
+        "prompts_missed": peftc.plan(tiny("deberta-v2"), METHODS["prefix"]("FEATURE_EXTRACTION")),
     }
 
 
-@pytest.mark.parametrize("name", ["llama70b", "misses", "tied", "kinds"])
+@pytest.mark.parametrize("name", ["llama70b", "misses", "tied", "kinds", "prompts", "prompts_t5", "prompts_missed"])
 def test_printed_plans_are_golden(name: str) -> None:
     """Write them anew with `python -m tests.plan.test_plan` and read the difference."""
     assert render(golden_plans()[name], width=120) == (GOLDEN / f"{name}.txt").read_text()
@@ -79,6 +90,32 @@ def test_generated_code_is_golden() -> None:
         code = peftc.compile(model, spec, capture=capture).site_code()
         text = "\n\n".join(f"# {where}\n{source}" for where, source in code.items())
         assert text + "\n" == (GOLDEN / f"code_{capture}.txt").read_text()
+
+
+def prompt_code() -> str:
+    """The code that prompt methods leave at the calls of two models."""
+    specs = {"prefix": METHODS["prefix"]("CAUSAL_LM"), "prompt": METHODS["prompt"]("CAUSAL_LM")}
+    compiled = peftc.compile(tiny("llama"), specs)
+    compiled.set_adapter(["prefix", "prompt"])
+    both = peftc.compile(tiny("t5"), METHODS["prompt"]("SEQ_2_SEQ_LM"))
+    sources = {**compiled.site_code(), **both.site_code()}
+    return "\n\n".join(f"# {where}\n{source}" for where, source in sources.items()) + "\n"
+
+
+def test_the_code_of_calls_is_golden() -> None:
+    assert prompt_code() == (GOLDEN / "code_prompts.txt").read_text()
+
+
+def test_a_plan_with_prompts_is_applied_as_it_was_read() -> None:
+    model = tiny("llama")
+    spec = METHODS["projected prefix"]("CAUSAL_LM")
+    plan = peftc.plan(model, spec)
+    read = peftc.Plan.from_json(plan.to_json())
+    assert read == plan
+    assert plan.diff(read) == ""
+    compiled = peftc.compile(model, read)
+    assert compiled.site_code() == peftc.compile(model, spec).site_code()
+    assert "call" in str(plan.to_networkx().nodes(data=True))
 
 
 def test_planning_reads_no_weights() -> None:
@@ -272,3 +309,4 @@ if __name__ == "__main__":
         code = peftc.compile(Net(), spec, capture=capture).site_code()
         text = "\n\n".join(f"# {where}\n{source}" for where, source in code.items())
         (GOLDEN / f"code_{capture}.txt").write_text(text + "\n")
+    (GOLDEN / "code_prompts.txt").write_text(prompt_code())

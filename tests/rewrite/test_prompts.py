@@ -1,0 +1,418 @@
+"""Prompt methods in a model's life: caches, masks, checkpointing, other adapters, and the way back."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, Trainer, TrainingArguments
+
+import peftc
+from tests.laws.strategies import assert_unchanged, snapshot
+from tests.models import CAUSAL, SEQ2SEQ, tiny
+from tests.prompts import IN_CACHE, METHODS, N, generated, ids, padded
+
+LORA = peftc.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+IA3 = peftc.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False)
+
+
+def compiled_llama(method: str = "prompt", **changes: Any) -> tuple[Any, peftc.CompiledModel]:
+    model = tiny("llama", **changes)
+    return model, peftc.compile(model, METHODS[method]("CAUSAL_LM")).eval()
+
+
+def logits(model: Any, **inputs: Any) -> Tensor:
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+# The way there and back
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_unload_gives_the_model_back(method: str, inplace: bool) -> None:
+    model = tiny("llama")
+    before, expected = snapshot(model), logits(model, input_ids=ids())
+    compiled = peftc.compile(model, METHODS[method]("CAUSAL_LM"), inplace=inplace)
+    compiled(input_ids=ids(), labels=ids()).loss.backward()
+    assert not torch.equal(logits(compiled, input_ids=ids())[:, -7:], expected)
+    assert isinstance(compiled.base, type(model))
+    if not inplace:
+        assert_unchanged(model, before)
+    base = compiled.unload()
+    assert (base is model) == inplace
+    assert_unchanged(base, before, identity=inplace)
+    assert torch.equal(logits(base, input_ids=ids()), expected)
+
+
+def test_only_the_encoder_and_the_head_learn() -> None:
+    model = tiny("bert", "AutoModelForSequenceClassification")
+    compiled = peftc.compile(model, METHODS["prompt"]("SEQ_CLS"))
+    trained = [name for name, parameter in compiled.named_parameters() if parameter.requires_grad]
+    assert trained == [
+        "base.classifier.modules_to_save.default.weight",
+        "base.classifier.modules_to_save.default.bias",
+        "base.prompt_encoder.default.embedding.weight",
+    ]
+    head = model.classifier.weight.clone()
+    optimiser = torch.optim.SGD([p for p in compiled.parameters() if p.requires_grad], lr=0.1)
+    compiled(input_ids=ids(), labels=torch.tensor([0, 1])).loss.backward()
+    optimiser.step()
+    assert torch.equal(model.classifier.weight, head)
+    assert not torch.equal(compiled.base.classifier.modules_to_save["default"].weight, head)
+
+
+def test_encoders_have_the_documented_shapes() -> None:
+    _, compiled = compiled_llama("projected prefix")
+    encoder = compiled.prompt_encoder["default"]
+    assert encoder.prefix_projection
+    assert [tuple(p.shape) for p in encoder.parameters()] == [(N, 16), (24, 16), (24,), (96, 24), (96,)]
+    assert encoder(torch.arange(N).expand(3, -1)).shape == (3, N, 3 * 2 * 16)
+    _, compiled = compiled_llama("p-tuning lstm")
+    encoder = compiled.prompt_encoder["default"]
+    assert (encoder.input_size, encoder.hidden_size, encoder.output_size, encoder.total_virtual_tokens) == (
+        32,
+        12,
+        32,
+        N,
+    )
+    assert encoder.lstm_head.bidirectional
+    assert encoder(torch.arange(N).expand(3, -1)).shape == (3, N, 32)
+    assert compiled.get_prompt(4).shape == (4, N, 32)
+    torch.testing.assert_close(compiled.get_prompt(1)[0].detach(), compiled.get_prompt_embedding_to_save())
+
+
+def test_copies_and_pickles_generate_alike() -> None:
+    for method in ("projected prefix", "p-tuning"):
+        _, compiled = compiled_llama(method)
+        expected = generated(compiled, ids())
+        for other in (copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))):
+            assert torch.equal(generated(other, ids()), expected)
+            with torch.no_grad():
+                other.prompt_encoder["default"].embedding.weight.add_(1)
+        assert torch.equal(generated(compiled, ids()), expected)
+
+
+@pytest.mark.parametrize("method", ["projected prefix", "prompt"])
+def test_torch_compile_takes_the_whole_graph(method: str) -> None:
+    _, compiled = compiled_llama(method)
+    whole = torch.compile(compiled, fullgraph=True, backend="eager")
+    inputs = {"input_ids": ids(), "attention_mask": padded("right"), "labels": ids()}
+    torch.testing.assert_close(whole(**inputs).loss, compiled(**inputs).loss)
+
+
+# What the caller passes
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model_type", CAUSAL)
+def test_a_left_padded_row_generates_what_it_does_alone(model_type: str, method: str) -> None:
+    compiled = peftc.compile(tiny(model_type), METHODS[method]("CAUSAL_LM")).eval()
+    tokens = ids()
+    alone = generated(compiled, tokens[1:, 2:], num_beams=2)
+    assert torch.equal(generated(compiled, tokens, padded("left"), num_beams=2)[1:], alone)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_masks_with_and_without_the_virtual_tokens_are_the_same(method: str) -> None:
+    _, compiled = compiled_llama(method)
+    tokens = ids()
+    expected = logits(compiled, input_ids=tokens)
+    for mask in (torch.ones(2, 7), torch.ones(2, 7, dtype=torch.bool), torch.ones(2, 7 + N, dtype=torch.long)):
+        torch.testing.assert_close(logits(compiled, input_ids=tokens, attention_mask=mask), expected)
+    positions = torch.arange(7).expand(2, -1)
+    torch.testing.assert_close(logits(compiled, input_ids=tokens, position_ids=positions), expected)
+    with pytest.raises(peftc.AdapterError, match="covers 9 tokens; this call sees 7, or 12"):
+        compiled(input_ids=tokens, attention_mask=torch.ones(2, 9))
+
+
+def test_four_dimensional_masks() -> None:
+    tokens = ids()
+    causal = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
+    additive = torch.zeros(2, 1, 7, 7).masked_fill(~causal, torch.finfo(torch.float32).min)
+    _, compiled = compiled_llama("prefix")
+    for mask in (causal, additive):
+        torch.testing.assert_close(
+            logits(compiled, input_ids=tokens, attention_mask=mask), logits(compiled, input_ids=tokens)
+        )
+    _, compiled = compiled_llama("prompt")
+    with pytest.raises(peftc.AdapterError, match="no rows for virtual tokens"):
+        compiled(input_ids=tokens, attention_mask=causal)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inputs_embeds_and_logits_to_keep(method: str) -> None:
+    model, compiled = compiled_llama(method)
+    tokens = ids()
+    embeds = model.get_input_embeddings()(tokens).detach()
+    expected = logits(compiled, input_ids=tokens)
+    assert torch.equal(logits(compiled, inputs_embeds=embeds), expected)
+    made = compiled.generate(inputs_embeds=embeds, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+    assert torch.equal(made, generated(compiled, tokens))
+    kept = logits(compiled, input_ids=tokens, logits_to_keep=torch.tensor([1, 6]))
+    assert torch.equal(kept, expected[:, [expected.shape[1] - 6, expected.shape[1] - 1]])
+    assert torch.equal(logits(compiled, input_ids=tokens, logits_to_keep=2), expected[:, -2:])
+    both = {"input_ids": tokens, "inputs_embeds": embeds}
+    with pytest.raises((peftc.AdapterError, ValueError), match="input_ids or inputs_embeds"):
+        compiled(**both)
+    with pytest.raises(peftc.AdapterError, match="the call has neither"):
+        compiled()
+    as_tuple = compiled(input_ids=tokens, return_dict=False)
+    torch.testing.assert_close(as_tuple[0].detach(), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_going_on_from_a_cache(method: str) -> None:
+    model, compiled = compiled_llama(method)
+    tokens = ids()
+    whole = logits(compiled, input_ids=tokens)[:, -3:]
+    for mask in (None, torch.ones(2, 7), torch.ones(2, 7 + N)):
+        cache = compiled(input_ids=tokens[:, :4], use_cache=True).past_key_values
+        part = logits(compiled, input_ids=tokens[:, 4:], past_key_values=cache, attention_mask=mask)
+        torch.testing.assert_close(part, whole)
+    for given in (tokens, tokens[:, 4:]):
+        with torch.no_grad():
+            cache = compiled(input_ids=tokens[:, :4], past_key_values=DynamicCache()).past_key_values
+        made = compiled.generate(
+            input_ids=given,
+            attention_mask=torch.ones_like(tokens),
+            past_key_values=copy.deepcopy(cache),
+            max_new_tokens=5,
+            do_sample=False,
+            pad_token_id=0,
+            eos_token_id=None,
+        )
+        assert torch.equal(made[:, given.shape[1] :], generated(compiled, tokens))
+    foreign = model(input_ids=tokens[:, :4], use_cache=True).past_key_values
+    with pytest.raises(peftc.AdapterError, match="holds 0 virtual tokens, the active prompt adapters have 5"):
+        compiled(input_ids=tokens[:, 4:], past_key_values=foreign)
+    with pytest.raises(peftc.AdapterError, match="cache of fixed size has no room"):
+        generated(compiled, tokens, cache_implementation="static")
+
+
+def test_generation_aids() -> None:
+    model, compiled = compiled_llama("projected prefix")
+    one = ids(1)
+    expected = generated(compiled, one, max_new_tokens=12)
+    assert torch.equal(generated(compiled, one, max_new_tokens=12, prompt_lookup_num_tokens=2), expected)
+    assert torch.equal(generated(compiled, one, max_new_tokens=12, assistant_model=model), expected)
+
+
+def test_heads_see_the_callers_tokens_only() -> None:
+    """Per-token answers are for the caller's tokens; a decoder's classification looks at the last one that is real."""
+    tokens, labels = ids(), torch.randint(0, 2, (2, 7))
+    model = tiny("bert", "AutoModelForTokenClassification")
+    compiled = peftc.compile(model, METHODS["prompt"]("TOKEN_CLS")).eval()
+    out = compiled(input_ids=tokens, labels=labels, output_hidden_states=True)
+    assert out.logits.shape == (2, 7, 2)
+    assert len(out.hidden_states) == 3
+    torch.testing.assert_close(out.loss, nn.functional.cross_entropy(out.logits.flatten(0, 1), labels.flatten()))
+    model = tiny("bert", "AutoModelForQuestionAnswering")
+    compiled = peftc.compile(model, METHODS["prompt"]("QUESTION_ANS")).eval()
+    start, end = torch.tensor([0, 6]), torch.tensor([3, 6])
+    out = compiled(input_ids=tokens, start_positions=start, end_positions=end)
+    assert out.start_logits.shape == (2, 7)
+    expected = [nn.functional.cross_entropy(x, y) for x, y in ((out.start_logits, start), (out.end_logits, end))]
+    torch.testing.assert_close(out.loss, sum(expected) / 2)
+    model = tiny("llama", "AutoModelForSequenceClassification", pad_token_id=0)
+    compiled = peftc.compile(model, METHODS["prompt"]("SEQ_CLS")).eval()
+    mask = padded("right")
+    alone = logits(compiled, input_ids=tokens[1:, :5])
+    torch.testing.assert_close(logits(compiled, input_ids=tokens * mask, attention_mask=mask)[1:], alone)
+
+
+# Training
+
+
+def _without_dropout(model: Any) -> Any:
+    for module in model.modules():
+        for name in ("dropout", "attention_dropout", "activation_dropout", "p"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("model_type", [*CAUSAL, *SEQ2SEQ])
+def test_gradient_checkpointing_changes_nothing(model_type: str, method: str) -> None:
+    task = "SEQ_2_SEQ_LM" if model_type in SEQ2SEQ else "CAUSAL_LM"
+    compiled = peftc.compile(_without_dropout(tiny(model_type)), METHODS[method](task)).train()
+    inputs = {"input_ids": ids(), "attention_mask": padded("right"), "labels": ids()}
+
+    def gradients() -> dict[str, Tensor]:
+        compiled.zero_grad()
+        compiled(**inputs).loss.backward()
+        return {name: p.grad.clone() for name, p in compiled.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    calls: list[int] = []
+    layer = next(m for m in compiled.base.modules() if hasattr(m, "_can_checkpoint_with_cache"))
+    layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    compiled.gradient_checkpointing_enable()
+    found = gradients()
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-7) for name in expected)
+    assert any(float(value.abs().max()) > 0 for value in expected.values())
+    if method in IN_CACHE:
+        compiled.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        with pytest.raises(peftc.AdapterError, match="use_reentrant"):
+            gradients()
+    compiled.gradient_checkpointing_disable()
+    assert all(torch.equal(a, b) for a, b in zip(gradients().values(), expected.values(), strict=True))
+
+
+@pytest.mark.parametrize("method", ["projected prefix", "p-tuning"])
+def test_trainer(method: str, tmp_path: Path) -> None:
+    """A Trainer with checkpointing and evaluation: the loss falls, and what it saved is loaded and trained on."""
+    model = tiny("bert", "AutoModelForSequenceClassification")
+    compiled = peftc.compile(model, METHODS[method]("SEQ_CLS"))
+    data = [
+        {"input_ids": row, "attention_mask": torch.ones(7, dtype=torch.long), "labels": int(row[0] > 33)}
+        for row in ids(64, 7)
+    ]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=20,
+        per_device_train_batch_size=16,
+        learning_rate=0.02,
+        gradient_checkpointing=True,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model=compiled, args=arguments, train_dataset=data, eval_dataset=data)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    after = trainer.evaluate()["eval_loss"]
+    assert after < before
+    assert trainer.predict(data).predictions.shape == (64, 2)
+    compiled.save_pretrained(tmp_path / "adapter")
+    again = peftc.load(model, tmp_path / "adapter", is_trainable=True)
+    trained = {name: parameter for name, parameter in again.named_parameters() if parameter.requires_grad}
+    assert {name for name, p in compiled.named_parameters() if p.requires_grad} == set(trained)
+    assert all(torch.equal(parameter, compiled.get_parameter(name)) for name, parameter in trained.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", METHODS)
+def test_dtypes(method: str, dtype: torch.dtype) -> None:
+    model = tiny("llama").to(dtype)
+    compiled = peftc.compile(model, METHODS[method]("CAUSAL_LM"))
+    kept = torch.float64 if dtype is torch.float64 else torch.float32
+    assert {p.dtype for p in compiled.prompt_encoder["default"].parameters()} == {kept}
+    out = compiled(input_ids=ids(), labels=ids())
+    assert out.logits.dtype == dtype
+    out.loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in compiled.prompt_encoder["default"].parameters())
+    half = peftc.compile(model, METHODS[method]("CAUSAL_LM"), autocast_adapter_dtype=False)
+    assert {p.dtype for p in half.prompt_encoder["default"].parameters()} == {dtype}
+    if dtype is not torch.float16:  # which the CPU's autocast knows nothing of
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.isfinite(compiled(input_ids=ids(), labels=ids()).loss)
+
+
+# Beside other adapters
+
+
+def test_any_mix_of_methods_switches_and_unloads() -> None:
+    model, tokens = tiny("llama"), ids()
+    specs: dict[str, Any] = {
+        "p": METHODS["prompt"]("CAUSAL_LM"),
+        "x": METHODS["prefix"]("CAUSAL_LM"),
+        "l": LORA,
+        "i": IA3,
+    }
+    compiled = peftc.compile(model, specs).eval()
+    outputs = {}
+    for names in (["p"], ["x"], ["l"], ["p", "l"], ["x", "i"], ["p", "x"], ["p", "x", "l", "i"]):
+        compiled.set_adapter(names)
+        outputs[tuple(names)] = logits(compiled, input_ids=tokens)
+        assert outputs[tuple(names)].shape[1] == 7 + N * ("p" in names)
+        compiled.zero_grad()
+        compiled(input_ids=tokens, labels=tokens).loss.backward()
+        learned = {
+            part
+            for name, parameter in compiled.named_parameters()
+            if parameter.grad is not None and float(parameter.grad.abs().max()) > 0
+            for part in name.split(".")
+            if part in specs
+        }
+        assert learned == set(names)
+        alone = generated(compiled, tokens[1:, 2:])
+        assert torch.equal(generated(compiled, tokens, padded("left"))[1:], alone)
+        with compiled.disable_adapter():
+            assert torch.equal(logits(compiled, input_ids=tokens), logits(model, input_ids=tokens))
+    # A mix is the prompt on the model that the others make.
+    compiled.set_adapter(["l"])
+    compiled.merge_adapter(["l"])
+    base = copy.deepcopy(compiled).merge_and_unload()
+    compiled.unmerge_adapter()
+    on_merged = peftc.compile(base, {"p": specs["p"]}).eval()
+    on_merged.prompt_encoder["p"].load_state_dict(compiled.prompt_encoder["p"].state_dict())
+    torch.testing.assert_close(logits(on_merged, input_ids=tokens), outputs[("p", "l")])
+    compiled.set_adapter(["p", "l"])
+    with pytest.raises(peftc.MergeError, match="the model: adapter 'p' can't be merged: virtual tokens"):
+        compiled.merge_adapter()
+    assert compiled.merged_adapters == []
+    compiled.merge_adapter(["l"])
+    torch.testing.assert_close(logits(compiled, input_ids=tokens), outputs[("p", "l")])
+    compiled.unmerge_adapter()
+    compiled.delete_adapter("x")
+    assert list(compiled.prompt_encoder) == ["p"]
+    assert torch.equal(logits(compiled, input_ids=tokens), outputs[("p", "l")])
+    base = compiled.unload()
+    assert torch.equal(logits(base, input_ids=tokens), logits(model, input_ids=tokens))
+
+
+def test_two_prompts_stand_in_load_order() -> None:
+    model, tokens = tiny("llama"), ids()
+    compiled = peftc.compile(model, {"a": METHODS["prompt"]("CAUSAL_LM"), "b": METHODS["p-tuning"]("CAUSAL_LM")}).eval()
+    compiled.set_adapter(["b", "a"])
+    first, second = (compiled.get_prompt_embedding_to_save(name) for name in ("a", "b"))
+    embeds = torch.cat([torch.cat([first, second]).expand(2, -1, -1), model.get_input_embeddings()(tokens)], dim=1)
+    torch.testing.assert_close(logits(compiled, input_ids=tokens), logits(model, inputs_embeds=embeds))
+
+
+def test_a_refused_adapter_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    _, compiled = compiled_llama("prompt")
+    before, tokens = generated(compiled, ids()), ids()
+    bad = peftc.PromptTuningConfig(
+        num_virtual_tokens=3,
+        task_type="CAUSAL_LM",
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text="x",
+        tokenizer_name_or_path=str(tmp_path),
+    )
+    with pytest.raises(peftc.AdapterError, match="no tokenizer can be loaded"):
+        compiled.add_adapter("bad", bad)
+    with pytest.raises(peftc.NoMatchError, match="contradicts"):
+        compiled.add_adapter("bad", METHODS["prompt"]("CAUSAL_LM").model_copy(update={"token_dim": 7}))
+    assert list(compiled.peft_config) == ["default"] == list(compiled.prompt_encoder)
+    assert torch.equal(generated(compiled, tokens), before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_text_starts_a_prompt(method: str, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate(["[UNK]", "is", "this", "spam"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path)
+    spec = peftc.PromptTuningConfig(
+        num_virtual_tokens=N,
+        task_type="CAUSAL_LM",
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text="is this spam",
+        tokenizer_name_or_path=str(tmp_path),
+    )
+    model = tiny("gemma3_text")  # whose embedding scales what it looks up
+    rows = peftc.compile(model, spec).get_prompt_embedding_to_save()
+    assert torch.equal(rows, model.get_input_embeddings()(torch.tensor([1, 2, 3, 1, 2])).detach())
