@@ -88,6 +88,8 @@ def _check(rule: Rule[Any]) -> None:
     for attribute in ("name", "spec", "kinds"):
         if not getattr(rule, attribute, None):
             raise RuleError(f"{_where(rule)}: a rule must set {attribute!r}")
+    if isinstance(rule, PromptRule) and getattr(rule, "at", None) not in ("embeds", "past"):
+        raise RuleError(f"{_where(rule)}: a prompt rule must set 'at' to 'embeds' or 'past'")
     for kind in rule.kinds:
         if kind not in get_args(Kind):
             raise RuleError(f"{_where(rule)}: there is no kind {kind!r}; there are {', '.join(get_args(Kind))}")

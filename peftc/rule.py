@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import RuleError
+from peftc.graph.calls import CallSlot
 from peftc.graph.sites import Kind, Site, Stack
 from peftc.specs import AdapterSpec, PromptSpec
 
 S = TypeVar("S", bound=AdapterSpec)
 P = TypeVar("P", bound=PromptSpec)
-# `memory`: where a decoder looks at the encoder's output, which virtual tokens have made longer.
-Slot = Literal["input", "output", "module", "embeds", "past", "memory"]
+Slot = Literal["input", "output", "module"] | CallSlot
 Constant = float | int | bool | str
 
 

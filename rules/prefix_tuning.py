@@ -54,6 +54,8 @@ class PrefixTuning(PromptRule[PrefixTuningConfig]):
 
     def disagreement(self, spec: PrefixTuningConfig, stack: Stack) -> str | None:
         width = stack.key_value_heads * stack.head_dim
+        if spec.num_transformer_submodules == 2 and not stack.is_encoder_decoder:
+            return "num_transformer_submodules=2 is for encoder-decoder models; leave it out"
         if stack.no_past:
             return f"no prefix fits into its cache: {stack.no_past}. Prompt tuning or p-tuning would do."
         if (spec.token_dim, spec.num_attention_heads) != (width, stack.key_value_heads):

@@ -103,6 +103,21 @@ _SIZES: dict[str, Any] = {
     },
     "gpt_neox": _DECODER,
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2},
+    "mamba": {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+    "gemma4_text": {**_GROUPED, "vocab_size_per_layer_input": 64, "hidden_size_per_layer_input": 8},
+    "deepseek_v3": {
+        **_DECODER,
+        "n_routed_experts": 2,
+        "num_experts_per_tok": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "q_lora_rank": 8,
+        "kv_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+        "moe_intermediate_size": 16,
+    },
     "bart": {
         "d_model": 32,
         "encoder_layers": 2,
@@ -196,6 +211,7 @@ _CLASSES: dict[str, str] = {
     "vit": "AutoModelForImageClassification",
     "mixtral": "AutoModelForCausalLM",
     "whisper": "AutoModelForSpeechSeq2Seq",
+    **dict.fromkeys(("mamba", "gemma4_text", "deepseek_v3"), "AutoModelForCausalLM"),
 }
 
 ARCHITECTURES = ("llama", "gpt2", "bert", "t5", "vit", "mixtral", "whisper")

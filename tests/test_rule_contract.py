@@ -13,7 +13,7 @@ from peftc.rule import Bound
 from tests import made_up_method
 from tests.laws.strategies import snapshot
 from tests.made_up_method import Gated, GatedConfig
-from tests.models import Net
+from tests.models import Net, tiny
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +110,82 @@ def test_its_files_name_the_method(tmp_path: Path) -> None:
 def test_bound_says_what_it_has() -> None:
     with pytest.raises(peftc.RuleError, match="declares only a, b"):
         _ = Bound({"a": 1, "b": 2}).c
+
+
+class Shifted(nn.Module):
+    """Rows that are a table plus one learned shift."""
+
+    def __init__(self, spec: peftc.PromptSpec) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(spec.rows, spec.fact("token_dim"))
+        self.shift = None if spec.inference_mode else nn.Parameter(torch.zeros(spec.fact("token_dim")))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        made = self.embedding(rows)
+        return made if self.shift is None else made + self.shift
+
+
+class ShiftedConfig(peftc.PromptSpec):
+    peft_type: Any = "SHIFTED"
+
+
+class ShiftedPrompt(peftc.PromptRule[ShiftedConfig]):
+    name = "shifted"
+    spec = ShiftedConfig
+    at = "embeds"
+
+    def resolve(self, spec: ShiftedConfig, stack: Any) -> ShiftedConfig:
+        return spec.model_copy(update={"token_dim": stack.token_dim, "num_transformer_submodules": 1})
+
+    def encoder(self, spec: ShiftedConfig) -> nn.Module:
+        return Shifted(spec)
+
+    def width(self, spec: ShiftedConfig) -> int:
+        return spec.fact("token_dim")
+
+
+@pytest.fixture
+def shifted() -> Iterator[ShiftedPrompt]:
+    rule = ShiftedPrompt()
+    peftc.register(rule)
+    yield rule
+    peftc.unregister(rule)
+
+
+def test_a_prompt_method_is_a_module_and_a_place(shifted: ShiftedPrompt, tmp_path: Path) -> None:
+    model, tokens = tiny("llama"), torch.arange(3, 10)[None]
+    spec = ShiftedConfig(num_virtual_tokens=4, task_type="CAUSAL_LM")
+    compiled = peftc.compile(model, spec)
+    with torch.no_grad():
+        compiled.prompt_encoder["default"].shift.add_(0.5)
+    compiled(input_ids=tokens, labels=tokens).loss.backward()
+    assert compiled.prompt_encoder["default"].shift.grad is not None
+    expected = compiled.eval()(input_ids=tokens).logits
+    compiled.save_pretrained(tmp_path)
+    torch.testing.assert_close(peftc.load(model, tmp_path)(input_ids=tokens).logits, expected)
+    again = peftc.load(model, tmp_path, is_trainable=True)
+    assert torch.equal(again.prompt_encoder["default"].shift, compiled.prompt_encoder["default"].shift)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder": lambda self, spec: 1 / 0}, "ZeroDivisionError"),
+        ({"encoder": lambda self, spec: nn.Embedding(3, 5)}, r"shape \(1, 4, 5\)"),
+        ({"encoder": lambda self, spec: nn.Embedding(4, 32)}, "not the one parameter embedding.weight"),
+        ({"at": "nowhere"}, "'embeds' or 'past'"),
+    ],
+)
+def test_a_broken_prompt_rule_is_reported_with_its_place(change: dict[str, Any], message: str) -> None:
+    rule = type("Broken", (ShiftedPrompt,), change)()
+    spec = ShiftedConfig(num_virtual_tokens=4, task_type="CAUSAL_LM", inference_mode=True)
+    with pytest.raises(peftc.RuleError, match=message):
+        _compile_with(rule, spec)
+
+
+def _compile_with(rule: Any, spec: Any) -> None:
+    peftc.register(rule)
+    try:
+        peftc.compile(tiny("llama"), spec)
+    finally:
+        peftc.unregister(rule)

@@ -22,7 +22,7 @@ _ROWS = f"{PROMPT_ENCODER}.embedding.weight"
 def prompt_edit(program: Program, adapter: str) -> Edit | None:
     """The edit of `adapter` that holds virtual tokens, or None."""
     own = [edit for edit in program.plan.edits if edit.adapter == adapter]
-    return next((edit for edit in own if edit.slot in ("embeds", "past")), None)
+    return next((edit for edit in own if edit.virtual), None)
 
 
 def prompt_encoder(program: Program, edit: Edit) -> nn.Module:

@@ -21,7 +21,7 @@ def adapter_state_dict(program: Program, adapter: str) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     prefix = _prefix(program, adapter)
     for edit in program.plan.edits:
-        if edit.adapter == adapter and edit.slot in ("embeds", "past"):
+        if edit.adapter == adapter and edit.virtual:
             state[PROMPT_KEY] = prompt_embeddings(program, edit)
         elif edit.adapter == adapter:
             for param in edit.params:

@@ -10,10 +10,14 @@ from torch import nn
 from peftc.graph.region import parameters_of
 from peftc.graph.sites import Site, SiteIndex, Stack, dtype_name
 
+# `memory`: where a decoder looks at the output of an encoder, which virtual tokens have made longer.
 CallSlot = Literal["embeds", "past", "memory"]
 
 # Heads that answer for every token, and so must not see the virtual ones.
 _TOKEN_TASKS = ("TOKEN_CLS", "QUESTION_ANS")
+_HEADS = (*_TOKEN_TASKS, "SEQ_CLS")
+_OTHER_CACHES = ("cache_params", "mems", "past_buckets_states")
+_KEYS = (".k_proj", ".key", ".k", ".k_lin")
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 
 
@@ -43,6 +47,8 @@ def find_calls(model: nn.Module, slot: str, task: str, index: SiteIndex) -> list
     wanted = "SEQ_2_SEQ_LM" if double else "CAUSAL_LM"
     if task in ("SEQ_2_SEQ_LM", "CAUSAL_LM") and task != wanted:
         return f"task_type={task} is for {'decoder' if double else 'encoder-decoder'} models; {_name(model)} needs {wanted}"
+    if task in _HEADS and not double and known.get_output_embeddings() is not None:
+        return f"task_type={task} is for models with a head for it; {_name(model)} predicts tokens: give CAUSAL_LM"
     names = {id(module): fqn for fqn, module in reversed([*model.named_modules()])}
     backbone = cast(nn.Module, known.base_model)
     # Virtual tokens are dropped again where a head answers per token, or looks for the last one that is no padding.
@@ -55,8 +61,14 @@ def find_calls(model: nn.Module, slot: str, task: str, index: SiteIndex) -> list
             return f"{_name(model)} takes no past_key_values: there is no cache to put a prefix into.{hint}"
         return [CallSite(_site(host, names[id(host)], known, index), "past")]
     host = cast(nn.Module, known.get_encoder()) if double else outer
-    if "inputs_embeds" not in _arguments(host) or not isinstance(host, transformers.PreTrainedModel):
+    arguments = _arguments(host)
+    if "inputs_embeds" not in arguments or not isinstance(host, transformers.PreTrainedModel):
         return f"{_name(host)} takes no inputs_embeds, so nothing can be put before its embedded tokens"
+    if getattr(known.config.get_text_config(), "hidden_size_per_layer_input", None):
+        return f"{_name(host)} looks up embeddings for every layer by token id, and virtual tokens have none"
+    other = next((name for name in _OTHER_CACHES if name in arguments), None)
+    if task == "CAUSAL_LM" and other is not None and "past_key_values" not in arguments:
+        return f"{_name(host)} keeps its past in {other}, which does not tell that virtual tokens have entered"
     calls = [CallSite(_site(host, names[id(host)], known, index), "embeds", drop)]
     if double:
         decoder = cast(nn.Module, known.get_decoder())
@@ -85,6 +97,7 @@ def _stack(host: Any, model: Any, index: SiteIndex) -> Stack:
     double = bool(model.config.is_encoder_decoder)
     # Of a config with both halves, decoder=True gives a copy that has lost the names used here.
     config = model.config.get_text_config(**({} if double else {"decoder": True}))
+    varied = bool(getattr(config, "is_heterogeneous", False))  # layers differ, and have no common heads to read
     heads = _first(config, "decoder_attention_heads", "num_attention_heads") or 1
     fqn, weight = _embedding(host) or _embedding(model) or ("", None)
     stack = Stack(
@@ -93,8 +106,8 @@ def _stack(host: Any, model: Any, index: SiteIndex) -> Stack:
         embedding=fqn,
         num_layers=_first(config, "decoder_layers", "num_decoder_layers", "num_hidden_layers"),
         num_attention_heads=heads,
-        key_value_heads=_key_value_heads(config, heads),
-        head_dim=_first(config, "head_dim") or config.hidden_size // heads,
+        key_value_heads=heads if varied else _key_value_heads(config, heads),
+        head_dim=config.hidden_size // heads if varied else _first(config, "head_dim") or config.hidden_size // heads,
         is_encoder_decoder=double,
     )
     return replace(stack, no_past=_no_past(config, stack, model, index))
@@ -140,6 +153,3 @@ def _no_past(config: Any, stack: Stack, model: Any, index: SiteIndex) -> str | N
                 f"{fqn} makes keys {site.out_features} wide; the config says {stack.key_value_heads} × {stack.head_dim}"
             )
     return None
-
-
-_KEYS = (".k_proj", ".key", ".k", ".k_lin")

@@ -1,6 +1,7 @@
 """Prompt methods in the plan: which calls they enter, and what is added there."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from peftc.graph.calls import CallSite, find_calls
 from peftc.graph.sites import SiteIndex
 from peftc.plan.match import Match, match_saved
 from peftc.plan.plan import Edit, Miss, PlannedParam
+from peftc.registry import find_prompt_rule
 from peftc.rule import Constant, PromptRule
 from peftc.specs import PromptSpec
 
@@ -42,7 +44,16 @@ def match_call(
     return missed(f"can't be used here: {reason}") if reason else Match(spec, (), saved, tuple(misses), tuple(calls))
 
 
-def call_edit(adapter: str, spec: PromptSpec, rule: PromptRule[Any], call: CallSite, dtype: str) -> Edit:
+def call_edits(adapter: str, found: Match, dtype_of: Callable[[str], str]) -> list[Edit]:
+    """The edits of a prompt adapter at its calls; `dtype_of` gives the adapter's dtype for that of a model."""
+    rule = find_prompt_rule(found.spec)
+    if rule is None:
+        return []
+    spec = cast(PromptSpec, found.spec)
+    return [_call_edit(adapter, spec, rule, call, dtype_of(call.site.dtype)) for call in found.calls]
+
+
+def _call_edit(adapter: str, spec: PromptSpec, rule: PromptRule[Any], call: CallSite, dtype: str) -> Edit:
     """The edit that `rule` makes at `call`. Raises RuleError if its encoder does not return what the contract says."""
     constants: dict[str, Constant] = {
         "num_virtual_tokens": spec.num_virtual_tokens,
@@ -72,14 +83,20 @@ def call_edit(adapter: str, spec: PromptSpec, rule: PromptRule[Any], call: CallS
 
 def _encoder_params(spec: PromptSpec, rule: PromptRule[Any], dtype: str) -> tuple[PlannedParam, ...]:
     where = f"rule {rule.name!r} ({type(rule).__name__}.encoder)"
-    with torch.device("meta"):
-        encoder = rule.encoder(spec)
-        if not isinstance(encoder, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise RuleError(f"{where} returns {type(encoder).__name__}, no nn.Module")
-        shape = tuple(encoder(torch.zeros(1, spec.rows, dtype=torch.long)).shape)
+    try:
+        with torch.device("meta"):
+            encoder = rule.encoder(spec)
+            shape = tuple(encoder(torch.zeros(1, spec.rows, dtype=torch.long)).shape)
+        names = [name for name, _ in encoder.named_parameters()]
+    except Exception as error:  # A rule is anyone's code.
+        raise RuleError(f"{where}: {type(error).__name__}: {error}") from error
     expected = (1, spec.rows, rule.width(spec))
     if shape != expected:
         raise RuleError(f"{where}: the encoder returns shape {shape}, not (1, rows, width) = {expected}")
+    if spec.inference_mode and names != ["embedding.weight"]:
+        raise RuleError(f"{where}: with inference_mode it has {names}, not the one parameter embedding.weight")
+    if next(encoder.buffers(), None) is not None:
+        raise RuleError(f"{where}: the encoder has buffers, which are not saved")
     return tuple(
         PlannedParam(name, f"{PROMPT_ENCODER}.{name}", tuple(parameter.shape), dtype, "encoder")
         for name, parameter in encoder.named_parameters()

@@ -1,8 +1,9 @@
 """Making a plan: match every adapter's spec, let the rules declare, add up."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import cast
 
 from torch import nn
@@ -13,7 +14,7 @@ from peftc.graph.capture import capture
 from peftc.graph.fingerprint import fingerprint
 from peftc.graph.region import Capture, Region
 from peftc.graph.sites import Site, SiteIndex, dtype_name, dtype_of, index_sites
-from peftc.plan.calls import call_edit, match_call
+from peftc.plan.calls import call_edits, match_call
 from peftc.plan.match import Match, match
 from peftc.plan.plan import Conflict, Costs, Edit, Plan, PlannedParam, TrainedTensor
 from peftc.registry import find_prompt_rule, find_rule
@@ -44,22 +45,7 @@ def make_plan(
     # A site inside a module that another adapter saves is a conflict; it is captured as the site it also is.
     regions = capture(model, level, list(sites), sorted((saved - touched) | set(calls)))
     opaque = _opaque(level, regions)
-    edits = [
-        edit
-        for name, found in matches.items()
-        for site in found.sites
-        for edit in [_edit(name, found.spec, site, site.fqn in opaque, autocast_adapter_dtype)]
-    ]
-    edits += [
-        call_edit(
-            name, cast(PromptSpec, found.spec), rule, call, _adapter_dtype(call.site.dtype, autocast_adapter_dtype)
-        )
-        for name, found in matches.items()
-        for rule in [find_prompt_rule(found.spec)]
-        for call in found.calls
-        if rule is not None
-    ]
-    edits += [_save(name, model, fqn) for name, found in matches.items() for fqn in found.saved]
+    edits = _edits(matches, model, opaque, partial(_adapter_dtype, autocast=autocast_adapter_dtype))
     order = {fqn: position for position, fqn in enumerate(index.modules)}
     edits.sort(key=lambda edit: order[edit.site])
     trained = tuple(t for name, found in matches.items() for t in _trained(name, found, index))
@@ -80,6 +66,17 @@ def make_plan(
         costs=_costs(index, edits, trained),
     )
     return plan, regions
+
+
+def _edits(
+    matches: Mapping[str, Match], model: nn.Module, opaque: Collection[str], adapted: Callable[[str], str]
+) -> list[Edit]:
+    edits: list[Edit] = []
+    for name, found in matches.items():
+        edits += [_edit(name, found.spec, site, site.fqn in opaque, adapted(site.dtype)) for site in found.sites]
+        edits += call_edits(name, found, adapted)
+    # Copies come last: what they copy is the module before any rewrite.
+    return edits + [_save(name, model, fqn) for name, found in matches.items() for fqn in found.saved]
 
 
 def _match(adapter: str, spec: AdapterSpec, model: nn.Module, level: Capture, index: SiteIndex) -> Match:
@@ -112,7 +109,7 @@ def _opaque(level: Capture, regions: Sequence[Region]) -> set[str]:
     return {a.site for region in regions for a in region.source.anchors if nodes[a.node].op == "call_module"}
 
 
-def _edit(adapter: str, spec: AdapterSpec, site: Site, opaque: bool, autocast: bool) -> Edit:
+def _edit(adapter: str, spec: AdapterSpec, site: Site, opaque: bool, dtype: str) -> Edit:
     rule = find_rule(spec, site)
     assert rule is not None  # match() keeps only sites that have a rule
     if opaque and site.kind != "linear":
@@ -123,7 +120,6 @@ def _edit(adapter: str, spec: AdapterSpec, site: Site, opaque: bool, autocast: b
     params, constants, dropouts = rule.params(spec, site), rule.constants(spec, site), rule.dropouts(spec, site)
     slot = rule.slot(spec, site)
     validate(rule, slot, params, constants, dropouts)
-    dtype = _adapter_dtype(site.dtype, autocast)
     return Edit(
         site=site.fqn,
         adapter=adapter,

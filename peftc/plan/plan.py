@@ -64,6 +64,11 @@ class Edit:
     opaque: bool = False
     unmergeable: str | None = None
 
+    @property
+    def virtual(self) -> bool:
+        """Whether virtual tokens enter here, from an encoder of its own."""
+        return self.slot in ("embeds", "past")
+
 
 @dataclass(frozen=True)
 class TrainedTensor:

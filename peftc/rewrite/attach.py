@@ -71,7 +71,7 @@ def attach(module: nn.Module, edit: Edit, plan: Plan, fresh: bool) -> None:
     if edit.rule == MODULES_TO_SAVE:
         _attach_copy(module, edit)
         return
-    if edit.slot == "embeds" or edit.slot == "past":
+    if edit.virtual:
         _attach_encoder(module, edit, plan, fresh)
         return
     weight = module._parameters.get("weight")

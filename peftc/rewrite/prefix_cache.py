@@ -27,17 +27,24 @@ class Prefix(NamedTuple):
 
 
 def prefix_cache(at: Progress, base: nn.Module, past: Any, double: bool, prefixes: Sequence[tuple[Any, ...]]) -> Any:
-    """The cache that a model goes on with: on a first call, the given one (or a new one) with the prefixes in it."""
-    if not at.first:
-        return past
+    """The cache that a model goes on with: on a first call, the given one (or a new one) with the prefixes in it.
+
+    Under gradient checkpointing it is one that is only read, since layers run twice. Raises AdapterError where such a
+    call would go on from a cache.
+    """
     host = _host(base)
+    recomputed = bool(_checkpointed(host)) and torch.is_grad_enabled()
+    if not at.first:
+        if recomputed:
+            raise AdapterError("gradient checkpointing can't go on from a cache: pass whole sequences, or disable it")
+        return past
     dtype = next(parameter.dtype for parameter in host.parameters() if parameter.is_floating_point())
     read = [_keys_and_values(Prefix(*prefix), dtype, at.batch) for prefix in prefixes]
     pairs = [
         (torch.cat([keys for keys, _ in layer], dim=2), torch.cat([values for _, values in layer], dim=2))
         for layer in zip(*read, strict=True)
     ]
-    if past is None and _checkpointed(host):
+    if recomputed:
         return _read_only(pairs, double)
     if past is None:
         past = EncoderDecoderCache(DynamicCache(), DynamicCache()) if double else DynamicCache()
@@ -48,16 +55,33 @@ def prefix_cache(at: Progress, base: nn.Module, past: Any, double: bool, prefixe
     return past
 
 
-def _keys_and_values(prefix: Prefix, dtype: torch.dtype, batch: int) -> list[tuple[Tensor, Tensor]]:
-    """(batch, heads, n, head_dim) keys and values by layer.
+def withhold(output: Any, base: nn.Module, past: Any, use_cache: bool | None, more: Mapping[str, Any] | None) -> Any:
+    """The model output without the cache that a prefix needed, where the caller neither gave one nor wants one."""
+    wanted = (more or {}).get("use_cache") if use_cache is None else use_cache
+    if wanted is None:
+        wanted = getattr(getattr(_host(base), "config", None), "use_cache", True)
+    if past is not None or wanted:
+        return output
+    if isinstance(output, tuple):
+        return tuple(value for value in output if not isinstance(value, Cache))
+    return type(output)(**{name: value for name, value in output.items() if name != "past_key_values"})
 
-    PEFT reads a prefix of two halves with a stride of two pairs, once for self-attention and once for cross-attention,
-    and throws the latter away: layer i has the pair 2i, modulo the number of layers. Files of both depend on it.
-    """
+
+def _keys_and_values(prefix: Prefix, dtype: torch.dtype, batch: int) -> list[tuple[Tensor, Tensor]]:
+    """(batch, heads, n, head_dim) keys and values by layer."""
     flat = rows(prefix.encoder, prefix.number).to(dtype)
     pairs = flat.view(prefix.number, prefix.layers, 2, prefix.heads, -1).permute(1, 2, 3, 0, 4)
-    chosen = [pairs[prefix.halves * layer % prefix.layers] for layer in range(prefix.layers)]
+    chosen = [pairs[_row_of(layer, prefix)] for layer in range(prefix.layers)]
     return [(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1)) for keys, values in chosen]
+
+
+def _row_of(layer: int, prefix: Prefix) -> int:
+    """Which of the pairs of a prefix is that of `layer`. PEFT's files of encoder-decoder models depend on it.
+
+    PEFT lays out twice the pairs, for self- and cross-attention in turn, and throws the latter away: so layer i has pair
+    2i, counted around.
+    """
+    return prefix.halves * layer % prefix.layers
 
 
 class _ReadOnlyLayer(DynamicLayer):
@@ -97,8 +121,8 @@ def _host(base: nn.Module) -> nn.Module:
 
 
 def _checkpointed(host: nn.Module) -> list[nn.Module]:
-    """The layers of `host` that will be checkpointed in this call."""
-    if not (host.training and torch.is_grad_enabled()):
+    """The modules of `host` that take gradient checkpointing to be on in this call, with gradients or without."""
+    if not host.training:
         return []
     return [module for module in host.modules() if getattr(module, "gradient_checkpointing", False) is True]
 

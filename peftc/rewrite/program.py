@@ -17,7 +17,7 @@ from peftc.plan import Edit, Plan
 from peftc.plan.make import MODULES_TO_SAVE
 from peftc.registry import find_rule
 from peftc.rewrite.attach import attach, check_names, containers, detach
-from peftc.rewrite.call import call_methods
+from peftc.rewrite.generation import call_methods
 from peftc.rewrite.host import Code, install, original_class, uninstall
 from peftc.rewrite.splice import Active, splice
 from peftc.rule import Rule, live_name

@@ -7,17 +7,18 @@ gives the same function: with f₀ the site's op, edit k makes fₖ(x) = output(
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer, TraceError
 from torch.nn import functional as F
 
 from peftc.errors import RuleError
+from peftc.graph.calls import CallSlot
 from peftc.graph.region import Anchor, Source, call_input, form_of, invoke, operand
 from peftc.plan import Edit
 from peftc.plan.make import MODULES_TO_SAVE
-from peftc.rewrite.call import CALL_SLOTS, splice_call
+from peftc.rewrite.call import splice_call
 from peftc.rule import Bound, Rule, live_name
 
 _POINTWISE: Mapping[str, Any] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
@@ -58,7 +59,7 @@ def _splice_site(graph: fx.Graph, node: fx.Node, anchor: Anchor, edits: Sequence
     if saved:
         _retarget(graph, node, _path(anchor.site, f"{MODULES_TO_SAVE}.{saved[-1].edit.adapter}"))
         return
-    if edits[0].edit.slot in CALL_SLOTS:
+    if edits[0].edit.slot in get_args(CallSlot):
         splice_call(graph, node, [active.edit for active in edits])
         return
     form = form_of(node)

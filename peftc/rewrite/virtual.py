@@ -14,7 +14,10 @@ from torch import Tensor, nn
 from peftc.errors import AdapterError
 
 IGNORED = -100  # The label that losses pass over.
-_HELD = "peftc_virtual_tokens"  # The attribute of a cache that says what it holds: (embedded, cached).
+_HELD = "peftc_virtual_tokens"  # The attribute of a cache that says whose virtual tokens it holds.
+
+# (adapter, slot, number) of every prompt adapter of a call.
+Held = tuple[tuple[str, str, int], ...]
 
 
 class Progress(NamedTuple):
@@ -25,6 +28,7 @@ class Progress(NamedTuple):
     embedded: int
     prefixed: int
     cached: int
+    held: Held
 
     @property
     def first(self) -> bool:
@@ -37,51 +41,49 @@ class Progress(NamedTuple):
         return self.embedded + self.prefixed
 
 
-def progress(embedded: int, prefixed: int, past: Any, *inputs: Tensor | None) -> Progress:
+def progress(held: Held, past: Any, *inputs: Tensor | None) -> Progress:
     """Measure a call by the first of its `inputs` that is given, (batch, tokens, …), and its cache.
 
-    Raises AdapterError for a cache of fixed size, which was made without room for virtual tokens, and for one that does
-    not hold those of the active adapters.
+    A cache that is still empty is marked as one that will hold the virtual tokens of `held`. Raises AdapterError for a
+    cache of fixed size, which was made without room for them, and for one that holds others.
     """
     given = next((tensor for tensor in inputs if tensor is not None), None)
     if given is None:
         raise AdapterError("a prompt method needs input_ids or inputs_embeds; the call has neither")
+    embedded, prefixed = (sum(number for _, slot, number in held if slot == own) for own in ("embeds", "past"))
     if past is not None and getattr(past, "is_compileable", False):
         raise AdapterError(
             f"{type(past).__name__}: a cache of fixed size has no room for the {embedded + prefixed} virtual tokens of the"
             " active prompt adapter. Use a dynamic one (cache_implementation='dynamic'), or disable the adapter."
         )
-    at = Progress(given.shape[0], given.shape[1], embedded, prefixed, 0 if past is None else past.get_seq_length())
-    held = getattr(past, _HELD, (0, 0))
+    cached = 0 if past is None else past.get_seq_length()
+    at = Progress(given.shape[0], given.shape[1], embedded, prefixed, cached, held)
     if at.first:
         mark(at, past)
-    elif held != (embedded, prefixed):
+    elif getattr(past, _HELD, ()) != held or cached < at.virtual:
         raise AdapterError(
-            f"the cache given holds {sum(held)} virtual tokens, the active prompt adapters have {at.virtual}: it was made"
-            " with other adapters active, or none. Make it with those that are active now."
+            f"the cache given holds the virtual tokens of {_names(getattr(past, _HELD, ()))}, active are those of"
+            f" {_names(held)}: make it with the adapters that are active now (and do not crop it into their tokens)."
         )
     return at
 
 
+def _names(held: Held) -> str:
+    return ", ".join(f"{name!r} ({number})" for name, _, number in held) or "no adapter"
+
+
 def mark(at: Progress, past: Any) -> None:
-    """Note on a cache how many virtual tokens it holds: a cache can't be told from its length."""
+    """Note on a cache whose virtual tokens it holds: its length does not tell."""
     if past is not None:
-        setattr(past, _HELD, (at.embedded, at.prefixed))
+        setattr(past, _HELD, at.held)
 
 
 def held_by(cache: Any) -> int:
     """How many virtual tokens a cache holds."""
-    return sum(getattr(cache, _HELD, (0, 0)))
+    return sum(number for _, _, number in getattr(cache, _HELD, ()))
 
 
-def withhold(at: Progress, output: Any, use_cache: Any, past: Any) -> Any:
-    """The model output without the cache that a prefix needed, where the caller neither gave one nor wants one."""
-    if use_cache is False and past is None and not isinstance(output, tuple):
-        output["past_key_values"] = None
-    return output
-
-
-def remember(at: Progress, output: Any) -> Any:
+def remember(output: Any, at: Progress) -> Any:
     """The model output, its cache marked as one that holds the virtual tokens that entered in this call."""
     if at.first:
         values = output if isinstance(output, tuple) else (output.get("past_key_values"),)
@@ -122,8 +124,11 @@ def unless_first(at: Progress, value: Any) -> Any:
 
 
 def lead(at: Progress, value: Tensor | None, fill: int) -> Tensor | None:
-    """`value` (…, tokens) with `fill` for the embedded virtual tokens of a first call: labels, token types."""
-    if value is None or not at.first:
+    """`value` (…, tokens) with `fill` for the embedded virtual tokens of a first call: labels, token types.
+
+    Of another length, it is for the logits that `logits_to_keep` leaves, and stays.
+    """
+    if value is None or not at.first or value.shape[-1] != at.tokens:
         return value
     return torch.cat([value.new_full((*value.shape[:-1], at.embedded), fill), value], dim=-1)
 
@@ -151,8 +156,10 @@ def widen_mask(at: Progress, mask: Any) -> Any:
         )
     if mask.dim() == 2:
         return torch.cat([mask.new_ones(mask.shape[0], at.virtual), mask], dim=1)
-    if at.first and at.embedded:
-        raise AdapterError("a 4-D attention mask has no rows for virtual tokens; pass a 2-D one (batch, tokens)")
+    if mask.dim() != 4 or (at.first and at.embedded):
+        raise AdapterError(
+            f"an attention mask of shape {tuple(mask.shape)} has no rows for virtual tokens; pass a 2-D one (batch, tokens)"
+        )
     open_ = mask.new_zeros if mask.is_floating_point() else mask.new_ones
     return torch.cat([open_(*mask.shape[:-1], at.virtual), mask], dim=-1)
 
@@ -169,8 +176,8 @@ def shift_positions(at: Progress, positions: Tensor | None) -> Tensor | None:
 
 
 def shift_indices(at: Progress, kept: Any) -> Any:
-    """`logits_to_keep`: a number counts from the end and stays, indices count from the first virtual token."""
-    return kept + at.embedded if at.first and isinstance(kept, Tensor) else kept
+    """`logits_to_keep`: what counts from the end stays, indices from the front count from the first virtual token."""
+    return torch.where(kept < 0, kept, kept + at.embedded) if at.first and isinstance(kept, Tensor) else kept
 
 
 def widen_memory(mask: Tensor | None, memory: Tensor | None) -> Tensor | None:
@@ -181,7 +188,7 @@ def widen_memory(mask: Tensor | None, memory: Tensor | None) -> Tensor | None:
     return torch.cat([mask.new_ones(mask.shape[0], missing), mask], dim=1) if missing > 0 else mask
 
 
-def drop(at: Progress, output: Any) -> Any:
+def drop(output: Any, at: Progress) -> Any:
     """The model output without the hidden states of the virtual tokens that entered in this call."""
     if not at.first:
         return output

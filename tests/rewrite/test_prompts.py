@@ -12,7 +12,7 @@ from transformers import DynamicCache, Trainer, TrainingArguments
 
 import peftc
 from tests.laws.strategies import assert_unchanged, snapshot
-from tests.models import CAUSAL, SEQ2SEQ, tiny
+from tests.models import CAUSAL, SEQ2SEQ, inputs_for, tiny
 from tests.prompts import IN_CACHE, METHODS, N, generated, ids, padded
 
 LORA = peftc.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
@@ -46,6 +46,7 @@ def test_unload_gives_the_model_back(method: str, inplace: bool) -> None:
     base = compiled.unload()
     assert (base is model) == inplace
     assert_unchanged(base, before, identity=inplace)
+    assert set(base.__dict__) == set(tiny("llama").__dict__)
     assert torch.equal(logits(base, input_ids=ids()), expected)
 
 
@@ -155,7 +156,13 @@ def test_inputs_embeds_and_logits_to_keep(method: str) -> None:
     assert torch.equal(made, generated(compiled, tokens))
     kept = logits(compiled, input_ids=tokens, logits_to_keep=torch.tensor([1, 6]))
     assert torch.equal(kept, expected[:, [expected.shape[1] - 6, expected.shape[1] - 1]])
+    kept = logits(compiled, input_ids=tokens, logits_to_keep=torch.tensor([-1]))
+    assert torch.equal(kept[:, 0], expected[:, -1])
     assert torch.equal(logits(compiled, input_ids=tokens, logits_to_keep=2), expected[:, -2:])
+    some = compiled(input_ids=tokens, labels=tokens[:, -3:], logits_to_keep=3).loss
+    torch.testing.assert_close(
+        some, nn.functional.cross_entropy(expected[:, -3:-1].flatten(0, 1), tokens[:, -2:].flatten())
+    )
     both = {"input_ids": tokens, "inputs_embeds": embeds}
     with pytest.raises((peftc.AdapterError, ValueError), match="input_ids or inputs_embeds"):
         compiled(**both)
@@ -188,10 +195,43 @@ def test_going_on_from_a_cache(method: str) -> None:
         )
         assert torch.equal(made[:, given.shape[1] :], generated(compiled, tokens))
     foreign = model(input_ids=tokens[:, :4], use_cache=True).past_key_values
-    with pytest.raises(peftc.AdapterError, match="holds 0 virtual tokens, the active prompt adapters have 5"):
+    with pytest.raises(peftc.AdapterError, match=r"of no adapter, active are those of 'default' \(5\)"):
         compiled(input_ids=tokens[:, 4:], past_key_values=foreign)
+    with torch.no_grad():
+        cache = compiled(input_ids=tokens[:, :4], use_cache=True).past_key_values
+    cropped = copy.deepcopy(cache)
+    cropped.crop(-6)
+    with pytest.raises(peftc.AdapterError, match="do not crop"):
+        compiled(input_ids=tokens[:, 4:], past_key_values=cropped)
+    with pytest.raises(peftc.AdapterError, match="prefill_chunk_size"):
+        generated(compiled, tokens, past_key_values=copy.deepcopy(cache), prefill_chunk_size=2)
+    assert torch.equal(generated(compiled, tokens, prefill_chunk_size=2), generated(compiled, tokens))
+    compiled.add_adapter("other", METHODS[method]("CAUSAL_LM"))
+    compiled.set_adapter("other")
+    with pytest.raises(peftc.AdapterError, match="of 'default' \\(5\\), active are those of 'other'"):
+        compiled(input_ids=tokens[:, 4:], past_key_values=cache)
+    compiled.set_adapter("default")
     with pytest.raises(peftc.AdapterError, match="cache of fixed size has no room"):
         generated(compiled, tokens, cache_implementation="static")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "t5", "whisper"])
+def test_a_prefix_gives_no_cache_to_who_wants_none(model_type: str) -> None:
+    model = tiny(model_type)
+    compiled = peftc.compile(
+        model, METHODS["prefix"]("SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM")
+    )
+    inputs = {**inputs_for(model_type), "use_cache": False, "output_hidden_states": True}
+    for module in (compiled.train(), compiled.eval()):
+        ours, bare = module(**inputs), model(**inputs)
+        assert list(ours) == list(bare)
+        assert len(module(**inputs, return_dict=False)) == len(model(**inputs, return_dict=False))
+    assert compiled(**{**inputs, "use_cache": True}).past_key_values is not None
+    if model_type != "whisper":
+        mask = torch.ones_like(inputs["input_ids"])
+        for options in ({}, {"num_beams": 2}):
+            slow = generated(compiled, inputs["input_ids"], mask, use_cache=False, **options)
+            assert torch.equal(slow, generated(compiled, inputs["input_ids"], mask, **options))
 
 
 def test_generation_aids() -> None:
@@ -257,6 +297,9 @@ def test_gradient_checkpointing_changes_nothing(model_type: str, method: str) ->
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[name], expected[name], atol=1e-7) for name in expected)
     assert any(float(value.abs().max()) > 0 for value in expected.values())
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(**inputs).loss, compiled.eval()(**inputs).loss)
+    compiled.train()
     if method in IN_CACHE:
         compiled.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
         with pytest.raises(peftc.AdapterError, match="use_reentrant"):
@@ -377,6 +420,14 @@ def test_two_prompts_stand_in_load_order() -> None:
     first, second = (compiled.get_prompt_embedding_to_save(name) for name in ("a", "b"))
     embeds = torch.cat([torch.cat([first, second]).expand(2, -1, -1), model.get_input_embeddings()(tokens)], dim=1)
     torch.testing.assert_close(logits(compiled, input_ids=tokens), logits(model, inputs_embeds=embeds))
+
+
+def test_tasks_of_two_prompts_do_not_depend_on_their_order() -> None:
+    specs = {"a": METHODS["prompt"]("FEATURE_EXTRACTION"), "b": METHODS["prompt"]("CAUSAL_LM")}
+    for names in (["a", "b"], ["b", "a"]):
+        compiled = peftc.compile(tiny("llama"), {name: specs[name] for name in names})
+        compiled.set_adapter(names)
+        assert torch.isfinite(compiled(input_ids=ids(), labels=ids()).loss)
 
 
 def test_a_refused_adapter_leaves_everything_as_it_was(tmp_path: Path) -> None:

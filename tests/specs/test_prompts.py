@@ -78,6 +78,8 @@ _REFUSED: dict[str, tuple[Any, Any, str]] = {
     "seq2seq of a decoder": (lambda: tiny("llama"), {"task_type": "SEQ_2_SEQ_LM"}, "LlamaForCausalLM needs CAUSAL_LM"),
     "causal of both": (lambda: tiny("t5"), {"task_type": "CAUSAL_LM"}, "needs SEQ_2_SEQ_LM"),
     "no tokens": (lambda: tiny("vit"), {"task_type": "FEATURE_EXTRACTION"}, "takes no inputs_embeds"),
+    "a task without its head": (lambda: tiny("llama"), {"task_type": "SEQ_CLS"}, "predicts tokens: give CAUSAL_LM"),
+    "another cache": (lambda: tiny("mamba"), {}, "keeps its past in cache_params"),
     "plain torch": (lambda: torch.nn.Linear(2, 2), {}, "needs a transformers model"),
 }
 
@@ -109,6 +111,19 @@ def test_no_prefix_of_another_shape() -> None:
         peftc.compile(
             tiny("llama"), peftc.PrefixTuningConfig(num_virtual_tokens=N, task_type="CAUSAL_LM", num_layers=1)
         )
+
+
+def test_no_prefix_where_layers_differ() -> None:
+    for model_type in ("deepseek_v3", "gemma4_text"):
+        with pytest.raises(peftc.NoMatchError, match="no prefix fits into its cache"):
+            peftc.compile(tiny(model_type), METHODS["prefix"]("CAUSAL_LM"))
+    compiled = peftc.compile(tiny("deepseek_v3"), METHODS["prompt"]("CAUSAL_LM")).eval()
+    assert compiled(input_ids=torch.ones(1, 3, dtype=torch.long)).logits.shape[1] == 3 + N
+    with pytest.raises(peftc.NoMatchError, match="by token id, and virtual tokens have none"):
+        peftc.compile(tiny("gemma4_text"), METHODS["prompt"]("CAUSAL_LM"))
+    halves = peftc.PrefixTuningConfig(num_virtual_tokens=N, task_type="CAUSAL_LM", num_transformer_submodules=2)
+    with pytest.raises(peftc.NoMatchError, match="for encoder-decoder models"):
+        peftc.compile(tiny("llama"), halves)
 
 
 def test_prompts_need_the_model_s_own_call() -> None:
