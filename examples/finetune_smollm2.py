@@ -184,14 +184,14 @@ def load_tokenizer(source: str | None) -> Any:
     return tokenizer
 
 
-def prompt(tokenizer: Any, message: str) -> str:
-    turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": message}]
+def prompt(tokenizer: Any, message: str, system: str = SYSTEM) -> str:
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": message}]
     return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
 
-def ask(model: Any, tokenizer: Any, messages: Sequence[str]) -> list[str]:
+def ask(model: Any, tokenizer: Any, messages: Sequence[str], system: str = SYSTEM) -> list[str]:
     """Greedy answers, all in one batch. Padding is on the left, so that every prompt ends where its answer begins."""
-    prompts = [prompt(tokenizer, message) for message in messages]
+    prompts = [prompt(tokenizer, message, system) for message in messages]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
     model.eval()
     with torch.inference_mode():
@@ -226,16 +226,18 @@ def score(answers: Sequence[str], examples: Sequence[Example]) -> Score:
     )
 
 
-def encode(example: Example, tokenizer: Any) -> tuple[list[int], list[int]]:
+def encode(example: Example, tokenizer: Any, system: str) -> tuple[list[int], list[int]]:
     """Token ids and labels. Only the answer has labels, so only the answer is learnt."""
-    asked = tokenizer(prompt(tokenizer, example.message), add_special_tokens=False).input_ids
+    asked = tokenizer(prompt(tokenizer, example.message, system), add_special_tokens=False).input_ids
     answer = tokenizer(json.dumps(example.answer) + tokenizer.eos_token, add_special_tokens=False).input_ids
     return asked + answer, [-100] * len(asked) + answer
 
 
-def batches(examples: Sequence[Example], tokenizer: Any, epochs: int, seed: int) -> Iterator[dict[str, Tensor]]:
+def batches(
+    examples: Sequence[Example], tokenizer: Any, epochs: int, seed: int, system: str
+) -> Iterator[dict[str, Tensor]]:
     """Shuffled batches. Padded on the left, so that all answers end in the last column."""
-    encoded = [encode(example, tokenizer) for example in examples]
+    encoded = [encode(example, tokenizer, system) for example in examples]
     shuffler = random.Random(seed)
     for _ in range(epochs):
         shuffler.shuffle(encoded)
@@ -262,18 +264,26 @@ def answer_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
     ).loss
 
 
-def train(model: Any, tokenizer: Any, examples: Sequence[Example], epochs: int, seed: int) -> None:
+def train(
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Example],
+    epochs: int,
+    seed: int,
+    rate: float = LEARNING_RATE,
+    system: str = SYSTEM,
+) -> None:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     per_epoch = -(-len(examples) // BATCH_SIZE)
     steps = epochs * per_epoch
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(trained, lr=rate)
     schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP_SHARE * steps), steps)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     losses: list[float] = []
     model.train()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=steps)
-        for batch in batches(examples, tokenizer, epochs, seed):
+        for batch in batches(examples, tokenizer, epochs, seed, system):
             loss = answer_loss(model, batch)
             loss.backward()
             nn.utils.clip_grad_norm_(trained, 1.0)

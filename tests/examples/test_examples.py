@@ -29,8 +29,19 @@ def example(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_finetune_smollm2_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     """The whole way, with SmolLM2's tokenizer and a random model, which learns nothing worth asking for."""
     finetune = example("finetune_smollm2", monkeypatch)
+    tiny_model(finetune, tmp_path / "tiny")
+    finetune.main(model=str(tmp_path / "tiny"), out=tmp_path / "out", epochs=1, seed=0, require=0.0)
+    printed = capsys.readouterr().out
+    assert "unmerged: all 20 base tensors are what they were, bit for bit" in printed
+    assert "plain transformers gives the same answers" in printed
+    with pytest.raises(RuntimeError, match="check failed: at least 75%"):
+        finetune.check(False, "at least 75% of the answers are right in every field")
+
+
+def tiny_model(finetune: ModuleType, folder: Path) -> None:
+    """A random model with the tokenizer of SmolLM2."""
     where, options = finetune.locate(None)
-    AutoTokenizer.from_pretrained(where, **options).save_pretrained(tmp_path / "tiny")
+    AutoTokenizer.from_pretrained(where, **options).save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=32,
@@ -39,13 +50,26 @@ def test_finetune_smollm2_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_p
         num_attention_heads=4,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "tiny")
-    finetune.main(model=str(tmp_path / "tiny"), out=tmp_path / "out", epochs=1, seed=0, require=0.0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_ptuning_smollm2_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    tiny_model(example("finetune_smollm2", monkeypatch), tmp_path / "tiny")
+    ptuning = example("ptuning_smollm2", monkeypatch)
+    ptuning.main(model=str(tmp_path / "tiny"), out=tmp_path / "out", epochs=1, seed=0, require=0.0)
     printed = capsys.readouterr().out
-    assert "unmerged: all 20 base tensors are what they were, bit for bit" in printed
-    assert "plain transformers gives the same answers" in printed
-    with pytest.raises(RuntimeError, match="check failed: at least 75%"):
-        finetune.check(False, "at least 75% of the answers are right in every field")
+    assert "disabled: the answers of before" in printed
+    assert "loaded: all 24 answers are the same" in printed
+    assert "loaded for training, with the encoder: the same loss" in printed
+
+
+@pytest.mark.slow
+def test_minilm_intents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    example("minilm_intents", monkeypatch).main(out=tmp_path, epochs=0.05)
+    printed = capsys.readouterr().out
+    assert printed.count("loaded into a fresh base: all classes are the same") == 3
+    assert len(list(tmp_path.rglob("adapter_model.safetensors"))) == 3
 
 
 @pytest.mark.slow
