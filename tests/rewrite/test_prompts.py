@@ -41,6 +41,8 @@ def test_unload_gives_the_model_back(method: str, inplace: bool) -> None:
     compiled(input_ids=ids(), labels=ids()).loss.backward()
     assert not torch.equal(logits(compiled, input_ids=ids())[:, -7:], expected)
     assert isinstance(compiled.base, type(model))
+    assert str(type(compiled.base)) == str(type(tiny("llama")))
+    assert type(compiled.base).__name__ == "LlamaForCausalLM"
     if not inplace:
         assert_unchanged(model, before)
     base = compiled.unload()
@@ -413,6 +415,15 @@ def test_any_mix_of_methods_switches_and_unloads() -> None:
     assert torch.equal(logits(base, input_ids=tokens), logits(model, input_ids=tokens))
 
 
+def test_position_ids_count_prefix_and_prompt() -> None:
+    compiled = peftc.compile(
+        tiny("gpt2", n_positions=64), {"x": METHODS["prefix"]("CAUSAL_LM"), "p": METHODS["prompt"]("CAUSAL_LM")}
+    ).eval()
+    compiled.set_adapter(["x", "p"])
+    given = logits(compiled, input_ids=ids(), position_ids=torch.arange(7)[None])
+    torch.testing.assert_close(given, logits(compiled, input_ids=ids()))
+
+
 def test_two_prompts_stand_in_load_order() -> None:
     model, tokens = tiny("llama"), ids()
     compiled = peftc.compile(model, {"a": METHODS["prompt"]("CAUSAL_LM"), "b": METHODS["p-tuning"]("CAUSAL_LM")}).eval()
@@ -448,8 +459,7 @@ def test_a_refused_adapter_leaves_everything_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(generated(compiled, tokens), before)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_text_starts_a_prompt(method: str, tmp_path: Path) -> None:
+def test_a_text_starts_a_prompt(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -467,3 +477,11 @@ def test_a_text_starts_a_prompt(method: str, tmp_path: Path) -> None:
     model = tiny("gemma3_text")  # whose embedding scales what it looks up
     rows = peftc.compile(model, spec).get_prompt_embedding_to_save()
     assert torch.equal(rows, model.get_input_embeddings()(torch.tensor([1, 2, 3, 1, 2])).detach())
+    # A saved one is loaded, and trained on, without the tokenizer.
+    peftc.compile(model, spec).save_pretrained(tmp_path / "adapter")
+    for file in tmp_path.glob("tokenizer*"):
+        file.unlink()
+    again = peftc.load(model, tmp_path / "adapter", is_trainable=True)
+    assert torch.equal(again.get_prompt_embedding_to_save(), rows)
+    with pytest.raises(peftc.AdapterError, match="no tokenizer can be loaded"):
+        peftc.compile(model, spec)
