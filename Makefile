@@ -32,6 +32,7 @@ format: $(VENV)/test.done
 bench: $(VENV)/test.done  ## The benchmarks whose figures benchmarks/README.md holds
 	$(BIN)/python benchmarks/compile.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/prompts.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

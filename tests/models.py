@@ -86,6 +86,16 @@ _DECODER: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 _GROUPED: dict[str, Any] = {**_DECODER, "num_key_value_heads": 2, "head_dim": 8}
+_HALVES: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "vocab_size": 64,
+}
 
 _SIZES: dict[str, Any] = {
     "qwen2": {**_DECODER, "num_key_value_heads": 2},
@@ -119,14 +129,7 @@ _SIZES: dict[str, Any] = {
         "moe_intermediate_size": 16,
     },
     "bart": {
-        "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 48,
-        "decoder_ffn_dim": 48,
-        "vocab_size": 64,
+        **_HALVES,
         "max_position_embeddings": 64,
     },
     "roberta": _DECODER,
@@ -174,14 +177,7 @@ _SIZES: dict[str, Any] = {
         "vocab_size": 64,
     },
     "whisper": {
-        "d_model": 32,
-        "encoder_layers": 2,
-        "decoder_layers": 2,
-        "encoder_attention_heads": 4,
-        "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 48,
-        "decoder_ffn_dim": 48,
-        "vocab_size": 64,
+        **_HALVES,
         "num_mel_bins": 8,
         "max_source_positions": 16,
         "max_target_positions": 16,

@@ -85,9 +85,11 @@ def held_by(cache: Any) -> int:
 
 def remember(output: Any, at: Progress) -> Any:
     """The model output, its cache marked as one that holds the virtual tokens that entered in this call."""
+    from transformers import Cache  # Late, as it takes its time; here the model is one of transformers.
+
     if at.first:
-        values = output if isinstance(output, tuple) else (output.get("past_key_values"),)
-        mark(at, next((value for value in values if hasattr(value, "get_seq_length")), None))
+        values = output if isinstance(output, tuple) else output.values()
+        mark(at, next((value for value in values if isinstance(value, Cache)), None))
     return output
 
 

@@ -26,8 +26,9 @@ def test_the_fields_and_defaults_are_those_of_peft(ours: Any, theirs: Any) -> No
 
 
 def test_enums_of_peft_are_taken() -> None:
-    init = peft.tuners.prompt_tuning.PromptTuningInit.SAMPLE_VOCAB
-    spec = peftc.PromptTuningConfig(num_virtual_tokens=3, task_type=peft.TaskType.CAUSAL_LM, prompt_tuning_init=init)  # type: ignore[arg-type]
+    init: Any = peft.tuners.prompt_tuning.PromptTuningInit.SAMPLE_VOCAB
+    task: Any = peft.TaskType.CAUSAL_LM
+    spec = peftc.PromptTuningConfig(num_virtual_tokens=3, task_type=task, prompt_tuning_init=init)
     assert (spec.task_type, spec.prompt_tuning_init) == ("CAUSAL_LM", "SAMPLE_VOCAB")
 
 
@@ -56,7 +57,8 @@ def test_wrong_fields_are_refused(fields: dict[str, Any], message: str) -> None:
 
 def test_a_width_without_effect_is_told() -> None:
     with pytest.warns(UserWarning, match="encoder_num_layers=3 has no effect"):
-        peftc.PromptEncoderConfig(num_virtual_tokens=8, encoder_num_layers=3)
+        spec = peftc.PromptEncoderConfig(num_virtual_tokens=8, encoder_num_layers=3)
+    assert spec.encoder_num_layers == 3
 
 
 def test_facts_are_read_off_the_model() -> None:
