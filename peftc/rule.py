@@ -128,18 +128,31 @@ class PromptRule(Rule[P]):
 
     def resolve(self, spec: P, stack: Stack) -> P:
         """`spec` with what it leaves open read off the model."""
-        raise NotImplementedError
+        halves = 2 if stack.is_encoder_decoder and spec.task_type == "SEQ_2_SEQ_LM" else 1
+        facts = {
+            "token_dim": stack.token_dim,
+            "num_transformer_submodules": halves,
+            "num_attention_heads": stack.num_attention_heads,
+            "num_layers": stack.num_layers,
+        }
+        return spec.model_copy(update={name: value for name, value in facts.items() if getattr(spec, name) is None})
 
     def disagreement(self, spec: P, stack: Stack) -> str | None:
         """Why a resolved `spec` does not fit the model, or None."""
+        if spec.num_transformer_submodules == 2 and not stack.is_encoder_decoder:
+            return "num_transformer_submodules=2 is for encoder-decoder models; leave it out"
+        if self.at == "embeds" and spec.token_dim != stack.token_dim:
+            return f"token_dim={spec.token_dim} contradicts the model, which embeds in {stack.token_dim}; leave it out"
+        if self.at == "embeds" and not stack.embedding:
+            return "its get_input_embeddings() gives no embedding with a weight (vocabulary, width)"
         return None
+
+    def width(self, spec: P) -> int:
+        """The width of a row: `token_dim` at `embeds`; at `past` a key and a value of that width for every layer."""
+        return spec.fact("token_dim") * (1 if self.at == "embeds" else 2 * spec.fact("num_layers"))
 
     def encoder(self, spec: P) -> nn.Module:
         """The encoder of a resolved `spec`; with `inference_mode`, one `embedding` that holds the rows themselves."""
-        raise NotImplementedError
-
-    def width(self, spec: P) -> int:
-        """The width of a row: `token_dim` at `embeds`; at `past` a key and a value for every layer."""
         raise NotImplementedError
 
     def start(self, encoder: nn.Module, spec: P, embed: Callable[[Tensor], Tensor], vocab_size: int) -> None:

@@ -3,9 +3,8 @@
 from torch import Tensor, nn
 
 from peftc.graph.sites import Stack
+from peftc.rule import PromptRule
 from peftc.specs import PromptEncoderConfig, PromptTuningConfig
-
-from .virtual_tokens import VirtualTokens
 
 
 class PromptEncoder(nn.Module):
@@ -49,11 +48,12 @@ class PromptEncoder(nn.Module):
         return rows if self.mlp_head is None else self.mlp_head(rows)
 
 
-class PTuning(VirtualTokens[PromptEncoderConfig]):
+class PTuning(PromptRule[PromptEncoderConfig]):
     """[h(P); E(x)] with trained P and encoder h.  Liu et al. 2021, arXiv:2103.10385, section 2.2."""
 
     name = "p_tuning"
     spec = PromptEncoderConfig
+    at = "embeds"
 
     def resolve(self, spec: PromptEncoderConfig, stack: Stack) -> PromptEncoderConfig:
         spec = super().resolve(spec, stack)

@@ -41,21 +41,16 @@ class PrefixTuning(PromptRule[PrefixTuningConfig]):
     at = "past"
 
     def resolve(self, spec: PrefixTuningConfig, stack: Stack) -> PrefixTuningConfig:
-        dim = spec.token_dim or stack.key_value_heads * stack.head_dim
-        update = {
-            "token_dim": dim,
-            "num_transformer_submodules": spec.num_transformer_submodules or (2 if stack.is_encoder_decoder else 1),
+        keys = {
+            "token_dim": spec.token_dim or stack.key_value_heads * stack.head_dim,
             "num_attention_heads": spec.num_attention_heads or stack.key_value_heads,
-            "num_layers": spec.num_layers or stack.num_layers,
         }
         if spec.prefix_projection:
-            update["encoder_hidden_size"] = spec.encoder_hidden_size or dim
-        return spec.model_copy(update=update)
+            keys["encoder_hidden_size"] = spec.encoder_hidden_size or keys["token_dim"]
+        return super().resolve(spec.model_copy(update=keys), stack)
 
     def disagreement(self, spec: PrefixTuningConfig, stack: Stack) -> str | None:
         width = stack.key_value_heads * stack.head_dim
-        if spec.num_transformer_submodules == 2 and not stack.is_encoder_decoder:
-            return "num_transformer_submodules=2 is for encoder-decoder models; leave it out"
         if stack.no_past:
             return f"no prefix fits into its cache: {stack.no_past}. Prompt tuning or p-tuning would do."
         if (spec.token_dim, spec.num_attention_heads) != (width, stack.key_value_heads):
@@ -65,13 +60,10 @@ class PrefixTuning(PromptRule[PrefixTuningConfig]):
             )
         if spec.num_layers != stack.num_layers and not stack.is_encoder_decoder:
             return f"num_layers={spec.num_layers} contradicts the model, which has {stack.num_layers}; leave it out"
-        return None
+        return super().disagreement(spec, stack)
 
     def encoder(self, spec: PrefixTuningConfig) -> PrefixEncoder:
         return PrefixEncoder(spec)
-
-    def width(self, spec: PrefixTuningConfig) -> int:
-        return spec.fact("num_layers") * 2 * spec.fact("token_dim")
 
     def folded(self, spec: PrefixTuningConfig) -> PrefixTuningConfig:
         return spec.model_copy(update={"prefix_projection": False})

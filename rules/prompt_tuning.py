@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import AdapterError
+from peftc.rule import PromptRule
 from peftc.specs import PromptTuningConfig
-
-from .virtual_tokens import VirtualTokens
 
 
 class PromptEmbedding(nn.Module):
@@ -23,11 +22,12 @@ class PromptEmbedding(nn.Module):
         return self.embedding(indices)
 
 
-class PromptTuning(VirtualTokens[PromptTuningConfig]):
+class PromptTuning(PromptRule[PromptTuningConfig]):
     """[P; E(x)] with trained P.  Lester et al. 2021, arXiv:2104.08691, section 2."""
 
     name = "prompt_tuning"
     spec = PromptTuningConfig
+    at = "embeds"
 
     def encoder(self, spec: PromptTuningConfig) -> PromptEmbedding:
         return PromptEmbedding(spec)

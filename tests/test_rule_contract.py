@@ -134,14 +134,8 @@ class ShiftedPrompt(peftc.PromptRule[ShiftedConfig]):
     spec = ShiftedConfig
     at = "embeds"
 
-    def resolve(self, spec: ShiftedConfig, stack: Any) -> ShiftedConfig:
-        return spec.model_copy(update={"token_dim": stack.token_dim, "num_transformer_submodules": 1})
-
     def encoder(self, spec: ShiftedConfig) -> nn.Module:
         return Shifted(spec)
-
-    def width(self, spec: ShiftedConfig) -> int:
-        return spec.fact("token_dim")
 
 
 @pytest.fixture

@@ -1,9 +1,13 @@
 """Prompt methods give what peft gives, on the same weights: logits, losses, gradients, generated tokens."""
 
+import copy
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 import peftc
@@ -142,10 +146,29 @@ def test_a_seed_starts_where_peft_starts(method: Any) -> None:
 
 
 def _fresh_in_peft(model: Any, spec: peftc.PromptSpec) -> Tensor:
-    import copy
-
-    import peft
-
     fields = spec.to_dict()
     config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[fields.pop("peft_type")](**fields)
     return peft.get_peft_model(copy.deepcopy(model), config).get_prompt_embedding_to_save("default")
+
+
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "FEATURE_EXTRACTION"])
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "llama"])
+@pytest.mark.parametrize("method", ["lora", "ia3", "prompt"])
+def test_tasks_train_and_save_the_heads_that_peft_does(method: str, model_type: str, task: Any, tmp_path: Path) -> None:
+    model = tiny(model_type, TASKS[task])
+    names = ["q_proj", "v_proj"] if model_type == "llama" else ["query", "value"]
+    specs: dict[str, Any] = {
+        "lora": peftc.LoraConfig(task_type=task, target_modules=names),
+        "ia3": peftc.IA3Config(task_type=task, target_modules=names, feedforward_modules=[]),
+        "prompt": METHODS["prompt"](task),
+    }
+    compiled = peftc.compile(model, specs[method])
+    compiled.save_pretrained(tmp_path)
+    fields = compiled.peft_config["default"].to_dict()
+    config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[fields.pop("peft_type")](**fields)
+    theirs = peft.get_peft_model(copy.deepcopy(model), config)
+    expected = peft.get_peft_model_state_dict(theirs)
+    found = load_file(tmp_path / "adapter_model.safetensors")
+    assert {key: value.shape for key, value in found.items()} == {key: value.shape for key, value in expected.items()}
+    assert any(name in key for key in found for name in ("classifier", "score", "qa_outputs"))
+    assert compiled.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
