@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache, Trainer, TrainingArguments
 
 import peftc
@@ -362,6 +365,30 @@ def test_dtypes(method: str, dtype: torch.dtype) -> None:
             assert torch.isfinite(compiled(input_ids=ids(), labels=ids()).loss)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_distributed_data_parallel(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every parameter that learns takes part in every step, which DDP insists on."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29512")
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
+    try:
+        for model_type, task in (("llama", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM")):
+            compiled = peftc.compile(tiny(model_type), METHODS[method](task))
+            wrapped = DistributedDataParallel(compiled)
+            for _ in range(2):
+                wrapped(input_ids=ids(), labels=ids()).loss.backward()
+            assert all(p.grad is not None for p in compiled.parameters() if p.requires_grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_pipeline_labels_the_callers_tokens(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer(tmp_path, ["is", "this", "spam"])
+    compiled = peftc.compile(tiny("bert", "AutoModelForTokenClassification"), METHODS["prompt"]("TOKEN_CLS")).eval()
+    found = transformers.pipeline("token-classification", model=compiled, tokenizer=tokenizer)("this is spam")
+    assert [item["word"] for item in found] == ["this", "is", "spam"]
+
+
 # Beside other adapters
 
 
@@ -459,14 +486,18 @@ def test_a_refused_adapter_leaves_everything_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(generated(compiled, tokens), before)
 
 
-def test_a_text_starts_a_prompt(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {word: number for number, word in enumerate(["[UNK]", "is", "this", "spam"])}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+def word_tokenizer(folder: Path, words: list[str]) -> Any:
+    """A tokenizer of whole words, the first of which is token 1; saved in `folder`."""
+    numbers = {word: number for number, word in enumerate(["[UNK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]").save_pretrained(tmp_path)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[UNK]")
+    fast.save_pretrained(folder)
+    return fast
+
+
+def test_a_text_starts_a_prompt(tmp_path: Path) -> None:
+    word_tokenizer(tmp_path, ["is", "this", "spam"])
     spec = peftc.PromptTuningConfig(
         num_virtual_tokens=N,
         task_type="CAUSAL_LM",
