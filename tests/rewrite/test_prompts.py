@@ -106,9 +106,14 @@ def test_copies_and_pickles_generate_alike() -> None:
 @pytest.mark.parametrize("method", ["projected prefix", "prompt"])
 def test_torch_compile_takes_the_whole_graph(method: str) -> None:
     _, compiled = compiled_llama(method)
-    whole = torch.compile(compiled, fullgraph=True, backend="eager")
     inputs = {"input_ids": ids(), "attention_mask": padded("right"), "labels": ids()}
-    torch.testing.assert_close(whole(**inputs).loss, compiled(**inputs).loss)
+    for mode in (compiled.train(), compiled.eval()):
+        whole = torch.compile(mode, fullgraph=True, backend="aot_eager")
+        loss = whole(**inputs).loss
+        torch.testing.assert_close(loss, mode(**inputs).loss)
+        loss.backward()
+        torch._dynamo.reset()
+    assert compiled.prompt_encoder["default"].embedding.weight.grad is not None
 
 
 # What the caller passes
