@@ -19,7 +19,8 @@ class PromptSpec(AdapterSpec):
     """What the prompt methods share: `num_virtual_tokens` rows are trained, the model itself is frozen.
 
     `token_dim`, `num_layers` and `num_attention_heads` are facts of the model: leave them out and they are read off it. A
-    given `token_dim` must agree with it; for a prefix the other two as well (elsewhere they have no effect). `num_transformer_submodules`: 2 for SEQ_2_SEQ_LM (encoder and decoder), else 1.
+    given `token_dim` must agree with it; for a prefix the other two as well (elsewhere they have no effect).
+    `num_transformer_submodules`: 2 for SEQ_2_SEQ_LM (encoder and decoder), else 1.
     `task_type` is required when compiling: it says what becomes of labels, positions and heads.
     """
 
