@@ -51,6 +51,8 @@ def progress(held: Held, past: Any, *inputs: Tensor | None) -> Progress:
     if given is None:
         raise AdapterError("a prompt method needs input_ids or inputs_embeds; the call has neither")
     embedded, prefixed = (sum(number for _, slot, number in held if slot == own) for own in ("embeds", "past"))
+    if isinstance(past, tuple | list):
+        raise AdapterError("past_key_values is a tuple of tensors; pass a transformers Cache (DynamicCache)")
     if past is not None and getattr(past, "is_compileable", False):
         raise AdapterError(
             f"{type(past).__name__}: a cache of fixed size has no room for the {embedded + prefixed} virtual tokens of the"
@@ -145,6 +147,8 @@ def widen_mask(at: Progress, mask: Any) -> Any:
         return None
     if isinstance(mask, dict):
         return {kind: widen_mask(at, one) for kind, one in mask.items()}
+    if mask.dim() not in (2, 4):
+        raise AdapterError(f"an attention mask of shape {tuple(mask.shape)}; pass a 2-D one (batch, tokens)")
     seen = at.cached - (0 if at.first else at.virtual) + at.tokens
     keys = mask.shape[-1]
     if keys == seen + at.virtual and (mask.dim() == 2 or mask.shape[-2] == at.tokens + at.embedded * at.first):
@@ -158,7 +162,7 @@ def widen_mask(at: Progress, mask: Any) -> Any:
         )
     if mask.dim() == 2:
         return torch.cat([mask.new_ones(mask.shape[0], at.virtual), mask], dim=1)
-    if mask.dim() != 4 or (at.first and at.embedded):
+    if at.first and at.embedded:
         raise AdapterError(
             f"an attention mask of shape {tuple(mask.shape)} has no rows for virtual tokens; pass a 2-D one (batch, tokens)"
         )

@@ -139,6 +139,10 @@ def test_masks_with_and_without_the_virtual_tokens_are_the_same(method: str) -> 
     torch.testing.assert_close(logits(compiled, input_ids=tokens, position_ids=positions), expected)
     with pytest.raises(peftc.AdapterError, match="covers 9 tokens; this call sees 7, or 12"):
         compiled(input_ids=tokens, attention_mask=torch.ones(2, 9))
+    with pytest.raises(peftc.AdapterError, match=r"of shape \(7,\); pass a 2-D one"):
+        compiled(input_ids=tokens, attention_mask=torch.ones(7))
+    with pytest.raises(peftc.AdapterError, match="tuple of tensors; pass a transformers Cache"):
+        compiled(input_ids=tokens, past_key_values=((torch.zeros(2, 2, 3, 8),) * 2,) * 3)
 
 
 def test_four_dimensional_masks() -> None:
