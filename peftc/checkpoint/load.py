@@ -7,6 +7,7 @@ from torch import Tensor
 
 from peftc.checkpoint.files import read_encoder, read_spec, read_tensors
 from peftc.checkpoint.prompts import trainable_spec
+from peftc.errors import CheckpointError
 from peftc.specs import AdapterSpec
 
 
@@ -20,9 +21,19 @@ def read_adapter(
     """
     spec = read_spec(folder) if config is None else config
     tensors = read_tensors(folder, allow_pickle=allow_pickle)
-    encoder = read_encoder(folder) if is_trainable else {}
+    encoder = _encoder(folder, is_trainable)
     if is_trainable:
         spec, warning = trainable_spec(spec, encoder)
         if warning:
             warnings.warn(warning, stacklevel=4)
     return spec.model_copy(update={"inference_mode": not is_trainable}), tensors, encoder
+
+
+def _encoder(folder: Path, needed: bool) -> dict[str, Tensor]:
+    try:
+        return read_encoder(folder)
+    except CheckpointError as error:
+        if needed:
+            raise
+        warnings.warn(f"{error}. Inference does not need it; what is saved from here will lack it", stacklevel=5)
+        return {}

@@ -50,8 +50,12 @@ def is_reparameterised(edit: Edit) -> bool:
 
 
 def encoder_state(program: Program, edit: Edit) -> dict[str, Tensor]:
-    """The encoder's tensors, if it makes the rows: `prompt_encoder.safetensors`."""
-    return {p.name: program.tensor(edit, p.key) for p in edit.params} if is_reparameterised(edit) else {}
+    """The tensors of the encoder that makes the rows, or that made them: `prompt_encoder.safetensors`."""
+    if is_reparameterised(edit):
+        return {param.name: program.tensor(edit, param.key) for param in edit.params}
+    loaded, encoder = program.journal.encoders.get(edit.adapter, (None, {}))
+    rows_now = program.tensor(edit, _ROWS)
+    return encoder if loaded is not None and torch.equal(rows_now.detach().cpu(), loaded) else {}
 
 
 def trainable_spec(spec: AdapterSpec, encoder: Mapping[str, Tensor]) -> tuple[AdapterSpec, str | None]:
@@ -69,15 +73,18 @@ def trainable_spec(spec: AdapterSpec, encoder: Mapping[str, Tensor]) -> tuple[Ad
 
 
 def load_prompt(program: Program, edit: Edit, value: Tensor, encoder: Mapping[str, Tensor]) -> None:
-    """Copy the rows, or the encoder that makes them, into place.
+    """Copy the rows, or the encoder that makes them, into place; one that is not needed now is kept for the next save.
 
     Raises CheckpointError, with nothing copied, if the encoder is not the planned one. It has been copied, and the
     adapter is to be dropped, if it does not make the rows that are saved beside it.
     """
-    targets = encoder_state(program, edit)
-    if not targets:
-        program.tensor(edit, _ROWS).copy_(value)
+    if not is_reparameterised(edit):
+        target = program.tensor(edit, _ROWS)
+        target.copy_(value)
+        if encoder:
+            program.journal.encoders[edit.adapter] = (value.to("cpu", target.dtype, copy=True), dict(encoder))
         return
+    targets = encoder_state(program, edit)
     wrong = [name for name in targets if name not in encoder or encoder[name].shape != targets[name].shape]
     if wrong or len(encoder) != len(targets):
         raise CheckpointError(

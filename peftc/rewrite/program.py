@@ -30,6 +30,7 @@ class Journal:
     `replaced`: tensors a checkpoint brought its own of. `trained`: for a bias that an adapter trains, the value that is
     not in the model now: the original while its name is in `training`, else the trained one. `merged`: (owner, leaf,
     tensor object) of what merging put something else in the place of. `fast_paths`: (fqn, attribute) → value.
+    `encoders`: for a prompt loaded for inference, its rows and the encoder they came from, to be saved with them again.
     """
 
     requires_grad: dict[str, bool] = field(default_factory=dict)
@@ -39,6 +40,7 @@ class Journal:
     merged: list[tuple[str, str, Tensor]] = field(default_factory=list)
     tie_word_embeddings: bool = False
     fast_paths: dict[tuple[str, str], Any] = field(default_factory=dict)
+    encoders: dict[str, tuple[Tensor, dict[str, Tensor]]] = field(default_factory=dict)
 
 
 @dataclass
@@ -281,6 +283,7 @@ def _signature(edit: Edit) -> Any:
 
 def remove(program: Program, adapter: str) -> None:
     """Take an adapter off: its parameters, and the biases it trained."""
+    program.journal.encoders.pop(adapter, None)
     for edit in program.plan.edits:
         if edit.adapter == adapter:
             detach(program.owners[edit.site], edit)

@@ -150,6 +150,29 @@ def test_a_save_without_an_encoder_leaves_none_behind(tmp_path: Path) -> None:
     peftc.load(model, tmp_path, is_trainable=True)
 
 
+@pytest.mark.parametrize("method", REPARAMETERISED)
+def test_a_prompt_loaded_for_inference_keeps_its_encoder(method: str, tmp_path: Path) -> None:
+    model = tiny("llama")
+    peftc.compile(model, METHODS[method]("CAUSAL_LM")).save_pretrained(tmp_path)
+    good = load_file(tmp_path / "prompt_encoder.safetensors")
+    loaded = peftc.load(model, tmp_path)
+    assert len(list(loaded.prompt_encoder["default"].parameters())) == 1
+    loaded.save_pretrained(tmp_path)  # over what it was loaded from
+    copy.deepcopy(loaded).save_pretrained(tmp_path / "copy")
+    for folder in (tmp_path, tmp_path / "copy"):
+        kept = load_file(folder / "prompt_encoder.safetensors")
+        assert kept.keys() == good.keys()
+        assert all(torch.equal(kept[name], good[name]) for name in good)
+        peftc.load(model, folder, is_trainable=True)
+    with torch.no_grad():
+        loaded.prompt_encoder["default"].embedding.weight.add_(1)  # which that encoder did not make
+    loaded.save_pretrained(tmp_path / "changed")
+    assert not (tmp_path / "changed" / "prompt_encoder.safetensors").exists()
+    (tmp_path / "prompt_encoder.safetensors").write_bytes(b"nonsense")
+    with pytest.warns(UserWarning, match="Inference does not need it"):
+        peftc.load(model, tmp_path)
+
+
 def test_what_is_saved_has_no_dropout_in_it(tmp_path: Path) -> None:
     spec = peftc.PromptEncoderConfig(
         num_virtual_tokens=N,
