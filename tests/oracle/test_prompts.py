@@ -28,7 +28,7 @@ def _both(model: Any, method: str, task: str) -> tuple[peftc.CompiledModel, Any]
     return compiled, in_peft(compiled, model)
 
 
-def _assert_same(
+def assert_same(
     compiled: peftc.CompiledModel, theirs: Any, inputs: dict[str, Any], fields: tuple[str, ...], shown: int = 0
 ) -> None:
     """Equal outputs (from position `shown` of peft's), and equal gradients of the encoder and the heads."""
@@ -49,7 +49,7 @@ def _assert_same(
         assert float((parameter.grad - expected[name].grad).abs().max()) <= 1e-6 * largest, name
 
 
-def _assert_generates_alike(compiled: peftc.CompiledModel, theirs: Any, tokens: Tensor, mask: Tensor) -> None:
+def assert_generates_alike(compiled: peftc.CompiledModel, theirs: Any, tokens: Tensor, mask: Tensor) -> None:
     """Equal tokens, greedily, by beams and sampled."""
     for options in ({}, {"num_beams": 3}, {"do_sample": True, "temperature": 3.0}):
         made: list[Tensor] = []
@@ -73,9 +73,9 @@ def test_causal_language_models(model_type: str, method: str) -> None:
     for mask in (None, padded("right"), padded("left")):
         compiled, theirs = _both(model, method, "CAUSAL_LM")
         inputs = {"input_ids": tokens, "labels": tokens, **({} if mask is None else {"attention_mask": mask})}
-        _assert_same(compiled, theirs, inputs, ("logits", "loss"))
+        assert_same(compiled, theirs, inputs, ("logits", "loss"))
         embeds = {"inputs_embeds": model.get_input_embeddings()(tokens).detach(), "labels": tokens}
-        _assert_same(*_both(model, method, "CAUSAL_LM"), embeds, ("logits", "loss"))
+        assert_same(*_both(model, method, "CAUSAL_LM"), embeds, ("logits", "loss"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -83,7 +83,7 @@ def test_causal_language_models(model_type: str, method: str) -> None:
 def test_generated_tokens(model_type: str, method: str) -> None:
     compiled, theirs = _both(tiny(model_type), method, "CAUSAL_LM")
     tokens = ids()
-    _assert_generates_alike(compiled, theirs, tokens, torch.ones_like(tokens))
+    assert_generates_alike(compiled, theirs, tokens, torch.ones_like(tokens))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -92,10 +92,10 @@ def test_sequence_to_sequence(model_type: str, method: str) -> None:
     model, tokens = tiny(model_type), ids()
     compiled, theirs = _both(model, method, "SEQ_2_SEQ_LM")
     inputs = {"input_ids": tokens, "attention_mask": padded("right")}
-    _assert_same(compiled, theirs, {**inputs, "labels": ids(2, 4, 9)}, ("logits", "loss"))
+    assert_same(compiled, theirs, {**inputs, "labels": ids(2, 4, 9)}, ("logits", "loss"))
     decoder = {"decoder_input_ids": ids(2, 7, 9), "decoder_attention_mask": padded("right")}
-    _assert_same(*_both(model, method, "SEQ_2_SEQ_LM"), {**inputs, **decoder}, ("logits",))
-    _assert_generates_alike(compiled, theirs, tokens, padded("right"))
+    assert_same(*_both(model, method, "SEQ_2_SEQ_LM"), {**inputs, **decoder}, ("logits",))
+    assert_generates_alike(compiled, theirs, tokens, padded("right"))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -112,14 +112,14 @@ def test_encoders(model_type: str, task: str, method: str) -> None:
     if model_type == "bert" and task in ("SEQ_CLS", "TOKEN_CLS"):  # peft drops token types for the other two
         inputs["token_type_ids"] = torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 2)
     if task == "SEQ_CLS":
-        _assert_same(compiled, theirs, {**inputs, "labels": torch.tensor([0, 1])}, ("logits", "loss"))
+        assert_same(compiled, theirs, {**inputs, "labels": torch.tensor([0, 1])}, ("logits", "loss"))
         return
     fields = {"TOKEN_CLS": ("logits",), "QUESTION_ANS": ("start_logits", "end_logits")}.get(
         task, ("last_hidden_state",)
     )
     # Heads that answer for every token answer for the user's: peft's answers for virtual tokens come first.
     shown = N if task != "FEATURE_EXTRACTION" and method not in IN_CACHE else 0
-    _assert_same(compiled, theirs, inputs, fields, shown)
+    assert_same(compiled, theirs, inputs, fields, shown)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -128,7 +128,7 @@ def test_heads_on_decoders(task: str, method: str) -> None:
     model = tiny("llama", TASKS[task], pad_token_id=0)
     compiled, theirs = _both(model, method, task)
     shown = N if task == "TOKEN_CLS" and method not in IN_CACHE else 0
-    _assert_same(compiled, theirs, {"input_ids": ids(), "attention_mask": padded("left")}, ("logits",), shown)
+    assert_same(compiled, theirs, {"input_ids": ids(), "attention_mask": padded("left")}, ("logits",), shown)
 
 
 @pytest.mark.parametrize("method", ["SAMPLE_VOCAB", "RANDOM"])
