@@ -165,9 +165,6 @@ class PromptRule(Rule[P]):
     def cannot_fold(self, spec: P, site: Site) -> str | None:
         return "virtual tokens are no part of a weight, so there is nothing to fold"
 
-    def slot(self, spec: P, site: Site) -> Slot:
-        return self.at
-
 
 def live_name(key: str, adapter: str) -> str:
     """`lora_A.default.weight` for key `lora_A.weight` of adapter `default`."""

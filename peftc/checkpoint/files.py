@@ -107,10 +107,10 @@ def write_adapter(
         with tempfile.TemporaryDirectory(prefix=".peftc-", dir=folder) as temporary:
             for name, content in files.items():
                 _write(Path(temporary) / name, content)
-            if not encoder:
-                (folder / ENCODER_NAME).unlink(missing_ok=True)
             for name in files:
                 os.replace(Path(temporary) / name, folder / name)
+            if not encoder:  # One that is there made other rows.
+                (folder / ENCODER_NAME).unlink(missing_ok=True)
     except OSError as error:
         size = sum(map(len, files.values()))
         raise CheckpointError(f"{folder}: can't write the adapter ({size:,} bytes): {error}") from None

@@ -102,7 +102,6 @@ def _stack(host: Any, model: Any, index: SiteIndex) -> Stack:
     fqn, weight = _embedding(host) or _embedding(model) or ("", None)
     stack = Stack(
         token_dim=config.hidden_size if weight is None else weight.shape[1],
-        vocab_size=config.vocab_size if weight is None else weight.shape[0],
         embedding=fqn,
         num_layers=_first(config, "decoder_layers", "num_decoder_layers", "num_hidden_layers"),
         num_attention_heads=heads,

@@ -17,14 +17,14 @@ Layout = Literal["out_in", "in_out"]
 
 @dataclass(frozen=True)
 class Stack:
-    """What a prompt method must know of the model around a call: `token_dim` is the width of an embedded token.
+    """What a prompt method must know of the model around a call.
 
-    `num_layers` have a cache, whose keys and values have `key_value_heads` heads of `head_dim`; `vocab_size` tokens are
-    embedded by module `embedding` (fqn relative to the site). `no_past` is the reason why no prefix can be cached.
+    `token_dim` is the width of a token embedded by module `embedding` (fqn relative to the site). `num_layers` have a
+    cache, whose keys and values have `key_value_heads` heads of `head_dim`. `no_past` is the reason why no prefix can be
+    cached.
     """
 
     token_dim: int
-    vocab_size: int
     embedding: str
     num_layers: int
     num_attention_heads: int

@@ -150,6 +150,24 @@ def test_a_save_without_an_encoder_leaves_none_behind(tmp_path: Path) -> None:
     peftc.load(model, tmp_path, is_trainable=True)
 
 
+def test_a_failed_save_leaves_the_encoder_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny("llama")
+    first = peftc.compile(model, METHODS["p-tuning"]("CAUSAL_LM"))
+    first.save_pretrained(tmp_path)
+
+    def refuse(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", refuse)
+        with pytest.raises(peftc.CheckpointError, match="can't write the adapter"):
+            peftc.compile(model, METHODS["prompt"]("CAUSAL_LM")).save_pretrained(tmp_path)
+    again = peftc.load(model, tmp_path, is_trainable=True)
+    assert again.peft_config["default"].peft_type == "P_TUNING"
+    for name, parameter in first.prompt_encoder["default"].named_parameters():
+        assert torch.equal(again.prompt_encoder["default"].get_parameter(name), parameter)
+
+
 @pytest.mark.parametrize("method", REPARAMETERISED)
 def test_a_prompt_loaded_for_inference_keeps_its_encoder(method: str, tmp_path: Path) -> None:
     model = tiny("llama")
