@@ -1,6 +1,7 @@
 """peftc: a declarative graph-rewriting compiler for parameter-efficient fine-tuning."""
 
-from peftc.compiled import CompiledModel, compile, load, plan
+from peftc.api import compile, load, plan
+from peftc.compiled import CompiledModel
 from peftc.errors import (
     AdapterError,
     CaptureError,

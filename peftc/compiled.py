@@ -1,13 +1,12 @@
-"""`compile`, `plan`, `load`, and the model they give: CompiledModel."""
+"""CompiledModel: a model with adapters."""
 
-import copy
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from peftc import lifecycle
 from peftc.checkpoint import (
@@ -20,70 +19,26 @@ from peftc.checkpoint import (
     read_adapter,
     save_adapter,
 )
+from peftc.compiled_graph import CompiledGraph
 from peftc.errors import AdapterError
-from peftc.graph.region import Capture, call, parameters_of
+from peftc.graph.region import Capture
 from peftc.merge import forget, merge, unmerge
-from peftc.plan import Plan, make_plan, require_same
+from peftc.plan import Plan, make_plan
 from peftc.registry import spec_classes
-from peftc.rewrite import program as rewrite
+from peftc.rewrite.build import build, require_applicable, undo
 from peftc.rewrite.program import Program
+from peftc.rewrite.switch import activate, emit, require_unwrapped, train
 from peftc.rewrite.virtual import rows
-from peftc.specs import AdapterSpec, load_spec, load_specs
-from peftc.view.text import span
+from peftc.specs import AdapterSpec, load_spec
 
 OnUnmatched = Literal["error", "warn"]
 
 
-class CompiledModel(fx.GraphModule):
+class CompiledModel(CompiledGraph):
     """A model with adapters. Its own graph is the model's call; `base` is the rewritten model, of the class it had.
 
-    Attributes that are not found here are those of `base` (`config`, `device`, `generate`, …). Made by `compile`.
+    Attributes that are not found here are those of `base` (`config`, `device`, …). Made by `compile`.
     """
-
-    program: Program
-    base: nn.Module
-
-    def __init__(self, program: Program) -> None:
-        graph = fx.Graph()
-        graph.output(call(graph, "base", parameters_of(program.base.forward)))
-        # A stand-in for the base until the graph is compiled: torch.fx would compile every host in it anew.
-        root = nn.Module()
-        root.base = nn.Module()
-        super().__init__(root, graph, class_name="CompiledModel")
-        self.base = program.base
-        self.__dict__["program"] = program
-        self.training = program.base.training
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base" or "_modules" not in self.__dict__:
-                raise
-            return getattr(self.base, name)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledModel":
-        new = CompiledModel(copy.deepcopy(self.program, memo))
-        new.__dict__.update(copy.deepcopy(self._own_state(), memo))
-        return new
-
-    def __copy__(self) -> "CompiledModel":
-        new = CompiledModel(self.program)
-        new.__dict__.update(self._own_state())
-        return new
-
-    def __reduce__(self) -> Any:
-        return CompiledModel, (self.program,), self._own_state()
-
-    def _own_state(self) -> dict[str, Any]:
-        """Attributes and hooks that were put on this model, beside what its constructor makes."""
-        made = CompiledModel(self.program).__dict__
-        return {name: v for name, v in self.__dict__.items() if name not in made or name.endswith("_hooks")}
-
-    def __repr__(self) -> str:
-        return nn.Module.__repr__(self)
-
-    __str__ = __repr__
 
     @property
     def plan(self) -> Plan:
@@ -105,35 +60,6 @@ class CompiledModel(fx.GraphModule):
         """The names of the adapters that are folded into the weights now."""
         return list(self.program.merged)
 
-    def get_base_model(self) -> nn.Module:
-        """The rewritten base model."""
-        return self.base
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters, adapters included."""
-        counts = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
-        return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
-
-    def print_trainable_parameters(self) -> None:
-        """Print the two numbers and their ratio in PEFT's words."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
-
-    def site_code(self) -> dict[str, str]:
-        """The generated code of every host; hosts with equal code together (`layers.{0–29}.self_attn.q_proj, …`)."""
-        groups: dict[str, dict[str, list[str]]] = {}
-        for region in self.program.regions:
-            module = self.base.get_submodule(region.host)
-            if isinstance(module, fx.GraphModule):
-                shape = ".".join("#" if part.isdigit() else part for part in region.host.split("."))
-                groups.setdefault(module.code.strip(), {}).setdefault(shape, []).append(region.host)
-        return {", ".join(span(hosts) for hosts in shapes.values()): code for code, shapes in groups.items()}
-
-    def print_code(self) -> None:
-        """Print `site_code`."""
-        for where, code in self.site_code().items():
-            print(f"# {where or type(self.base).__name__}\n{code}\n")
-
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Activate exactly these adapters, and train them; the others are frozen. They apply in load order.
 
@@ -142,7 +68,24 @@ class CompiledModel(fx.GraphModule):
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         lifecycle.require_known(self.program, names)
         lifecycle.require_unmerged(self.program, "set_adapter")
-        rewrite.activate(self.program, names, names)
+        activate(self.program, names, names)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let these adapters train, active or not, or freeze them. Raises AdapterError on an unknown name."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        lifecycle.require_known(self.program, names)
+        others = [name for name in self.program.learning if name not in names]
+        train(self.program, [*others, *names] if requires_grad else others)
+
+    def enable_adapters(self, enabled: bool = True) -> None:
+        """Turn all adapters off, as `disable_adapter` does for a while, or on again. Raises MergeError while merged."""
+        lifecycle.require_unmerged(self.program, "enable_adapters")
+        before, self.program.enabled = self.program.enabled, enabled
+        try:
+            emit(self.program)
+        except BaseException:
+            self.program.enabled = before
+            raise
 
     @contextmanager
     def disable_adapter(self) -> Generator[None]:
@@ -151,14 +94,12 @@ class CompiledModel(fx.GraphModule):
         Unlike PEFT's, it takes trained biases (`bias="all"`) out as well, so the outputs are the base model's.
         Raises MergeError while merged.
         """
-        lifecycle.require_unmerged(self.program, "disable_adapter")
-        before, self.program.enabled = self.program.enabled, False
-        rewrite.emit(self.program, self.program.active)
+        before = self.program.enabled
+        self.enable_adapters(False)
         try:
             yield
         finally:
-            self.program.enabled = before
-            rewrite.emit(self.program, self.program.active)
+            self.enable_adapters(before)
 
     def add_adapter(self, adapter_name: str, peft_config: Any, *, on_unmatched: OnUnmatched = "error") -> None:
         """Attach a new, untrained adapter, inactive and frozen. `peft_config`: whatever `compile` takes as one spec.
@@ -217,7 +158,7 @@ class CompiledModel(fx.GraphModule):
         """
         if not self.program.merged or adapter_names is not None:
             self.merge_adapter(adapter_names, untie=untie)
-        rewrite.require_unwrapped(self.program)
+        require_unwrapped(self.program, self.program.installed)
         forget(self.program)
         # What active adapters trained in place stays.
         for name in self.program.journal.training:
@@ -236,8 +177,8 @@ class CompiledModel(fx.GraphModule):
         return self._undo()
 
     def _undo(self) -> nn.Module:
-        rewrite.require_unwrapped(self.program)
-        base = rewrite.undo(self.program)
+        require_unwrapped(self.program, self.program.installed)
+        base = undo(self.program)
         empty, _ = make_plan(base, {}, self.plan.capture, self.plan.autocast_adapter_dtype)
         self.__dict__["program"] = Program(base, empty, (), unloaded=True)
         return base
@@ -316,71 +257,12 @@ class CompiledModel(fx.GraphModule):
         spec, tensors, encoder = read_adapter(
             folder, config=given, is_trainable=is_trainable, allow_pickle=allow_pickle
         )
-        made, regions = _planned(model, {adapter_name: spec}, capture, autocast_adapter_dtype)
-        rewrite.require_applicable(made, "warn")
-        compiled = cls(rewrite.build(model, made, regions, inplace, fresh=False))
+        made, regions = lifecycle.planned(model, {adapter_name: spec}, capture, autocast_adapter_dtype)
+        require_applicable(made, "warn")
+        compiled = cls(build(model, made, regions, inplace, fresh=False))
         try:
             load_state(compiled.program, adapter_name, tensors, encoder)
         except BaseException:
             compiled.unload()
             raise
         return compiled if is_trainable else compiled.eval()
-
-
-def compile(
-    model: nn.Module,
-    spec: Any,
-    adapter_name: str = "default",
-    *,
-    capture: Capture = "modules",
-    inplace: bool = False,
-    on_unmatched: OnUnmatched = "error",
-    autocast_adapter_dtype: bool = True,
-) -> CompiledModel:
-    """Compile `model` with the adapters of `spec`. The model is not changed, unless `inplace`.
-
-    `spec`: a spec, a dict, a path to `adapter_config.json` or YAML, an object with PEFT's `to_dict()`, a mapping of
-    adapter names to any of these (the first becomes active), or a Plan, which is applied exactly as it is.
-    `capture`: `modules` (any model), or `symbolic` (one flat graph, for models that torch.fx traces).
-    `inplace`: rewrite the model itself instead of a structural copy; `unload()` then gives it back intact.
-    `on_unmatched`: `warn` goes on without selectors that match nothing. `autocast_adapter_dtype`: adapters of float16
-    and bfloat16 weights are float32.
-
-    Raises SpecError, NoMatchError, ConflictError, CaptureError, AdapterError (a bad name, or a model compiled already),
-    PlanError (the model is not the planned one). Nothing is changed then.
-    """
-    if isinstance(spec, Plan):
-        made, regions = _planned(model, spec.adapters, spec.capture, spec.autocast_adapter_dtype)
-        require_same(spec, made)
-        made = spec
-    else:
-        specs = load_specs(spec, adapter_name, spec_classes())
-        made, regions = _planned(model, specs, capture, autocast_adapter_dtype)
-    rewrite.require_applicable(made, on_unmatched)
-    return CompiledModel(rewrite.build(model, made, regions, inplace, fresh=True))
-
-
-def plan(
-    model: nn.Module,
-    spec: Any,
-    adapter_name: str = "default",
-    *,
-    capture: Capture = "modules",
-    autocast_adapter_dtype: bool = True,
-) -> Plan:
-    """What `compile` would change, without changing anything or reading a weight. Arguments as there.
-
-    Misses and conflicts are in the plan, where `compile` raises. Raises SpecError, NoMatchError (no default targets for
-    the model type), CaptureError.
-    """
-    return _planned(model, load_specs(spec, adapter_name, spec_classes()), capture, autocast_adapter_dtype)[0]
-
-
-def _planned(model: nn.Module, specs: Mapping[str, AdapterSpec], capture: Capture, autocast: bool) -> Any:
-    if isinstance(model, CompiledModel):
-        raise AdapterError("the model is compiled already: use its add_adapter or its .plan, or unload it first")
-    return make_plan(model, specs, capture, autocast)
-
-
-# peftc.load(model, "a folder or a Hub repository")
-load = CompiledModel.from_pretrained

@@ -1,17 +1,28 @@
 """Adapters coming and going: what `CompiledModel`'s methods do to its program, all of it or nothing."""
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftc.checkpoint import load_state
+from peftc.compiled_graph import CompiledGraph
 from peftc.errors import AdapterError, MergeError, nearest
-from peftc.plan import make_plan
-from peftc.rewrite import program as rewrite
+from peftc.graph.region import Capture, Region
+from peftc.plan import Plan, make_plan, without
 from peftc.rewrite.attach import check_names
+from peftc.rewrite.build import extend, parked, remove, require_applicable
 from peftc.rewrite.program import Program
+from peftc.rewrite.switch import activate, emit
 from peftc.specs import AdapterSpec
+
+
+def planned(
+    model: nn.Module, specs: Mapping[str, AdapterSpec], capture: Capture, autocast: bool
+) -> tuple[Plan, tuple[Region, ...]]:
+    """The plan of a model that has no adapters yet, and its regions. Raises AdapterError if it has."""
+    if isinstance(model, CompiledGraph):
+        raise AdapterError("the model is compiled already: use its add_adapter or its .plan, or unload it first")
+    return make_plan(model, specs, capture, autocast)
 
 
 def require_known(program: Program, names: Iterable[str]) -> None:
@@ -36,17 +47,22 @@ def add(program: Program, name: str, spec: AdapterSpec, on_unmatched: str, fresh
     if name in program.plan.adapters:
         raise AdapterError(f"adapter {name!r} exists already; choose another name, or delete it first")
     require_unmerged(program, "add_adapter")
-    active, learning = program.active, program.learning
-    with rewrite.parked(program) as base:
-        plan, regions = _plan(program, {**program.plan.adapters, name: spec})
-        rewrite.require_applicable(plan, on_unmatched)
+    with parked(program) as base:
+        plan, regions = make_plan(
+            base, {name: spec}, program.plan.capture, program.plan.autocast_adapter_dtype, among=program.plan
+        )
+        require_applicable(plan, on_unmatched)
         check_names(base, plan, [name])
+    if plan.capture == "modules":
+        # A host that is there already keeps its region, and with it its code.
+        known = {region.host for region in program.regions}
+        regions = (*program.regions, *(region for region in regions if region.host not in known))
     try:
-        rewrite.extend(program, plan, regions, [name], fresh)
+        extend(program, plan, regions, [name], fresh)
+        emit(program)
     except BaseException:
         _shrink(program, name)
         raise
-    rewrite.activate(program, active, learning)
 
 
 def load(
@@ -67,19 +83,17 @@ def delete(program: Program, name: str) -> None:
     require_unmerged(program, "delete_adapter")
     left = [other for other in program.plan.adapters if other != name]
     active = [other for other in program.active if other != name]
-    rewrite.activate(program, active or left[:1], program.learning if active else left[:1])
+    activate(program, active or left[:1], program.learning if active else left[:1])
     _shrink(program, name)
 
 
 def _shrink(program: Program, name: str) -> None:
     """Take an inactive adapter off, and plan what is left."""
-    rewrite.remove(program, name)
-    active, learning = program.active, program.learning
-    with rewrite.parked(program):
-        plan, regions = _plan(program, {n: spec for n, spec in program.plan.adapters.items() if n != name})
-    rewrite.extend(program, plan, regions, [])
-    rewrite.activate(program, active, learning)
+    remove(program, name)
+    plan = without(program.plan, name)
+    extend(program, plan, tuple(region for region in program.regions if _is_used(region, plan)), [])
+    emit(program)
 
 
-def _plan(program: Program, specs: Mapping[str, AdapterSpec]) -> Any:
-    return make_plan(program.base, specs, program.plan.capture, program.plan.autocast_adapter_dtype)
+def _is_used(region: Region, plan: Plan) -> bool:
+    return plan.capture == "symbolic" or region.host in plan.sites

@@ -9,7 +9,7 @@ from torch import Tensor
 from peftc.checkpoint.prompts import PROMPT_KEY, load_prompt, prompt_edit, prompt_embeddings
 from peftc.errors import CheckpointError, nearest
 from peftc.graph.sites import parameter_name
-from peftc.plan.make import MODULES_TO_SAVE
+from peftc.plan import MODULES_TO_SAVE
 from peftc.rewrite.program import Program
 from peftc.specs import PromptSpec
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from peftc.errors import AdapterError, MergeError, RuleError
 from peftc.graph.sites import parameter_name, transformers_config
-from peftc.plan import Edit, PlannedParam
-from peftc.plan.make import MODULES_TO_SAVE
+from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
 from peftc.registry import find_rule
 from peftc.rewrite.attach import canonical
-from peftc.rewrite.program import Program, emit, tensor_slots
+from peftc.rewrite.program import Program, tensor_slots
+from peftc.rewrite.switch import emit
 from peftc.rule import Bound
 
 
@@ -54,19 +54,27 @@ def merge(program: Program, names: Sequence[str], untie: bool) -> None:
         folded = [item for fqn, edits in groups.items() for item in _fold_site(program, fqn, edits)]
     if not untie:
         _require_untied(program, folded)
-    emit(program, [name for name in program.active if name not in names])
+    program.merged = tuple(names)
+    try:
+        emit(program)
+    except BaseException:
+        program.merged = ()
+        raise
     for item in folded:
         _exchange(program, item)
-    program.merged = tuple(names)
 
 
 def unmerge(program: Program) -> None:
     """Put the original tensors back, and splice the adapters in again."""
     if not program.merged:
         raise MergeError("no adapter is merged")
-    emit(program, program.active)
+    merged, program.merged = program.merged, ()
+    try:
+        emit(program)
+    except BaseException:
+        program.merged = merged
+        raise
     _restore(program)
-    program.merged = ()
 
 
 def forget(program: Program) -> None:

@@ -15,21 +15,26 @@ from peftc.graph.fingerprint import fingerprint
 from peftc.graph.region import Capture, Region
 from peftc.graph.sites import Site, SiteIndex, dtype_name, dtype_of, index_sites
 from peftc.plan.calls import call_edits, match_call
+from peftc.plan.join import add_costs, added_costs, joined
 from peftc.plan.match import Match, match
-from peftc.plan.plan import Conflict, Costs, Edit, Plan, PlannedParam, TrainedTensor
+from peftc.plan.plan import MODULES_TO_SAVE, Costs, Edit, Plan, PlannedParam, TrainedTensor
 from peftc.registry import find_prompt_rule, find_rule
 from peftc.rule import Param, Rule, flops_per_token, validate
 from peftc.specs import AdapterSpec, PromptSpec
 
-MODULES_TO_SAVE = "modules_to_save"
-
 
 def make_plan(
-    model: nn.Module, specs: Mapping[str, AdapterSpec], level: Capture, autocast_adapter_dtype: bool
+    model: nn.Module,
+    specs: Mapping[str, AdapterSpec],
+    level: Capture,
+    autocast_adapter_dtype: bool,
+    among: Plan | None = None,
 ) -> tuple[Plan, tuple[Region, ...]]:
     """The plan of adapting `model` with `specs` (by adapter name, in order), and the regions it was made on.
 
-    Misses and conflicts are in the plan, not raised. Raises NoMatchError (no defaults for the model type), CaptureError.
+    `among`: the plan of the adapters that the model has already; the new plan is of all, the regions are those of the new
+    sites (of all, with `symbolic`). Misses and conflicts are in the plan, not raised. Raises NoMatchError (no defaults
+    for the model type), CaptureError.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise CaptureError(f"expected a torch.nn.Module, got {model!r}")
@@ -41,31 +46,39 @@ def make_plan(
     calls = {call.site.fqn: call.site for found in matches.values() for call in found.calls}
     saved = {fqn for found in matches.values() for fqn in found.saved}
     sites = {fqn: site for fqn, site in index.sites.items() if fqn in touched}
-    conflicts = _conflicts(matches)
     # A site inside a module that another adapter saves is a conflict; it is captured as the site it also is.
-    regions = capture(model, level, list(sites), sorted((saved - touched) | set(calls)))
+    whole = saved - touched
+    inlined, called = _captured(among if level == "symbolic" else None, [*sites], sorted(whole | set(calls)))
+    regions = capture(model, level, inlined, called)
     opaque = _opaque(level, regions)
     edits = _edits(matches, model, opaque, partial(_adapter_dtype, autocast=autocast_adapter_dtype))
-    order = {fqn: position for position, fqn in enumerate(index.modules)}
-    edits.sort(key=lambda edit: order[edit.site])
     trained = tuple(t for name, found in matches.items() for t in _trained(name, found, index))
-    described = _with_roles({**sites, **{fqn: _whole(model, fqn) for fqn in saved - touched}, **calls}, index)
     plan = Plan(
         model=type(model).__name__,
         capture=level,
         fingerprint=fingerprint(model, index),
         adapters={name: found.spec for name, found in matches.items()},
-        sites={fqn: described[fqn] for fqn in order if fqn in described},
+        sites=_with_roles({**sites, **{fqn: _whole(model, fqn) for fqn in whole}, **calls}, index),
         edits=tuple(edits),
         trained=trained,
         misses=tuple(miss for found in matches.values() for miss in found.misses),
-        conflicts=conflicts,
+        conflicts=(),
         ties=index.ties,
-        cautions=_cautions([*sites.values()], edits),
+        cautions=(),
         autocast_adapter_dtype=autocast_adapter_dtype,
-        costs=_costs(index, edits, trained),
+        costs=add_costs(_base_costs(index), added_costs(edits, trained)),
     )
-    return plan, regions
+    return joined(among, plan, list(index.modules)), regions
+
+
+def _captured(among: Plan | None, sites: list[str], saved: list[str]) -> tuple[list[str], list[str]]:
+    """The sites to inline and the modules to leave as calls, with those of the plan that is there."""
+    if among is None:
+        return sites, saved
+    before = {fqn: site.kind in ("module", "call") for fqn, site in among.sites.items()}
+    inlined = dict.fromkeys([*(fqn for fqn, whole in before.items() if not whole), *sites])
+    called = {*saved, *(fqn for fqn, whole in before.items() if whole)}
+    return list(inlined), sorted(called - set(inlined))
 
 
 def _edits(
@@ -200,33 +213,6 @@ def _trained(adapter: str, found: Match, index: SiteIndex) -> list[TrainedTensor
     return biases
 
 
-def _conflicts(matches: Mapping[str, Match]) -> tuple[Conflict, ...]:
-    found: list[Conflict] = []
-    names = list(matches)
-    for first in names:
-        for second in names[names.index(first) + 1 :]:
-            found += _between(first, second, matches)
-            found += _between(second, first, matches)
-            if matches[first].spec.trained_biases != "none" and matches[second].spec.trained_biases != "none":
-                found.append(
-                    Conflict("", (first, second), "both train biases of the base model; set bias='none' in one")
-                )
-    return tuple(found)
-
-
-def _between(saver: str, other: str, matches: Mapping[str, Match]) -> list[Conflict]:
-    """Modules that `saver` saves whole, around or inside of which `other` adapts or saves something else."""
-    whole = matches[saver].saved
-    sites = [site.fqn for site in (*matches[other].sites, *(call.site for call in matches[other].calls))]
-    nested = [fqn for fqn in matches[other].saved if fqn not in whole]
-    return [
-        Conflict(fqn, (saver, other), f"{saver!r} saves it whole (modules_to_save), {other!r} changes {inner!r} in it")
-        for fqn in whole
-        for inner in [*sites, *nested]
-        if inner == fqn or inner.startswith(f"{fqn}.")
-    ]
-
-
 def _with_roles(sites: dict[str, Site], index: SiteIndex) -> dict[str, Site]:
     family = families().get(index.model_type or "")
     if family is None:
@@ -234,43 +220,14 @@ def _with_roles(sites: dict[str, Site], index: SiteIndex) -> dict[str, Site]:
     return {fqn: replace(site, role=family.role_of(fqn)) for fqn, site in sites.items()}
 
 
-def _cautions(sites: Sequence[Site], edits: Sequence[Edit]) -> tuple[str, ...]:
-    """What a reviewer should know: weights lent elsewhere, ties, layouts a spec gets wrong, what can't be merged."""
-    found: dict[str, list[str]] = {}
-    for site in sites:
-        if site.caution:
-            found.setdefault(site.caution, []).append(site.fqn)
-        others = [name for name in site.tied if name != site.weight]
-        if others:
-            text = f"is tied to {', '.join(others)}: that end keeps its weight; merging here needs untie=True"
-            found.setdefault(text, []).append(site.fqn)
-    for edit in edits:
-        if edit.unmergeable and edit.slot != "memory":
-            found.setdefault(f"can't be merged: {edit.unmergeable}", []).append(edit.site or "the model")
-        if edit.slot == "embeds" and edit.constants["rows"] != edit.constants["num_virtual_tokens"]:
-            text = "stores rows for the decoder too, as PEFT does; like there they have no effect"
-            found.setdefault(text, []).append(edit.site or "the model")
-    return tuple(
-        f"{fqns[0]}{f' (and {len(fqns) - 1} more)' if len(fqns) > 1 else ''} {text}" for text, fqns in found.items()
-    )
-
-
-def _costs(index: SiteIndex, edits: Sequence[Edit], trained: Sequence[TrainedTensor]) -> Costs:
-    """Totals; a tensor that is shared counts once."""
-    added = [param for edit in edits for param in edit.params]
+def _base_costs(index: SiteIndex) -> Costs:
+    """Those of the model itself; a tensor that is shared counts once."""
     base = [(math.prod(shape), dtype) for _, shape, dtype in index.parameters]
-    count = sum(param.numel for param in added if param.trainable)
-    gradient = sum(param.numel * dtype_of(param.dtype).itemsize for param in added if param.trainable)
-    for tensor in trained:
-        numel = math.prod(tensor.shape)
-        count += numel
-        gradient += numel * dtype_of(tensor.dtype).itemsize
     return Costs(
-        trainable=count,
-        total=sum(numel for numel, _ in base) + sum(param.numel for param in added),
-        weight_bytes=sum(numel * dtype.itemsize for numel, dtype in base)
-        + sum(param.numel * dtype_of(param.dtype).itemsize for param in added),
-        gradient_bytes=gradient,
-        adam_bytes=8 * count,
-        flops_per_token=sum(edit.flops_per_token for edit in edits),
+        trainable=0,
+        total=sum(numel for numel, _ in base),
+        weight_bytes=sum(numel * dtype.itemsize for numel, dtype in base),
+        gradient_bytes=0,
+        adam_bytes=0,
+        flops_per_token=0,
     )

@@ -21,6 +21,8 @@ from peftc.view.network import Network, network
 from peftc.view.text import render
 
 VERSION = 1
+# The rule name of edits that put a trained copy in a module's place.
+MODULES_TO_SAVE = "modules_to_save"
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from peftc.errors import AdapterError, RuleError
 from peftc.graph.region import OPAQUE
 from peftc.graph.sites import Site, dtype_of
-from peftc.plan import Edit, Plan
+from peftc.plan import MODULES_TO_SAVE, Edit, Plan
 from peftc.plan.calls import PROMPT_ENCODER
-from peftc.plan.make import MODULES_TO_SAVE
 from peftc.registry import find_prompt_rule, find_rule
 from peftc.rewrite.host import original_class
 from peftc.rule import Bound, fill

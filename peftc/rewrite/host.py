@@ -36,19 +36,25 @@ class Opaque(nn.Module):
 class Code:
     """A rewritten graph, and the class that runs it in place of `original`. Shared by equal hosts; never copied.
 
-    `methods` takes the place of those of `original`: name → a function that makes one from the one it replaces.
+    An `opaque` one calls the host as it was, as `base_layer`. `methods` takes the place of those of `original`: name → a
+    function that makes one from the one it replaces.
     """
 
     def __init__(
-        self, original: type[nn.Module], graph: fx.Graph, methods: Mapping[str, Callable[[Any], Any]] | None = None
+        self,
+        original: type[nn.Module],
+        graph: fx.Graph,
+        opaque: bool,
+        methods: Mapping[str, Callable[[Any], Any]],
     ) -> None:
         self.original = original
         self.graph = graph
-        self.methods = dict(methods or {})
+        self.opaque = opaque
+        self.methods = dict(methods)
         self.cls = _host_class(self)
 
     def __reduce__(self) -> Any:
-        return Code, (self.original, self.graph, self.methods)
+        return Code, (self.original, self.graph, self.opaque, self.methods)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Code":
         return self
@@ -105,24 +111,29 @@ def _new_host(code: Code) -> nn.Module:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class `module` had before it was made a host."""
-    code = getattr(type(module), "code_object", None)
+    code = code_of(module)
     return type(module) if code is None else code.original
 
 
-def install(module: nn.Module, code: Code, opaque: bool) -> None:
+def code_of(module: nn.Module) -> Code | None:
+    """The code that `module` runs, if it is a host now."""
+    return getattr(type(module), "code_object", None)
+
+
+def install(module: nn.Module, code: Code) -> None:
     """Let `module` run `code`. An opaque one keeps its own forward, patched on the instance or not, as `base_layer`."""
-    uninstall(module)
-    if opaque:
+    if code.opaque and OPAQUE not in module.__dict__:
         module.__dict__[OPAQUE] = Opaque(module, module.__dict__.pop("forward", None))
-    module.__class__ = code.cls
+    object.__setattr__(module, "__class__", code.cls)  # nn.Module's own takes ten times as long.
 
 
 def uninstall(module: nn.Module) -> None:
     """Put the class back that `module` had, and its forward if that was patched."""
-    code = getattr(type(module), "code_object", None)
+    code = code_of(module)
     if code is None:
         return
-    opaque = module.__dict__.pop(OPAQUE, None)
-    if opaque is not None and opaque.patched is not None:
-        module.__dict__["forward"] = opaque.patched
-    module.__class__ = code.original
+    if code.opaque:
+        patched = module.__dict__.pop(OPAQUE).patched
+        if patched is not None:
+            module.__dict__["forward"] = patched
+    object.__setattr__(module, "__class__", code.original)

@@ -16,8 +16,7 @@ from torch.nn import functional as F
 from peftc.errors import RuleError
 from peftc.graph.calls import CallSlot
 from peftc.graph.region import Anchor, Source, call_input, form_of, invoke, operand
-from peftc.plan import Edit
-from peftc.plan.make import MODULES_TO_SAVE
+from peftc.plan import MODULES_TO_SAVE, Edit
 from peftc.rewrite.call import splice_call
 from peftc.rule import Bound, Rule, live_name
 

@@ -174,7 +174,7 @@ def test_several_adapters_equal_peft(tmp_path: Path) -> None:
     for name in specs:
         compiled.set_adapter(name)
         theirs.set_adapter(name)
-        assert_same_function(compiled, theirs, {"ids": ids})
+        assert_same_function(compiled, theirs, {"ids": ids}, tolerance=2e-6)
         compiled.zero_grad()
         theirs.zero_grad()
     with compiled.disable_adapter(), theirs.disable_adapter():

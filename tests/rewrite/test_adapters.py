@@ -133,11 +133,11 @@ def test_disabling_nests_and_survives_errors_and_switching() -> None:
 
 
 def test_an_addition_that_fails_half_way_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peftc.rewrite import program
+    from peftc.rewrite import build
 
     compiled = two()
     before, y = snapshot(compiled), compiled(token_ids())
-    real, calls = program.attach, []
+    real, calls = build.attach, []
 
     def failing(*args: object) -> None:
         calls.append(args)
@@ -145,7 +145,7 @@ def test_an_addition_that_fails_half_way_changes_nothing(monkeypatch: pytest.Mon
             raise MemoryError("half way")
         real(*args)  # pyright: ignore
 
-    monkeypatch.setattr(program, "attach", failing)
+    monkeypatch.setattr(build, "attach", failing)
     with pytest.raises(MemoryError):
         compiled.add_adapter("c", peftc.LoraConfig(target_modules=["linear", "conv1d", "conv3d"]))
     assert_unchanged(compiled, before)

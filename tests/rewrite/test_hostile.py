@@ -60,6 +60,9 @@ class TestStates:
                     tensor.mul_(3)
         if state == "merged":
             other.unmerge_adapter()
+        if state == "disabled":
+            assert torch.equal(other(X), model(X))
+            other.enable_adapters()
         other.set_adapter("default")
         assert torch.equal(other(X), y)
         other.delete_adapter("default")

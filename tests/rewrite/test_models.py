@@ -391,11 +391,11 @@ class TestStructure:
         model.lock.close()
 
     def test_a_compile_that_fails_half_way_changes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from peftc.rewrite import program
+        from peftc.rewrite import switch
 
         model = Everything()
         before = snapshot(model)
-        real, calls = program.install, []
+        real, calls = switch.install, []
 
         def failing(*args: Any) -> None:
             calls.append(args)
@@ -403,7 +403,7 @@ class TestStructure:
                 raise RuntimeError("half way")
             real(*args)
 
-        monkeypatch.setattr(program, "install", failing)
+        monkeypatch.setattr(switch, "install", failing)
         for inplace in (False, True):
             calls.clear()
             with pytest.raises(RuntimeError, match="half way"):

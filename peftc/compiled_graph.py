@@ -1,0 +1,92 @@
+"""The graph of a compiled model: its call, its copies, and what can be read off it."""
+
+import copy
+from typing import Any, Self
+
+from torch import fx, nn
+
+from peftc.graph.region import call, parameters_of
+from peftc.rewrite.program import Program
+from peftc.view.text import span
+
+
+class CompiledGraph(fx.GraphModule):
+    """A GraphModule around the rewritten model `base`: what of a CompiledModel is no adapter's business."""
+
+    program: Program
+    base: nn.Module
+
+    def __init__(self, program: Program) -> None:
+        graph = fx.Graph()
+        graph.output(call(graph, "base", parameters_of(program.base.forward)))
+        # A stand-in for the base until the graph is compiled: torch.fx would compile every host in it anew.
+        root = nn.Module()
+        root.base = nn.Module()
+        super().__init__(root, graph, class_name="CompiledModel")
+        self.base = program.base
+        self.__dict__["program"] = program
+        self.training = program.base.training
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base" or "_modules" not in self.__dict__:
+                raise
+            return getattr(self.base, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        new = self._made(copy.deepcopy(self.program, memo))
+        new.__dict__.update(copy.deepcopy(self._own_state(), memo))
+        return new
+
+    def __copy__(self) -> Self:
+        new = self._made(self.program)
+        new.__dict__.update(self._own_state())
+        return new
+
+    def __reduce__(self) -> Any:
+        return type(self).__mro__[1], (self.program,), self._own_state()
+
+    def _made(self, program: Program) -> Self:
+        # torch.fx gives every GraphModule a class of its own; the one that was written is above it.
+        return type(self).__mro__[1](program)
+
+    def _own_state(self) -> dict[str, Any]:
+        """Attributes and hooks that were put on this model, beside what its constructor makes."""
+        made = self._made(self.program).__dict__
+        return {name: v for name, v in self.__dict__.items() if name not in made or name.endswith("_hooks")}
+
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
+
+    __str__ = __repr__
+
+    def get_base_model(self) -> nn.Module:
+        """The rewritten base model."""
+        return self.base
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """(trainable, all) parameters, adapters included."""
+        counts = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Print the two numbers and their ratio in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def site_code(self) -> dict[str, str]:
+        """The generated code of every host; hosts with equal code together (`layers.{0–29}.self_attn.q_proj, …`)."""
+        groups: dict[str, dict[str, list[str]]] = {}
+        for region in self.program.regions:
+            module = self.base.get_submodule(region.host)
+            if isinstance(module, fx.GraphModule):
+                shape = ".".join("#" if part.isdigit() else part for part in region.host.split("."))
+                groups.setdefault(module.code.strip(), {}).setdefault(shape, []).append(region.host)
+        return {", ".join(span(hosts) for hosts in shapes.values()): code for code, shapes in groups.items()}
+
+    def print_code(self) -> None:
+        """Print `site_code`."""
+        for where, code in self.site_code().items():
+            print(f"# {where or type(self.base).__name__}\n{code}\n")

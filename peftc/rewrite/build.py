@@ -1,0 +1,139 @@
+"""The one mutator of models: build, extend, remove, undo; and the base by itself for a while."""
+
+import warnings
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from peftc.errors import ConflictError, NoMatchError
+from peftc.graph.copying import structural_copy
+from peftc.graph.region import Region
+from peftc.graph.sites import is_lazy
+from peftc.plan import Plan
+from peftc.rewrite.attach import attach, check_names, containers, detach
+from peftc.rewrite.host import install, uninstall
+from peftc.rewrite.program import Program
+from peftc.rewrite.switch import activate, set_bias
+
+
+def require_applicable(plan: Plan, on_unmatched: str) -> None:
+    """Raise ConflictError on conflicts, and NoMatchError on misses; `on_unmatched="warn"` makes those a warning."""
+    if on_unmatched not in ("error", "warn"):
+        raise NoMatchError(f"on_unmatched={on_unmatched!r}: valid are 'error' and 'warn'")
+    if plan.conflicts:
+        lines = "; ".join(f"{conflict.site or 'the model'}: {conflict.reason}" for conflict in plan.conflicts)
+        raise ConflictError(f"{len(plan.conflicts)} conflicts between adapters: {lines}")
+    errors = [miss for miss in plan.misses if miss.error]
+    if not errors:
+        return
+    lines = " ".join(f"{type(plan.adapters[miss.adapter]).__name__}.{miss}" for miss in errors[:8])
+    more = f" (and {len(errors) - 8} more)" if len(errors) > 8 else ""
+    # A prompt method has one place to go; without it nothing of the adapter would be left.
+    if any(miss.field in ("peft_type", "task_type") for miss in errors):
+        raise NoMatchError(f"{lines.rstrip('.')}{more}. Nothing of the adapter would be left.")
+    if on_unmatched == "error":
+        raise NoMatchError(f"{lines}{more} Mend the spec, or pass on_unmatched='warn' to go on without them.")
+    warnings.warn(f"{lines}{more}", stacklevel=4)
+
+
+def build(model: nn.Module, plan: Plan, regions: tuple[Region, ...], inplace: bool, fresh: bool) -> Program:
+    """Attach every adapter of `plan` to a structural copy of `model` (or to itself) and activate the first.
+
+    `fresh=False`: their values are about to be loaded. The model given is not changed unless `inplace`, and then given
+    back intact if anything fails.
+    """
+    check_names(model, plan, plan.adapters)
+    base = model if inplace else structural_copy(model)
+    program = Program(base, plan, regions)
+    program.journal.requires_grad = {n: p.requires_grad for n, p in model.named_parameters() if not is_lazy(p)}
+    for parameter in base.parameters():
+        if not is_lazy(parameter):
+            parameter.requires_grad_(False)
+    try:
+        extend(program, plan, regions, list(plan.adapters), fresh)
+        first = list(plan.adapters)[:1]
+        activate(program, first, [name for name in first if not plan.adapters[name].inference_mode])
+    except BaseException:
+        undo(program)
+        raise
+    return program
+
+
+def extend(
+    program: Program, plan: Plan, regions: tuple[Region, ...], adapters: Collection[str], fresh: bool = True
+) -> None:
+    """Attach the parameters of `adapters`, which are new in `plan`. They start inactive. `fresh` as in `build`."""
+    program.plan, program.regions = plan, regions
+    program.layouts.clear()
+    _close_fast_paths(program, program.look_up())
+    for name in adapters:
+        for edit in program.edits[name]:
+            attach(program.owners[edit.site], edit, plan, fresh)
+    for tensor in plan.trained:
+        if tensor.adapter in adapters:
+            program.journal.trained[tensor.name] = program.base.get_parameter(tensor.name).data.clone()
+
+
+def remove(program: Program, adapter: str) -> None:
+    """Take an adapter off: its parameters, and the biases it trained."""
+    program.journal.encoders.pop(adapter, None)
+    for edit in program.edits.get(adapter, ()):
+        detach(program.owners[edit.site], edit)
+    for tensor in program.plan.trained:
+        if tensor.adapter == adapter:
+            set_bias(program, tensor.name, False)
+            program.journal.trained.pop(tensor.name, None)
+
+
+def undo(program: Program) -> nn.Module:
+    """The base model as it was: classes, tensors, flags and attributes. The program is spent afterwards."""
+    for host in program.installed:
+        uninstall(program.owners[host])
+    program.installed = {}
+    for adapter in program.plan.adapters:
+        remove(program, adapter)
+    for name, original in program.journal.replaced.items():
+        parameter = program.base.get_parameter(name)
+        parameter.data = original.to(device=parameter.device, dtype=parameter.dtype)
+    for (fqn, flag), value in program.journal.fast_paths.items():
+        setattr(program.base.get_submodule(fqn), flag, value)
+    for name, flag in program.journal.requires_grad.items():
+        program.base.get_parameter(name).requires_grad_(flag)
+    return program.base
+
+
+@contextmanager
+def parked(program: Program) -> Generator[nn.Module]:
+    """The base model without its adapters for a while, to be planned on: no rewritten class, no added child."""
+    base = program.base
+    for host in program.installed:
+        uninstall(program.owners[host])
+    owners = [(program.owners[edit.site], first) for edit in program.plan.edits for first in containers(edit)]
+    children = [(module, first, module._modules.pop(first)) for module, first in owners if first in module._modules]
+    try:
+        yield base
+    finally:
+        for module, first, child in children:
+            module._modules[first] = child
+        for host, code in program.installed.items():
+            install(program.owners[host], code)
+
+
+# Flags that these classes ask before taking their fused inference path, which reads weights and skips spliced ops.
+_FAST_PATHS: Mapping[type[nn.Module], tuple[str, Any]] = {
+    nn.TransformerEncoderLayer: ("activation_relu_or_gelu", 0),
+    nn.TransformerEncoder: ("use_nested_tensor", False),
+}
+
+
+def _close_fast_paths(program: Program, modules: Mapping[str, nn.Module]) -> None:
+    """Turn the fused paths around adapted sites off."""
+    fused = [(fqn, module) for fqn, module in modules.items() if isinstance(module, tuple(_FAST_PATHS))]
+    for fqn, module in fused:
+        flag, off = next(value for cls, value in _FAST_PATHS.items() if isinstance(module, cls))
+        prefix = f"{fqn}." if fqn else ""
+        if any(edit.site.startswith(prefix) for edit in program.plan.edits):
+            program.journal.fast_paths.setdefault((fqn, flag), getattr(module, flag))
+            setattr(module, flag, off)
