@@ -4,7 +4,7 @@ import os
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from peftc.checkpoint import (
 from peftc.compiled_graph import CompiledGraph
 from peftc.errors import AdapterError
 from peftc.graph.region import Capture
-from peftc.merge import forget, merge, unmerge
+from peftc.merge import Undo, forget, merge, unmerge
 from peftc.plan import Plan, make_plan
 from peftc.registry import spec_classes
 from peftc.rewrite.build import build, require_applicable, undo
@@ -134,21 +134,44 @@ class CompiledModel(CompiledGraph):
         """
         lifecycle.delete(self.program, adapter_name)
 
-    def merge_adapter(self, adapter_names: str | Sequence[str] | None = None, *, untie: bool = False) -> None:
+    def merge_adapter(
+        self, adapter_names: str | Sequence[str] | None = None, *, untie: bool = False, undo: Undo = "keep"
+    ) -> None:
         """Fold adapters (default: the active ones) into the base weights; their ops leave the graphs.
 
-        Each weight is computed in float64 (float32 for half precision) and rounded once; originals are kept, so
-        `unmerge_adapter` is bit-exact. Raises MergeError, with nothing changed: NaN or Inf, a site without a fold, a
-        tied weight (unless `untie`), or something merged already. AdapterError if one is unknown or not active.
+        Each weight is computed in float64 (float32 for half precision) and rounded once, and `unmerge_adapter` gives the
+        bits from before. `undo` says how: `keep` keeps the original tensors (those of the original model, if that is
+        alive); `residual` merges in place, tile by tile, and keeps a compressed log of the bits that arithmetic would get
+        wrong, a few percent of the weights (needs zstandard: `peftc[undo]`); `none` keeps nothing.
+
+        Raises MergeError, with nothing changed: NaN or Inf, a site without a fold, a tied weight (unless `untie`),
+        something merged already, or `residual` where tensors are not this model's own. AdapterError if an adapter is
+        unknown or not active.
         """
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         names = self.active_adapters if names is None else list(names)
         lifecycle.require_known(self.program, names)
-        merge(self.program, names, untie)
+        merge(self.program, names, untie, undo)
 
-    def unmerge_adapter(self) -> None:
-        """Put the original tensors back and the adapters' ops in again. Raises MergeError if nothing is merged."""
-        unmerge(self.program)
+    def unmerge_adapter(self, *, check: bool = True) -> None:
+        """Put the original tensors back and the adapters' ops in again.
+
+        Raises MergeError, with nothing changed, if nothing is merged, if it was with `undo="none"`, or if a tensor that
+        undoing goes by is not what its checksum says; `check=False` does without checksums.
+        """
+        unmerge(self.program, check)
+
+    @contextmanager
+    def merged(
+        self, adapter_names: str | Sequence[str] | None = None, *, untie: bool = False, undo: Undo = "keep"
+    ) -> Generator[Self]:
+        """A context in which adapters are merged, as `merge_adapter` does. Raises as the two calls do."""
+        self.merge_adapter(adapter_names, untie=untie, undo=undo)
+        try:
+            yield self
+        finally:
+            if self.program.merged:
+                self.unmerge_adapter()
 
     def merge_and_unload(self, adapter_names: str | Sequence[str] | None = None, *, untie: bool = False) -> nn.Module:
         """Fold adapters (default: the active ones, or those merged already) and return the plain model.
@@ -157,7 +180,7 @@ class CompiledModel(CompiledGraph):
         This CompiledModel has no adapters afterwards. Raises as `merge_adapter` does.
         """
         if not self.program.merged or adapter_names is not None:
-            self.merge_adapter(adapter_names, untie=untie)
+            self.merge_adapter(adapter_names, untie=untie, undo="none")
         require_unwrapped(self.program, self.program.installed)
         forget(self.program)
         # What active adapters trained in place stays.

@@ -34,6 +34,8 @@ class Param:
     `init` is `rule`, and a file without it leaves it as it was initialised.
     `use` is for the FLOPs of the plan: a `matrix` is multiplied with (two per element and token), a `vector` scales or
     is added (one), a `lookup` table is only indexed.
+    `axes`: one letter per dimension, `o` if it runs along the rows of the canonical weight, `i` along its columns, any
+    other if along neither (`ri` for lora_A). If all parameters of a rule say so, a large weight is folded in pieces.
     """
 
     shape: tuple[int, ...]
@@ -41,6 +43,7 @@ class Param:
     key: str | None = None
     trainable: bool = True
     use: Literal["matrix", "vector", "lookup"] = "matrix"
+    axes: str | None = None
 
 
 class Bound:
@@ -105,6 +108,13 @@ class Rule(Generic[S]):
     def fold(self, weight: Tensor, p: Any) -> Tensor:
         """The weight with which the bare site equals the adapted one."""
         raise NotImplementedError
+
+    def unfold(self, weight: Tensor, p: Any) -> Tensor:
+        """An estimate of the weight that `fold` made `weight` from, by elementwise float64 arithmetic and matrix products.
+
+        An undo log corrects it, so it need not be right, but the better it is the smaller is the log.
+        """
+        return weight - self.fold(torch.zeros_like(weight), p) if self.additive else weight
 
     def fold_bias(self, bias: Tensor, p: Any) -> Tensor:
         """The bias, likewise."""
@@ -193,6 +203,11 @@ def validate(
         *(f"key {key!r} has more than two parts" for key in keys if key.count(".") > 1),
         *(f"{name!r} is a name that modules have" for name in [*keys, *dropouts] if name.partition(".")[0] in _TAKEN),
         *(f"{n}: unknown init {p.init!r}" for n, p in params.items() if not re.fullmatch(_INITS, p.init)),
+        *(
+            f"{n}: axes {p.axes!r} for shape {p.shape}"
+            for n, p in params.items()
+            if len(p.axes or p.shape) != len(p.shape)
+        ),
         *(f"constant {n!r} is a {type(v).__name__}" for n, v in constants.items() if type(v) not in _PLAIN),
     ]
     if wrong:

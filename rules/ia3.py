@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peftc.graph.sites import Site
@@ -19,6 +20,9 @@ class _IA3(Rule[IA3Config]):
     def slot(self, spec: IA3Config, site: Site) -> Slot:
         return "input" if spec.is_feedforward(site.fqn) else "output"
 
+    def unfold(self, weight: Tensor, p: Any) -> Tensor:
+        return weight / self.fold(torch.ones_like(weight), p)
+
 
 class IA3Linear(_IA3):
     """l ⊙ y, or the op on l ⊙ x for feed-forward modules.  Liu et al. 2022, arXiv:2205.05638, section 3.3."""
@@ -26,8 +30,9 @@ class IA3Linear(_IA3):
     kinds = ("linear",)
 
     def params(self, spec: IA3Config, site: Site) -> dict[str, Param]:
-        shape = (1, site.in_features) if spec.is_feedforward(site.fqn) else (site.out_features, 1)
-        return {"ia3_l": Param(shape, "ones" if spec.init_ia3_weights else "normal", use="vector")}
+        feedforward = spec.is_feedforward(site.fqn)
+        shape, axes = ((1, site.in_features), ".i") if feedforward else ((site.out_features, 1), "o.")
+        return {"ia3_l": Param(shape, "ones" if spec.init_ia3_weights else "normal", use="vector", axes=axes)}
 
     def input(self, x: Tensor, p: Any) -> Tensor:
         return x * p.ia3_l.flatten()

@@ -35,8 +35,9 @@ class _Lora(Rule[LoraConfig]):
         return {"lora_dropout": spec.lora_dropout}
 
     def cannot_fold(self, spec: LoraConfig, site: Site) -> str | None:
-        missing = spec.lora_bias and not site.bias
-        return "lora_bias=True needs a bias to fold into; the site has none" if missing else None
+        return (
+            "lora_bias=True needs a bias to fold into; the site has none" if spec.lora_bias and not site.bias else None
+        )
 
     def fold_bias(self, bias: Tensor, p: Any) -> Tensor:
         return bias + p.scaling * p.lora_B_bias if p.biased else bias
@@ -55,8 +56,10 @@ class LoraLinear(_Lora):
         r = spec.rank_for(site.fqn)
         a, b = (r, site.in_features), (site.out_features, r)
         params = factors(spec, site, a, b)
-        starts = {"lora_A0": a, "lora_B0": b} if starts_from_weight(spec) else {}
-        return params | {name: Param(shape, "rule", trainable=False) for name, shape in starts.items()}
+        if not starts_from_weight(spec):
+            return params
+        params["lora_A0"] = Param(a, "rule", trainable=False, axes="ri")
+        return params | {"lora_B0": Param(b, "rule", trainable=False, axes="or")}
 
     def check(self, spec: LoraConfig, site: Site) -> str | None:
         r = spec.rank_for(site.fqn)
@@ -98,8 +101,8 @@ class LoraEmbedding(_Lora):
     def params(self, spec: LoraConfig, site: Site) -> dict[str, Param]:
         r, random = spec.rank_for(site.fqn), spec.init_lora_weights is False
         return {
-            "lora_embedding_A": Param((r, site.in_features), "normal" if random else "zeros", use="lookup"),
-            "lora_embedding_B": Param((site.out_features, r), "normal"),
+            "lora_embedding_A": Param((r, site.in_features), "normal" if random else "zeros", use="lookup", axes="ri"),
+            "lora_embedding_B": Param((site.out_features, r), "normal", axes="or"),
         }
 
     def dropouts(self, spec: LoraConfig, site: Site) -> dict[str, float]:

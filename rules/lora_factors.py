@@ -11,9 +11,13 @@ from peftc.specs import LoraConfig
 def factors(spec: LoraConfig, site: Site, a: tuple[int, ...], b: tuple[int, ...]) -> dict[str, Param]:
     """A and B of these shapes, and B's bias if the spec wants one."""
     init = init_names(spec, site)
-    params = {"lora_A": Param(a, init[0], "lora_A.weight"), "lora_B": Param(b, init[1], "lora_B.weight")}
+    kernel = "." * len(site.kernel_size)
+    params = {
+        "lora_A": Param(a, init[0], "lora_A.weight", axes=f"ri{kernel}"),
+        "lora_B": Param(b, init[1], "lora_B.weight", axes=f"or{kernel}"),
+    }
     if spec.lora_bias:
-        params["lora_B_bias"] = Param((site.out_features,), "zeros", "lora_B.bias", use="vector")
+        params["lora_B_bias"] = Param((site.out_features,), "zeros", "lora_B.bias", use="vector", axes="o")
     return params
 
 

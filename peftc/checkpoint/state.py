@@ -41,9 +41,10 @@ def _prefix(program: Program, adapter: str) -> str:
 def _trained(program: Program, name: str) -> Tensor:
     """The value of a bias as its adapter trained it, whether that is in the model now, merged over, or put aside."""
     journal = program.journal
-    under = {f"{owner}.{leaf}" if owner else leaf: old for owner, leaf, old in journal.merged}
     if name in journal.training:
-        return under.get(name, program.base.get_parameter(name))
+        under = {parameter_name(item.owner, item.leaf): item.original for item in journal.merged}
+        original = under.get(name)
+        return program.base.get_parameter(name) if original is None else original
     return journal.trained[name]
 
 

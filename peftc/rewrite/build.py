@@ -46,7 +46,7 @@ def build(model: nn.Module, plan: Plan, regions: tuple[Region, ...], inplace: bo
     """
     check_names(model, plan, plan.adapters)
     base = model if inplace else structural_copy(model)
-    program = Program(base, plan, regions)
+    program = Program(base, plan, regions, inplace=inplace)
     program.journal.requires_grad = {n: p.requires_grad for n, p in model.named_parameters() if not is_lazy(p)}
     for parameter in base.parameters():
         if not is_lazy(parameter):

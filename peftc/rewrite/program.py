@@ -12,13 +12,30 @@ from peftc.rewrite.host import Code, code_of
 from peftc.rule import live_name
 
 
+@dataclass(frozen=True)
+class Replaced:
+    """A tensor `leaf` of module `owner` that merging has replaced, and its CRC-32.
+
+    What it was is kept as `original`, the very object; or follows from the merged one, whose CRC-32 is `merged`, and the
+    undo log of its tiles; or is gone.
+    """
+
+    owner: str
+    leaf: str
+    crc: int | None
+    original: Tensor | None = None
+    merged: int | None = None
+    log: tuple[Any, ...] = ()
+
+
 @dataclass
 class Journal:
     """What it takes to give the base model back exactly.
 
     `replaced`: tensors a checkpoint brought its own of. `trained`: for a bias that an adapter trains, the value that is
-    not in the model now: the original while its name is in `training`, else the trained one. `merged`: (owner, leaf,
-    tensor object) of what merging put something else in the place of. `fast_paths`: (fqn, attribute) → value.
+    not in the model now: the original while its name is in `training`, else the trained one. `merged`: what merging
+    put something else in the place of, `factors` the adapters' tensors that undo logs go by, `paused` who was learning.
+    `tie_word_embeddings`: whether a merge cut that tie. `fast_paths`: (fqn, attribute) → value.
     `encoders`: for a prompt loaded for inference, its rows and the encoder they came from, to be saved with them again.
     """
 
@@ -26,7 +43,9 @@ class Journal:
     replaced: dict[str, Tensor] = field(default_factory=dict)
     trained: dict[str, Tensor] = field(default_factory=dict)
     training: set[str] = field(default_factory=set)
-    merged: list[tuple[str, str, Tensor]] = field(default_factory=list)
+    merged: list[Replaced] = field(default_factory=list)
+    factors: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
+    paused: tuple[str, ...] = ()
     tie_word_embeddings: bool = False
     fast_paths: dict[tuple[str, str], Any] = field(default_factory=dict)
     encoders: dict[str, tuple[Tensor, dict[str, Tensor]]] = field(default_factory=dict)
@@ -37,10 +56,10 @@ class Program:
     """A base model with adapters, and what has been made for it so far.
 
     `active`: what is spliced in, in load order, unless it is `merged` or the program is not `enabled`. `learning`: whose
-    parameters train. `installed`: the code that every host runs now. The rest is looked up from these and can be made
-    again: `owners`, the modules of sites and hosts by fqn; `edits`, by adapter; `slots`, where the trainable parameters
-    of an adapter live; `codes`, by what they are made of, so equal hosts share one; `layouts`, the codes of all hosts by
-    what is active.
+    parameters train. `inplace`: the base is the very model that was given. `installed`: the code that every host runs
+    now. The rest is looked up from these and can be made again: `owners`, the modules of sites and hosts by fqn; `edits`,
+    by adapter; `slots`, where the trainable parameters of an adapter live; `codes`, by what they are made of, so equal
+    hosts share one; `layouts`, the codes of all hosts by what is active.
     """
 
     base: nn.Module
@@ -50,6 +69,7 @@ class Program:
     learning: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
     enabled: bool = True
+    inplace: bool = False
     unloaded: bool = False
     journal: Journal = field(default_factory=Journal)
     installed: dict[str, Code] = field(default_factory=dict)

@@ -1,0 +1,185 @@
+"""The reversible merge pass: every active adapter goes from the graphs into the weights, and back bit for bit.
+
+Nothing is half merged. Values that get a tensor of their own are all computed before the first is exchanged; those that
+are folded in place (`undo="residual"`) are restored from their logs if anything fails.
+"""
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from peftc.errors import AdapterError, MergeError
+from peftc.graph.sites import parameter_name
+from peftc.merge import ties
+from peftc.merge.fold import Folded, edits_by_site, fold_bias, fold_copies, fold_weight
+from peftc.merge.undo import fold_in_place, owner_of, require_intact, restore, tensor_of
+from peftc.merge.undo_log import checksum, require_zstandard
+from peftc.plan import MODULES_TO_SAVE, Edit
+from peftc.registry import find_rule
+from peftc.rewrite.program import Program, Replaced, tensor_slots
+from peftc.rewrite.switch import emit, layout, require_unwrapped, train
+
+Undo = Literal["keep", "residual", "none"]
+
+
+def merge(program: Program, names: Sequence[str], untie: bool, undo: str) -> None:
+    """Fold the active adapters `names` into the base weights.
+
+    Raises MergeError, with nothing changed, if an edit has no fold, a result is not finite, a weight is tied and `untie`
+    is false, an unmerged adapter was loaded before at the same site and does not commute, or `undo` is not possible.
+    """
+    _require_state(program, names, undo)
+    groups = edits_by_site(program, names)
+    _require_mergeable(program, names, groups)
+    inside = _in_place(program, groups) if undo == "residual" else []
+    with _quiet(program):
+        outside = [item for site, edits in groups.items() for item in _fold(program, site, edits, site in inside)]
+        if not untie:
+            ties.require_untied(program, [(item.owner, item.leaf) for item in outside])
+        # The rest would be too much to keep twice; what fails here is undone.
+        program.merged = tuple(names)
+        program.journal.paused = program.learning
+        try:
+            emit(program)
+            for site in inside:
+                fold_in_place(program, program.plan.sites[site], groups[site])
+            for item in outside:
+                _exchange(program, item, keep=undo != "none")
+            train(program, [name for name in program.learning if name not in names])
+        except BaseException:
+            restore(program, check=False)
+            raise
+
+
+def unmerge(program: Program, check: bool = True) -> None:
+    """Put the original tensors back, and splice the adapters in again. Raises MergeError; nothing is changed then.
+
+    `check`: compare every tensor with the checksum taken when it was merged, before and after.
+    """
+    if not program.merged:
+        raise MergeError("no adapter is merged")
+    gone = [parameter_name(item.owner, item.leaf) for item in program.journal.merged if _is_gone(item)]
+    if gone:
+        raise MergeError(f"{', '.join(program.merged)} merged with undo='none': the original {gone[0]}, … is gone")
+    for item in program.journal.merged:
+        require_intact(program, item, check)
+    require_unwrapped(program, layout(program, program.active))
+    with _quiet(program):
+        restore(program, check)
+
+
+def forget(program: Program) -> None:
+    """Make the merge final: the folded weights become the base's, and the merged adapters are done with."""
+    program.journal.merged.clear()
+    program.journal.factors.clear()
+    program.merged = ()
+
+
+@contextmanager
+def _quiet(program: Program) -> Generator[None]:
+    """The caller's autocast would round the fold, and tensors made in inference mode can't be trained with."""
+    device = next((p.device.type for p in program.base.parameters() if not p.is_meta), "cpu")
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
+        yield
+
+
+def _require_state(program: Program, names: Sequence[str], undo: str) -> None:
+    if undo not in get_args(Undo):
+        raise MergeError(f"undo={undo!r}: valid are 'keep', 'residual' and 'none'")
+    if undo == "residual":
+        require_zstandard()
+    if program.merged:
+        raise MergeError(f"{', '.join(program.merged)} merged already; call unmerge_adapter() first")
+    if not program.enabled:
+        raise MergeError("adapters are disabled; merge outside of disable_adapter()")
+    for name in names:
+        if name not in program.active:
+            raise AdapterError(
+                f"adapter {name!r} is not active ({', '.join(program.active) or 'none is'}); set it first"
+            )
+
+
+def _require_mergeable(program: Program, names: Sequence[str], groups: dict[str, list[Edit]]) -> None:
+    for fqn, edits in groups.items():
+        for edit in edits:
+            if edit.unmergeable:
+                raise MergeError(f"{fqn or 'the model'}: adapter {edit.adapter!r} can't be merged: {edit.unmergeable}")
+        _require_order(program, names, fqn, edits)
+
+
+def _require_order(program: Program, names: Sequence[str], fqn: str, edits: Sequence[Edit]) -> None:
+    """An adapter that stays unmerged may come before a merged one only if both are additive."""
+    staying = [edit for name in program.active if name not in names for edit in program.edits[name] if edit.site == fqn]
+    order = list(program.plan.adapters)
+    for edit in edits:
+        for other in staying:
+            earlier = order.index(other.adapter) < order.index(edit.adapter)
+            if earlier and not (_additive(program, edit) and _additive(program, other)):
+                raise MergeError(
+                    f"{fqn}: {edit.adapter!r} was loaded after {other.adapter!r}, which would stay unmerged, and the two"
+                    " do not commute. Merge both, or deactivate one."
+                )
+
+
+def _additive(program: Program, edit: Edit) -> bool:
+    rule = find_rule(program.plan.adapters[edit.adapter], program.plan.sites[edit.site])
+    return rule is not None and rule.additive
+
+
+def _fold(program: Program, fqn: str, edits: Sequence[Edit], weight_in_place: bool) -> list[Folded]:
+    """New values for the tensors of a site, but for a weight that is to be folded in place."""
+    if edits[-1].rule == MODULES_TO_SAVE:
+        return fold_copies(program, edits[-1])
+    site = program.plan.sites[fqn]
+    found: list[Folded] = []
+    if not weight_in_place:
+        owner, leaf = owner_of(site)
+        found.append(Folded(owner, leaf, fold_weight(program, site, edits, tensor_of(program, owner, leaf).detach())))
+    bias = program.owners[fqn]._parameters.get("bias") if site.bias is not None else None
+    folded = None if bias is None else fold_bias(program, site, edits, bias.detach())
+    return found if folded is None else [*found, Folded(fqn, "bias", folded)]
+
+
+def _in_place(program: Program, groups: dict[str, list[Edit]]) -> list[str]:
+    """The sites whose weights are folded in place. Raises MergeError if the model does not own them."""
+    found: list[str] = []
+    for fqn, edits in groups.items():
+        if edits[-1].rule == MODULES_TO_SAVE:
+            continue
+        owner, leaf = owner_of(program.plan.sites[fqn])
+        weight = tensor_of(program, owner, leaf)
+        if ties.partner(program, owner, leaf) is not None:
+            continue  # The other end keeps the original.
+        if weight.is_meta or type(weight.data) is not Tensor or weight.is_inference() or weight.device.type == "mps":
+            raise MergeError(
+                f"{owner}.{leaf}: undo='residual' needs a dense tensor of a device with float64, outside of inference mode;"
+                " use undo='keep'"
+            )
+        # One reference is the parameter's, one that of the storage object asked here.
+        if not program.inplace and torch._C._storage_Use_Count(weight.untyped_storage()._cdata) > 2:  # pyright: ignore
+            raise MergeError(
+                f"{owner}.{leaf}: undo='residual' merges in place, but the tensor is not this model's own: the original"
+                " model, another one compiled from it, or a state dict holds it too. Drop those, compile with inplace=True,"
+                " or use undo='keep', which copies nothing while the original is alive."
+            )
+        found.append(fqn)
+    return found
+
+
+def _exchange(program: Program, item: Folded, keep: bool) -> None:
+    """Put the new tensor in the place of the old one, which the journal keeps as it is: the same object, ties and all."""
+    slots = tensor_slots(program.base.get_submodule(item.owner), item.leaf)
+    old: Tensor = slots[item.leaf]
+    ties.cut(program, item.owner, item.leaf)
+    replaced = (
+        Replaced(item.owner, item.leaf, checksum(old), original=old) if keep else Replaced(item.owner, item.leaf, None)
+    )
+    program.journal.merged.append(replaced)
+    slots[item.leaf] = nn.Parameter(item.value, requires_grad=False) if isinstance(old, nn.Parameter) else item.value
+
+
+def _is_gone(item: Replaced) -> bool:
+    return item.original is None and item.merged is None

@@ -1,0 +1,152 @@
+"""Undoing a merge: what the journal needs for it, and doing it."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from peftc.errors import MergeError
+from peftc.graph.sites import Site, dtype_name, parameter_name
+from peftc.merge import ties
+from peftc.merge.fold import (
+    Step,
+    edits_by_site,
+    exact,
+    fold_dtype,
+    fold_tile,
+    require_finite,
+    steps_of,
+    tiles,
+    unfold_tile,
+)
+from peftc.merge.undo_log import Chunk, checksum, decode, encode
+from peftc.plan import Edit, PlannedParam
+from peftc.registry import find_rule
+from peftc.rewrite.program import Program, Replaced, tensor_slots
+from peftc.rewrite.switch import emit, train
+
+
+def owner_of(site: Site) -> tuple[str, str]:
+    """The fqn of the module that holds the weight of `site`, and its name there."""
+    assert site.weight is not None, "without one no edit is mergeable"
+    owner, _, leaf = site.weight.rpartition(".")
+    return owner, leaf
+
+
+def tensor_of(program: Program, owner: str, leaf: str) -> Tensor:
+    """The tensor `leaf` of module `owner` as it is now."""
+    return tensor_slots(program.base.get_submodule(owner), leaf)[leaf]
+
+
+def fold_in_place(program: Program, site: Site, edits: Sequence[Edit]) -> None:
+    """Fold into the weight itself, tile by tile; the journal gets the log of what undoing can't compute."""
+    owner, leaf = owner_of(site)
+    weight = tensor_of(program, owner, leaf).detach()
+    for edit in edits:
+        for param in edit.params:
+            program.journal.factors[edit.adapter, edit.site, param.name] = (
+                program.tensor(edit, param.key).detach().clone()
+            )
+    steps = steps_of(program, edits, fold_dtype(weight), lambda edit, param: program.tensor(edit, param.key))
+    back = _steps_back(program, edits, weight)
+    crc, log = checksum(weight), list[Chunk]()
+    try:
+        for part, axis in tiles(site, weight, steps):
+            old = weight[part].clone()
+            new = fold_tile(site, old, steps, axis, part)
+            require_finite(new, str(site.weight), edits)
+            chunk = encode(old, unfold_tile(site, new, back, axis, part))
+            _write_tile(weight[part], old, new, log, chunk)
+    finally:
+        # Also what was done of it before something failed.
+        program.journal.merged.append(Replaced(owner, leaf, crc, merged=checksum(weight), log=tuple(log)))
+
+
+def _write_tile(tile: Tensor, old: Tensor, new: Tensor, log: list[Chunk], chunk: Chunk) -> None:
+    """Overwrite a tile and log it: both or, if interrupted, neither."""
+    length = len(log)
+    try:
+        tile.copy_(new)
+        log.append(chunk)
+    except BaseException:
+        tile.copy_(old)
+        del log[length:]
+        raise
+
+
+def _steps_back(program: Program, edits: Sequence[Edit], weight: Tensor) -> list[Step]:
+    """The steps by which `unfold_tile` estimates; from the factors as they were when merged."""
+
+    def value(edit: Edit, param: PlannedParam) -> Tensor:
+        site, spec = program.plan.sites[edit.site], program.plan.adapters[edit.adapter]
+        rule = find_rule(spec, site)
+        assert rule is not None, "the plan was made with it"
+        declared = rule.params(spec, site)
+        return exact(
+            program.journal.factors[edit.adapter, edit.site, param.name].to(weight.device), declared[param.name]
+        )
+
+    return steps_of(program, edits, torch.float64, value)
+
+
+def require_intact(program: Program, item: Replaced, check: bool) -> None:
+    """Refuse to undo if a tensor that undoing goes by is no longer what it was."""
+    name = parameter_name(item.owner, item.leaf)
+    now = tensor_of(program, item.owner, item.leaf)
+    if item.original is not None:
+        if check and checksum(item.original) != item.crc:
+            raise MergeError(
+                f"{name}: the original tensor was changed while merged (by whoever shares it with this model), so undoing"
+                " would not give the weights from before. unmerge_adapter(check=False) puts it back as it is now."
+            )
+        return
+    dtype = next(site.dtype for site in program.plan.sites.values() if site.weight == name)
+    if dtype_name(now.dtype) != dtype:
+        raise MergeError(
+            f"{name}: was {dtype} when merged and is {dtype_name(now.dtype)} now; cast the model back first"
+        )
+    if check and checksum(now) != item.merged:
+        raise MergeError(
+            f"{name}: the merged tensor was changed, so its log does not give the original. Undo the change;"
+            " unmerge_adapter(check=False) gives what is near the original, but not its bits."
+        )
+
+
+def restore(program: Program, check: bool) -> None:
+    """Undo what the journal holds, last first. An entry is dropped when it is done, so an interrupted undo can go on."""
+    journal = program.journal
+    groups = {
+        str(program.plan.sites[fqn].weight): edits for fqn, edits in edits_by_site(program, program.merged).items()
+    }
+    while journal.merged:
+        item = journal.merged[-1]
+        slots = tensor_slots(program.base.get_submodule(item.owner), item.leaf)
+        now = slots[item.leaf]
+        if item.original is not None:
+            # Moved or cast since: the original goes along.
+            item.original.data = item.original.data.to(device=now.device, dtype=now.dtype)
+            slots[item.leaf] = item.original
+        elif item.log:
+            now.detach().copy_(
+                _unfolded(program, groups[parameter_name(item.owner, item.leaf)], now.detach(), item, check)
+            )
+        journal.merged.pop()
+    journal.factors.clear()
+    ties.mend(program)
+    paused, journal.paused, program.merged = journal.paused, (), ()
+    emit(program)
+    train(program, paused)
+
+
+def _unfolded(program: Program, edits: Sequence[Edit], merged: Tensor, item: Replaced, check: bool) -> Tensor:
+    """The original of an in-place fold, from the merged tensor and its log."""
+    site = program.plan.sites[edits[0].site]
+    steps = _steps_back(program, edits, merged)
+    old = merged.clone()
+    for (part, axis), chunk in zip(tiles(site, merged, steps), item.log, strict=False):
+        old[part] = decode(chunk, unfold_tile(site, merged[part], steps, axis, part))
+    if check and checksum(old) != item.crc:
+        raise MergeError(
+            f"{site.weight}: undoing the merge did not give the original bits; the merged weight was left as it is"
+        )
+    return old

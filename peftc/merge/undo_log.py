@@ -1,0 +1,99 @@
+"""The undo log: what arithmetic gets wrong when it takes a fold off again, a few percent of the weight's bytes.
+
+The difference between the bits of a weight and of its estimate, in units in the last place, is mostly 0 or ±1. Four of
+these are packed into a byte; larger ones follow as bytes, and those over a byte as the bits themselves. zstd does the rest.
+"""
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftc.errors import MergeError
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_ESCAPE = -128
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The log of one tile: steps of 0, ±1 or "larger" (two bits each), the larger ones, the bits of the largest."""
+
+    steps: bytes
+    larger: bytes
+    bits: bytes
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return len(self.steps) + len(self.larger) + len(self.bits)
+
+
+def encode(weight: Tensor, estimate: Tensor) -> Chunk:
+    """What `decode` needs to make `weight` from `estimate`, which has the same shape and dtype: exact for all bits."""
+    bits = _bits(weight)
+    step = _ordered(bits).long() - _ordered(_bits(estimate)).long()
+    small = (step >= -1) & (step <= 1)
+    codes = torch.where(small, step & 3, 2).to(torch.uint8)  # 0, 1, -1 → 3; 2 says larger.
+    codes = torch.nn.functional.pad(codes, (0, -codes.numel() % 4)).view(-1, 4)
+    packed = codes[:, 0] | codes[:, 1] << 2 | codes[:, 2] << 4 | codes[:, 3] << 6
+    large = step[~small]
+    fits = (large > _ESCAPE) & (large <= 127)
+    rest = bits[~small][~fits]
+    compress = _zstandard().ZstdCompressor(level=3).compress
+    larger = torch.where(fits, large, _ESCAPE).to(torch.int8)
+    return Chunk(*(compress(part.cpu().numpy().tobytes()) for part in (packed, larger, rest)))
+
+
+def decode(chunk: Chunk, estimate: Tensor) -> Tensor:
+    """The weight that `encode` was given with this `estimate`, bit for bit."""
+    decompress = _zstandard().ZstdDecompressor().decompress
+    integer, device = _INTEGERS[estimate.itemsize], estimate.device
+
+    def read(data: bytes, dtype: torch.dtype) -> Tensor:
+        raw = decompress(data)
+        return (
+            torch.frombuffer(bytearray(raw), dtype=dtype).to(device) if raw else torch.empty(0, dtype=dtype).to(device)
+        )
+
+    packed = read(chunk.steps, torch.uint8)
+    codes = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=1).flatten()[: estimate.numel()]
+    step = codes.long()
+    step[codes == 3] = -1
+    larger = read(chunk.larger, torch.int8).long()
+    step[codes == 2] = larger
+    bits = _ordered((_ordered(_bits(estimate)).long() + step).to(integer))
+    places = torch.nonzero(codes == 2).flatten()[larger == _ESCAPE]
+    bits[places] = read(chunk.bits, integer)
+    return bits.view(estimate.dtype).view(estimate.shape)
+
+
+def checksum(tensor: Tensor) -> int | None:
+    """CRC-32 of the bytes of a dense tensor; None where there are none to read (meta, sharded)."""
+    if tensor.is_meta or type(tensor.data) is not Tensor:
+        return None
+    return zlib.crc32(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+
+
+def require_zstandard() -> None:
+    """Raise MergeError, naming the extra, if zstandard is not installed."""
+    _zstandard()
+
+
+def _zstandard() -> Any:
+    try:
+        import zstandard
+    except ImportError:
+        raise MergeError("undo='residual' compresses its log with zstandard: pip install 'peftc[undo]'") from None
+    return zstandard
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.itemsize])
+
+
+def _ordered(bits: Tensor) -> Tensor:
+    """The bits of floats as integers in the order of the floats, one step per unit in the last place; and back."""
+    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)

@@ -1,0 +1,356 @@
+"""Undoing merges: bit for bit in every mode, from a log of a few percent, or refused with the reason."""
+
+import copy
+import gc
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import peftc
+from peftc.merge import fold, undo, undo_log
+from tests.laws.strategies import DTYPES, Case, assert_unchanged, cases, snapshot
+from tests.laws.test_laws import laws
+from tests.models import Everything, Net, tiny, token_ids
+from tests.rewrite.test_models import perturb
+
+ALL = ["embed", "linear", "transposed", "conv1d", "conv2d", "conv3d"]
+LORA = peftc.LoraConfig(target_modules=ALL, r=2, lora_alpha=-3, modules_to_save=["head"])
+MODES = ("keep", "residual")
+
+
+def everything(dtype: torch.dtype = torch.float32, **options: Any) -> peftc.CompiledModel:
+    """LoRA (with a negative scaling), then IA3 with a zero entry, on every kind of site."""
+    specs = {
+        "lora": LORA,
+        "ia3": peftc.IA3Config(
+            target_modules=[n for n in ALL if n != "embed"], feedforward_modules=["conv2d", "linear"]
+        ),
+    }
+    compiled = perturb(peftc.compile(Everything().to(dtype).eval(), specs, **options))
+    with torch.no_grad():
+        for tensor in compiled.adapter_state_dict("ia3").values():
+            tensor.flatten()[1] = 0
+    compiled.set_adapter(["lora", "ia3"])
+    return compiled
+
+
+def log_bytes(compiled: peftc.CompiledModel) -> int:
+    return sum(chunk.nbytes for item in compiled.program.journal.merged for chunk in item.log)
+
+
+@laws
+@given(cases((*DTYPES, torch.float64)), st.sampled_from(MODES), st.integers(1, 3), st.booleans())
+def test_law_4_in_every_mode(case: Case, mode: Any, cycles: int, tiny_tiles: bool) -> None:
+    before = snapshot(case.model)
+    compiled = case.compile(inplace=True)
+    y = compiled(case.x)
+    with pytest.MonkeyPatch.context() as patch:
+        if tiny_tiles:
+            patch.setattr(fold, "TILE", 7)
+        for _ in range(cycles):
+            compiled.merge_adapter(undo=mode)
+            assert compiled.site_code() == {}
+            compiled.unmerge_adapter()
+    assert torch.equal(compiled(case.x), y)
+    assert_unchanged(compiled.unload(), before)
+
+
+@laws
+@given(cases(DTYPES), st.booleans())
+def test_tiles_and_modes_give_the_same_weights(case: Case, tiny_tiles: bool) -> None:
+    merged: list[dict[str, torch.Tensor]] = []
+    compiled = case.compile()
+    for mode in ("keep", "residual", "none"):
+        other = copy.deepcopy(compiled)
+        with pytest.MonkeyPatch.context() as patch:
+            if tiny_tiles and mode != "keep":
+                patch.setattr(fold, "TILE", 5)
+            other.merge_adapter(undo=mode)
+        merged.append({name: p.detach().clone() for name, p in other.base.named_parameters()})
+    for name, value in merged[0].items():
+        # Another order of summation in a matrix product may round the last bit in another way.
+        near = 2 * torch.finfo(value.dtype).eps
+        torch.testing.assert_close(merged[1][name], value, rtol=near, atol=1e-6)
+        torch.testing.assert_close(merged[2][name], value, rtol=near, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_a_thousand_cycles_from_the_log(dtype: torch.dtype) -> None:
+    compiled = everything(dtype, inplace=True)
+    before, y = snapshot(compiled), compiled(token_ids())
+    for _ in range(1000 if dtype is torch.bfloat16 else 50):
+        compiled.merge_adapter(undo="residual")
+        compiled.unmerge_adapter()
+    assert torch.equal(compiled(token_ids()), y)
+    assert_unchanged(compiled, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_log_is_a_few_percent_of_gaussian_weights(dtype: torch.dtype) -> None:
+    """Rank-16 deltas a tenth as large as the weights; the bar is 10 %."""
+    model = nn.Sequential(nn.Linear(1024, 1024, bias=False))
+    with torch.no_grad():
+        model[0].weight.normal_(std=0.02)
+    compiled = peftc.compile(model.to(dtype), peftc.LoraConfig(target_modules=["0"], r=16, lora_alpha=16), inplace=True)
+    with torch.no_grad():
+        a, b = compiled.adapter_state_dict().values()
+        a.normal_()
+        b.normal_(std=0.002 / 4)
+    before = model[0].weight.clone()
+    compiled.merge_adapter(undo="residual")
+    assert not torch.equal(model[0].weight, before)
+    share = log_bytes(compiled) / before.nbytes
+    assert 0.01 < share < 0.08, share
+    compiled.unmerge_adapter()
+    assert torch.equal(model[0].weight, before)
+
+
+def test_in_place_only_where_the_weights_are_the_models_own() -> None:
+    model = Everything().eval()
+    compiled = perturb(peftc.compile(model, LORA))
+    before = snapshot(compiled)
+    with pytest.raises(peftc.MergeError, match="not this model's own: the original") as caught:
+        compiled.merge_adapter(undo="residual")
+    assert "undo='keep'" in str(caught.value)
+    assert_unchanged(compiled, before)
+    sibling = peftc.compile(model, LORA)
+    del model, caught
+    gc.collect()
+    with pytest.raises(peftc.MergeError, match="another one compiled from it"):
+        compiled.merge_adapter(undo="residual")
+    del sibling
+    gc.collect()
+    weight = compiled.base.linear.weight
+    compiled.merge_adapter(undo="residual")
+    assert compiled.base.linear.weight is weight
+    compiled.unmerge_adapter()
+    assert_unchanged(compiled, before)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_fails_half_way_is_undone(mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = everything(inplace=True)
+    before, y = snapshot(compiled), compiled(token_ids())
+    monkeypatch.setattr(fold, "TILE", 16)
+    real, calls = undo_log.checksum, 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 9:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    where = undo if mode == "residual" else __import__("peftc.merge.merge", fromlist=["x"])
+    monkeypatch.setattr(where, "checksum", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compiled.merge_adapter(undo=mode)
+    assert_unchanged(compiled, before)
+    assert torch.equal(compiled(token_ids()), y)
+    assert compiled.merged_adapters == []
+
+
+def test_an_interrupt_between_tiles_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = everything(inplace=True)
+    before = snapshot(compiled)
+    monkeypatch.setattr(fold, "TILE", 16)
+    real, calls = undo.encode, 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 20:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(undo, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compiled.merge_adapter(undo="residual")
+    assert calls == 20
+    assert_unchanged(compiled, before)
+
+
+def test_a_broken_adapter_found_late_is_taken_out_again() -> None:
+    compiled = perturb(peftc.compile(Everything().eval(), LORA, inplace=True))
+    with torch.no_grad():
+        compiled.base.conv3d.lora_A.default.weight[0] = float("inf")
+    before = snapshot(compiled)
+    with pytest.raises(peftc.MergeError, match=r"conv3d\.weight: .* NaN or Inf"):
+        compiled.merge_adapter(undo="residual")
+    assert_unchanged(compiled, before)
+
+
+def test_an_interrupted_undo_can_be_done_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = everything(inplace=True)
+    before = snapshot(compiled)
+    compiled.merge_adapter(undo="residual")
+    real, calls = undo.decode, 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(undo, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compiled.unmerge_adapter()
+    assert compiled.merged_adapters == ["lora", "ia3"]
+    compiled.unmerge_adapter()
+    assert_unchanged(compiled, before)
+
+
+def test_adapters_may_change_while_merged() -> None:
+    """The log goes by the factors that were merged."""
+    compiled = everything(inplace=True)
+    before = snapshot(compiled)
+    compiled.merge_adapter(undo="residual")
+    state = {n: {k: v.clone() for k, v in compiled.adapter_state_dict(n).items()} for n in ("lora", "ia3")}
+    perturb(compiled)
+    compiled.unmerge_adapter()
+    with torch.no_grad():
+        for name, tensors in state.items():
+            for key, tensor in compiled.adapter_state_dict(name).items():
+                tensor.copy_(tensors[key])
+    assert_unchanged(compiled, before)
+
+
+def test_the_number_of_threads_does_not_matter() -> None:
+    model = nn.Sequential(nn.Linear(700, 900), nn.Linear(900, 300))
+    compiled = perturb(peftc.compile(model, peftc.LoraConfig(target_modules=["0", "1"], r=33), inplace=True))
+    before, threads = snapshot(compiled), torch.get_num_threads()
+    try:
+        for merging, undoing in ((1, 2), (2, 1)):
+            torch.set_num_threads(merging)
+            compiled.merge_adapter(undo="residual")
+            torch.set_num_threads(undoing)
+            compiled.unmerge_adapter()
+            assert_unchanged(compiled, before)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_tensor_that_was_changed_is_noticed(mode: Any) -> None:
+    compiled = everything(inplace=True)
+    before = snapshot(compiled)
+    compiled.merge_adapter(undo=mode)
+    kept = next(item for item in compiled.program.journal.merged if item.leaf == "weight" and item.owner == "linear")
+    tensor = compiled.base.linear.weight if mode == "residual" else kept.original
+    with torch.no_grad():
+        tensor[0, 0] += 1
+    merged = snapshot(compiled)
+    with pytest.raises(peftc.MergeError, match=r"linear\.weight: the (merged|original) tensor was changed"):
+        compiled.unmerge_adapter()
+    assert_unchanged(compiled, merged)
+    assert compiled.merged_adapters == ["lora", "ia3"]
+    compiled.unmerge_adapter(check=False)
+    assert compiled.merged_adapters == []
+    difference = compiled.base.linear.weight - before["tensors"]["base.linear.weight"]
+    assert difference[0, 0].abs() > 0.5
+    assert difference.flatten()[1:].count_nonzero() == 0
+
+
+def test_a_model_cast_while_merged_is_cast_back_first() -> None:
+    compiled = everything(torch.bfloat16, inplace=True)
+    before = snapshot(compiled)
+    compiled.merge_adapter(undo="residual")
+    compiled.base.linear.float()
+    with pytest.raises(peftc.MergeError, match="was bfloat16 when merged and is float32 now"):
+        compiled.unmerge_adapter()
+    compiled.base.linear.bfloat16()  # float32 holds all of bfloat16, so nothing was lost
+    compiled.unmerge_adapter()
+    assert torch.equal(compiled.base.linear.weight, before["tensors"]["base.linear.weight"])
+
+
+@pytest.mark.parametrize(
+    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_carry_the_log(how: Any) -> None:
+    compiled = everything(inplace=True)
+    y = compiled(token_ids())
+    before = {name: tensor.clone() for name, tensor in compiled.state_dict().items()}
+    compiled.merge_adapter(undo="residual")
+    other = how(compiled)
+    compiled.unmerge_adapter()
+    other.unmerge_adapter()
+    assert torch.equal(other(token_ids()), y)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+def test_with_undo_none_there_is_no_way_back() -> None:
+    compiled = everything()
+    y = compiled(token_ids())
+    compiled.merge_adapter(undo="none")
+    assert all(item.original is None for item in compiled.program.journal.merged)
+    for call in (compiled.unmerge_adapter, compiled.unload):
+        with pytest.raises(peftc.MergeError, match="undo='none': the original"):
+            call()
+    plain = compiled.merge_and_unload()
+    torch.testing.assert_close(plain(token_ids()), y, rtol=1e-4, atol=1e-5)
+
+
+def test_a_merge_for_a_while() -> None:
+    compiled = everything(inplace=True)
+    before, y = snapshot(compiled), compiled(token_ids())
+    for mode in MODES:
+        with compiled.merged(undo=mode) as inside:
+            assert inside is compiled
+            assert compiled.merged_adapters == ["lora", "ia3"]
+            torch.testing.assert_close(compiled(token_ids()), y, rtol=1e-4, atol=1e-5)
+        assert_unchanged(compiled, before)
+        with pytest.raises(RuntimeError, match="inside"), compiled.merged("lora", undo=mode):
+            raise RuntimeError("inside")
+        assert_unchanged(compiled, before)
+
+
+def test_merged_adapters_do_not_train_and_others_do() -> None:
+    specs = {"a": peftc.LoraConfig(target_modules=["linear"], r=2), "b": peftc.LoraConfig(target_modules=["head"], r=2)}
+    compiled = perturb(peftc.compile(Everything(), specs))
+    compiled.set_adapter(["a", "b"])
+    y = compiled.eval()(token_ids())
+    compiled.merge_adapter("a")
+    assert {n.split(".")[-2] for n, p in compiled.named_parameters() if p.requires_grad} == {"b"}
+    torch.testing.assert_close(compiled(token_ids()), y, rtol=1e-4, atol=1e-5)
+    compiled(token_ids()).square().sum().backward()
+    assert compiled.base.head.lora_B.b.weight.grad is not None
+    compiled.unmerge_adapter()
+    assert {n.split(".")[-2] for n, p in compiled.named_parameters() if p.requires_grad} == {"a", "b"}
+
+
+def test_the_tied_end_keeps_the_original_in_place_too() -> None:
+    model = tiny("llama", tie_word_embeddings=True)
+    compiled = perturb(peftc.compile(model, peftc.LoraConfig(target_modules=["lm_head", "q_proj"], r=2), inplace=True))
+    before, ids = snapshot(compiled), token_ids(2, 5, 64)
+    y = compiled(ids).logits
+    with pytest.warns(UserWarning, match="no longer tied"):
+        compiled.merge_adapter(untie=True, undo="residual")
+    torch.testing.assert_close(compiled(ids).logits, y, rtol=1e-4, atol=1e-5)
+    compiled.unmerge_adapter()
+    assert compiled.base.lm_head.weight is compiled.base.model.embed_tokens.weight
+    assert_unchanged(compiled, before)
+
+
+def test_a_flat_graph_has_the_nodes_of_the_bare_one() -> None:
+    model = Net().eval()
+    compiled = perturb(peftc.compile(model, peftc.LoraConfig(target_modules=["fc", "conv"], r=2), capture="symbolic"))
+    spliced = len(compiled.base.graph.nodes)
+    assert spliced > len(torch.fx.symbolic_trace(model).graph.nodes)
+    compiled.merge_adapter()
+    assert type(compiled.base) is Net
+    assert len(torch.fx.symbolic_trace(compiled.base).graph.nodes) == len(torch.fx.symbolic_trace(model).graph.nodes)
+
+
+def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = everything(inplace=True)
+    monkeypatch.setitem(__import__("sys").modules, "zstandard", None)
+    with pytest.raises(peftc.MergeError, match=r"pip install 'peftc\[undo\]'"):
+        compiled.merge_adapter(undo="residual")
+    with pytest.raises(peftc.MergeError, match="valid are 'keep', 'residual' and 'none'"):
+        compiled.merge_adapter(undo="all")  # pyright: ignore
