@@ -1,11 +1,13 @@
 """The graph of a compiled model: its call, its copies, and what can be read off it."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any, Self
 
 from torch import fx, nn
 
 from peftc.graph.region import call, parameters_of
+from peftc.rewrite.mixed import mixed
 from peftc.rewrite.program import Program
 from peftc.view.text import span
 
@@ -34,6 +36,25 @@ class CompiledGraph(fx.GraphModule):
             if name == "base" or "_modules" not in self.__dict__:
                 raise
             return getattr(self.base, name)
+
+    def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """The model's call. `adapter_names`: the adapter of every row of the batch, `__base__` for none.
+
+        Rows with an adapter get what they would get alone with it, in training too; which adapters are active does not
+        count. For LoRA and (IA)³, modules_to_save included. Raises AdapterError, MergeError.
+        """
+        if adapter_names is None:
+            return super().__call__(*args, **kwargs)
+        with mixed(self.program, adapter_names):
+            return super().__call__(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """`generate` of the base model; `adapter_names` as in a call, one per prompt."""
+        generate = getattr(self.base, "generate")  # noqa: B009 - nn.Module's attributes are tensors or modules by type
+        if adapter_names is None:
+            return generate(*args, **kwargs)
+        with mixed(self.program, adapter_names, several=True):
+            return generate(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         new = self._made(copy.deepcopy(self.program, memo))

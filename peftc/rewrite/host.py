@@ -122,7 +122,9 @@ def code_of(module: nn.Module) -> Code | None:
 
 def install(module: nn.Module, code: Code) -> None:
     """Let `module` run `code`. An opaque one keeps its own forward, patched on the instance or not, as `base_layer`."""
-    if code.opaque and OPAQUE not in module.__dict__:
+    if not code.opaque:
+        module.__dict__.pop(OPAQUE, None)
+    elif OPAQUE not in module.__dict__:
         module.__dict__[OPAQUE] = Opaque(module, module.__dict__.pop("forward", None))
     object.__setattr__(module, "__class__", code.cls)  # nn.Module's own takes ten times as long.
 

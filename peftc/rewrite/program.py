@@ -59,7 +59,7 @@ class Program:
     parameters train. `inplace`: the base is the very model that was given. `installed`: the code that every host runs
     now. The rest is looked up from these and can be made again: `owners`, the modules of sites and hosts by fqn; `edits`,
     by adapter; `slots`, where the trainable parameters of an adapter live; `codes`, by what they are made of, so equal
-    hosts share one; `layouts`, the codes of all hosts by what is active.
+    hosts share one; `layouts`, the codes of all hosts by what is active; `families`, which edits mixed batches fuse.
     """
 
     base: nn.Module
@@ -78,16 +78,19 @@ class Program:
     slots: dict[str, list[tuple[dict[str, Any], str]]] = field(default_factory=dict)
     codes: dict[Any, Code] = field(default_factory=dict)
     layouts: dict[Any, dict[str, Code]] = field(default_factory=dict)
+    families: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Program":
         base, journal = copy.deepcopy(self.base, memo), copy.deepcopy(self.journal, memo)
-        new = replace(self, base=base, journal=journal, codes=dict(self.codes), slots={}, layouts=dict(self.layouts))
+        new = replace(
+            self, base=base, journal=journal, codes=dict(self.codes), slots={}, families={}, layouts=dict(self.layouts)
+        )
         new.look_up()
         return new
 
     def __getstate__(self) -> dict[str, Any]:
         # Codes are keyed by identity, which a pickle does not keep; they are made again on the next switch.
-        made = {"installed", "owners", "edits", "slots", "codes", "layouts"}
+        made = {"installed", "owners", "edits", "slots", "codes", "layouts", "families"}
         return {**self.__dict__, **{name: {} for name in made}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -105,6 +108,7 @@ class Program:
         for edit in self.plan.edits:
             self.edits[edit.adapter].append(edit)
         self.slots.clear()
+        self.families.clear()
         return modules
 
     @property
