@@ -29,6 +29,7 @@ from peftc.rewrite.build import build, require_applicable, undo
 from peftc.rewrite.program import Program
 from peftc.rewrite.switch import activate, emit, require_unwrapped, train
 from peftc.rewrite.virtual import rows
+from peftc.rule import Combination
 from peftc.specs import AdapterSpec, load_spec
 
 OnUnmatched = Literal["error", "warn"]
@@ -126,6 +127,51 @@ class CompiledModel(CompiledGraph):
         folder = locate(model_id, subfolder=subfolder, revision=revision, token=token)
         files = read_adapter(folder, is_trainable=is_trainable, allow_pickle=allow_pickle)
         lifecycle.load(self.program, adapter_name, *files)
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "",
+        *,
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Attach a new adapter, inactive and frozen, that combines `adapters` of one method with `weights` w of any sign.
+
+        LoRA, with Δᵢ = sᵢ·Bᵢ·Aᵢ at every site, the result with scaling 1:
+
+        - `svd` (default): the leading `svd_rank` (default: the largest rank) singular triplets of Σ wᵢ·Δᵢ; exact if that
+          is its rank. `svd_clamp`: clamp both factors to that quantile of all their entries.
+        - `cat`: A = [wᵢ·sᵢ·Aᵢ …], B = [Bᵢ …]; exact, its rank is the sum.
+        - `linear`: A = Σ aᵢ·Aᵢ, B = Σ |aᵢ|·Bᵢ with aᵢ = sign(wᵢ)·√|wᵢ·sᵢ|: has cross terms Bᵢ·Aⱼ; equal ranks only.
+        - `magnitude_prune`: as linear, on the share `density` of largest entries of each factor.
+        - `dare_linear`: as linear, on random entries kept with probability `density` and divided by it.
+        - `ties`, `dare_ties`: as these two, but each entry is the mean of those of the elected sign: that of the sum
+          (`majority_sign_method="total"`) or of most entries (`"frequency"`).
+        - `…_svd` of these: on the Δᵢ themselves, then `svd` (`svd_full_matrices`, `svd_driver` as in torch.linalg.svd).
+
+        (IA)³: `linear`, l = Σ wᵢ·lᵢ. A single adapter is taken as it is, scaled, unless there is an `svd_rank`.
+        Modules saved by one of the adapters are copied. Sources: arXiv:2306.01708 (ties), arXiv:2311.03099 (dare).
+
+        Raises AdapterError, with nothing changed: a name taken or unknown, several methods, ranks that differ where they
+        must not, modules that two adapters save, trained biases. MergeError while merged.
+        """
+        lifecycle.require_known(self.program, adapters)
+        if len(adapters) != len(weights) or len(set(adapters)) != len(adapters):
+            raise AdapterError(
+                f"add_weighted_adapter: {len(adapters)} adapters ({', '.join(adapters)}), {len(weights)} weights;"
+                " give one weight for each, and each adapter once"
+            )
+        how = Combination(
+            combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
+        )
+        lifecycle.combine(self.program, adapter_name, dict(zip(adapters, map(float, weights), strict=True)), how)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off. If no other was active, the one loaded first becomes so.

@@ -8,11 +8,13 @@ from peftc.checkpoint import load_state
 from peftc.compiled_graph import CompiledGraph
 from peftc.errors import AdapterError, MergeError, nearest
 from peftc.graph.region import Capture, Region
+from peftc.merge.combine import checked, combined_spec, fill
 from peftc.plan import Plan, make_plan, without
 from peftc.rewrite.attach import check_names
 from peftc.rewrite.build import extend, parked, remove, require_applicable
 from peftc.rewrite.program import Program
 from peftc.rewrite.switch import activate, emit
+from peftc.rule import Combination
 from peftc.specs import AdapterSpec
 
 
@@ -72,6 +74,17 @@ def load(
     add(program, name, spec, "warn", fresh=False)
     try:
         load_state(program, name, tensors, encoder)
+    except BaseException:
+        _shrink(program, name)
+        raise
+
+
+def combine(program: Program, name: str, weights: Mapping[str, float], how: Combination) -> None:
+    """Attach an adapter, inactive and frozen, that is the combination of others."""
+    how = checked(program, weights, how)
+    add(program, name, combined_spec(program, weights, how), "error", fresh=False)
+    try:
+        fill(program, name, weights, how)
     except BaseException:
         _shrink(program, name)
         raise

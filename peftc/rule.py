@@ -5,7 +5,7 @@ sees weight layouts, adapter names, devices, checkpoint prefixes or model classe
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any, ClassVar, Generic, Literal, TypeVar
@@ -58,6 +58,27 @@ class Bound:
 
     def __getattr__(self, name: str) -> Any:
         raise RuleError(f"the rule uses p.{name}, but declares only {', '.join(sorted(self.__dict__))}")
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How `add_weighted_adapter` combines adapters; see there for what the fields mean."""
+
+    combination_type: str
+    svd_rank: int | None = None
+    svd_clamp: float | None = None
+    svd_full_matrices: bool = True
+    svd_driver: str | None = None
+    density: float | None = None
+    majority_sign_method: str = "total"
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one adapter brings to a combination at a site: its weight, its parameters and constants."""
+
+    weight: float
+    p: Any
 
 
 class Rule(Generic[S]):
@@ -119,6 +140,19 @@ class Rule(Generic[S]):
     def fold_bias(self, bias: Tensor, p: Any) -> Tensor:
         """The bias, likewise."""
         return bias
+
+    # The values of `combination_type` that `combined` and `combine` know; the first is the default.
+    combinations: ClassVar[tuple[str, ...]] = ()
+
+    def combined(self, specs: Mapping[str, S], where: Mapping[str, Sequence[str]], how: Combination) -> S:
+        """The spec of a combination: `specs` by adapter, with the targets of the new one; `where`, the adapters at every
+        site. Raises AdapterError if they can't be combined so.
+        """
+        raise NotImplementedError
+
+    def combine(self, site: Site, parts: Sequence[Part], how: Combination) -> dict[str, Tensor]:
+        """The parameters at `site` of the adapter that `combined` describes."""
+        raise NotImplementedError
 
     def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
         """Values of the parameters whose `init` is `rule`, from the canonical float32 `weight`."""

@@ -1,12 +1,14 @@
 """(IA)³ on linear and convolution sites."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from peftc.errors import AdapterError
 from peftc.graph.sites import Site
-from peftc.rule import Constant, Param, Rule, Slot
+from peftc.rule import Combination, Constant, Param, Part, Rule, Slot
 from peftc.specs import IA3Config
 
 
@@ -16,6 +18,29 @@ class _IA3(Rule[IA3Config]):
 
     def constants(self, spec: IA3Config, site: Site) -> dict[str, Constant]:
         return {"feedforward": spec.is_feedforward(site.fqn), "groups": site.groups}
+
+    combinations = ("linear",)
+
+    def combined(
+        self, specs: Mapping[str, IA3Config], where: Mapping[str, Sequence[str]], how: Combination
+    ) -> IA3Config:
+        for fqn, names in where.items():
+            if len({specs[name].is_feedforward(fqn) for name in names}) > 1:
+                raise AdapterError(
+                    f"{fqn}: is feed-forward for some of the adapters only, so their vectors don't add up"
+                )
+        first = next(iter(specs.values()))
+        assert isinstance(first.target_modules, tuple), "the engine names them"
+        feedforward = tuple(fqn for fqn, names in where.items() if specs[names[0]].is_feedforward(fqn))
+        chosen = tuple(name for name in first.target_modules if any(fqn.endswith(name) for fqn in feedforward))
+        new = first.model_copy(update={"feedforward_modules": chosen})
+        wrong = [fqn for fqn in where if new.is_feedforward(fqn) != (fqn in feedforward)]
+        if wrong:
+            raise AdapterError(f"{wrong[0]}: has the name of a feed-forward module, but is none")
+        return new
+
+    def combine(self, site: Site, parts: Sequence[Part], how: Combination) -> dict[str, Tensor]:
+        return {"ia3_l": torch.stack([part.weight * part.p.ia3_l for part in parts]).sum(0)}
 
     def slot(self, spec: IA3Config, site: Site) -> Slot:
         return "input" if spec.is_feedforward(site.fqn) else "output"

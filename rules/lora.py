@@ -8,42 +8,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import Site
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import Param
 from peftc.specs import LoraConfig
 
+from .lora_base import Lora
 from .lora_factors import factors, from_weight, init_names, no_special_init, orthogonal, starts_from_weight
 
 
-class _Lora(Rule[LoraConfig]):
-    name = "lora"
-    spec = LoraConfig
-    additive = True
-
-    def constants(self, spec: LoraConfig, site: Site) -> dict[str, Constant]:
-        fqn, init = site.fqn, spec.init_lora_weights
-        return {
-            "r": spec.rank_for(fqn),
-            "lora_alpha": spec.alpha_for(fqn),
-            "scaling": spec.scaling_for(fqn),
-            "biased": spec.lora_bias,
-            "residual": starts_from_weight(spec),
-            "groups": site.groups,
-            **({"init": str(init)} if init_names(spec, site)[0] == "rule" else {}),
-        }
-
-    def dropouts(self, spec: LoraConfig, site: Site) -> dict[str, float]:
-        return {"lora_dropout": spec.lora_dropout}
-
-    def cannot_fold(self, spec: LoraConfig, site: Site) -> str | None:
-        return (
-            "lora_bias=True needs a bias to fold into; the site has none" if spec.lora_bias and not site.bias else None
-        )
-
-    def fold_bias(self, bias: Tensor, p: Any) -> Tensor:
-        return bias + p.scaling * p.lora_B_bias if p.biased else bias
-
-
-class LoraLinear(_Lora):
+class LoraLinear(Lora):
     """y + s·B(A(drop(x))).  Hu et al. 2021, arXiv:2106.09685, section 4.1.
 
     OLoRA and PiSSA start from the weight's own factors A0, B0 and train y + s·(B·A − B0·A0)x: the same function as
@@ -93,10 +65,11 @@ class LoraLinear(_Lora):
         return {"lora_A": a, "lora_B": b, "lora_A0": a.clone(), "lora_B0": b.clone()}
 
 
-class LoraEmbedding(_Lora):
+class LoraEmbedding(Lora):
     """y + s·B(A[token]): the same algebra with the one-hot token as input."""
 
     kinds = ("embedding",)
+    names = ("lora_embedding_A", "lora_embedding_B")
 
     def params(self, spec: LoraConfig, site: Site) -> dict[str, Param]:
         r, random = spec.rank_for(site.fqn), spec.init_lora_weights is False
@@ -120,7 +93,7 @@ class LoraEmbedding(_Lora):
         return weight + p.scaling * (p.lora_embedding_B @ p.lora_embedding_A)
 
 
-class LoraConv(_Lora):
+class LoraConv(Lora):
     """y + s·B(A(drop(x))): A has the site's kernel over all input channels, B is 1×1 in the site's groups."""
 
     kinds = ("conv1d", "conv2d", "conv3d")

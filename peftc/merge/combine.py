@@ -1,0 +1,147 @@
+"""Weighted combination of adapters into a new one."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftc.errors import AdapterError
+from peftc.plan import MODULES_TO_SAVE, Edit
+from peftc.registry import find_rule
+from peftc.rewrite.program import Program
+from peftc.rule import Bound, Combination, Part, Rule
+from peftc.specs import AdapterSpec
+
+_WHAT = "add_weighted_adapter"
+
+
+def checked(program: Program, weights: Mapping[str, float], how: Combination) -> Combination:
+    """`how` with its default, and for a single adapter the exact way. Raises AdapterError on what makes no sense."""
+    if not weights:
+        raise AdapterError(f"{_WHAT}: no adapter given")
+    for name, weight in weights.items():
+        if not math.isfinite(weight):
+            raise AdapterError(f"{_WHAT}: the weight of {name!r} is {weight}")
+        if any(tensor.adapter == name for tensor in program.plan.trained):
+            raise AdapterError(f"{_WHAT}: {name!r} trains biases of the base model, which a combination does not hold")
+    methods = {name: program.plan.adapters[name].peft_type for name in weights}
+    if len(set(methods.values())) > 1:
+        raise AdapterError(f"{_WHAT}: {methods}: adapters of one method can be combined, not of several")
+    _require_apart(program, weights)
+    return _resolved(_rule(program, next(iter(weights))), how, len(weights) == 1)
+
+
+def _require_apart(program: Program, weights: Mapping[str, float]) -> None:
+    """Modules that are saved whole can't be added up."""
+    savers: dict[str, str] = {}
+    for name in weights:
+        for edit in program.edits[name]:
+            if edit.rule == MODULES_TO_SAVE and savers.setdefault(edit.site, name) != name:
+                raise AdapterError(
+                    f"{_WHAT}: {savers[edit.site]!r} and {name!r} both save {edit.site} whole (modules_to_save), and whole"
+                    " modules can't be combined"
+                )
+
+
+def _resolved(rule: Rule[Any], how: Combination, single: bool) -> Combination:
+    kind = how.combination_type or next(iter(rule.combinations), "")
+    if kind not in rule.combinations:
+        known = ", ".join(rule.combinations) or "none"
+        raise AdapterError(f"{_WHAT}: combination_type={kind!r}: {rule.name} has {known}")
+    if single and "cat" in rule.combinations and how.svd_rank is None:
+        return replace(how, combination_type="cat")  # Nothing to combine: the adapter itself, scaled.
+    pruned = kind.removesuffix("_svd") not in ("svd", "linear", "cat")
+    if pruned and (how.density is None or not 0 <= how.density <= 1 or (how.density == 0 and "dare" in kind)):
+        raise AdapterError(f"{_WHAT}: {kind!r} needs a density in [0, 1] (dare: above 0), got {how.density}")
+    if how.majority_sign_method not in ("total", "frequency"):
+        raise AdapterError(
+            f"{_WHAT}: majority_sign_method={how.majority_sign_method!r}: valid are 'total' and 'frequency'"
+        )
+    if how.svd_rank is not None and how.svd_rank < 1:
+        raise AdapterError(f"{_WHAT}: svd_rank={how.svd_rank} is not positive")
+    if how.svd_clamp is not None and not 0 <= how.svd_clamp <= 1:
+        raise AdapterError(f"{_WHAT}: svd_clamp={how.svd_clamp} is a quantile, so in [0, 1]")
+    if how.svd_driver is not None and not torch.cuda.is_available():
+        raise AdapterError(
+            f"{_WHAT}: svd_driver={how.svd_driver!r} chooses a CUDA solver, and there is no CUDA device here"
+        )
+    return replace(how, combination_type=kind)
+
+
+def combined_spec(program: Program, weights: Mapping[str, float], how: Combination) -> AdapterSpec:
+    """The spec of the combination: exactly the sites and saved modules of its parts."""
+    groups = _groups(program, weights, lambda edit: edit.rule != MODULES_TO_SAVE)
+    saved = tuple(_groups(program, weights, lambda edit: edit.rule == MODULES_TO_SAVE))
+    selectors = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    update: dict[str, Any] = {
+        "target_modules": _names(program, list(groups)),
+        "modules_to_save": saved or None,
+        "inference_mode": True,
+    }
+    specs = {
+        name: spec.model_copy(update={**update, **{f: None for f in selectors if f in type(spec).model_fields}})
+        for name, spec in program.plan.adapters.items()
+        if name in weights
+    }
+    return _rule(program, next(iter(weights))).combined({name: specs[name] for name in weights}, groups, how)
+
+
+def fill(program: Program, adapter: str, weights: Mapping[str, float], how: Combination) -> None:
+    """Give the fresh `adapter` the values of the combination."""
+    for edit in program.edits[adapter]:
+        sources = [(e, weights[name]) for name in weights for e in program.edits[name] if e.site == edit.site]
+        if edit.rule == MODULES_TO_SAVE:
+            values = {param.name: program.tensor(sources[0][0], param.key).detach() for param in edit.params}
+        else:
+            site, rule = program.plan.sites[edit.site], _rule(program, adapter, edit)
+            parts = [Part(weight, _bound(program, source)) for source, weight in sources]
+            values = rule.combine(site, parts, how)
+        for param in edit.params:
+            target = program.tensor(edit, param.key)
+            _require_result(edit, target, values[param.name])
+            with torch.no_grad():
+                target.copy_(values[param.name])
+
+
+def _require_result(edit: Edit, target: Tensor, value: Tensor) -> None:
+    if value.shape != target.shape:
+        raise AdapterError(
+            f"{edit.site}: combining gives shape {tuple(value.shape)}, planned was {tuple(target.shape)}"
+        )
+    if not value.is_meta and value.is_floating_point() and not bool(torch.isfinite(value.to(target.dtype)).all()):
+        raise AdapterError(f"{edit.site}: combining gives NaN or Inf (a broken adapter, or weights too large)")
+
+
+def _bound(program: Program, edit: Edit) -> Bound:
+    values = {param.name: program.tensor(edit, param.key).detach() for param in edit.params}
+    return Bound({**values, **edit.constants})
+
+
+def _groups(program: Program, weights: Mapping[str, float], wanted: Callable[[Edit], bool]) -> dict[str, list[str]]:
+    """Site → the adapters that have an edit there, in module order."""
+    groups: dict[str, list[str]] = {}
+    for edit in program.plan.edits:
+        if edit.adapter in weights and wanted(edit):
+            groups.setdefault(edit.site, []).append(edit.adapter)
+    order = list(weights)
+    return {site: sorted(names, key=order.index) for site, names in groups.items()}
+
+
+def _rule(program: Program, adapter: str, edit: Edit | None = None) -> Rule[Any]:
+    """The rule of `edit`, or of the first edit of `adapter` that has one."""
+    own = [edit] if edit is not None else [e for e in program.edits[adapter] if e.rule != MODULES_TO_SAVE]
+    rule = find_rule(program.plan.adapters[adapter], program.plan.sites[own[0].site]) if own else None
+    if rule is None:
+        raise AdapterError(f"{_WHAT}: {adapter!r} adapts no module, so there is nothing to combine")
+    return rule
+
+
+def _names(program: Program, sites: Sequence[str]) -> tuple[str, ...]:
+    """The sites' last names, if these mean no other module; else the sites themselves."""
+    names = tuple(dict.fromkeys(fqn.rpartition(".")[2] for fqn in sites))
+    ends = tuple(f".{name}" for name in names)
+    own = [fqn for fqn, _ in program.base.named_modules() if fqn in names or fqn.endswith(ends)]
+    return names if set(own) == set(sites) else tuple(sites)
