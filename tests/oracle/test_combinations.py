@@ -52,9 +52,10 @@ def test_lora_combinations_equal_peft(
     real = torch.bernoulli
 
     def same(p: torch.Tensor) -> torch.Tensor:
-        lying = p.dim() == 2 and p.shape[0] < p.shape[1]
-        kept = real((p.T if lying else p).contiguous(), generator=torch.Generator().manual_seed(p.numel()))
-        return kept.T if lying else kept
+        flat = p.flatten(1)
+        lying = flat.shape[0] < flat.shape[1]
+        kept = real((flat.T if lying else flat).contiguous(), generator=torch.Generator().manual_seed(p.numel()))
+        return (kept.T if lying else kept).reshape(p.shape)
 
     monkeypatch.setattr(torch, "bernoulli", same)
     model = Everything().eval()
