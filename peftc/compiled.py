@@ -31,6 +31,7 @@ from peftc.rewrite.switch import activate, emit, require_unwrapped, train
 from peftc.rewrite.virtual import rows
 from peftc.rule import Combination
 from peftc.specs import AdapterSpec, load_spec
+from peftc.status import LayerStatus, ModelStatus, layer_status, model_status
 
 OnUnmatched = Literal["error", "warn"]
 
@@ -60,6 +61,14 @@ class CompiledModel(CompiledGraph):
     def merged_adapters(self) -> list[str]:
         """The names of the adapters that are folded into the weights now."""
         return list(self.program.merged)
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        """What is active, merged and learning at every adapted module, in module order."""
+        return layer_status(self.program)
+
+    def get_model_status(self) -> ModelStatus:
+        """What is active, merged and learning in the whole model."""
+        return model_status(self.program)
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Activate exactly these adapters, and train them; the others are frozen. They apply in load order.
