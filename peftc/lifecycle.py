@@ -104,9 +104,7 @@ def _shrink(program: Program, name: str) -> None:
     """Take an inactive adapter off, and plan what is left."""
     remove(program, name)
     plan = without(program.plan, name)
-    extend(program, plan, tuple(region for region in program.regions if _is_used(region, plan)), [])
+    hosts = {site.fqn if site.host is None else site.host for site in plan.sites.values()}
+    used = [region for region in program.regions if plan.capture == "symbolic" or region.host in hosts]
+    extend(program, plan, tuple(used), [])
     emit(program)
-
-
-def _is_used(region: Region, plan: Plan) -> bool:
-    return plan.capture == "symbolic" or region.host in plan.sites

@@ -20,7 +20,7 @@ from peftc.specs import AdapterSpec, PromptSpec
 
 S = TypeVar("S", bound=AdapterSpec)
 P = TypeVar("P", bound=PromptSpec)
-Slot = Literal["input", "output", "module"] | CallSlot
+Slot = Literal["input", "output", "weight", "module"] | CallSlot
 Constant = float | int | bool | str
 
 
@@ -84,8 +84,9 @@ class Part:
 class Rule(Generic[S]):
     """One method on some kinds of site. Subclass it, declare, and register under the entry point `peftc.rules`.
 
-    `slot` tells which of `input` and `output` is spliced. Both, and the folds, are traced or called with plain tensors
-    in canonical layout: weights are (out, in, *kernel). An `additive` rule adds a term that depends on the input alone,
+    `slot` tells what is spliced: `input` or `output`, or at slot `weight` the fold, whose result the site computes with.
+    All are traced or called with plain tensors in canonical layout: weights are (out, in, *kernel), with the experts
+    before that in kind `parameter`. An `additive` rule adds a term that depends on the input alone,
     so any of several can be merged first.
     """
 
@@ -230,7 +231,7 @@ def validate(
     keys = [param.key or name for name, param in params.items()]
     names = [*params, *constants, *dropouts]
     wrong = [
-        *([f"slot {slot!r} is neither 'input' nor 'output'"] if slot not in ("input", "output") else []),
+        *([f"slot {slot!r} is none of {', '.join(_SLOTS)}"] if slot not in _SLOTS else []),
         *([] if params else ["it declares no parameter"]),
         *(f"{name!r} is declared twice" for name in dict.fromkeys(names) if names.count(name) > 1),
         *(f"key {key!r} is used twice" for key in dict.fromkeys(keys) if keys.count(key) > 1),
@@ -248,6 +249,7 @@ def validate(
         raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}): {'; '.join(wrong)}")
 
 
+_SLOTS = ("input", "output", "weight")
 _PLAIN = (float, int, bool, str)
 _TAKEN = frozenset({*dir(nn.Module()), "weight", "bias"})
 

@@ -13,6 +13,7 @@ from peftc.specs import LoraConfig
 
 from .lora_base import Lora
 from .lora_factors import factors, from_weight, init_names, no_special_init, orthogonal, starts_from_weight
+from .lora_parameter import LoraParameter
 
 
 class LoraLinear(Lora):
@@ -25,7 +26,7 @@ class LoraLinear(Lora):
     kinds = ("linear",)
 
     def params(self, spec: LoraConfig, site: Site) -> dict[str, Param]:
-        r = spec.rank_for(site.fqn)
+        r = spec.rank_for(site.name)
         a, b = (r, site.in_features), (site.out_features, r)
         params = factors(spec, site, a, b)
         if not starts_from_weight(spec):
@@ -34,7 +35,7 @@ class LoraLinear(Lora):
         return params | {"lora_B0": Param(b, "rule", trainable=False, axes="or")}
 
     def check(self, spec: LoraConfig, site: Site) -> str | None:
-        r = spec.rank_for(site.fqn)
+        r = spec.rank_for(site.name)
         if spec.init_lora_weights == "orthogonal" and r % 2:
             return f"orthogonal initialisation needs an even rank, got r={r}"
         limit = min(site.in_features, site.out_features)
@@ -72,7 +73,7 @@ class LoraEmbedding(Lora):
     names = ("lora_embedding_A", "lora_embedding_B")
 
     def params(self, spec: LoraConfig, site: Site) -> dict[str, Param]:
-        r, random = spec.rank_for(site.fqn), spec.init_lora_weights is False
+        r, random = spec.rank_for(site.name), spec.init_lora_weights is False
         return {
             "lora_embedding_A": Param((r, site.in_features), "normal" if random else "zeros", use="lookup", axes="ri"),
             "lora_embedding_B": Param((site.out_features, r), "normal", axes="or"),
@@ -99,12 +100,12 @@ class LoraConv(Lora):
     kinds = ("conv1d", "conv2d", "conv3d")
 
     def params(self, spec: LoraConfig, site: Site) -> dict[str, Param]:
-        r, ones = spec.rank_for(site.fqn), (1,) * len(site.kernel_size)
+        r, ones = spec.rank_for(site.name), (1,) * len(site.kernel_size)
         a, b = (r, site.in_features, *site.kernel_size), (site.out_features, r // site.groups, *ones)
         return factors(spec, site, a, b)
 
     def check(self, spec: LoraConfig, site: Site) -> str | None:
-        r = spec.rank_for(site.fqn)
+        r = spec.rank_for(site.name)
         if r % site.groups:
             return f"r={r} is not divisible by its {site.groups} groups"
         return no_special_init(spec, site)
@@ -123,4 +124,4 @@ class LoraConv(Lora):
         return weight + p.scaling * torch.einsum("or,ri...->oi...", p.lora_B.flatten(1), p.lora_A)
 
 
-RULES = (LoraLinear(), LoraEmbedding(), LoraConv())
+RULES = (LoraLinear(), LoraEmbedding(), LoraConv(), LoraParameter())

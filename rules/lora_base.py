@@ -23,7 +23,7 @@ class Lora(Rule[LoraConfig]):
     names: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
 
     def constants(self, spec: LoraConfig, site: Site) -> dict[str, Constant]:
-        fqn, init = site.fqn, spec.init_lora_weights
+        fqn, init = site.name, spec.init_lora_weights
         return {
             "r": spec.rank_for(fqn),
             "lora_alpha": spec.alpha_for(fqn),

@@ -29,7 +29,7 @@ def init_names(spec: LoraConfig, site: Site) -> tuple[str, str]:
         case False:
             return "kaiming_uniform", "kaiming_uniform"
         case "gaussian":
-            return f"normal:{1 / spec.rank_for(site.fqn)}", "zeros"
+            return f"normal:{1 / spec.rank_for(site.name)}", "zeros"
         case _:
             return "rule", "rule"
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from peftc.checkpoint.files import write_adapter
 from peftc.checkpoint.prompts import encoder_state, prompt_edit
-from peftc.checkpoint.state import adapter_state_dict
+from peftc.checkpoint.state import saved_state_dict
 from peftc.graph.sites import transformers_config
 from peftc.rewrite.host import original_class
 from peftc.rewrite.program import Program
@@ -17,7 +17,7 @@ def save_adapter(folder: Path, program: Program, adapter: str) -> None:
     config = _config(program, adapter)
     edit = prompt_edit(program, adapter)
     encoder = encoder_state(program, edit) if edit is not None else {}
-    write_adapter(folder, config, adapter_state_dict(program, adapter), _card(config), encoder)
+    write_adapter(folder, config, saved_state_dict(program, adapter), _card(config), encoder)
 
 
 def _config(program: Program, adapter: str) -> dict[str, Any]:

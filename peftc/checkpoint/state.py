@@ -9,11 +9,14 @@ from torch import Tensor
 from peftc.checkpoint.prompts import PROMPT_KEY, load_prompt, prompt_edit, prompt_embeddings
 from peftc.errors import CheckpointError, nearest
 from peftc.graph.sites import parameter_name
-from peftc.plan import MODULES_TO_SAVE
+from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
 from peftc.rewrite.program import Program
 from peftc.specs import PromptSpec
 
 PREFIX = "base_model.model."
+# peft (0.21) adds the delta of nn.MultiheadAttention's out_proj twice in every forward, so in its files this factor is
+# half of what has that effect. Halving and doubling are exact.
+_HALVED = ".base_layer.out_proj.lora_B.weight"
 
 
 def adapter_state_dict(program: Program, adapter: str) -> dict[str, Tensor]:
@@ -26,16 +29,26 @@ def adapter_state_dict(program: Program, adapter: str) -> dict[str, Tensor]:
         elif edit.adapter == adapter:
             for param in edit.params:
                 if param.saved:
-                    state[prefix + parameter_name(edit.site, param.key)] = program.tensor(edit, param.key)
+                    state[prefix + _key(edit, param)] = program.tensor(edit, param.key)
     for tensor in program.plan.trained:
         if tensor.adapter == adapter:
             state[prefix + tensor.key] = _trained(program, tensor.name)
     return state
 
 
+def saved_state_dict(program: Program, adapter: str) -> dict[str, Tensor]:
+    """The tensors of `adapter` as its file holds them."""
+    state = adapter_state_dict(program, adapter)
+    return {key: value / 2 if key.endswith(_HALVED) else value for key, value in state.items()}
+
+
 def _prefix(program: Program, adapter: str) -> str:
     """What keys begin with. PEFT puts one wrapper around a model for a prompt method, two for the others."""
     return "base_model." if isinstance(program.plan.adapters[adapter], PromptSpec) else PREFIX
+
+
+def _key(edit: Edit, param: PlannedParam) -> str:
+    return parameter_name(edit.site if edit.saved_as is None else edit.saved_as, param.key)
 
 
 def _trained(program: Program, name: str) -> Tensor:
@@ -74,7 +87,7 @@ def load_state(
             if edit is not None and key == PROMPT_KEY:
                 load_prompt(program, edit, given[key], encoder or {})
             else:
-                target.copy_(given[key])
+                target.copy_(given[key] * 2 if key.endswith(_HALVED) else given[key])
     for key, name in embeddings.items():
         _take_over(program, name, given[key])
 
@@ -82,7 +95,7 @@ def load_state(
 def _optional(program: Program, adapter: str) -> set[str]:
     """Keys of frozen starts, which peft's files lack: they are computed from the base weight then."""
     return {
-        PREFIX + parameter_name(edit.site, param.key)
+        PREFIX + _key(edit, param)
         for edit in program.plan.edits
         for param in edit.params
         if edit.adapter == adapter and not param.trainable and param.init == "rule"
@@ -92,7 +105,7 @@ def _optional(program: Program, adapter: str) -> set[str]:
 def _buffers(program: Program, adapter: str) -> set[str]:
     """Keys of buffers of modules saved whole, which may hold infinities (masks)."""
     return {
-        _prefix(program, adapter) + parameter_name(edit.site, param.key)
+        _prefix(program, adapter) + _key(edit, param)
         for edit in program.plan.edits
         for param in edit.params
         if edit.adapter == adapter and edit.rule == MODULES_TO_SAVE and not param.trainable

@@ -210,6 +210,15 @@ def opaque_source(parameters: list[inspect.Parameter]) -> Source:
     return Source(graph, (Anchor("", node.name),), opaque=True)
 
 
+def weight_source(names: tuple[str, ...]) -> Source:
+    """A graph that calls the host as it was, anchored for each of its weights (their names relative to the host)."""
+    graph = fx.Graph()
+    # A call of `invoke`, which the rewriter can turn into one with other weights.
+    node = call(graph, OPAQUE, parameters_of(lambda *args, **kwargs: None))
+    graph.output(node)
+    return Source(graph, tuple(Anchor(name, node.name) for name in names), opaque=True)
+
+
 def call(graph: fx.Graph, target: str, parameters: list[inspect.Parameter]) -> fx.Node:
     """Placeholders for `parameters`, and a node that calls module `target` with all of them.
 

@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from peftc.graph.lending import Lending, lending
 
-Kind = Literal["linear", "embedding", "conv1d", "conv2d", "conv3d", "module", "call"]
+Kind = Literal["linear", "embedding", "conv1d", "conv2d", "conv3d", "parameter", "attention", "module", "call"]
 Layout = Literal["out_in", "in_out"]
 
 
@@ -43,6 +43,9 @@ class Site:
     features are channels and `kernel_size` the rest of the weight's shape. `dtype` and `device` are those of the weight.
     `refusal` is the reason why the site can't be adapted, `caution` one why it may not do what is expected.
     A `call` is that of a whole model or of its encoder or decoder, which `stack` describes.
+
+    A `parameter` is a weight that module `host` uses in its own ways: (groups, out, in) of `groups` experts, or (out, in).
+    Patterns match it by the name `known_as`. An `attention` module stands for the parameters it computes with.
     """
 
     fqn: str
@@ -63,6 +66,13 @@ class Site:
     refusal: str | None = None
     caution: str | None = None
     stack: Stack | None = None
+    host: str | None = None
+    known_as: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What patterns match."""
+        return self.fqn if self.known_as is None else self.known_as
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,8 @@ class SiteIndex:
 
     `modules` maps the fqn of every module to its class name; `aliases` a second name of a shared module to its first;
     `parameters` lists name, shape and dtype of every parameter, `ties` the groups of names that are one tensor.
+    `inner` holds the sites that are parameters of modules which are no sites themselves, or of attention modules;
+    `hosted` has their fqns by those modules.
     """
 
     sites: Mapping[str, Site]
@@ -80,6 +92,8 @@ class SiteIndex:
     ties: tuple[tuple[str, ...], ...]
     model_type: str | None
     output_embedding: str | None
+    inner: Mapping[str, Site]
+    hosted: Mapping[str, tuple[str, ...]]
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -124,10 +138,16 @@ def index_sites(model: nn.Module) -> SiteIndex:
     ties = _ties(named)
     tied = {name: group for group in ties for name in group}
     sites: dict[str, Site] = {}
+    inner: dict[str, Site] = {}
+    hosted: dict[str, tuple[str, ...]] = {}
     for fqn, module, parent in found:
         site = _site(fqn, module, parent, tied)
         if site is not None:
             sites[fqn] = site
+        if site is None or site.kind == "attention":
+            own = parameter_sites(fqn, module, tied)
+            inner |= {parameter.fqn: parameter for parameter in own}
+            hosted[fqn] = tuple(parameter.fqn for parameter in own)
     parameters = {id(p): (name, _shape(p), p.dtype) for name, p in reversed(named)}
     return SiteIndex(
         sites=sites,
@@ -137,6 +157,8 @@ def index_sites(model: nn.Module) -> SiteIndex:
         ties=ties,
         model_type=getattr(transformers_config(model), "model_type", None),
         output_embedding=_output_embedding(model, first),
+        inner=inner,
+        hosted=hosted,
     )
 
 
@@ -240,9 +262,10 @@ def _refusal(module: nn.Module, weight: nn.Parameter | None, lent: Lending, pare
     if isinstance(module, torch.jit.ScriptModule):
         return "it is TorchScript, whose code can't be rewritten: load the model as Python"
     if lent is Lending.ALWAYS:
+        attention = isinstance(parent, nn.MultiheadAttention)
         return (
             f"{type(parent).__name__} never calls it and only reads its weight, so an op spliced after its forward"
-            " would have no effect: leave it out (exclude_modules)"
+            f" would have no effect: {'name the attention itself, or ' if attention else ''}leave it out (exclude_modules)"
         )
     return None
 
@@ -255,6 +278,44 @@ def _caution(lent: Lending, parent: nn.Module | None, fqn: str) -> str | None:
     return f"{type(parent).__name__} also reads self.{name}.weight directly; on that path the adapter has no effect"
 
 
+def parameter_sites(fqn: str, module: nn.Module, tied: Mapping[str, tuple[str, ...]]) -> list[Site]:
+    """The weights that `module` computes with itself: matrices, one for each expert where there are three dimensions.
+
+    Of nn.MultiheadAttention also the weight of `out_proj`, which it never calls.
+    """
+    attention = isinstance(module, nn.MultiheadAttention)
+    names = [name for name, p in module._parameters.items() if p is not None and not is_lazy(p) and p.dim() in (2, 3)]
+    if attention:
+        names = [name for name in names if name.endswith("_weight")]
+    # Experts say in which order they store theirs; (experts, out, in) if they don't, as in PEFT.
+    turned = bool(module.__dict__.get("is_transposed", False))
+    sites: list[Site] = []
+    for name in [*names, *(["out_proj.weight"] if attention else [])]:
+        weight = module.get_parameter(name)
+        layout: Layout = "in_out" if turned and weight.dim() == 3 else "out_in"
+        rows, columns = weight.shape[-2:] if layout == "out_in" else weight.shape[:-3:-1]
+        own = parameter_name(fqn, name)
+        sites.append(
+            Site(
+                fqn=own,
+                kind="parameter",
+                module=type(module).__name__,
+                in_features=columns,
+                out_features=rows,
+                layout=layout,
+                groups=weight.shape[0] if weight.dim() == 3 else 1,
+                weight=own,
+                dtype=dtype_name(weight.dtype),
+                device=str(weight.device),
+                layer=layer_index(fqn),
+                tied=tied.get(own, ()),
+                host=fqn,
+                known_as=fqn if attention else None,
+            )
+        )
+    return sites
+
+
 _Form = tuple[Kind, tuple[int, int], Layout, tuple[int, ...], int]
 
 
@@ -262,6 +323,8 @@ def _form(module: nn.Module) -> _Form | None:
     """Kind, (in, out) features, layout, kernel size and groups of a module that is a site."""
     if isinstance(module, nn.Linear):
         return "linear", (module.in_features, module.out_features), "out_in", (), 1
+    if isinstance(module, nn.MultiheadAttention):
+        return "attention", (module.embed_dim, module.embed_dim), "out_in", (), 1
     if isinstance(module, nn.Embedding):
         return "embedding", (module.num_embeddings, module.embedding_dim), "in_out", (), 1
     for cls, kind in _CONVS:

@@ -74,11 +74,13 @@ def steps_of(
 
 
 def tiles(site: Site, weight: Tensor, steps: Sequence[Step]) -> Iterator[tuple[slice, str]]:
-    """Slices of the first dimension of a stored weight, and which axis of the canonical one that is."""
-    axis = "i" if site.layout == "in_out" else "o"
-    whole = any(param.axes is None for step in steps for param in step.params.values())
-    length = weight.shape[0]
-    size = length if whole else max(1, TILE * length // max(1, weight.numel()))
+    """Slices of the first dimension of a stored weight, and which axis of the canonical one that is ("": it is whole)."""
+    length, axis = weight.shape[0], "i" if site.layout == "in_out" else "o"
+    experts = site.kind == "parameter" and weight.dim() > 2
+    if experts or any(param.axes is None for step in steps for param in step.params.values()):
+        yield slice(0, length), ""
+        return
+    size = max(1, TILE * length // max(1, weight.numel()))
     for start in range(0, length, size):
         yield slice(start, min(length, start + size)), axis
 
@@ -172,4 +174,4 @@ def require_finite(value: Tensor, name: str, edits: Sequence[Edit]) -> None:
 
 
 def _cut(value: Tensor, axes: str, axis: str, start: int, stop: int) -> Tensor:
-    return value.narrow(axes.index(axis), start, stop - start) if axis in axes else value
+    return value.narrow(axes.index(axis), start, stop - start) if axis and axis in axes else value

@@ -97,6 +97,8 @@ def _cautions(sites: Sequence[Site], edits: Sequence[Edit]) -> tuple[str, ...]:
             text = f"is tied to {', '.join(others)}: that end keeps its weight; merging here needs untie=True"
             found.setdefault(text, []).append(site.fqn)
     for edit in edits:
+        if edit.slot == "weight":
+            found.setdefault("is adapted as a weight, computed anew in every call", []).append(edit.site)
         if edit.unmergeable and edit.slot != "memory":
             found.setdefault(f"can't be merged: {edit.unmergeable}", []).append(edit.site or "the model")
         if edit.slot == "embeds" and edit.constants["rows"] != edit.constants["num_virtual_tokens"]:

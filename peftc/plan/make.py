@@ -45,11 +45,15 @@ def make_plan(
     touched = {site.fqn for found in matches.values() for site in found.sites}
     calls = {call.site.fqn: call.site for found in matches.values() for call in found.calls}
     saved = {fqn for found in matches.values() for fqn in found.saved}
-    sites = {fqn: site for fqn, site in index.sites.items() if fqn in touched}
+    sites = {fqn: site for fqn, site in (*index.sites.items(), *index.inner.items()) if fqn in touched}
     # A site inside a module that another adapter saves is a conflict; it is captured as the site it also is.
     whole = saved - touched
-    inlined, called = _captured(among if level == "symbolic" else None, [*sites], sorted(whole | set(calls)))
-    regions = capture(model, level, inlined, called)
+    hosts = {site.host: _weights(index, site.host) for site in sites.values() if site.host is not None}
+    if hosts and level != "modules":
+        raise CaptureError(f"{next(iter(hosts))}: its weights can be adapted with capture='modules' only")
+    own = [fqn for fqn, site in sites.items() if site.host is None]
+    inlined, called = _captured(among if level == "symbolic" else None, own, sorted(whole | set(calls)))
+    regions = capture(model, level, inlined, called, hosts)
     opaque = _opaque(level, regions)
     edits = _edits(matches, model, opaque, partial(_adapter_dtype, autocast=autocast_adapter_dtype))
     trained = tuple(t for name, found in matches.items() for t in _trained(name, found, index))
@@ -68,7 +72,14 @@ def make_plan(
         autocast_adapter_dtype=autocast_adapter_dtype,
         costs=add_costs(_base_costs(index), added_costs(edits, trained)),
     )
-    return joined(among, plan, list(index.modules)), regions
+    order = [name for fqn in index.modules for name in (fqn, *index.hosted.get(fqn, ()))]
+    return joined(among, plan, order), regions
+
+
+def _weights(index: SiteIndex, host: str) -> tuple[str, ...]:
+    """The names, relative to `host`, of the parameters that it computes with and that could be adapted."""
+    prefix = f"{host}." if host else ""
+    return tuple(fqn.removeprefix(prefix) for fqn in index.hosted.get(host, ()))
 
 
 def _captured(among: Plan | None, sites: list[str], saved: list[str]) -> tuple[list[str], list[str]]:
@@ -86,10 +97,29 @@ def _edits(
 ) -> list[Edit]:
     edits: list[Edit] = []
     for name, found in matches.items():
-        edits += [_edit(name, found.spec, site, site.fqn in opaque, adapted(site.dtype)) for site in found.sites]
+        paths = _saved_as(found.sites)
+        for site in found.sites:
+            edit = _edit(name, found.spec, site, site.fqn in opaque, adapted(site.dtype))
+            edits.append(replace(edit, saved_as=paths.get(site.fqn)))
         edits += call_edits(name, found, adapted)
     # Copies come last: what they copy is the module before any rewrite.
     return edits + [_save(name, model, fqn) for name, found in matches.items() for fqn in found.saved]
+
+
+def _saved_as(sites: Sequence[Site]) -> dict[str, str]:
+    """What PEFT's keys have for sites that are parameters: it wraps their host once for each, the first innermost."""
+    paths: dict[str, str] = {}
+    hosts: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.host is not None:
+            hosts.setdefault(site.host, []).append(site)
+    for host, own in hosts.items():
+        if own[0].known_as is not None:
+            paths |= {f"{host}.in_proj_weight": host, f"{host}.out_proj.weight": f"{host}.base_layer.out_proj"}
+            continue
+        for depth, site in enumerate(reversed(own)):
+            paths[site.fqn] = host + ".base_layer" * depth
+    return paths
 
 
 def _match(adapter: str, spec: AdapterSpec, model: nn.Module, level: Capture, index: SiteIndex) -> Match:
@@ -141,7 +171,7 @@ def _edit(adapter: str, spec: AdapterSpec, site: Site, opaque: bool, dtype: str)
         params=tuple(_planned(name, param, dtype) for name, param in params.items()),
         constants=constants,
         dropouts=dropouts,
-        flops_per_token=flops_per_token(params),
+        flops_per_token=0 if slot == "weight" else flops_per_token(params),
         opaque=opaque,
         unmergeable=_unmergeable(rule, spec, site, opaque),
     )

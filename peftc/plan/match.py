@@ -5,7 +5,7 @@ The semantics are those of PEFT (see AdapterSpec), but nothing is skipped in sil
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peftc.architectures import Defaults, families
@@ -39,12 +39,15 @@ def match(adapter: str, spec: AdapterSpec, index: SiteIndex) -> Match:
     names = [name for name in names if name not in unwanted]
     names = _in_layers(adapter, spec, names, misses)
     sites: list[Site] = []
-    for name in names:
-        reason = _unfit(spec, name, index)
+    chosen = [("target_modules", name, site) for name in names for site in _expanded(spec, index.sites[name], index)]
+    chosen += [("target_parameters", name, index.inner[name]) for name in _parameters(adapter, spec, index, misses)]
+    for field, name, site in chosen:
+        reason = _unfit(spec, site)
         if reason is None:
-            sites.append(index.sites[name])
+            sites += [site] if site not in sites else []
         else:
-            misses.append(Miss(adapter, "target_modules", name, reason, error=_is_listed(spec)))
+            error = _is_listed(spec) or field == "target_parameters"
+            misses.append(Miss(adapter, field, name, reason, error))
     misses += _unused_patterns(adapter, spec, sites)
     if not sites and not saved and not any(miss.error for miss in misses):
         reason = "selects nothing: all it matches is excluded or in modules_to_save"
@@ -71,6 +74,8 @@ def _with_defaults(spec: AdapterSpec, index: SiteIndex) -> AdapterSpec:
         return spec
     family = families().get(index.model_type or "")
     defaults = family.defaults.get(spec.peft_type) if family else None
+    if defaults is None and isinstance(spec, LoraConfig) and spec.target_parameters:
+        return spec.model_copy(update={"target_modules": ()})
     if defaults is None:
         raise NoMatchError(_no_defaults(spec, index))
     return spec.model_copy(update=_open_fields(spec, defaults))
@@ -220,9 +225,39 @@ def _layer(fqn: str, patterns: Sequence[str] | None) -> int | None:
     return None
 
 
-def _unfit(spec: AdapterSpec, name: str, index: SiteIndex) -> str | None:
-    """The reason why site `name` can't be adapted."""
-    site = index.sites[name]
+def _expanded(spec: AdapterSpec, site: Site, index: SiteIndex) -> list[Site]:
+    """The site, or the parameters it stands for, if the method adapts such."""
+    if site.kind != "attention" or "parameter" not in kinds_of(spec):
+        return [site]
+    return [index.inner[fqn] for fqn in index.hosted[site.fqn]]
+
+
+def _parameters(adapter: str, spec: AdapterSpec, index: SiteIndex, misses: list[Miss]) -> list[str]:
+    """The parameters that `target_parameters` names (a name matches an fqn's end, as in PEFT), in module order."""
+    wanted = spec.target_parameters or () if isinstance(spec, LoraConfig) else ()
+    found: set[str] = set()
+    for name in wanted:
+        hits = {fqn: shape for fqn, shape, _ in index.parameters if fqn == name or fqn.endswith(f".{name}")}
+        fit = [fqn for fqn in hits if fqn in index.inner]
+        found.update(fit)
+        if not fit:
+            misses.append(Miss(adapter, "target_parameters", name, _no_parameter(name, hits, index)))
+    return [fqn for fqn in index.inner if fqn in found]
+
+
+def _no_parameter(name: str, hits: Mapping[str, tuple[int, ...]], index: SiteIndex) -> str:
+    for fqn, shape in hits.items():
+        module = fqn.rpartition(".")[0]
+        if module in index.sites and len(shape) > 1:
+            return f"is the weight of {index.sites[module].kind} {module!r}: name that in target_modules"
+        return f"is of shape {shape}; a matrix is expected, or one for each expert in three dimensions"
+    counts = Counter(fqn.rpartition(".")[2] for fqn in index.inner)
+    near = describe_nearest(nearest(name.rpartition(".")[2], counts), counts, "parameter")
+    return f"matches no parameter.{near}"
+
+
+def _unfit(spec: AdapterSpec, site: Site) -> str | None:
+    """The reason why `site` can't be adapted."""
     if site.refusal is not None:
         return f"can't be adapted: {site.refusal}"
     rule = find_rule(spec, site)
@@ -239,7 +274,7 @@ def _unused_patterns(adapter: str, spec: AdapterSpec, sites: Sequence[Site]) -> 
         Miss(adapter, field, key, f"matches none of the {len(sites)} adapted sites")
         for field in ("rank_pattern", "alpha_pattern")
         for key in getattr(spec, field)
-        if not any(pattern_matches(key, site.fqn) for site in sites)
+        if not any(pattern_matches(key, site.name) for site in sites)
     ]
 
 

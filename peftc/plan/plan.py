@@ -52,7 +52,8 @@ class Edit:
     """One change: adapter `adapter` takes slot `slot` of site `site` by rule `rule`.
 
     Slot `module` puts a trained copy in the module's place (modules_to_save). `opaque`: the site's own forward can't be
-    traced and is called as it is. `unmergeable` is the reason why the edit can't be folded, if there is one.
+    traced and is called as it is. `unmergeable` is the reason why the edit can't be folded, if there is one. `saved_as`:
+    what checkpoint keys have for the site, if not its fqn.
     """
 
     site: str
@@ -65,6 +66,7 @@ class Edit:
     flops_per_token: int = 0
     opaque: bool = False
     unmergeable: str | None = None
+    saved_as: str | None = None
 
     @property
     def virtual(self) -> bool:

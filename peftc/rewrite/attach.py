@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftc.errors import AdapterError, RuleError
 from peftc.graph.region import OPAQUE
-from peftc.graph.sites import Site, dtype_of
+from peftc.graph.sites import Site, dtype_of, parameter_name
 from peftc.plan import MODULES_TO_SAVE, Edit, Plan
 from peftc.plan.calls import PROMPT_ENCODER
 from peftc.registry import find_prompt_rule, find_rule
@@ -34,6 +34,18 @@ class Holder(nn.Module):
         super().__setattr__(name, value)
 
 
+def container_of(site: Site) -> tuple[str, str]:
+    """The module that gets a child to hold the adapters of a parameter site, and the name of that child."""
+    assert site.host is not None, "a parameter has one"
+    leaf = site.fqn.removeprefix(f"{site.host}.")
+    return site.host, f"adapted_{leaf.replace('.', '_')}"
+
+
+def owner_name(site: Site) -> str:
+    """The fqn of the module that holds the adapters of `site`: itself, or for a parameter a child of its host."""
+    return site.fqn if site.kind != "parameter" else parameter_name(*container_of(site))
+
+
 def check_names(model: nn.Module, plan: Plan, adapters: Iterable[str]) -> None:
     """Refuse adapter names that can't be part of a parameter's name, and sites that have such a child already."""
     taken = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
@@ -45,8 +57,10 @@ def check_names(model: nn.Module, plan: Plan, adapters: Iterable[str]) -> None:
             )
     modules = dict(model.named_modules())
     for edit in plan.edits:
-        module = modules[edit.site]
-        for first in containers(edit):
+        site = plan.sites[edit.site]
+        parameter = site.kind == "parameter"
+        module = modules[container_of(site)[0] if parameter else edit.site]
+        for first in [container_of(site)[1]] if parameter else containers(edit):
             if first in module._modules or first in module._parameters or first in module.__dict__:
                 raise AdapterError(
                     f"{edit.site}: has a child {first!r} already. A compiled or PEFT model can't be compiled again:"
@@ -62,9 +76,10 @@ def containers(edit: Edit) -> list[str]:
     return list(dict.fromkeys([*(param.key.partition(".")[0] for param in edit.params), *used]))
 
 
-def attach(module: nn.Module, edit: Edit, plan: Plan, fresh: bool) -> None:
+def attach(module: nn.Module, edit: Edit, plan: Plan, weight: nn.Parameter | None, fresh: bool) -> None:
     """Create the parameters and dropouts of `edit` on its module, initialised as the rule says; or its trained copy.
 
+    `weight`: that of the site, for rules that start from it, and for the device.
     `fresh=False`: values are about to be loaded, so a start that needs more than the model (a tokenizer) is left out.
     """
     if edit.rule == MODULES_TO_SAVE:
@@ -73,7 +88,6 @@ def attach(module: nn.Module, edit: Edit, plan: Plan, fresh: bool) -> None:
     if edit.virtual:
         _attach_encoder(module, edit, plan, fresh)
         return
-    weight = module._parameters.get("weight")
     device = weight.device if weight is not None else torch.device(plan.sites[edit.site].device)
     tensors = {
         param.name: torch.empty(param.shape, dtype=dtype_of(param.dtype), device=device) for param in edit.params
@@ -121,8 +135,8 @@ def _initialise(edit: Edit, tensors: Mapping[str, Tensor], weight: nn.Parameter 
 
 
 def canonical(weight: Tensor, site: Site) -> Tensor:
-    """`weight` as rules see it, (out, in, *kernel): a view, transposed where the site stores it so."""
-    return weight.T if site.layout == "in_out" else weight
+    """`weight` as rules see it, (out, in, *kernel) or (experts, out, in): a view, turned where it is stored otherwise."""
+    return weight.mT if site.layout == "in_out" else weight
 
 
 def _attach_encoder(module: nn.Module, edit: Edit, plan: Plan, fresh: bool) -> None:

@@ -11,8 +11,8 @@ from peftc.errors import ConflictError, NoMatchError
 from peftc.graph.copying import structural_copy
 from peftc.graph.region import Region
 from peftc.graph.sites import is_lazy
-from peftc.plan import Plan
-from peftc.rewrite.attach import attach, check_names, containers, detach
+from peftc.plan import Edit, Plan
+from peftc.rewrite.attach import attach, check_names, container_of, containers, detach
 from peftc.rewrite.host import install, uninstall
 from peftc.rewrite.program import Program
 from peftc.rewrite.switch import activate, set_bias
@@ -67,13 +67,25 @@ def extend(
     """Attach the parameters of `adapters`, which are new in `plan`. They start inactive. `fresh` as in `build`."""
     program.plan, program.regions = plan, regions
     program.layouts.clear()
+    for site in plan.sites.values():
+        if site.kind == "parameter":
+            host, child = container_of(site)
+            module = program.base.get_submodule(host)
+            module._modules.setdefault(child, nn.Module().train(module.training))
     _close_fast_paths(program, program.look_up())
     for name in adapters:
         for edit in program.edits[name]:
-            attach(program.owners[edit.site], edit, plan, fresh)
+            attach(program.owners[edit.site], edit, plan, _weight(program, edit), fresh)
     for tensor in plan.trained:
         if tensor.adapter in adapters:
             program.journal.trained[tensor.name] = program.base.get_parameter(tensor.name).data.clone()
+
+
+def _weight(program: Program, edit: Edit) -> nn.Parameter | None:
+    site = program.plan.sites[edit.site]
+    if site.kind == "parameter":
+        return program.base.get_parameter(str(site.weight))
+    return program.owners[edit.site]._parameters.get("weight")
 
 
 def remove(program: Program, adapter: str) -> None:
@@ -81,6 +93,9 @@ def remove(program: Program, adapter: str) -> None:
     program.journal.encoders.pop(adapter, None)
     for edit in program.edits.get(adapter, ()):
         detach(program.owners[edit.site], edit)
+        if edit.slot == "weight" and not program.owners[edit.site]._modules:
+            host, child = container_of(program.plan.sites[edit.site])
+            program.base.get_submodule(host)._modules.pop(child, None)
     for tensor in program.plan.trained:
         if tensor.adapter == adapter:
             set_bias(program, tensor.name, False)
@@ -110,7 +125,7 @@ def parked(program: Program) -> Generator[nn.Module]:
     base = program.base
     for host in program.installed:
         uninstall(program.owners[host])
-    owners = [(program.owners[edit.site], first) for edit in program.plan.edits for first in containers(edit)]
+    owners = [place for edit in program.plan.edits for place in _places(program, edit)]
     children = [(module, first, module._modules.pop(first)) for module, first in owners if first in module._modules]
     try:
         yield base
@@ -119,6 +134,15 @@ def parked(program: Program) -> Generator[nn.Module]:
             module._modules[first] = child
         for host, code in program.installed.items():
             install(program.owners[host], code)
+
+
+def _places(program: Program, edit: Edit) -> list[tuple[nn.Module, str]]:
+    """(module, name) of the children that an edit has added."""
+    site = program.plan.sites[edit.site]
+    if site.kind == "parameter":
+        host, child = container_of(site)
+        return [(program.base.get_submodule(host), child)]
+    return [(program.owners[edit.site], first) for first in containers(edit)]
 
 
 # Flags that these classes ask before taking their fused inference path, which reads weights and skips spliced ops.

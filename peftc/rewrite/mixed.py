@@ -75,6 +75,8 @@ def _unmixable(program: Program, name: str) -> str | None:
     for edit in program.edits[name]:
         if program.plan.sites[edit.site].kind == "call":
             return "a prompt method changes the length of every row"
+        if program.plan.sites[edit.site].kind == "parameter":
+            return f"{edit.site} is adapted as a weight, which all rows share"
         if ".experts." in edit.site:
             return f"{edit.site} gets the tokens that were routed to it, whichever sequence they are of"
     return None

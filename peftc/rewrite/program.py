@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from peftc.graph.region import Region
 from peftc.plan import MODULES_TO_SAVE, Edit, Plan
+from peftc.rewrite.attach import owner_name
 from peftc.rewrite.host import Code, code_of
 from peftc.rule import live_name
 
@@ -100,8 +101,8 @@ class Program:
     def look_up(self) -> dict[str, nn.Module]:
         """Look up the modules of all sites and hosts, their codes and the edits; all modules by fqn."""
         modules = dict(self.base.named_modules())
-        names = {*self.plan.sites, *(region.host for region in self.regions)}
-        self.owners = {fqn: modules[fqn] for fqn in names}
+        self.owners = {region.host: modules[region.host] for region in self.regions}
+        self.owners |= {fqn: modules[owner_name(site)] for fqn, site in self.plan.sites.items()}
         codes = ((region.host, code_of(self.owners[region.host])) for region in self.regions)
         self.installed = {host: code for host, code in codes if code is not None}
         self.edits = {name: [] for name in self.plan.adapters}

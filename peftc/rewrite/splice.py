@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, get_args
 
-from torch import fx
+from torch import Tensor, fx, nn
 from torch.fx.proxy import GraphAppendingTracer, TraceError
 from torch.nn import functional as F
 
@@ -18,6 +18,7 @@ from peftc.graph.calls import CallSlot
 from peftc.graph.region import Anchor, Source, call_input, form_of, invoke, operand
 from peftc.plan import MODULES_TO_SAVE, Edit
 from peftc.rewrite.call import splice_call
+from peftc.rewrite.host import Opaque
 from peftc.rule import Bound, Rule, live_name
 
 _POINTWISE: Mapping[str, Any] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
@@ -26,10 +27,11 @@ _CONV_ARGS = ("stride", "padding", "dilation", "groups")
 
 @dataclass(frozen=True)
 class Active:
-    """An edit to splice, with its rule (None for modules_to_save)."""
+    """An edit to splice, with its rule (None for modules_to_save). `turned`: the site stores its weight transposed."""
 
     edit: Edit
     rule: Rule[Any] | None
+    turned: bool = False
 
 
 def splice(source: Source, active: Mapping[str, Sequence[Active]]) -> fx.Graph:
@@ -61,6 +63,9 @@ def _splice_site(graph: fx.Graph, node: fx.Node, anchor: Anchor, edits: Sequence
     if edits[0].edit.slot in get_args(CallSlot):
         splice_call(graph, node, [active.edit for active in edits])
         return
+    if edits[0].edit.slot == "weight":
+        splice_weight(graph, node, anchor, edits)
+        return
     form = form_of(node)
     place = form.x if form is not None else None
     first: fx.Node = operand(node, place) if place is not None else call_input(graph, node)
@@ -89,6 +94,45 @@ def _splice_site(graph: fx.Graph, node: fx.Node, anchor: Anchor, edits: Sequence
             user.replace_input_with(node, y)
 
 
+def splice_weight(graph: fx.Graph, node: fx.Node, anchor: Anchor, edits: Sequence[Active]) -> None:
+    """Let the call of an opaque host compute with a weight into which the edits are folded."""
+    tracer = GraphAppendingTracer(graph)
+    container = f"adapted_{anchor.site.replace('.', '_')}"
+    before = node.args[0]
+    assert isinstance(before, fx.Node), "invoke calls a module"
+    with graph.inserting_before(before):
+        stored = fx.Proxy(graph.get_attr(anchor.site), tracer)
+        turned = edits[0].turned
+        weight = stored.mT if turned else stored
+        for active in edits:
+            weight = _traced(active, "fold", weight, _bind(active, tracer, node, container)[0])
+        weight = (weight.mT if turned else weight).to(stored.dtype)
+    node.target = with_weights
+    given = node.kwargs.get("weights")
+    weights = {**given, anchor.site: weight.node} if isinstance(given, dict) else {anchor.site: weight.node}
+    node.kwargs = {**node.kwargs, "weights": weights}
+
+
+def with_weights(
+    base: Opaque,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    more_args: tuple[Any, ...] = (),
+    more_kwargs: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Any:
+    """The call of `base`, while attributes of its host are these `weights` (by fqn relative to the host)."""
+    host: nn.Module = base.__dict__["host"]
+    places = [(host.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in weights or {}]
+    for (module, leaf), weight in zip(places, (weights or {}).values(), strict=True):
+        module.__dict__[leaf] = weight  # Found before the parameter of that name.
+    try:
+        return base(*args, *more_args, **kwargs, **(more_kwargs or {}))
+    finally:
+        for module, leaf in places:
+            module.__dict__.pop(leaf, None)
+
+
 def _retarget(graph: fx.Graph, node: fx.Node, target: str) -> None:
     """Let a call of a module call another one."""
     if node.target is invoke:
@@ -106,22 +150,29 @@ def _apply(
     active: Active, slot: str, tracer: GraphAppendingTracer, node: fx.Node, site: str, x: fx.Node, *y: fx.Node
 ) -> fx.Node:
     """Trace one slot function into the graph at the insertion point, with x in the adapter's dtype."""
-    rule = active.rule
-    assert rule is not None  # only modules_to_save has none, and it never gets here
     p, dtype = _bind(active, tracer, node, site)
     own = fx.Proxy(x, tracer)
     form = form_of(node)
     if form is None or form.kind != "embedding":  # token ids are no numbers to cast
         own = own.to(dtype)
-    try:
-        result = getattr(rule, slot)(own, *(fx.Proxy(node, tracer) for node in y), p)
-    except (TraceError, TypeError, AttributeError, RuntimeError, ValueError, LookupError) as error:
-        raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}.{slot}) does not trace: {error}") from error
-    if not isinstance(result, fx.Proxy):
-        raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}.{slot}) returns {type(result).__name__}, no tensor")
+    result = _traced(active, slot, own, *(fx.Proxy(node, tracer) for node in y), p)
     if slot == "input":
         result = result.to(fx.Proxy(x, tracer).dtype)
     return result.node
+
+
+def _traced(active: Active, function: str, *args: Any) -> fx.Proxy:
+    """What a function of the rule gives for proxies. Raises RuleError if it does not trace."""
+    rule = active.rule
+    assert rule is not None, "only modules_to_save has none"
+    where = f"rule {rule.name!r} ({type(rule).__name__}.{function})"
+    try:
+        result = getattr(rule, function)(*args)
+    except (TraceError, TypeError, AttributeError, RuntimeError, ValueError, LookupError) as error:
+        raise RuleError(f"{where} does not trace: {error}") from error
+    if not isinstance(result, fx.Proxy):
+        raise RuleError(f"{where} returns {type(result).__name__}, no tensor")
+    return result
 
 
 def _cast(tracer: GraphAppendingTracer, y: fx.Node, like: fx.Node) -> fx.Node:

@@ -18,7 +18,6 @@ from peftc.rewrite.generation import call_methods
 from peftc.rewrite.host import Code, install, original_class, uninstall
 from peftc.rewrite.program import Program
 from peftc.rewrite.splice import Active, splice
-from peftc.rule import Rule
 
 
 def activate(program: Program, names: Iterable[str], learning: Iterable[str]) -> None:
@@ -99,7 +98,7 @@ def layout(program: Program, names: Sequence[str]) -> dict[str, Code]:
         groups: dict[str, list[Active]] = {}
         for name in key:
             for edit in program.edits[name]:
-                groups.setdefault(edit.site, []).append(Active(edit, _rule_of(program.plan, edit)))
+                groups.setdefault(edit.site, []).append(_active(program.plan, edit))
         pairs = ((region, _at(region, groups)) for region in program.regions)
         program.layouts[key] = {region.host: _code(program, region, active) for region, active in pairs if active}
     return program.layouts[key]
@@ -118,7 +117,7 @@ def _site_of(region: Region, anchor: Anchor) -> str:
 def _code(program: Program, region: Region, active: Mapping[str, Sequence[Active]]) -> Code:
     """The code of `region` with the edits `active`; equal hosts get the same one."""
     cls = original_class(program.owners[region.host])
-    signature = tuple((site, tuple(_signature(a.edit) for a in group)) for site, group in active.items())
+    signature = tuple((site, tuple((a.turned, *_signature(a.edit)) for a in group)) for site, group in active.items())
     key = (region.source, cls, signature)
     if key not in program.codes:
         methods = call_methods(cls, [item.edit for item in active.get("", ())])
@@ -126,8 +125,10 @@ def _code(program: Program, region: Region, active: Mapping[str, Sequence[Active
     return program.codes[key]
 
 
-def _rule_of(plan: Plan, edit: Edit) -> Rule[Any] | None:
-    return None if edit.rule == MODULES_TO_SAVE else find_rule(plan.adapters[edit.adapter], plan.sites[edit.site])
+def _active(plan: Plan, edit: Edit) -> Active:
+    site = plan.sites[edit.site]
+    rule = None if edit.rule == MODULES_TO_SAVE else find_rule(plan.adapters[edit.adapter], site)
+    return Active(edit, rule, turned=site.layout == "in_out")
 
 
 def _signature(edit: Edit) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from peftc.specs.base import AdapterSpec, BiasMode, LayerIndices, OneOrMoreNames, require_regex
+from peftc.specs.base import AdapterSpec, BiasMode, LayerIndices, Names, OneOrMoreNames, require_regex
 
 T = TypeVar("T")
 Rank = Annotated[int, Field(gt=0)]
@@ -38,13 +38,14 @@ class LoraConfig(AdapterSpec):
     `init_lora_weights`: true (A kaiming-uniform, B zero), false (both random), `gaussian`, `orthogonal`, `olora`
     (arXiv:2406.01775), `pissa`, `pissa_niter_<n>` (arXiv:2404.02948).
     `fan_in_fan_out` is informative: the layout is read off the module.
+    `target_parameters` names parameters (`experts.gate_up_proj`) that no linear holds: matrices, or one for each expert in
+    three dimensions. They, and the weights of an nn.MultiheadAttention in `target_modules`, are adapted as weights.
     """
 
     not_implemented: ClassVar[Mapping[str, Any]] = {
         "use_dora": False,
         "use_qalora": False,
         "layer_replication": None,
-        "target_parameters": None,
         "trainable_token_indices": None,
         "megatron_config": None,
         "velora_config": None,
@@ -79,6 +80,7 @@ class LoraConfig(AdapterSpec):
     layers_pattern: OneOrMoreNames | None = None
     rank_pattern: dict[str, Rank] = Field(default_factory=dict)
     alpha_pattern: dict[str, float | int] = Field(default_factory=dict)
+    target_parameters: Names | None = None
 
     @model_validator(mode="after")
     def _check_lora(self) -> Self:
