@@ -20,14 +20,13 @@ from peftc.checkpoint import (
     save_adapter,
 )
 from peftc.compiled_graph import CompiledGraph
-from peftc.errors import AdapterError
+from peftc.errors import AdapterError, MergeError
 from peftc.graph.region import Capture
 from peftc.merge import Undo, forget, merge, unmerge
-from peftc.plan import Plan, make_plan
+from peftc.plan import Plan
 from peftc.registry import spec_classes
 from peftc.rewrite.build import build, require_applicable, undo
-from peftc.rewrite.program import Program
-from peftc.rewrite.switch import activate, emit, require_unwrapped, train
+from peftc.rewrite.switch import activate, emit, require_idle, require_unwrapped, train
 from peftc.rewrite.virtual import rows
 from peftc.rule import Combination
 from peftc.specs import AdapterSpec, load_spec
@@ -84,6 +83,8 @@ class CompiledModel(CompiledGraph):
         """Let these adapters train, active or not, or freeze them. Raises AdapterError on an unknown name."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         lifecycle.require_known(self.program, names)
+        if set(names) & set(self.program.merged):
+            lifecycle.require_unmerged(self.program, "set_requires_grad")
         others = [name for name in self.program.learning if name not in names]
         train(self.program, [*others, *names] if requires_grad else others)
 
@@ -171,16 +172,10 @@ class CompiledModel(CompiledGraph):
         Raises AdapterError, with nothing changed: a name taken or unknown, several methods, ranks that differ where they
         must not, modules that two adapters save, trained biases. MergeError while merged.
         """
-        lifecycle.require_known(self.program, adapters)
-        if len(adapters) != len(weights) or len(set(adapters)) != len(adapters):
-            raise AdapterError(
-                f"add_weighted_adapter: {len(adapters)} adapters ({', '.join(adapters)}), {len(weights)} weights;"
-                " give one weight for each, and each adapter once"
-            )
         how = Combination(
             combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
         )
-        lifecycle.combine(self.program, adapter_name, dict(zip(adapters, map(float, weights), strict=True)), how)
+        lifecycle.combine(self.program, adapter_name, adapters, weights, how)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off. If no other was active, the one loaded first becomes so.
@@ -221,6 +216,8 @@ class CompiledModel(CompiledGraph):
         self, adapter_names: str | Sequence[str] | None = None, *, untie: bool = False, undo: Undo = "keep"
     ) -> Generator[Self]:
         """A context in which adapters are merged, as `merge_adapter` does. Raises as the two calls do."""
+        if undo == "none":
+            raise MergeError("merged(undo='none') could not be left again; use 'keep' or 'residual'")
         self.merge_adapter(adapter_names, untie=untie, undo=undo)
         try:
             yield self
@@ -255,11 +252,9 @@ class CompiledModel(CompiledGraph):
         return self._undo()
 
     def _undo(self) -> nn.Module:
+        require_idle(self.program)
         require_unwrapped(self.program, self.program.installed)
-        base = undo(self.program)
-        empty, _ = make_plan(base, {}, self.plan.capture, self.plan.autocast_adapter_dtype)
-        self.__dict__["program"] = Program(base, empty, (), unloaded=True)
-        return base
+        return undo(self.program)
 
     def adapter_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """The live tensors of an adapter under the keys of PEFT's files. Raises AdapterError on an unknown name."""

@@ -9,6 +9,7 @@ from torch import fx, nn
 from peftc.graph.region import call, parameters_of
 from peftc.rewrite.mixed import mixed
 from peftc.rewrite.program import Program
+from peftc.rewrite.route import refuse_names
 from peftc.view.text import span
 
 
@@ -20,7 +21,12 @@ class CompiledGraph(fx.GraphModule):
 
     def __init__(self, program: Program) -> None:
         graph = fx.Graph()
-        graph.output(call(graph, "base", parameters_of(program.base.forward)))
+        node = call(graph, "base", parameters_of(program.base.forward))
+        rest = next((n for n in graph.nodes if str(n.target).startswith("**")), None)
+        if rest is not None:
+            with graph.inserting_before(node):
+                node.replace_input_with(rest, graph.call_function(refuse_names, (rest,)))
+        graph.output(node)
         # A stand-in for the base until the graph is compiled: torch.fx would compile every host in it anew.
         root = nn.Module()
         root.base = nn.Module()

@@ -1,6 +1,7 @@
 """Adapters coming and going: what `CompiledModel`'s methods do to its program, all of it or nothing."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -8,12 +9,12 @@ from peftc.checkpoint import load_state
 from peftc.compiled_graph import CompiledGraph
 from peftc.errors import AdapterError, MergeError, nearest
 from peftc.graph.region import Capture, Region
-from peftc.merge.combine import checked, combined_spec, fill
+from peftc.merge.combine import checked, combined_spec, fill, pairs
 from peftc.plan import Plan, make_plan, without
 from peftc.rewrite.attach import check_names
 from peftc.rewrite.build import extend, parked, remove, require_applicable
 from peftc.rewrite.program import Program
-from peftc.rewrite.switch import activate, emit
+from peftc.rewrite.switch import activate, emit, require_idle
 from peftc.rule import Combination
 from peftc.specs import AdapterSpec
 
@@ -44,8 +45,7 @@ def require_unmerged(program: Program, what: str) -> None:
 
 def add(program: Program, name: str, spec: AdapterSpec, on_unmatched: str, fresh: bool = True) -> None:
     """Attach a new adapter, inactive. `fresh=False`: its values are about to be loaded."""
-    if program.unloaded:
-        raise AdapterError("the model was unloaded; compile it again to give it adapters")
+    require_idle(program)
     if name in program.plan.adapters:
         raise AdapterError(f"adapter {name!r} exists already; choose another name, or delete it first")
     require_unmerged(program, "add_adapter")
@@ -79,8 +79,10 @@ def load(
         raise
 
 
-def combine(program: Program, name: str, weights: Mapping[str, float], how: Combination) -> None:
+def combine(program: Program, name: str, adapters: Any, numbers: Any, how: Combination) -> None:
     """Attach an adapter, inactive and frozen, that is the combination of others."""
+    weights = pairs(adapters, numbers)
+    require_known(program, weights)
     how = checked(program, weights, how)
     add(program, name, combined_spec(program, weights, how), "error", fresh=False)
     try:
@@ -91,12 +93,16 @@ def combine(program: Program, name: str, weights: Mapping[str, float], how: Comb
 
 
 def delete(program: Program, name: str) -> None:
-    """Take an adapter off. If no other was active, the one loaded first becomes so."""
+    """Take an adapter off. If only that was active, the one loaded first becomes so, and learns if that one did."""
     require_known(program, [name])
     require_unmerged(program, "delete_adapter")
     left = [other for other in program.plan.adapters if other != name]
     active = [other for other in program.active if other != name]
-    activate(program, active or left[:1], program.learning if active else left[:1])
+    learning = [other for other in program.learning if other != name]
+    if not active and name in program.active:
+        active = left[:1]
+        learning += active if name in program.learning else []
+    activate(program, active, learning)
     _shrink(program, name)
 
 

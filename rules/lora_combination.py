@@ -31,7 +31,9 @@ def combined_spec(specs: Mapping[str, LoraConfig], where: Mapping[str, Sequence[
     ranks = {fqn: _rank(fqn, {name: specs[name] for name in names}, how) for fqn, names in where.items()}
     r = max(ranks.values(), key=list(ranks.values()).count)
     # A key matches every fqn that ends with it, and the first wins: longer ones go first.
-    pattern = {fqn: ranks[fqn] for fqn in sorted(ranks, key=len, reverse=True) if ranks[fqn] != r}
+    other = [fqn for fqn in ranks if ranks[fqn] != r]
+    named = [fqn for fqn in ranks if fqn in other or any(fqn.endswith(f".{key}") for key in other)]
+    pattern = {fqn: ranks[fqn] for fqn in sorted(named, key=len, reverse=True)}
     update = {"r": r, "lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": dict(pattern), "use_rslora": False}
     return first.model_copy(update={**update, "init_lora_weights": True})
 

@@ -41,7 +41,8 @@ class Site:
     `out_features` × `in_features` is the canonical weight; `layout` says how the stored weight lies (`in_out`:
     transposed, as in transformers' Conv1D and in embeddings, whose "input" is the one-hot token). For convolutions the
     features are channels and `kernel_size` the rest of the weight's shape. `dtype` and `device` are those of the weight.
-    `refusal` is the reason why the site can't be adapted, `caution` one why it may not do what is expected.
+    `refusal` is the reason why the site can't be adapted, `no_fold` one why nothing can be merged into its weight,
+    `caution` one why it may not do what is expected.
     A `call` is that of a whole model or of its encoder or decoder, which `stack` describes.
 
     A `parameter` is a weight that module `host` uses in its own ways: (groups, out, in) of `groups` experts, or (out, in).
@@ -68,6 +69,7 @@ class Site:
     stack: Stack | None = None
     host: str | None = None
     known_as: str | None = None
+    no_fold: str | None = None
 
     @property
     def name(self) -> str:
@@ -249,7 +251,12 @@ def _site(fqn: str, module: nn.Module, parent: nn.Module | None, tied: Mapping[s
         tied=tied.get(parameter_name(fqn, "weight"), ()) if weight is not None else (),
         refusal=_refusal(module, weight, lent, parent),
         caution=_caution(lent, parent, fqn),
+        no_fold="max_norm would scale what is merged into it" if _renorms(module) else None,
     )
+
+
+def _renorms(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding) and module.max_norm is not None
 
 
 def _refusal(module: nn.Module, weight: nn.Parameter | None, lent: Lending, parent: nn.Module | None) -> str | None:

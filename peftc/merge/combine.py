@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,19 @@ from peftc.rule import Bound, Combination, Part, Rule
 from peftc.specs import AdapterSpec
 
 _WHAT = "add_weighted_adapter"
+
+
+def pairs(adapters: Any, weights: Any) -> dict[str, float]:
+    """Weight by adapter. Raises AdapterError unless there is one number for every adapter, each named once."""
+    lists = isinstance(adapters, list | tuple) and isinstance(weights, list | tuple)
+    names, numbers = (list(cast("list[Any]", adapters)), list(cast("list[Any]", weights))) if lists else ([], [])
+    plain = all(isinstance(n, str) for n in names) and all(isinstance(w, int | float) for w in numbers)
+    if not lists or not plain or len(names) != len(numbers) or len(set(names)) != len(names):
+        raise AdapterError(
+            f"{_WHAT}: adapters {adapters!r} with weights {weights!r}: give a list of names, each once, and"
+            " a list of as many numbers"
+        )
+    return {name: float(number) for name, number in zip(names, numbers, strict=True)}
 
 
 def checked(program: Program, weights: Mapping[str, float], how: Combination) -> Combination:
@@ -54,21 +67,25 @@ def _resolved(rule: Rule[Any], how: Combination, single: bool) -> Combination:
     if single and "cat" in rule.combinations and how.svd_rank is None:
         return replace(how, combination_type="cat")  # Nothing to combine: the adapter itself, scaled.
     pruned = kind.removesuffix("_svd") not in ("svd", "linear", "cat")
-    if pruned and (how.density is None or not 0 <= how.density <= 1 or (how.density == 0 and "dare" in kind)):
-        raise AdapterError(f"{_WHAT}: {kind!r} needs a density in [0, 1] (dare: above 0), got {how.density}")
+    if pruned and (not _is_share(how.density) or (how.density == 0 and "dare" in kind)):
+        raise AdapterError(f"{_WHAT}: {kind!r} needs a density in [0, 1] (dare: above 0), got {how.density!r}")
     if how.majority_sign_method not in ("total", "frequency"):
         raise AdapterError(
             f"{_WHAT}: majority_sign_method={how.majority_sign_method!r}: valid are 'total' and 'frequency'"
         )
-    if how.svd_rank is not None and how.svd_rank < 1:
-        raise AdapterError(f"{_WHAT}: svd_rank={how.svd_rank} is not positive")
-    if how.svd_clamp is not None and not 0 <= how.svd_clamp <= 1:
+    if how.svd_rank is not None and (type(how.svd_rank) is not int or how.svd_rank < 1):
+        raise AdapterError(f"{_WHAT}: svd_rank={how.svd_rank!r} is no positive integer")
+    if how.svd_clamp is not None and not _is_share(how.svd_clamp):
         raise AdapterError(f"{_WHAT}: svd_clamp={how.svd_clamp} is a quantile, so in [0, 1]")
     if how.svd_driver is not None and not torch.cuda.is_available():
         raise AdapterError(
             f"{_WHAT}: svd_driver={how.svd_driver!r} chooses a CUDA solver, and there is no CUDA device here"
         )
     return replace(how, combination_type=kind)
+
+
+def _is_share(number: Any) -> bool:
+    return isinstance(number, int | float) and 0 <= number <= 1
 
 
 def combined_spec(program: Program, weights: Mapping[str, float], how: Combination) -> AdapterSpec:

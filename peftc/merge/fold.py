@@ -151,7 +151,7 @@ def exact(value: Tensor, param: Param) -> Tensor:
         return value
     axes = param.axes or ""
     terms = math.prod(size for size, axis in zip(param.shape, axes, strict=False) if axis not in "oi")
-    bits = (52 - terms.bit_length()) // 2 if axes else 16
+    bits = (53 - (terms - 1).bit_length()) // 2 if axes else 16
     _, exponent = math.frexp(float(value.abs().amax()))
     unit = math.ldexp(1.0, max(exponent - bits, -1000))  # A power of two: scaling by it rounds nothing.
     return torch.round(value / unit) * unit

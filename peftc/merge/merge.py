@@ -15,12 +15,13 @@ from peftc.errors import AdapterError, MergeError
 from peftc.graph.sites import parameter_name
 from peftc.merge import ties
 from peftc.merge.fold import Folded, edits_by_site, fold_bias, fold_copies, fold_weight
+from peftc.merge.ownership import require_own
 from peftc.merge.undo import fold_in_place, owner_of, require_intact, restore, tensor_of
 from peftc.merge.undo_log import checksum, require_zstandard
 from peftc.plan import MODULES_TO_SAVE, Edit
 from peftc.registry import find_rule
 from peftc.rewrite.program import Program, Replaced, tensor_slots
-from peftc.rewrite.switch import emit, layout, require_unwrapped, train
+from peftc.rewrite.switch import emit, layout, require_idle, require_unwrapped, train
 
 Undo = Literal["keep", "residual", "none"]
 
@@ -41,7 +42,7 @@ def merge(program: Program, names: Sequence[str], untie: bool, undo: str) -> Non
             ties.require_untied(program, [(item.owner, item.leaf) for item in outside])
         # The rest would be too much to keep twice; what fails here is undone.
         program.merged = tuple(names)
-        program.journal.paused = program.learning
+        program.journal.paused = tuple(name for name in program.learning if name in names)
         try:
             emit(program)
             for site in inside:
@@ -59,6 +60,7 @@ def unmerge(program: Program, check: bool = True) -> None:
 
     `check`: compare every tensor with the checksum taken when it was merged, before and after.
     """
+    require_idle(program)
     if not program.merged:
         raise MergeError("no adapter is merged")
     gone = [parameter_name(item.owner, item.leaf) for item in program.journal.merged if _is_gone(item)]
@@ -89,6 +91,7 @@ def _quiet(program: Program) -> Generator[None]:
 def _require_state(program: Program, names: Sequence[str], undo: str) -> None:
     if undo not in get_args(Undo):
         raise MergeError(f"undo={undo!r}: valid are 'keep', 'residual' and 'none'")
+    require_idle(program)
     if undo == "residual":
         require_zstandard()
     if program.merged:
@@ -145,7 +148,7 @@ def _fold(program: Program, fqn: str, edits: Sequence[Edit], weight_in_place: bo
 
 def _in_place(program: Program, groups: dict[str, list[Edit]]) -> list[str]:
     """The sites whose weights are folded in place. Raises MergeError if the model does not own them."""
-    found: list[str] = []
+    weights: dict[str, Tensor] = {}
     for fqn, edits in groups.items():
         if edits[-1].rule == MODULES_TO_SAVE:
             continue
@@ -158,15 +161,9 @@ def _in_place(program: Program, groups: dict[str, list[Edit]]) -> list[str]:
                 f"{owner}.{leaf}: undo='residual' needs a dense tensor of a device with float64, outside of inference mode;"
                 " use undo='keep'"
             )
-        # One reference is the parameter's, one that of the storage object asked here.
-        if not program.inplace and torch._C._storage_Use_Count(weight.untyped_storage()._cdata) > 2:  # pyright: ignore
-            raise MergeError(
-                f"{owner}.{leaf}: undo='residual' merges in place, but the tensor is not this model's own: the original"
-                " model, another one compiled from it, or a state dict holds it too. Drop those, compile with inplace=True,"
-                " or use undo='keep', which copies nothing while the original is alive."
-            )
-        found.append(fqn)
-    return found
+        weights[fqn] = weight
+    require_own(program, {str(program.plan.sites[fqn].weight): weight for fqn, weight in weights.items()})
+    return list(weights)
 
 
 def _exchange(program: Program, item: Folded, keep: bool) -> None:
@@ -174,10 +171,8 @@ def _exchange(program: Program, item: Folded, keep: bool) -> None:
     slots = tensor_slots(program.base.get_submodule(item.owner), item.leaf)
     old: Tensor = slots[item.leaf]
     ties.cut(program, item.owner, item.leaf)
-    replaced = (
-        Replaced(item.owner, item.leaf, checksum(old), original=old) if keep else Replaced(item.owner, item.leaf, None)
-    )
-    program.journal.merged.append(replaced)
+    original, crc, new = (old, checksum(old), checksum(item.value)) if keep else (None, None, None)
+    program.journal.merged.append(Replaced(item.owner, item.leaf, crc, original, new))
     slots[item.leaf] = nn.Parameter(item.value, requires_grad=False) if isinstance(old, nn.Parameter) else item.value
 
 

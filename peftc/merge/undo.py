@@ -94,10 +94,20 @@ def require_intact(program: Program, item: Replaced, check: bool) -> None:
     name = parameter_name(item.owner, item.leaf)
     now = tensor_of(program, item.owner, item.leaf)
     if item.original is not None:
+        if now.shape != item.original.shape:
+            raise MergeError(
+                f"{name}: was resized from {tuple(item.original.shape)} to {tuple(now.shape)} while merged; the original"
+                " does not fit any more. Resize it back, or keep the merge (merge_and_unload)."
+            )
         if check and checksum(item.original) != item.crc:
             raise MergeError(
                 f"{name}: the original tensor was changed while merged (by whoever shares it with this model), so undoing"
                 " would not give the weights from before. unmerge_adapter(check=False) puts it back as it is now."
+            )
+        if check and now.dtype == item.original.dtype and checksum(now) != item.merged:
+            raise MergeError(
+                f"{name}: the merged tensor was changed (trained, or loaded into), and undoing would lose that."
+                " unmerge_adapter(check=False) does; merge_and_unload() keeps it."
             )
         return
     dtype = next(site.dtype for site in program.plan.sites.values() if site.weight == name)
@@ -135,7 +145,7 @@ def restore(program: Program, check: bool) -> None:
     ties.mend(program)
     paused, journal.paused, program.merged = journal.paused, (), ()
     emit(program)
-    train(program, paused)
+    train(program, [name for name in program.plan.adapters if name in (*program.learning, *paused)])
 
 
 def _unfolded(program: Program, edits: Sequence[Edit], merged: Tensor, item: Replaced, check: bool) -> Tensor:

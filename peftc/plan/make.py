@@ -193,7 +193,7 @@ def _unmergeable(rule: Rule[AdapterSpec], spec: AdapterSpec, site: Site, opaque:
         return f"the forward of {site.module} can't be traced, so what it does with its weight is not known"
     if site.weight is None or not dtype_of(site.dtype).is_floating_point or dtype_of(site.dtype).itemsize == 1:
         return f"its weight is {'no plain parameter' if site.weight is None else site.dtype}"
-    return rule.cannot_fold(spec, site)
+    return site.no_fold or rule.cannot_fold(spec, site)
 
 
 def _save(adapter: str, model: nn.Module, fqn: str) -> Edit:

@@ -11,10 +11,10 @@ from peftc.errors import ConflictError, NoMatchError
 from peftc.graph.copying import structural_copy
 from peftc.graph.region import Region
 from peftc.graph.sites import is_lazy
-from peftc.plan import Edit, Plan
+from peftc.plan import Edit, Plan, without
 from peftc.rewrite.attach import attach, check_names, container_of, containers, detach
 from peftc.rewrite.host import install, uninstall
-from peftc.rewrite.program import Program
+from peftc.rewrite.program import Journal, Program
 from peftc.rewrite.switch import activate, set_bias
 
 
@@ -47,7 +47,9 @@ def build(model: nn.Module, plan: Plan, regions: tuple[Region, ...], inplace: bo
     check_names(model, plan, plan.adapters)
     base = model if inplace else structural_copy(model)
     program = Program(base, plan, regions, inplace=inplace)
-    program.journal.requires_grad = {n: p.requires_grad for n, p in model.named_parameters() if not is_lazy(p)}
+    program.journal.requires_grad = {
+        name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False) if not is_lazy(p)
+    }
     for parameter in base.parameters():
         if not is_lazy(parameter):
             parameter.requires_grad_(False)
@@ -116,6 +118,11 @@ def undo(program: Program) -> nn.Module:
         setattr(program.base.get_submodule(fqn), flag, value)
     for name, flag in program.journal.requires_grad.items():
         program.base.get_parameter(name).requires_grad_(flag)
+    for adapter in program.plan.adapters:
+        program.plan = without(program.plan, adapter)
+    program.regions, program.active, program.learning, program.journal = (), (), (), Journal()
+    program.look_up()
+    program.unloaded = True
     return program.base
 
 

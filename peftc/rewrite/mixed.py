@@ -5,6 +5,7 @@ term is made of matrix products (LoRA on linear sites), the rule's own function 
 products become batched ones; elsewhere the code of every adapter runs on its rows (see peftc.rewrite.route).
 """
 
+import re
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 
 from peftc.errors import AdapterError, MergeError
 from peftc.graph.region import OPAQUE, Region, Source, call, form_of, operand, parameters_of
+from peftc.graph.sites import transformers_config
 from peftc.plan import MODULES_TO_SAVE, Edit
 from peftc.registry import find_rule
 from peftc.rewrite import route as ops
@@ -37,7 +39,7 @@ def mixed(program: Program, names: Any, several: bool = False) -> Generator[None
     """
     rows = _checked(program, names)
     hosts = _mixed_layout(program, frozenset(rows) - {BASE})
-    route = Route(rows, _codes(program, hosts, rows), torch.is_grad_enabled())
+    route = Route(rows, _codes(program, hosts, rows), torch.is_grad_enabled(), _is_rows_first(program))
     with _entered(program, hosts, route), _watched(program.base, route, several), _bound(program, hosts, route):
         yield
 
@@ -57,6 +59,10 @@ def _checked(program: Program, names: Any) -> tuple[str, ...]:
         reason = _unmixable(program, name) if name != BASE else None
         if reason is not None:
             raise AdapterError(f"adapter_names: {name!r} can't share a batch: {reason}")
+    if program.plan.capture != "modules":
+        raise AdapterError("adapter_names: needs capture='modules'; one flat graph runs all rows alike")
+    if _sequence_first(program):
+        raise AdapterError("adapter_names: this model has modules that take positions before rows (batch_first=False)")
     if program.merged:
         raise MergeError(f"adapter_names: {', '.join(program.merged)} merged; call unmerge_adapter() first")
     if not program.enabled:
@@ -70,6 +76,8 @@ def _checked(program: Program, names: Any) -> tuple[str, ...]:
 
 def _unmixable(program: Program, name: str) -> str | None:
     """Why adapter `name` can't be one of several in a batch."""
+    config = transformers_config(program.base)
+    several = config is not None and config.get_text_config() is not config
     if any(tensor.adapter == name for tensor in program.plan.trained):
         return "it trains biases of the base model, which all rows share"
     for edit in program.edits[name]:
@@ -79,20 +87,44 @@ def _unmixable(program: Program, name: str) -> str | None:
             return f"{edit.site} is adapted as a weight, which all rows share"
         if ".experts." in edit.site:
             return f"{edit.site} gets the tokens that were routed to it, whichever sequence they are of"
+        if several and _SEEN.search(edit.site):
+            return f"{edit.site} gets images or sounds, and each may belong to any row"
     return None
+
+
+# Parts of models with several inputs, of which the batch is that of the text.
+_SEEN = re.compile(r"(^|[._])(vision|visual|image|audio|video|multi_modal)")
+# Architectures that turn (rows, positions) around inside.
+_TURNING = ("longformer", "led", "xlnet", "fsmt")
+
+
+def _sequence_first(program: Program) -> bool:
+    config = transformers_config(program.base)
+    if config is not None and config.model_type in _TURNING:
+        return True
+    ordered = (m for m in program.base.modules() if isinstance(m, nn.MultiheadAttention | nn.RNNBase))
+    return any(not module.batch_first for module in ordered)
+
+
+def _is_rows_first(program: Program) -> bool:
+    """Whether all modules are known to take rows first: those of transformers do, but for a few."""
+    return transformers_config(program.base) is not None
 
 
 @contextmanager
 def _entered(program: Program, hosts: dict[str, Code], route: Route) -> Generator[None]:
     """Run the hosts' mixed codes under `route`; what they ran before, afterwards."""
-    before = program.installed
-    install_layout(program, hosts)
+    if program.routed:
+        raise AdapterError("adapter_names: another such call of this model is running; one at a time")
+    program.routed = True
     token = current.set(route)
     try:
+        install_layout(program, hosts)
         yield
     finally:
         current.reset(token)
-        install_layout(program, before)
+        program.routed = False
+        install_layout(program, layout(program, program.spliced))
 
 
 @contextmanager
@@ -105,7 +137,9 @@ def _watched(base: nn.Module, route: Route, several: bool) -> Generator[None]:
         rows, count = (0 if first is None else first.shape[0]), len(route.names)
         if first is None or rows % count or (rows != count and not several):
             raise AdapterError(f"adapter_names: {count} names for a batch of {rows}")
-        route.rows, route.tokens = rows, first.shape[1] if first.dim() > 1 else None
+        tensors = [value for value in given if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows]
+        route.rows, route.lengths = rows, frozenset(tensor.shape[1] for tensor in tensors)
+        route.inputs = frozenset(tensor.data_ptr() for tensor in tensors)
 
     handle = base.register_forward_pre_hook(note, with_kwargs=True)
     try:
@@ -151,9 +185,7 @@ def _mixed_layout(program: Program, names: frozenset[str]) -> dict[str, Code]:
             del program.layouts[key]
         touched = {edit.site for name in names for edit in program.edits[name]}
         program.layouts[names] = {
-            region.host: _mixed_code(program, region, names)
-            for region in program.regions
-            if region.host in touched or program.plan.capture == "symbolic"
+            region.host: _mixed_code(program, region, names) for region in program.regions if region.host in touched
         }
     return program.layouts[names]
 
@@ -211,7 +243,7 @@ def _family(program: Program, edit: Edit) -> Any | None:
     if edit.rule == MODULES_TO_SAVE or edit.slot != "output" or edit.opaque or site.kind != "linear":
         return None
     rule = find_rule(program.plan.adapters[edit.adapter], site)
-    if rule is None or not rule.additive or program.plan.capture != "modules":
+    if rule is None or not rule.additive:
         return None
     if any(len(param.shape) != 2 for param in edit.params):
         return None

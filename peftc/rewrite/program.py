@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from peftc.errors import AdapterError
 from peftc.graph.region import Region
 from peftc.plan import MODULES_TO_SAVE, Edit, Plan
 from peftc.rewrite.attach import owner_name
@@ -57,10 +58,11 @@ class Program:
     """A base model with adapters, and what has been made for it so far.
 
     `active`: what is spliced in, in load order, unless it is `merged` or the program is not `enabled`. `learning`: whose
-    parameters train. `inplace`: the base is the very model that was given. `installed`: the code that every host runs
-    now. The rest is looked up from these and can be made again: `owners`, the modules of sites and hosts by fqn; `edits`,
-    by adapter; `slots`, where the trainable parameters of an adapter live; `codes`, by what they are made of, so equal
-    hosts share one; `layouts`, the codes of all hosts by what is active; `families`, which edits mixed batches fuse.
+    parameters train. `routed`: in a call with adapter_names. `inplace`: the base is the very model that was given.
+    `installed`: the code that every host runs now. The rest is looked up from these and can be made again: `owners`, the
+    modules of sites and hosts by fqn; `edits`, by adapter; `slots`, where the trainable parameters of an adapter live;
+    `codes`, by what they are made of, so equal hosts share one; `layouts`, the codes of all hosts by what is active;
+    `families`, which edits mixed batches fuse.
     """
 
     base: nn.Module
@@ -70,6 +72,7 @@ class Program:
     learning: tuple[str, ...] = ()
     merged: tuple[str, ...] = ()
     enabled: bool = True
+    routed: bool = False
     inplace: bool = False
     unloaded: bool = False
     journal: Journal = field(default_factory=Journal)
@@ -82,6 +85,7 @@ class Program:
     families: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Program":
+        self._require_own_codes()
         base, journal = copy.deepcopy(self.base, memo), copy.deepcopy(self.journal, memo)
         new = replace(
             self, base=base, journal=journal, codes=dict(self.codes), slots={}, families={}, layouts=dict(self.layouts)
@@ -90,9 +94,14 @@ class Program:
         return new
 
     def __getstate__(self) -> dict[str, Any]:
+        self._require_own_codes()
         # Codes are keyed by identity, which a pickle does not keep; they are made again on the next switch.
         made = {"installed", "owners", "edits", "slots", "codes", "layouts", "families"}
         return {**self.__dict__, **{name: {} for name in made}}
+
+    def _require_own_codes(self) -> None:
+        if self.routed:
+            raise AdapterError("the model is in a call with adapter_names and can't be copied before it is over")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

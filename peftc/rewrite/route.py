@@ -5,15 +5,16 @@ all groups take two batched matrix products; at all other sites every adapter's 
 """
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.utils import checkpoint as checkpoint_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import CheckpointFunction
 
 from peftc.errors import AdapterError
 from peftc.rewrite.host import Code, Opaque
@@ -25,39 +26,55 @@ BASE = "__base__"
 class Route:
     """The adapters of a batch, one name per row (`__base__`: none), while the call they were given to lasts.
 
-    `codes`: by module and name, what runs on that adapter's rows at sites that are not fused. `rows` and `tokens`: of the
-    model's present call, to tell flattened tokens from rows. `learns`: whether gradients are wanted.
-    `bound`: in checkpointed layers whose second run is given this route too. The rest is computed once per route.
+    `codes`: by module and name, what runs on that adapter's rows at sites that are not fused. `learns`: whether gradients
+    are wanted. `rows_first`: whether all modules are known to have the batch first. `rows`, `lengths` and `inputs` are of
+    the model's present call: its batch, the lengths of its sequences, the addresses of its tensors. `bound`: in
+    checkpointed layers whose second run is given this route too. The rest is computed once per route.
     """
 
     names: tuple[str, ...]
     codes: Mapping[int, Mapping[str, Code]]
     learns: bool
-    rows: int | None = None
-    tokens: int | None = None
+    rows_first: bool
+    rows: int = 0
+    lengths: frozenset[int] = frozenset()
+    inputs: frozenset[int] = frozenset()
     bound: bool = False
     partitions: dict[Any, "Partition"] = field(default_factory=dict)
     stacks: dict[Any, Tensor] = field(default_factory=dict)
 
-    def each(self, x: Tensor) -> int:
-        """How many rows `x` has of every sequence in turn: one, several (beams), or all tokens.
+    def each(self, x: Tensor, rows_first: bool = False) -> int:
+        """How many rows `x` has of every sequence in turn: one, several (beams), or all its tokens.
 
         Raises AdapterError if that can't be told.
         """
-        rows, each = x.shape[0], x.shape[0] // len(self.names)
-        flat = x.dim() < 3 and x.is_floating_point() and rows not in (len(self.names), self.rows)
-        known = not flat or (self.tokens is not None and each % self.tokens == 0)
-        if rows % len(self.names) or not known:
+        if not self._known(x, rows_first or self.rows_first):
             raise AdapterError(
-                f"adapter_names: a module is called with {rows} rows for a batch of {len(self.names)}, and which sequence"
-                " each belongs to can't be told. Run the adapters one after the other (set_adapter)."
+                f"adapter_names: a module is called with a tensor of shape {tuple(x.shape)} for a batch of {self.rows}, and"
+                " which sequence each part belongs to can't be told. Run the adapters one after the other (set_adapter)."
             )
-        if self.learns and not self.bound and not torch.is_grad_enabled():
-            _refuse_reentrant()
-        return each
+        if self.learns and not self.bound:
+            _refuse_checkpoint()
+        return x.shape[0] // len(self.names)
+
+    def _known(self, x: Tensor, rows_first: bool) -> bool:
+        rows, first = self.rows or len(self.names), x.shape[0] if x.dim() else 0
+        square = x.dim() > 1 and x.shape[1] == rows  # The batch may be the other dimension.
+        if not x.is_floating_point():
+            return x.dim() > 1 and first == rows and (not square or x.data_ptr() in self.inputs)
+        if first == rows:
+            return rows_first or x.dim() != 3 or not square
+        return x.dim() == 2 and any(first == rows * length for length in self.lengths)
 
 
 current: ContextVar[Route] = ContextVar("current")
+
+
+def _route() -> Route:
+    route = current.get(None)
+    if route is None:
+        raise AdapterError("the model is in a call with adapter_names in another thread; one at a time")
+    return route
 
 
 @dataclass(frozen=True)
@@ -76,7 +93,7 @@ class Partition:
 
 def partition(x: Tensor, present: Sequence[str]) -> Partition:
     """The groups of the rows of `x` at a site with the adapters `present`; rows of others are in none."""
-    route = current.get()
+    route = _route()
     each = route.each(x)
     key = (each, x.device, tuple(present))
     if key not in route.partitions:
@@ -116,7 +133,11 @@ def add_groups(part: Partition, y: Tensor, delta: Tensor) -> Tensor:
     """`y` (rows, …, features) with `delta` (groups, tokens, features) added to the rows that have an adapter."""
     delta = delta.reshape(-1, *y.shape[1:])
     delta = delta if part.scatter is None else delta.index_select(0, part.scatter)
-    return y + delta if part.rows is None else y.to(delta.dtype).index_add(0, part.rows, delta)
+    return y + delta if part.rows is None else _promoted(y, delta).index_add(0, part.rows, _promoted(delta, y))
+
+
+def _promoted(tensor: Tensor, other: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, other.dtype))
 
 
 def stack(part: Partition, container: nn.Module, leaf: str) -> Tensor:
@@ -124,7 +145,7 @@ def stack(part: Partition, container: nn.Module, leaf: str) -> Tensor:
 
     `container`: holds them by adapter name, as modules with a parameter `leaf` or, if that is empty, themselves.
     """
-    stacks = current.get().stacks
+    stacks = _route().stacks
     key = (id(container), leaf, id(part))
     if torch.is_grad_enabled() or key not in stacks:
         made = _stack([_parameter(container, name, leaf) for name in part.adapters])
@@ -155,7 +176,7 @@ def _parameter(container: nn.Module, name: str, leaf: str) -> Tensor:
 def constants(part: Partition, values: Mapping[str, float], like: Tensor) -> Tensor:
     """The number of every group's adapter, (groups, 1, 1)."""
     numbers = tuple(values[name] for name in part.adapters)
-    stacks, key = current.get().stacks, (numbers, like.dtype, like.device)
+    stacks, key = _route().stacks, (numbers, like.dtype, like.device)
     if key not in stacks:
         stacks[key] = torch.tensor(numbers, dtype=like.dtype, device=like.device)[:, None, None]
     return stacks[key]
@@ -173,34 +194,37 @@ def by_row(
     more_args: tuple[Any, ...] = (),
     more_kwargs: Any = None,
 ) -> Any:
-    """The host that `base` stands for, called for every adapter on its own rows, with that adapter's own code."""
+    """The host that `base` stands for, called for every adapter on its own rows, with that adapter's own code.
+
+    Raises AdapterError if it is called with more than one tensor, or anything that holds tensors (a cache).
+    """
     leaves, tree = tree_flatten(((*args, *more_args), {**kwargs, **(more_kwargs or {})}))
-    first = next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), None)
-    if first is None:
-        raise AdapterError("adapter_names: a module with an adapter is called without a tensor")
-    route, host = current.get(), base.__dict__["host"]
-    count = first.shape[0]
-    if count == 1 < len(route.names):
-        # One row for all sequences (positions): every sequence gets its own.
-        count = len(route.names)
-        leaves = [leaf.expand(count, *leaf.shape[1:]) if _is_rows(leaf, 1) else leaf for leaf in leaves]
-        first = next(leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim())
+    route, host = _route(), base.__dict__["host"]
+    places = [position for position, leaf in enumerate(leaves) if not isinstance(leaf, _PLAIN)]
+    if len(places) != 1 or not isinstance(leaves[places[0]], Tensor):
+        raise AdapterError(
+            f"adapter_names: {type(host).__name__}, which an adapter changes or saves whole, is called with other than one"
+            " tensor, and which rows the rest belongs to can't be told. Run the adapters one after the other (set_adapter)."
+        )
+    x: Tensor = leaves[places[0]]
+    if x.dim() and x.shape[0] == 1 < len(route.names) and not x.is_floating_point():
+        x = x.expand(len(route.names), *x.shape[1:])  # One row of positions for all sequences: each gets its own.
+        each = 1
+    else:
+        each = route.each(x, rows_first=isinstance(host, _ConvNd))
     codes, groups = route.codes[id(host)], dict[int, tuple[Code | None, list[int]]]()
-    each = route.each(first)
     for position, name in enumerate(route.names):
         rows = range(position * each, (position + 1) * each)
         groups.setdefault(id(codes.get(name)), (codes.get(name), []))[1].extend(rows)
     outputs: list[Any] = []
     for code, rows in groups.values():
-        index = torch.tensor(rows, device=first.device)
-        own = [leaf.index_select(0, index) if _is_rows(leaf, count) else leaf for leaf in leaves]
-        own_args, own_kwargs = tree_unflatten(own, tree)
+        leaves[places[0]] = x.index_select(0, torch.tensor(rows, device=x.device))
+        own_args, own_kwargs = tree_unflatten(leaves, tree)
         outputs.append(_run(base, host, code, own_args, own_kwargs))
     return _joined(outputs, [rows for _, rows in groups.values()])
 
 
-def _is_rows(leaf: Any, count: int) -> bool:
-    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == count
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 
 
 def _run(base: Opaque, host: nn.Module, code: Code | None, args: Any, kwargs: Any) -> Any:
@@ -216,28 +240,43 @@ def _run(base: Opaque, host: nn.Module, code: Code | None, args: Any, kwargs: An
 
 
 def _joined(outputs: Sequence[Any], rows: Sequence[Sequence[int]]) -> Any:
-    """The outputs of the groups as one, its rows in the order of the batch."""
-    if len(outputs) == 1:
-        return outputs[0]
+    """The outputs of the groups as one, its rows in the order of the batch. Raises AdapterError if one has no rows."""
     flat = [tree_flatten(output) for output in outputs]
     order = torch.tensor([row for own in rows for row in own])
     back = torch.empty_like(order)
     back[order] = torch.arange(len(order))
     joined: list[Any] = []
     for leaves in zip(*(leaves for leaves, _ in flat), strict=True):
-        whole = all(_is_rows(leaf, len(own)) for leaf, own in zip(leaves, rows, strict=True))
-        joined.append(torch.cat(leaves).index_select(0, back.to(leaves[0].device)) if whole else leaves[0])
+        if all(isinstance(leaf, _PLAIN) for leaf in leaves) and len(set(leaves)) == 1:
+            joined.append(leaves[0])
+        elif all(_has_rows(leaf, len(own)) for leaf, own in zip(leaves, rows, strict=True)):
+            joined.append(torch.cat(leaves).index_select(0, back.to(leaves[0].device)))
+        else:
+            raise AdapterError(
+                "adapter_names: a module that an adapter saves whole returns something without a row for every sequence,"
+                " so the adapters' results can't be put together. Run the adapters one after the other (set_adapter)."
+            )
     return tree_unflatten(joined, flat[0][1])
 
 
-def _refuse_reentrant() -> None:
-    """A reentrant checkpoint runs this once more in the backward pass, where the route is gone."""
+def _has_rows(leaf: Any, count: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == count
+
+
+def refuse_names(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keyword arguments of a model, which would pass `adapter_names` over in silence."""
+    if "adapter_names" in kwargs:
+        raise AdapterError("adapter_names: call the model itself, not its forward")
+    return kwargs
+
+
+def _refuse_checkpoint() -> None:
+    """A checkpoint of the model's own runs this once more in the backward pass, where the route is gone."""
     frame: Any = sys._getframe()
-    forward: Callable[..., Any] = CheckpointFunction.forward
     while frame is not None:
-        if frame.f_code is forward.__code__:
+        if frame.f_code.co_filename == checkpoint_module.__file__:
             raise AdapterError(
-                "adapter_names under torch.utils.checkpoint(use_reentrant=True), which runs the layer again without them;"
-                " use transformers' gradient_checkpointing_enable(), or use_reentrant=False"
+                "adapter_names under torch.utils.checkpoint, which would run the layer again without them. transformers'"
+                " gradient_checkpointing_enable() can be used; else train without checkpoints, or one adapter at a time."
             )
         frame = frame.f_back

@@ -64,11 +64,20 @@ def emit(program: Program) -> None:
     """Let every host run its region with the edits of the spliced adapters; without any it is its old self again.
 
     All codes are made before the first host is changed, so a rule that does not trace changes nothing. The biases that
-    spliced adapters train are put in, those of others taken out.
+    spliced adapters train are put in, those of others taken out. Raises AdapterError inside a call with adapter_names.
     """
+    require_idle(program)
     install_layout(program, layout(program, program.spliced))
     for tensor in program.plan.trained:
         set_bias(program, tensor.name, program.enabled and tensor.adapter in program.active)
+
+
+def require_idle(program: Program) -> None:
+    """Raise AdapterError inside a call with adapter_names, or if the model was unloaded."""
+    if program.routed:
+        raise AdapterError("the model is in a call with adapter_names; adapters can't be changed before it is over")
+    if program.unloaded:
+        raise AdapterError("the model was unloaded; compile it again to give it adapters")
 
 
 def install_layout(program: Program, new: dict[str, Code]) -> None:

@@ -96,6 +96,20 @@ def test_a_rank_for_every_site() -> None:
     assert_exact_sum(compiled, {"a": 1, "b": 2})
 
 
+def test_ranks_of_sites_with_names_inside_each_other() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.block = nn.Linear(8, 10), nn.ModuleDict({"fc": nn.Linear(8, 8), "other": nn.Linear(8, 8)})
+
+    ranks = {"fc": 3, "block.fc": 8}
+    spec = peftc.LoraConfig(target_modules=["fc", "other"], r=8, rank_pattern={"block.fc": 8, "fc": 3})
+    compiled = perturb(peftc.compile(Nested(), {"a": spec, "b": peftc.LoraConfig(target_modules=["other"], r=8)}))
+    compiled.add_weighted_adapter(["a"], [1], "sum")
+    assert {e.site: e.constants["r"] for e in compiled.program.edits["sum"]} == {**ranks, "block.other": 8}
+    assert_exact_sum(compiled, {"a": 1})
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_precisions(dtype: torch.dtype) -> None:
     specs = {n: peftc.LoraConfig(target_modules=["linear", "conv2d"], r=2) for n in "ab"}
@@ -157,8 +171,8 @@ def test_ia3_files_of_combinations_load(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[list[str], list[float], dict[str, Any], str]] = {
     "no adapter": ([], [], {}, "no adapter given"),
     "unknown": (["a", "x"], [1, 1], {}, "no adapter 'x'"),
-    "twice": (["a", "a"], [1, 1], {}, "each adapter once"),
-    "weights": (["a", "b"], [1], {}, "2 adapters (a, b), 1 weights"),
+    "twice": (["a", "a"], [1, 1], {}, "each once"),
+    "weights": (["a", "b"], [1], {}, "a list of as many numbers"),
     "nan": (["a", "b"], [1, float("nan")], {}, "the weight of 'b' is nan"),
     "type": (["a", "b"], [1, 1], {"combination_type": "mean"}, "'mean': lora has svd, cat, linear"),
     "methods": (["a", "ia3"], [1, 1], {}, "adapters of one method"),
@@ -166,13 +180,17 @@ REFUSED: dict[str, tuple[list[str], list[float], dict[str, Any], str]] = {
     "density": (["a", "b"], [1, 1], {"combination_type": "ties"}, "needs a density in [0, 1]"),
     "no density": (["a", "b"], [1, 1], {"combination_type": "dare_ties", "density": 0}, "above 0"),
     "sign": (["a", "b"], [1, 1], {"majority_sign_method": "most"}, "valid are 'total' and 'frequency'"),
-    "rank": (["a", "b"], [1, 1], {"svd_rank": 0}, "svd_rank=0 is not positive"),
+    "rank": (["a", "b"], [1, 1], {"svd_rank": 0}, "svd_rank=0 is no positive integer"),
     "clamp": (["a", "b"], [1, 1], {"svd_clamp": 3}, "is a quantile"),
     "driver": (["a", "b"], [1, 1], {"svd_driver": "gesvd"}, "no CUDA device"),
     "ranks": (["a", "c"], [1, 1], {"combination_type": "linear"}, "needs equal ranks, there are 'a' r=2, 'c' r=3"),
     "saved": (["a", "b"], [1, 1], {}, "both save head whole"),
     "biases": (["a", "biased"], [1, 1], {}, "'biased' trains biases"),
     "too large": (["a", "c"], [1e39, 1e39], {"combination_type": "cat"}, "gives NaN or Inf"),
+    "one number": (["a"], 1.0, {}, "a list of as many numbers"),  # type: ignore[dict-item]
+    "words": (["a"], ["1"], {}, "a list of as many numbers"),  # type: ignore[list-item]
+    "half a rank": (["a", "c"], [1, 1], {"svd_rank": 2.5}, "svd_rank=2.5 is no positive integer"),
+    "a word": (["a", "b"], [1, 1], {"combination_type": "ties", "density": "x"}, "got 'x'"),
     "taken": (["a", "c"], [1, 1], {"adapter_name": "b"}, "exists already"),
 }
 

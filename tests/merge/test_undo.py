@@ -5,6 +5,7 @@ import gc
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -82,7 +83,7 @@ def test_tiles_and_modes_give_the_same_weights(case: Case, tiny_tiles: bool) -> 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
 def test_a_thousand_cycles_from_the_log(dtype: torch.dtype) -> None:
     compiled = everything(dtype, inplace=True)
-    before, y = snapshot(compiled), compiled(token_ids())
+    before, y = snapshot(compiled), compiled(token_ids()).detach()
     for _ in range(1000 if dtype is torch.bfloat16 else 50):
         compiled.merge_adapter(undo="residual")
         compiled.unmerge_adapter()
@@ -130,6 +131,84 @@ def test_in_place_only_where_the_weights_are_the_models_own() -> None:
     assert compiled.base.linear.weight is weight
     compiled.unmerge_adapter()
     assert_unchanged(compiled, before)
+
+
+def test_tensors_that_others_hold_are_not_changed() -> None:
+    def fresh() -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, 4))
+
+    spec = peftc.LoraConfig(target_modules=["0"], r=2)
+    # An array.
+    array, model = np.ones((4, 4), dtype=np.float32), fresh()
+    model[0].weight = nn.Parameter(torch.from_numpy(array))
+    compiled = perturb(peftc.compile(model, spec))
+    del model
+    with pytest.raises(peftc.MergeError, match="not torch's own"):
+        compiled.merge_adapter(undo="residual")
+    # A state dict of the original.
+    model = fresh()
+    state, compiled = model.state_dict(), perturb(peftc.compile(model, spec))
+    del model
+    with pytest.raises(peftc.MergeError, match="a state dict holds it too"):
+        compiled.merge_adapter(undo="residual")
+    before = state["0.weight"].clone()
+    del compiled
+    assert torch.equal(state["0.weight"], before)
+    # A model compiled from it before it was given away.
+    model = fresh()
+    first, second = peftc.compile(model, spec), perturb(peftc.compile(model, spec, inplace=True))
+    with pytest.raises(peftc.MergeError, match="another one compiled from it"):
+        second.merge_adapter(undo="residual")
+    del first
+    # What waits for a backward pass is no other holder.
+    y = second(torch.randn(2, 4))
+    second.merge_adapter(undo="residual")
+    second.unmerge_adapter()
+    assert y.requires_grad
+
+
+@pytest.mark.parametrize("change", ["loaded", "resized"])
+def test_what_happens_to_merged_weights_is_not_lost(change: str) -> None:
+    model = tiny("llama", tie_word_embeddings=False)
+    compiled = perturb(peftc.compile(model, peftc.LoraConfig(target_modules=["embed_tokens", "q_proj"], r=2)))
+    compiled.merge_adapter()
+    if change == "loaded":
+        compiled.base.load_state_dict({n: t + 1 for n, t in model.state_dict().items()}, strict=False)
+    else:
+        compiled.base.resize_token_embeddings(70)
+    before = snapshot(compiled)
+    with pytest.raises(peftc.MergeError, match=r"the merged tensor was changed|was resized from"):
+        compiled.unmerge_adapter()
+    assert_unchanged(compiled, before)
+    assert compiled.merge_and_unload().get_input_embeddings().weight.shape[0] == (70 if change == "resized" else 64)
+
+
+def test_flags_set_while_merged_stay() -> None:
+    specs = {n: peftc.LoraConfig(target_modules=["linear"], r=2) for n in "abc"}
+    compiled = peftc.compile(Everything(), specs)
+    compiled.merge_adapter()
+    with pytest.raises(peftc.MergeError, match=r"unmerge_adapter\(\) first"):
+        compiled.set_requires_grad("a", False)
+    compiled.set_requires_grad(["b", "c"])
+    compiled.set_requires_grad("c", False)
+    compiled.unmerge_adapter()
+    assert compiled.get_model_status().requires_grad == {"a": True, "b": True, "c": False}
+
+
+def test_embeddings_that_renormalise_are_not_merged() -> None:
+    model = nn.Sequential(nn.Embedding(6, 4, max_norm=1.0))
+    compiled = perturb(peftc.compile(model, peftc.LoraConfig(target_modules=["0"], r=2)))
+    assert "can't be merged: max_norm" in str(compiled.plan)
+    with pytest.raises(peftc.MergeError, match="max_norm would scale what is merged"):
+        compiled.merge_adapter()
+
+
+def test_flags_of_untied_weights_come_back() -> None:
+    model = tiny("llama", tie_word_embeddings=True)
+    compiled = perturb(peftc.compile(model, peftc.LoraConfig(target_modules=["lm_head"], r=2)))
+    with pytest.warns(UserWarning, match="no longer tied"):
+        plain = compiled.merge_and_unload(untie=True)
+    assert all(parameter.requires_grad for parameter in plain.parameters())
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -308,6 +387,13 @@ def test_a_merge_for_a_while() -> None:
         with pytest.raises(RuntimeError, match="inside"), compiled.merged("lora", undo=mode):
             raise RuntimeError("inside")
         assert_unchanged(compiled, before)
+
+
+def test_a_context_without_a_way_back_is_not_entered() -> None:
+    compiled = everything()
+    with pytest.raises(peftc.MergeError, match="could not be left again"), compiled.merged(undo="none"):
+        pass
+    assert compiled.merged_adapters == []
 
 
 def test_merged_adapters_do_not_train_and_others_do() -> None:

@@ -151,3 +151,58 @@ def test_an_addition_that_fails_half_way_changes_nothing(monkeypatch: pytest.Mon
     assert_unchanged(compiled, before)
     assert list(compiled.peft_config) == ["a", "b"]
     assert torch.equal(compiled(token_ids()), y)
+
+
+def test_deleting_an_inactive_adapter_activates_none() -> None:
+    compiled = two()
+    compiled.set_adapter([])
+    compiled.delete_adapter("b")
+    assert compiled.active_adapters == []
+    assert compiled.get_model_status().requires_grad == {"a": False}
+
+
+def test_the_successor_of_a_frozen_adapter_is_frozen() -> None:
+    compiled = two()
+    compiled.set_requires_grad("a", False)
+    compiled.delete_adapter("a")
+    assert compiled.active_adapters == ["b"]
+    assert compiled.get_model_status().requires_grad == {"b": False}
+
+
+def test_a_name_used_again_does_not_learn_by_itself() -> None:
+    compiled = two()
+    compiled.set_adapter(["a", "b"])
+    compiled.delete_adapter("b")
+    compiled.add_adapter("b", peftc.LoraConfig(target_modules=["linear"], r=2))
+    compiled.set_requires_grad("a")
+    compiled.merge_adapter("a")
+    compiled.unmerge_adapter()
+    assert compiled.get_model_status().requires_grad == {"a": True, "b": False}
+
+
+def test_a_shallow_copy_of_an_unloaded_model_says_so() -> None:
+    import copy
+
+    compiled = two()
+    other = copy.copy(compiled)
+    compiled.unload()
+    assert other.peft_config == {}
+    with pytest.raises(peftc.AdapterError, match="was unloaded; compile it again"):
+        other.add_adapter("c", peftc.LoraConfig(target_modules=["linear"]))
+
+
+def test_switching_is_in_any_order_what_compiling_anew_is() -> None:
+    """Against models that never switched, with flags and code."""
+    compiled, ids = two(), token_ids()
+    compiled.add_adapter("c", peftc.LoraConfig(target_modules=["linear", "conv1d"], r=3))
+    perturb(compiled)
+    state = compiled.state_dict()
+    for names in (["b"], ["a", "c"], [], ["c", "b", "a"], ["a"], ["b", "c"]):
+        compiled.set_adapter(names)
+        fresh = peftc.compile(Everything().eval(), compiled.peft_config)
+        fresh.load_state_dict(state)
+        fresh.set_adapter(names)
+        assert compiled.site_code() == fresh.site_code()
+        assert torch.equal(compiled(ids), fresh(ids))
+        flags = {name: parameter.requires_grad for name, parameter in compiled.named_parameters()}
+        assert flags == {name: parameter.requires_grad for name, parameter in fresh.named_parameters()}

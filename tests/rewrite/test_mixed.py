@@ -1,12 +1,14 @@
 """Mixed batches: every row gets what it would get alone with its adapter, forward and backward."""
 
 import copy
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import peftc
@@ -116,8 +118,7 @@ def test_groups_of_any_sizes(names: list[str]) -> None:
     assert_rows_as_alone(compiled, {"input_ids": ids}, names)
 
 
-@pytest.mark.parametrize("capture", ["modules", "symbolic"])
-def test_methods_kinds_and_saved_modules_mix(capture: Any) -> None:
+def test_methods_kinds_and_saved_modules_mix() -> None:
     specs = {
         "a": lora(["linear", "conv2d", "embed", "transposed"], r=2, modules_to_save=["head"]),
         "b": peftc.IA3Config(
@@ -125,7 +126,7 @@ def test_methods_kinds_and_saved_modules_mix(capture: Any) -> None:
         ),
         "c": lora(["linear", "conv3d"], r=3, lora_bias=True),
     }
-    compiled = perturb(peftc.compile(Everything().eval(), specs, capture=capture))
+    compiled = perturb(peftc.compile(Everything().eval(), specs))
     assert_rows_as_alone(compiled, {"ids": token_ids(len(ROWS))}, ROWS)
 
 
@@ -313,37 +314,174 @@ def test_wrong_names_and_states_are_refused() -> None:
         biased(input_ids=ids, adapter_names=["default"] * 4)
 
 
-def test_a_module_whose_rows_cannot_be_told_is_refused() -> None:
-    class Packed(nn.Module):
+class Odd(nn.Module):
+    """A linear that gets what `turn` makes of the batch."""
+
+    def __init__(self, turn: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.a, self.turn = nn.Linear(4, 4), turn
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(self.turn(x)).sum() + x
+
+
+class Positions(nn.Module):
+    """Learned positions, looked up without a batch, or with one row for all."""
+
+    def __init__(self, rows: bool) -> None:
+        super().__init__()
+        self.a, self.rows = nn.Embedding(8, 4), rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.arange(x.shape[1])
+        return x + self.a(positions[None] if self.rows else positions)
+
+
+TURNED: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "packed": (Odd(lambda x: x.flatten(0, 1)[:6]), (3, 5, 4)),
+    "positions first": (Odd(lambda x: x.transpose(0, 1)), (3, 6, 4)),
+    "positions first, as many": (Odd(lambda x: x.transpose(0, 1)), (3, 3, 4)),
+    "twice": (Odd(lambda x: torch.cat([x, x])), (3, 5, 4)),
+    "positions": (Positions(rows=False), (3, 6, 4)),
+    "positions, as many": (Positions(rows=False), (3, 3, 4)),
+    "torch's own encoder": (nn.TransformerEncoderLayer(4, 2, 4), (6, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("case", TURNED)
+def test_a_module_whose_rows_cannot_be_told_is_refused(case: str) -> None:
+    model, shape = TURNED[case]
+    targets = ["linear1"] if case.startswith("torch") else ["a"]
+    compiled = perturb(peftc.compile(model, {n: lora(targets, r=2) for n in "ab"}))
+    with pytest.raises(peftc.AdapterError, match=r"can't be told|positions before rows"):
+        compiled(torch.randn(shape), adapter_names=["a", "b", "a"] if shape[0] == 3 else ["a", "b"] * 3)
+    assert not compiled.program.routed
+
+
+def test_one_row_of_positions_is_for_all() -> None:
+    compiled = perturb(peftc.compile(Positions(rows=True), {n: lora(["a"], r=2) for n in "abc"}))
+    assert_rows_as_alone(compiled, {"x": torch.randn(len(ROWS), 5, 4)}, ROWS)
+
+
+def test_architectures_that_turn_rows_around_are_refused() -> None:
+    config = transformers.XLNetConfig(vocab_size=64, d_model=32, n_layer=1, n_head=4, d_inner=32)
+    compiled = peftc.compile(transformers.XLNetModel(config), {n: lora(["layer_1"], r=2) for n in "ab"})
+    with pytest.raises(peftc.AdapterError, match="positions before rows"):
+        compiled(input_ids=token_ids(2, 5, 60), adapter_names=["a", "b"])
+    compiled = peftc.compile(Everything(), lora(["linear"]), capture="symbolic")
+    with pytest.raises(peftc.AdapterError, match="needs capture='modules'"):
+        compiled(token_ids(1), adapter_names=["default"])
+
+
+def test_saved_modules_with_more_than_one_tensor_are_refused() -> None:
+    """An attention saved whole would append the keys of all groups to one cache."""
+    spec = peftc.LoraConfig(target_modules=["q_proj"], modules_to_save=["layers.1.self_attn"], layers_to_transform=[0])
+    compiled = perturb(peftc.compile(tiny("llama"), dict.fromkeys("ab", spec)))
+    with pytest.raises(peftc.AdapterError, match="is called with other than one tensor"):
+        compiled(input_ids=token_ids(2, 5, 60), adapter_names=["a", "b"])
+
+
+def test_saved_modules_without_rows_in_their_output_are_refused() -> None:
+    class Summed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.a, self.head = nn.Linear(4, 4), nn.GRU(4, 4, batch_first=True)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.b(self.a(x).flatten(0, 1)[:6])
+            return self.head(self.a(x))[1]
 
-    compiled = perturb(peftc.compile(Packed(), {n: lora(["a", "b"], r=2) for n in "ab"}))
-    with pytest.raises(peftc.AdapterError, match="6 rows for a batch of 3, and which sequence"):
-        compiled(torch.randn(3, 5, 4), adapter_names=["a", "b", "a"])
+    spec = peftc.LoraConfig(target_modules=["a"], r=2, modules_to_save=["head"])
+    compiled = perturb(peftc.compile(Summed(), dict.fromkeys("ab", spec)))
+    with pytest.raises(peftc.AdapterError, match="without a row for every sequence"):
+        compiled(torch.randn(3, 5, 4), adapter_names=["a", "b", "b"])
 
 
-def test_a_reentrant_checkpoint_of_the_models_own_is_refused() -> None:
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_of_the_models_own_is_refused(reentrant: bool) -> None:
     class Own(nn.Module):
-        def __init__(self, reentrant: bool) -> None:
+        def __init__(self) -> None:
             super().__init__()
-            self.a, self.reentrant = nn.Linear(4, 4), reentrant
+            self.a = nn.Linear(4, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.utils.checkpoint.checkpoint(self.a, x, use_reentrant=self.reentrant)
+            return torch.utils.checkpoint.checkpoint(self.a, x, use_reentrant=reentrant)
 
     x = torch.randn(2, 4, requires_grad=True)
-    compiled = perturb(peftc.compile(Own(True), {n: lora(["a"], r=2) for n in "ab"}))
-    with pytest.raises(peftc.AdapterError, match=r"use_reentrant=False"):
+    compiled = perturb(peftc.compile(Own(), {n: lora(["a"], r=2) for n in "ab"}))
+    with pytest.raises(peftc.AdapterError, match=r"under torch\.utils\.checkpoint"):
         compiled(x, adapter_names=["a", "b"])
-    compiled = perturb(peftc.compile(Own(False), {n: lora(["a"], r=2) for n in "ab"}))
-    y = compiled(x, adapter_names=["a", "b"])
-    with pytest.raises(torch.utils.checkpoint.CheckpointError):
-        y.sum().backward()
+    with torch.no_grad():
+        compiled(x, adapter_names=["a", "b"])
+
+
+def test_nothing_is_switched_inside_a_call() -> None:
+    compiled = three(tiny("llama"), TARGETS["llama"])
+    ids, refused = token_ids(2, 5, 60), []
+    actions: list[Callable[[], Any]] = [
+        lambda: compiled.set_adapter("b"),
+        lambda: compiled.enable_adapters(False),
+        lambda: compiled.merge_adapter(),
+        lambda: compiled(input_ids=ids, adapter_names=["a", "a"]),
+        lambda: copy.deepcopy(compiled),
+        lambda: compiled.add_adapter("d", lora(["q_proj"])),
+        lambda: compiled.delete_adapter("c"),
+        lambda: compiled.unload(),
+    ]
+
+    def hook(*_: Any) -> None:
+        for action in actions:
+            with pytest.raises(peftc.AdapterError, match="adapter_names"):
+                action()
+            refused.append(action)
+
+    expected = compiled(input_ids=ids, adapter_names=["c", "a"]).logits
+    before = snapshot(compiled)
+    handle = compiled.base.model.norm.register_forward_hook(hook)
+    assert torch.equal(compiled(input_ids=ids, adapter_names=["c", "a"]).logits, expected)
+    handle.remove()
+    assert refused == actions
+    assert_unchanged(compiled, before)
+
+
+def test_other_threads_are_refused_while_a_call_runs() -> None:
+    compiled, errors = three(tiny("llama"), TARGETS["llama"]), []
+    ids = token_ids(2, 5, 60)
+    expected = compiled(input_ids=ids).logits
+
+    def plain() -> None:
+        try:
+            compiled(input_ids=ids)
+        except peftc.AdapterError as error:
+            errors.append(str(error))
+
+    def hook(*_: Any) -> None:
+        handle.remove()
+        thread = threading.Thread(target=plain)
+        thread.start()
+        thread.join()
+
+    handle = compiled.base.model.embed_tokens.register_forward_hook(hook)
+    compiled(input_ids=ids, adapter_names=["a", "b"])
+    assert len(errors) == 1
+    assert "in another thread" in errors[0]
+    assert torch.equal(compiled(input_ids=ids).logits, expected)
+
+
+def test_forward_does_not_pass_names_over() -> None:
+    compiled = three(tiny("llama"), TARGETS["llama"])
+    with pytest.raises(peftc.AdapterError, match="call the model itself"):
+        compiled.forward(input_ids=token_ids(2, 5, 60), adapter_names=["a", "b"])
+
+
+def test_base_rows_keep_every_bit_beside_narrower_adapters() -> None:
+    compiled = three(tiny("llama"), TARGETS["llama"])
+    for name, parameter in compiled.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.bfloat16()
+    ids = token_ids(3, 5, 60)
+    together = compiled(input_ids=ids, adapter_names=["a", "__base__", "b"]).logits
+    with compiled.disable_adapter():
+        torch.testing.assert_close(together[1:2], compiled(input_ids=ids[1:2]).logits, rtol=1e-6, atol=1e-6)
 
 
 def test_deep_copies_and_many_sets_of_names() -> None:
