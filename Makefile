@@ -33,6 +33,9 @@ bench: $(VENV)/test.done  ## The benchmarks whose figures benchmarks/README.md h
 	$(BIN)/python benchmarks/compile.py
 	$(BIN)/python benchmarks/train_step.py
 	$(BIN)/python benchmarks/prompts.py
+	$(BIN)/python benchmarks/switch.py
+	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/mixed_batch.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -14,6 +14,8 @@ from torch import Tensor
 from peftc.errors import MergeError
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# In which differences are taken: of 64 bits they wrap around, and back.
+_WIDE = {2: torch.int32, 4: torch.int64, 8: torch.int64}
 _ESCAPE = -128
 
 
@@ -34,9 +36,10 @@ class Chunk:
 def encode(weight: Tensor, estimate: Tensor) -> Chunk:
     """What `decode` needs to make `weight` from `estimate`, which has the same shape and dtype: exact for all bits."""
     bits = _bits(weight)
-    step = _ordered(bits).long() - _ordered(_bits(estimate)).long()
+    wide = _WIDE[estimate.itemsize]
+    step = _ordered(bits).to(wide) - _ordered(_bits(estimate)).to(wide)
     small = (step >= -1) & (step <= 1)
-    codes = torch.where(small, step & 3, 2).to(torch.uint8)  # 0, 1, -1 → 3; 2 says larger.
+    codes = (step & 3).to(torch.uint8).masked_fill_(~small, 2)  # 0, 1, -1 → 3; 2 says larger.
     codes = torch.nn.functional.pad(codes, (0, -codes.numel() % 4)).view(-1, 4)
     packed = codes[:, 0] | codes[:, 1] << 2 | codes[:, 2] << 4 | codes[:, 3] << 6
     large = step[~small]
@@ -60,13 +63,13 @@ def decode(chunk: Chunk, estimate: Tensor) -> Tensor:
 
     packed = read(chunk.steps, torch.uint8)
     codes = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=1).flatten()[: estimate.numel()]
-    step = codes.long()
-    step[codes == 3] = -1
-    larger = read(chunk.larger, torch.int8).long()
-    step[codes == 2] = larger
-    bits = _ordered((_ordered(_bits(estimate)).long() + step).to(integer))
-    places = torch.nonzero(codes == 2).flatten()[larger == _ESCAPE]
-    bits[places] = read(chunk.bits, integer)
+    wide = _WIDE[estimate.itemsize]
+    step = codes.to(wide) - ((codes == 3).to(wide) << 2)
+    larger = read(chunk.larger, torch.int8)
+    places = torch.nonzero(codes == 2).flatten()
+    step[places] = larger.to(wide)
+    bits = _ordered((_ordered(_bits(estimate)).to(wide) + step).to(integer))
+    bits[places[larger == _ESCAPE]] = read(chunk.bits, integer)
     return bits.view(estimate.dtype).view(estimate.shape)
 
 
@@ -96,4 +99,4 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _ordered(bits: Tensor) -> Tensor:
     """The bits of floats as integers in the order of the floats, one step per unit in the last place; and back."""
-    return torch.where(bits < 0, bits ^ torch.iinfo(bits.dtype).max, bits)
+    return bits ^ ((bits >> (8 * bits.itemsize - 1)) & torch.iinfo(bits.dtype).max)
