@@ -238,7 +238,7 @@ class CompiledModel(CompiledGraph):
         # What active adapters trained in place stays.
         for name in self.program.journal.training:
             self.program.journal.trained.pop(name)
-        self.program.journal.replaced.clear()
+        self.program.journal.present.clear()
         return self._undo()
 
     def unload(self) -> nn.Module:

@@ -11,6 +11,7 @@ from peftc.errors import CheckpointError, nearest
 from peftc.graph.sites import parameter_name
 from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
 from peftc.rewrite.program import Program
+from peftc.rewrite.switch import place
 from peftc.specs import PromptSpec
 
 PREFIX = "base_model.model."
@@ -89,7 +90,7 @@ def load_state(
             else:
                 target.copy_(given[key] * 2 if key.endswith(_HALVED) else given[key])
     for key, name in embeddings.items():
-        _take_over(program, name, given[key])
+        _take_over(program, adapter, name, given[key])
 
 
 def _optional(program: Program, adapter: str) -> set[str]:
@@ -168,10 +169,16 @@ def _require_finite(key: str, value: Tensor, target: Tensor) -> None:
         raise CheckpointError(f"{key}: holds NaN or Inf (as {target.dtype}); the adapter is broken")
 
 
-def _take_over(program: Program, name: str, value: Tensor) -> None:
-    parameter = program.base.get_parameter(name)
-    if parameter.device.type == "meta" or torch.equal(parameter.detach().to(value.dtype), value.to(parameter.device)):
+def _take_over(program: Program, adapter: str, name: str, value: Tensor) -> None:
+    """Let the base's tensor `name` be the adapter's own while that is active, if it differs."""
+    journal, parameter = program.journal, program.base.get_parameter(name)
+    original = journal.brought[name, None] if journal.present.get(name) is not None else parameter.detach()
+    if original.is_meta or torch.equal(original.to(value.dtype), value.to(original.device)):
         return
-    program.journal.replaced.setdefault(name, parameter.data)
-    parameter.data = value.to(device=parameter.device, dtype=parameter.dtype, copy=True)
-    warnings.warn(f"{name}: the adapter brings its own, which replaces the base model's", stacklevel=4)
+    warnings.warn(
+        f"{name}: the adapter brings its own, in the place of the base model's while it is active", stacklevel=4
+    )
+    journal.present.setdefault(name, None)
+    journal.brought[name, adapter] = value.to(device=parameter.device, dtype=parameter.dtype, copy=True)
+    if program.enabled and adapter in program.active:
+        place(program, name, adapter)

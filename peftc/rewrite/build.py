@@ -15,7 +15,7 @@ from peftc.plan import Edit, Plan, without
 from peftc.rewrite.attach import attach, check_names, container_of, containers, detach
 from peftc.rewrite.host import install, uninstall
 from peftc.rewrite.program import Journal, Program
-from peftc.rewrite.switch import activate, set_bias
+from peftc.rewrite.switch import activate, brings, place, set_bias
 
 
 def require_applicable(plan: Plan, on_unmatched: str) -> None:
@@ -102,6 +102,10 @@ def remove(program: Program, adapter: str) -> None:
         if tensor.adapter == adapter:
             set_bias(program, tensor.name, False)
             program.journal.trained.pop(tensor.name, None)
+    for name in [name for name in program.journal.present if brings(program, name, adapter)]:
+        if program.journal.present[name] == adapter:
+            place(program, name, None)
+        program.journal.brought.pop((name, adapter), None)
 
 
 def undo(program: Program) -> nn.Module:
@@ -111,9 +115,6 @@ def undo(program: Program) -> nn.Module:
     program.installed = {}
     for adapter in program.plan.adapters:
         remove(program, adapter)
-    for name, original in program.journal.replaced.items():
-        parameter = program.base.get_parameter(name)
-        parameter.data = original.to(device=parameter.device, dtype=parameter.dtype)
     for (fqn, flag), value in program.journal.fast_paths.items():
         setattr(program.base.get_submodule(fqn), flag, value)
     for name, flag in program.journal.requires_grad.items():

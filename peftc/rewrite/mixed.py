@@ -25,7 +25,7 @@ from peftc.rewrite import route as ops
 from peftc.rewrite.host import Code, original_class
 from peftc.rewrite.program import Program
 from peftc.rewrite.route import BASE, Route, current
-from peftc.rewrite.switch import install_layout, layout
+from peftc.rewrite.switch import brings, install_layout, layout
 from peftc.rule import Bound, Rule
 
 _KEPT = 64  # Layouts of sets of names that are remembered.
@@ -67,9 +67,9 @@ def _checked(program: Program, names: Any) -> tuple[str, ...]:
         raise MergeError(f"adapter_names: {', '.join(program.merged)} merged; call unmerge_adapter() first")
     if not program.enabled:
         raise AdapterError("adapter_names: adapters are disabled; call enable_adapters(), or leave disable_adapter()")
-    if any(tensor.name in program.journal.training for tensor in program.plan.trained):
+    if program.journal.training or any(program.journal.present.values()):
         raise AdapterError(
-            "adapter_names: an active adapter has trained biases of the base in place; set_adapter([]) first"
+            "adapter_names: an active adapter has put biases or embeddings of its own into the base; set_adapter([]) first"
         )
     return rows
 
@@ -80,6 +80,8 @@ def _unmixable(program: Program, name: str) -> str | None:
     several = config is not None and config.get_text_config() is not config
     if any(tensor.adapter == name for tensor in program.plan.trained):
         return "it trains biases of the base model, which all rows share"
+    if any(brings(program, tensor, name) for tensor in program.journal.present):
+        return "it brings embeddings of its own, in the place of those that all rows share"
     for edit in program.edits[name]:
         if program.plan.sites[edit.site].kind == "call":
             return "a prompt method changes the length of every row"

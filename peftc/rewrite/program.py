@@ -34,15 +34,17 @@ class Replaced:
 class Journal:
     """What it takes to give the base model back exactly.
 
-    `replaced`: tensors a checkpoint brought its own of. `trained`: for a bias that an adapter trains, the value that is
-    not in the model now: the original while its name is in `training`, else the trained one. `merged`: what merging
-    put something else in the place of, `factors` the adapters' tensors that undo logs go by, `paused` who was learning.
-    `tie_word_embeddings`: whether a merge cut that tie. `fast_paths`: (fqn, attribute) → value.
-    `encoders`: for a prompt loaded for inference, its rows and the encoder they came from, to be saved with them again.
+    `brought`: by (name, adapter), tensors that a checkpoint brought its own of and that are not in the model now; with None
+    for the adapter, the original. `present`: whose are in the model. `trained`: for a bias that an adapter trains, the
+    value that is not in the model now: the original while its name is in `training`, else the trained one. `merged`: what
+    merging put something else in the place of, `factors` the adapters' tensors that undo logs go by, `paused` who was
+    learning. `tie_word_embeddings`: whether a merge cut that tie. `fast_paths`: (fqn, attribute) → value. `encoders`: for a
+    prompt loaded for inference, its rows and the encoder they came from, to be saved with them again.
     """
 
     requires_grad: dict[str, bool] = field(default_factory=dict)
-    replaced: dict[str, Tensor] = field(default_factory=dict)
+    brought: dict[tuple[str, str | None], Tensor] = field(default_factory=dict)
+    present: dict[str, str | None] = field(default_factory=dict)
     trained: dict[str, Tensor] = field(default_factory=dict)
     training: set[str] = field(default_factory=set)
     merged: list[Replaced] = field(default_factory=list)

@@ -70,6 +70,24 @@ def emit(program: Program) -> None:
     install_layout(program, layout(program, program.spliced))
     for tensor in program.plan.trained:
         set_bias(program, tensor.name, program.enabled and tensor.adapter in program.active)
+    for name in program.journal.present:
+        owners = [a for a in program.active if program.enabled and brings(program, name, a)]
+        place(program, name, owners[-1] if owners else None)
+
+
+def brings(program: Program, name: str, adapter: str) -> bool:
+    """Whether `adapter` came with a tensor `name` of its own."""
+    return program.journal.present.get(name) == adapter or (name, adapter) in program.journal.brought
+
+
+def place(program: Program, name: str, adapter: str | None) -> None:
+    """Put the tensor `name` that `adapter` brought into the model, or with None the original."""
+    brought, present = program.journal.brought, program.journal.present
+    if present[name] != adapter:
+        parameter = program.base.get_parameter(name)
+        value = brought.pop((name, adapter)).to(device=parameter.device, dtype=parameter.dtype)
+        brought[name, present[name]], parameter.data = parameter.data, value
+        present[name] = adapter
 
 
 def require_idle(program: Program) -> None:

@@ -192,6 +192,38 @@ def test_an_embedding_that_peft_saved_along(tmp_path: Path) -> None:
         peftc.load(model, tmp_path)
 
 
+def test_embeddings_that_an_adapter_brings_come_and_go_with_it(tmp_path: Path) -> None:
+    model, ids = tiny("llama", tie_word_embeddings=False), token_ids(2, 5, 64)
+    compiled = perturb(peftc.compile(model, peftc.LoraConfig(target_modules=["embed_tokens"], r=2), "mine"))
+    key = "base_model.model.model.embed_tokens.base_layer.weight"
+    for name, shift in (("first", 1), ("second", -2)):
+        compiled.save_pretrained(tmp_path / name)
+        _edit(
+            tmp_path / name / "mine", lambda t, s=shift: t.update({key: model.model.embed_tokens.weight.detach() + s})
+        )
+    y, weight = compiled(ids).logits, compiled.base.model.embed_tokens.weight
+    for name in ("first", "second"):
+        with pytest.warns(UserWarning, match="in the place of the base model's while it is active"):
+            compiled.load_adapter(tmp_path / name / "mine", name)
+    assert torch.equal(compiled(ids).logits, y)
+    for names, shift in ((["first"], 1), (["first", "second"], -2), (["mine", "first"], 1), (["mine"], 0)):
+        compiled.set_adapter(names)
+        assert torch.equal(weight, model.model.embed_tokens.weight + shift), names
+        with compiled.disable_adapter():
+            assert torch.equal(compiled(ids).logits, model(ids).logits)
+    with pytest.raises(peftc.AdapterError, match="brings embeddings of its own"):
+        compiled(ids, adapter_names=["mine", "first"])
+    compiled.set_adapter("second")
+    compiled.delete_adapter("second")
+    assert compiled.active_adapters == ["mine"]
+    assert torch.equal(compiled(ids).logits, y)
+    compiled.set_adapter("first")
+    compiled.merge_adapter()
+    compiled.unmerge_adapter()
+    assert torch.equal(weight, model.model.embed_tokens.weight + 1)
+    assert torch.equal(compiled.unload()(ids).logits, model(ids).logits)
+
+
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "orthogonal"])
 def test_special_inits_reload_to_the_same_function(init: str, tmp_path: Path) -> None:
     model, ids = Everything().eval(), token_ids()
