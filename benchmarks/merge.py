@@ -12,6 +12,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,12 @@ def merging(kind: str, model: Any) -> tuple[Callable[[], None], Callable[[], Non
     if kind == "peft":
         return model.merge_adapter, model.unmerge_adapter
     return lambda: model.merge_adapter(undo=kind), model.unmerge_adapter
+
+
+def both(merge: Callable[[], None], unmerge: Callable[[], None]) -> None:
+    """There and back."""
+    merge()
+    unmerge()
 
 
 def peak(kind: str, dtype: str) -> None:
@@ -111,7 +118,7 @@ def main(rounds: int = 7) -> None:
         calls = {kind: merging(kind, model) for kind, model in models.items()}
         runs = {"read and write": copying}
         for kind, (merge, unmerge) in calls.items():
-            runs[f"{kind}: both ways"] = lambda merge=merge, unmerge=unmerge: (merge(), unmerge())  # type: ignore[misc]
+            runs[f"{kind}: both ways"] = partial(both, merge, unmerge)
         seconds = paired(runs, rounds)
         table = Table(title=f"{dtype}, {LAYERS} × {WIDTH}², {size >> 20} MiB, {rounds} rounds, 1 thread")
         for column in (

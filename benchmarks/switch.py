@@ -28,7 +28,10 @@ SITES = 560
 OFTEN = 20  # Switches per measurement.
 
 
-def in_peft(number: int) -> Callable[[], None]:
+Run = tuple[Callable[[], None], int]  # Switches, and how many they are.
+
+
+def in_peft(number: int) -> Run:
     """peft with `number` adapters."""
     config = peft.LoraConfig(r=16, target_modules=TARGETS)
     model: Any = peft.get_peft_model(meta_llama("70B"), config, adapter_name="a0", low_cpu_mem_usage=True)
@@ -37,15 +40,15 @@ def in_peft(number: int) -> Callable[[], None]:
     return toggle(model.base_model.enable_adapter_layers, model.base_model.disable_adapter_layers, model, number, 2)
 
 
-def in_peftc(number: int) -> Callable[[], None]:
+def in_peftc(number: int) -> Run:
     """peftc with `number` adapters."""
     spec = peftc.LoraConfig(r=16, target_modules=TARGETS)
     model = peftc.compile(meta_llama("70B"), {f"a{i}": spec for i in range(number)})
     return toggle(lambda: model.enable_adapters(True), lambda: model.enable_adapters(False), model, number, OFTEN)
 
 
-def toggle(on: Callable[[], Any], off: Callable[[], Any], model: Any, number: int, often: int) -> Callable[[], None]:
-    """`often` switches, scaled to OFTEN by `per_site`."""
+def toggle(on: Callable[[], Any], off: Callable[[], Any], model: Any, number: int, often: int) -> Run:
+    """`often` switches."""
     first, second = (lambda: model.set_adapter("a0"), lambda: model.set_adapter(f"a{number - 1}"))
     pair = (off, on) if number == 1 else (first, second)
 
@@ -53,11 +56,10 @@ def toggle(on: Callable[[], Any], off: Callable[[], Any], model: Any, number: in
         for i in range(often):
             pair[i % 2]()
 
-    run.often = often  # type: ignore[attr-defined]
-    return run
+    return run, often
 
 
-def barest() -> Callable[[], None]:
+def barest() -> Run:
     """What no switch can do without: a class for every site, and two parameters that stop and two that start training."""
     one, two = (type(name, (torch.nn.Linear,), {}) for name in "ab")
     modules = [one(1, 1, device="meta") for _ in range(SITES)]
@@ -71,8 +73,7 @@ def barest() -> Callable[[], None]:
             for position, parameter in enumerate(parameters):
                 parameter.requires_grad = (position + i) % 2 == 0
 
-    run.often = OFTEN  # type: ignore[attr-defined]
-    return run
+    return run, OFTEN
 
 
 def main(rounds: int = 15) -> None:
@@ -81,8 +82,8 @@ def main(rounds: int = 15) -> None:
     warnings.simplefilter("ignore")
     runs = {"barest loop": barest(), "peft, 1": in_peft(1), "peft, 16": in_peft(16)}
     runs |= {f"peftc, {number}": in_peftc(number) for number in (1, 16, 200)}
-    seconds = paired(runs, rounds)
-    each = {name: [s / runs[name].often / SITES for s in own] for name, own in seconds.items()}  # type: ignore[attr-defined]
+    seconds = paired({name: run for name, (run, _) in runs.items()}, rounds)
+    each = {name: [s / runs[name][1] / SITES for s in own] for name, own in seconds.items()}
     table = Table(title=f"One switch, {SITES} sites, {rounds} rounds of {OFTEN} (peft: 2), 1 thread")
     for column in ("adapters", "per site", "to peft, 16 [quartiles]"):
         table.add_column(column, justify="left" if column == "adapters" else "right")

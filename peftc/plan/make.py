@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -36,10 +36,7 @@ def make_plan(
     sites (of all, with `symbolic`). Misses and conflicts are in the plan, not raised. Raises NoMatchError (no defaults
     for the model type), CaptureError.
     """
-    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-        raise CaptureError(f"expected a torch.nn.Module, got {model!r}")
-    if level not in ("modules", "symbolic"):
-        raise CaptureError(f"capture={level!r}: valid are 'modules' and 'symbolic'")
+    _require_capturable(model, level)
     index = index_sites(model)
     matches = {name: _match(name, spec, model, level, index) for name, spec in specs.items()}
     touched = {site.fqn for found in matches.values() for site in found.sites}
@@ -74,6 +71,13 @@ def make_plan(
     )
     order = [name for fqn in index.modules for name in (fqn, *index.hosted.get(fqn, ()))]
     return joined(among, plan, order), regions
+
+
+def _require_capturable(model: Any, level: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"expected a torch.nn.Module, got {model!r}")
+    if level not in ("modules", "symbolic"):
+        raise CaptureError(f"capture={level!r}: valid are 'modules' and 'symbolic'")
 
 
 def _weights(index: SiteIndex, host: str) -> tuple[str, ...]:

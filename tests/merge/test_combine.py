@@ -168,7 +168,7 @@ def test_ia3_files_of_combinations_load(tmp_path: Path) -> None:
     assert torch.equal(peftc.load(model, tmp_path / "sum")(token_ids()), compiled(token_ids()))
 
 
-REFUSED: dict[str, tuple[list[str], list[float], dict[str, Any], str]] = {
+REFUSED: dict[str, tuple[list[str], Any, dict[str, Any], str]] = {
     "no adapter": ([], [], {}, "no adapter given"),
     "unknown": (["a", "x"], [1, 1], {}, "no adapter 'x'"),
     "twice": (["a", "a"], [1, 1], {}, "each once"),
@@ -187,8 +187,8 @@ REFUSED: dict[str, tuple[list[str], list[float], dict[str, Any], str]] = {
     "saved": (["a", "b"], [1, 1], {}, "both save head whole"),
     "biases": (["a", "biased"], [1, 1], {}, "'biased' trains biases"),
     "too large": (["a", "c"], [1e39, 1e39], {"combination_type": "cat"}, "gives NaN or Inf"),
-    "one number": (["a"], 1.0, {}, "a list of as many numbers"),  # type: ignore[dict-item]
-    "words": (["a"], ["1"], {}, "a list of as many numbers"),  # type: ignore[list-item]
+    "one number": (["a"], 1.0, {}, "a list of as many numbers"),
+    "words": (["a"], ["1"], {}, "a list of as many numbers"),
     "half a rank": (["a", "c"], [1, 1], {"svd_rank": 2.5}, "svd_rank=2.5 is no positive integer"),
     "a word": (["a", "b"], [1, 1], {"combination_type": "ties", "density": "x"}, "got 'x'"),
     "taken": (["a", "c"], [1, 1], {"adapter_name": "b"}, "exists already"),

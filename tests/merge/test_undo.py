@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import sys
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import peftc
-from peftc.merge import fold, undo, undo_log
+from peftc.merge import fold, undo
 from tests.laws.strategies import DTYPES, Case, assert_unchanged, cases, snapshot
 from tests.laws.test_laws import laws
 from tests.models import Everything, Net, tiny, token_ids
 from tests.rewrite.test_models import perturb
 
+merging = sys.modules["peftc.merge.merge"]  # The package has a function of that name.
 ALL = ["embed", "linear", "transposed", "conv1d", "conv2d", "conv3d"]
 LORA = peftc.LoraConfig(target_modules=ALL, r=2, lora_alpha=-3, modules_to_save=["head"])
 MODES = ("keep", "residual")
@@ -38,6 +40,20 @@ def everything(dtype: torch.dtype = torch.float32, **options: Any) -> peftc.Comp
             tensor.flatten()[1] = 0
     compiled.set_adapter(["lora", "ia3"])
     return compiled
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, at: int) -> None:
+    """Let call number `at` of a function of `module` be interrupted; later ones are not."""
+    real, calls = getattr(module, name), 0
+
+    def interrupted(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(module, name, interrupted)
 
 
 def log_bytes(compiled: peftc.CompiledModel) -> int:
@@ -216,17 +232,7 @@ def test_what_fails_half_way_is_undone(mode: Any, monkeypatch: pytest.MonkeyPatc
     compiled = everything(inplace=True)
     before, y = snapshot(compiled), compiled(token_ids())
     monkeypatch.setattr(fold, "TILE", 16)
-    real, calls = undo_log.checksum, 0
-
-    def interrupted(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 9:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    where = undo if mode == "residual" else __import__("peftc.merge.merge", fromlist=["x"])
-    monkeypatch.setattr(where, "checksum", interrupted)
+    interrupt(monkeypatch, undo if mode == "residual" else merging, "checksum", 9)
     with pytest.raises(KeyboardInterrupt):
         compiled.merge_adapter(undo=mode)
     assert_unchanged(compiled, before)
@@ -238,19 +244,9 @@ def test_an_interrupt_between_tiles_loses_nothing(monkeypatch: pytest.MonkeyPatc
     compiled = everything(inplace=True)
     before = snapshot(compiled)
     monkeypatch.setattr(fold, "TILE", 16)
-    real, calls = undo.encode, 0
-
-    def interrupted(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 20:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(undo, "encode", interrupted)
+    interrupt(monkeypatch, undo, "encode", 20)
     with pytest.raises(KeyboardInterrupt):
         compiled.merge_adapter(undo="residual")
-    assert calls == 20
     assert_unchanged(compiled, before)
 
 
@@ -268,16 +264,7 @@ def test_an_interrupted_undo_can_be_done_again(monkeypatch: pytest.MonkeyPatch) 
     compiled = everything(inplace=True)
     before = snapshot(compiled)
     compiled.merge_adapter(undo="residual")
-    real, calls = undo.decode, 0
-
-    def interrupted(*args: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(undo, "decode", interrupted)
+    interrupt(monkeypatch, undo, "decode", 3)
     with pytest.raises(KeyboardInterrupt):
         compiled.unmerge_adapter()
     assert compiled.merged_adapters == ["lora", "ia3"]
