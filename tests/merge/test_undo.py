@@ -1,6 +1,7 @@
 """Undoing merges: bit for bit in every mode, from a log of a few percent, or refused with the reason."""
 
 import copy
+import dataclasses
 import gc
 import pickle
 import sys
@@ -427,3 +428,44 @@ def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         compiled.merge_adapter(undo="residual")
     with pytest.raises(peftc.MergeError, match="valid are 'keep', 'residual' and 'none'"):
         compiled.merge_adapter(undo="all")  # pyright: ignore
+
+
+def test_the_estimate_is_the_same_in_any_order_of_summation() -> None:
+    """So neither threads nor devices matter: products of exact factors, and their sums, round nothing."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(33, 50, generator=generator), torch.randn(40, 33, generator=generator)
+    order = torch.randperm(33, generator=generator)
+    params = peftc.Param((33, 50), axes="ri"), peftc.Param((40, 33), axes="or")
+    assert not torch.equal(b.double() @ a.double(), b[:, order].double() @ a[order].double())
+    exact_a, exact_b = fold.exact(a, params[0]), fold.exact(b, params[1])
+    assert torch.equal(exact_b @ exact_a, exact_b[:, order] @ exact_a[order])
+    torch.testing.assert_close(exact_b @ exact_a, b.double() @ a.double(), rtol=0, atol=2e-5)
+    vector = peftc.Param((33, 50), use="vector")
+    assert torch.equal(fold.exact(a, vector), a.double())
+
+
+def test_a_tile_is_written_and_logged_or_neither() -> None:
+    class Full(list[Any]):
+        def append(self, item: Any) -> None:
+            super().append(item)
+            raise KeyboardInterrupt
+
+    tile, log = torch.zeros(3), Full()
+    with pytest.raises(KeyboardInterrupt):
+        undo._write_tile(tile, torch.zeros(3), torch.ones(3), log, undo.encode(tile, tile))
+    assert torch.equal(tile, torch.zeros(3))
+    assert log == []
+
+
+def test_a_log_that_does_not_give_the_original_is_noticed() -> None:
+    compiled = everything(inplace=True)
+    compiled.merge_adapter(undo="residual")
+    merged = snapshot(compiled)
+    journal = compiled.program.journal
+    place = next(i for i, item in enumerate(journal.merged) if item.log and item.owner == "linear")
+    zeros = torch.zeros_like(compiled.base.linear.weight)
+    journal.merged[place] = dataclasses.replace(journal.merged[place], log=(undo.encode(zeros, zeros),))
+    with pytest.raises(peftc.MergeError, match=r"linear\.weight: undoing the merge did not give the original"):
+        compiled.unmerge_adapter()
+    assert torch.equal(compiled.base.linear.weight, merged["tensors"]["base.linear.weight"])
+    assert compiled.merged_adapters == ["lora", "ia3"]
