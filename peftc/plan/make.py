@@ -103,8 +103,8 @@ def _edits(
     for name, found in matches.items():
         paths = _saved_as(found.sites)
         for site in found.sites:
-            edit = _edit(name, found.spec, site, site.fqn in opaque, adapted(site.dtype))
-            edits.append(replace(edit, saved_as=paths.get(site.fqn)))
+            path = paths.get(site.fqn)
+            edits.append(_edit(name, found.spec, site, site.fqn in opaque, adapted(site.dtype), path))
         edits += call_edits(name, found, adapted)
     # Copies come last: what they copy is the module before any rewrite.
     return edits + [_save(name, model, fqn) for name, found in matches.items() for fqn in found.saved]
@@ -156,7 +156,7 @@ def _opaque(level: Capture, regions: Sequence[Region]) -> set[str]:
     return {a.site for region in regions for a in region.source.anchors if nodes[a.node].op == "call_module"}
 
 
-def _edit(adapter: str, spec: AdapterSpec, site: Site, opaque: bool, dtype: str) -> Edit:
+def _edit(adapter: str, spec: AdapterSpec, site: Site, opaque: bool, dtype: str, saved_as: str | None) -> Edit:
     rule = find_rule(spec, site)
     assert rule is not None  # match() keeps only sites that have a rule
     if opaque and site.kind != "linear":
@@ -178,6 +178,7 @@ def _edit(adapter: str, spec: AdapterSpec, site: Site, opaque: bool, dtype: str)
         flops_per_token=0 if slot == "weight" else flops_per_token(params),
         opaque=opaque,
         unmergeable=_unmergeable(rule, spec, site, opaque),
+        saved_as=saved_as,
     )
 
 

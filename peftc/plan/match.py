@@ -38,16 +38,17 @@ def match(adapter: str, spec: AdapterSpec, index: SiteIndex) -> Match:
     unwanted = _excluded(adapter, spec, index, misses) | _inside(names, saved)
     names = [name for name in names if name not in unwanted]
     names = _in_layers(adapter, spec, names, misses)
-    sites: list[Site] = []
+    unique: dict[str, Site] = {}  # An attention, and one of its parameters by name, may both be given.
     chosen = [("target_modules", name, site) for name in names for site in _expanded(spec, index.sites[name], index)]
     chosen += [("target_parameters", name, index.inner[name]) for name in _parameters(adapter, spec, index, misses)]
     for field, name, site in chosen:
         reason = _unfit(spec, site)
         if reason is None:
-            sites += [site] if site not in sites else []
+            unique[site.fqn] = site
         else:
             error = _is_listed(spec) or field == "target_parameters"
             misses.append(Miss(adapter, field, name, reason, error))
+    sites = list(unique.values())
     misses += _unused_patterns(adapter, spec, sites)
     if not sites and not saved and not any(miss.error for miss in misses):
         reason = "selects nothing: all it matches is excluded or in modules_to_save"
