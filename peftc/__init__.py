@@ -1,6 +1,7 @@
 """peftc: a declarative graph-rewriting compiler for parameter-efficient fine-tuning."""
 
-from peftc.api import compile, load, plan
+from peftc.api import compile, get_peft_model_state_dict, load, plan, set_peft_model_state_dict
+from peftc.checkpoint import LoadResult
 from peftc.compiled import CompiledModel
 from peftc.errors import (
     AdapterError,
@@ -36,6 +37,7 @@ __all__ = [
     "CompiledModel",
     "ConflictError",
     "IA3Config",
+    "LoadResult",
     "LoraConfig",
     "MergeError",
     "NoMatchError",
@@ -52,9 +54,11 @@ __all__ = [
     "RuleError",
     "SpecError",
     "compile",
+    "get_peft_model_state_dict",
     "load",
     "load_spec",
     "plan",
     "register",
+    "set_peft_model_state_dict",
     "unregister",
 ]

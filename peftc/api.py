@@ -1,12 +1,14 @@
-"""`compile`, `plan` and `load`: where everything begins."""
+"""`compile`, `plan` and `load`, where everything begins; an adapter's tensors as PEFT's functions give and take them."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from peftc.checkpoint import LoadResult, SaveEmbeddings, load_state, saved_state_dict
 from peftc.compiled import CompiledModel, OnUnmatched
 from peftc.graph.region import Capture
-from peftc.lifecycle import planned
+from peftc.lifecycle import planned, require_known
 from peftc.plan import Plan, require_same
 from peftc.registry import spec_classes
 from peftc.rewrite.build import build, require_applicable
@@ -60,6 +62,43 @@ def plan(
     the model type), CaptureError.
     """
     return planned(model, load_specs(spec, adapter_name, spec_classes()), capture, autocast_adapter_dtype)[0]
+
+
+def get_peft_model_state_dict(
+    model: CompiledModel,
+    state_dict: Mapping[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: SaveEmbeddings = "auto",
+) -> dict[str, Tensor]:
+    """The tensors of an adapter as its file holds them, by PEFT's keys, without the adapter's name.
+
+    `state_dict`: the whole model's, to take them from (gathered from shards). `unwrap_compiled`: `model` is what
+    torch.compile returned. Raises AdapterError on an unknown name, CheckpointError if `state_dict` lacks one.
+    """
+    own = _unwrapped(model, unwrap_compiled)
+    require_known(own.program, [adapter_name])
+    return saved_state_dict(own.program, adapter_name, save_embedding_layers, state_dict)
+
+
+def set_peft_model_state_dict(
+    model: CompiledModel,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+) -> LoadResult:
+    """Copy tensors by PEFT's keys into an adapter that the model has.
+
+    As in PEFT, missing and unexpected keys are left out and reported (with a warning, and in the result); mis-shaped ones
+    only with `ignore_mismatched_sizes`. Raises CheckpointError, with nothing copied, on mis-shaped keys, integers, NaN and
+    Inf; AdapterError on an unknown name.
+    """
+    require_known(model.program, [adapter_name])
+    return load_state(model.program, adapter_name, peft_model_state_dict, strict=False, resized=ignore_mismatched_sizes)
+
+
+def _unwrapped(model: Any, unwrap_compiled: bool) -> CompiledModel:
+    return getattr(model, "_orig_mod", model) if unwrap_compiled else model
 
 
 # peftc.load(model, "a folder or a Hub repository")

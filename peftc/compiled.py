@@ -1,35 +1,43 @@
 """CompiledModel: a model with adapters."""
 
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, Unpack
 
 from torch import Tensor, nn
 
 from peftc import lifecycle
 from peftc.checkpoint import (
+    Download,
+    Form,
+    LoadResult,
+    SaveEmbeddings,
+    SaveOptions,
+    Verify,
     adapter_state_dict,
-    load_state,
+    config_of,
     locate,
     prompt_edit,
     prompt_embeddings,
     prompt_encoder,
+    push,
     read_adapter,
-    save_adapter,
+    save_adapters,
+    update_card,
 )
 from peftc.compiled_graph import CompiledGraph
 from peftc.errors import AdapterError, MergeError
 from peftc.graph.region import Capture
+from peftc.graph.sites import transformers_config
 from peftc.merge import Undo, forget, merge, unmerge
-from peftc.plan import Plan
 from peftc.registry import spec_classes
 from peftc.rewrite.build import build, require_applicable, undo
 from peftc.rewrite.switch import activate, emit, require_idle, require_unwrapped, train
 from peftc.rewrite.virtual import rows
 from peftc.rule import Combination
-from peftc.specs import AdapterSpec, load_spec
+from peftc.specs import load_spec
 from peftc.status import LayerStatus, ModelStatus, layer_status, model_status
 
 OnUnmatched = Literal["error", "warn"]
@@ -40,26 +48,6 @@ class CompiledModel(CompiledGraph):
 
     Attributes that are not found here are those of `base` (`config`, `device`, …). Made by `compile`.
     """
-
-    @property
-    def plan(self) -> Plan:
-        """The plan of all adapters attached now."""
-        return self.program.plan
-
-    @property
-    def peft_config(self) -> dict[str, AdapterSpec]:
-        """Spec by adapter name, in load order, with defaults resolved."""
-        return dict(self.plan.adapters)
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The names of the active adapters, in load order."""
-        return list(self.program.active)
-
-    @property
-    def merged_adapters(self) -> list[str]:
-        """The names of the adapters that are folded into the weights now."""
-        return list(self.program.merged)
 
     def get_layer_status(self) -> list[LayerStatus]:
         """What is active, merged and learning at every adapted module, in module order."""
@@ -123,20 +111,26 @@ class CompiledModel(CompiledGraph):
         self,
         model_id: str | os.PathLike[str],
         adapter_name: str,
-        *,
         is_trainable: bool = False,
+        *,
         subfolder: str | None = None,
-        revision: str | None = None,
-        token: Any = None,
         allow_pickle: bool = False,
-    ) -> None:
+        strict: bool = True,
+        verify: Verify = "all",
+        **download: Unpack[Download],
+    ) -> LoadResult:
         """Attach an adapter from a folder or a Hub repository, inactive; frozen unless `is_trainable`.
+
+        `allow_pickle`: read `adapter_model.bin` if there is no safetensors file. `strict=False`: take what fits; the result
+        says what did not. `verify`: `all` compares files with their manifest, and the base with the one they were trained
+        on; `files` leaves out the base, `nothing` both; files without a manifest (PEFT's) load as they are. `download`:
+        `revision`, `token`, `cache_dir`, `local_files_only`, … as in huggingface_hub.
 
         Raises CheckpointError, SpecError, AdapterError, ConflictError; nothing is changed then.
         """
-        folder = locate(model_id, subfolder=subfolder, revision=revision, token=token)
-        files = read_adapter(folder, is_trainable=is_trainable, allow_pickle=allow_pickle)
-        lifecycle.load(self.program, adapter_name, *files)
+        folder = locate(model_id, subfolder, **download)
+        files = read_adapter(folder, is_trainable=is_trainable, allow_pickle=allow_pickle, verify=verify)
+        return lifecycle.load(self.program, adapter_name, files, strict)
 
     def add_weighted_adapter(
         self,
@@ -292,17 +286,71 @@ class CompiledModel(CompiledGraph):
         return made.expand(batch_size, -1, -1)
 
     def save_pretrained(
-        self, save_directory: str | os.PathLike[str], *, selected_adapters: Sequence[str] | None = None
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: SaveEmbeddings = "auto",
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        form: Form = "peft",
     ) -> None:
         """Write adapters (default: all) as PEFT does: `default` into the folder, others into subfolders of their name.
 
-        Raises CheckpointError if the folder can't be written, AdapterError on an unknown name.
+        All of it or, if anything fails or is killed, nothing. `save_embedding_layers`: whole embeddings too; `auto`: those
+        that are adapted as embed_tokens or lm_head, that the adapter brought, or whose vocabulary was resized.
+        `is_main_process=False` writes nothing. `state_dict`: the whole model's, gathered from shards, to take tensors from.
+        `form="serving"`: LoRA as vLLM and llama.cpp take it: one rank, scaling 1, no patterns; equal outputs.
+
+        Raises CheckpointError (with the bytes needed, if the folder can't be written), AdapterError on an unknown name.
         """
-        names = list(self.plan.adapters) if selected_adapters is None else list(selected_adapters)
+        names = self._chosen(selected_adapters)
+        if is_main_process:
+            options = SaveOptions(save_embedding_layers, form, state_dict)
+            save_adapters(Path(save_directory), self.program, names, options)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: SaveEmbeddings = "auto",
+        form: Form = "peft",
+    ) -> Any:
+        """Upload what `save_pretrained` writes, as one commit; returns huggingface_hub's CommitInfo.
+
+        The repository is created if need be; a `revision` that is no branch yet becomes one. Raises CheckpointError.
+        """
+        names, options = self._chosen(selected_adapters), SaveOptions(save_embedding_layers, form)
+        return push(
+            repo_id,
+            lambda folder: save_adapters(folder, self.program, names, options),
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            commit_description=commit_description,
+        )
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str], adapter_name: str = "default") -> None:
+        """Write README.md for an adapter, or update its front matter and versions; what its author wrote stays.
+
+        Raises CheckpointError if it can't be read or written, AdapterError on an unknown name.
+        """
+        lifecycle.require_known(self.program, [adapter_name])
+        update_card(Path(output_dir), config_of(self.program, adapter_name), transformers_config(self.base) is not None)
+
+    def _chosen(self, selected: Sequence[str] | None) -> list[str]:
+        names = list(self.plan.adapters) if selected is None else list(selected)
         lifecycle.require_known(self.program, names)
-        for name in names:
-            folder = Path(save_directory) if name == "default" else Path(save_directory) / name
-            save_adapter(folder, self.program, name)
+        return names
 
     @classmethod
     def from_pretrained(
@@ -310,31 +358,31 @@ class CompiledModel(CompiledGraph):
         model: nn.Module,
         model_id: str | os.PathLike[str],
         adapter_name: str = "default",
-        *,
         is_trainable: bool = False,
         config: Any = None,
+        *,
         capture: Capture = "modules",
         inplace: bool = False,
         autocast_adapter_dtype: bool = True,
         subfolder: str | None = None,
-        revision: str | None = None,
-        token: Any = None,
         allow_pickle: bool = False,
+        strict: bool = True,
+        verify: Verify = "all",
+        **download: Unpack[Download],
     ) -> "CompiledModel":
         """Compile `model` with an adapter from a folder or a Hub repository: for inference, unless `is_trainable`.
 
-        `config` takes the place of the folder's `adapter_config.json`. Raises CheckpointError, SpecError.
+        `config` takes the place of the folder's `adapter_config.json`. The rest is as in `compile` and `load_adapter`.
+        Raises CheckpointError, SpecError; the model is not changed then, even with `inplace`.
         """
-        folder = locate(model_id, subfolder=subfolder, revision=revision, token=token)
+        folder = locate(model_id, subfolder, **download)
         given = None if config is None else load_spec(config, spec_classes())
-        spec, tensors, encoder = read_adapter(
-            folder, config=given, is_trainable=is_trainable, allow_pickle=allow_pickle
-        )
-        made, regions = lifecycle.planned(model, {adapter_name: spec}, capture, autocast_adapter_dtype)
+        files = read_adapter(folder, config=given, is_trainable=is_trainable, allow_pickle=allow_pickle, verify=verify)
+        made, regions = lifecycle.planned(model, {adapter_name: files.spec}, capture, autocast_adapter_dtype)
         require_applicable(made, "warn")
         compiled = cls(build(model, made, regions, inplace, fresh=False))
         try:
-            load_state(compiled.program, adapter_name, tensors, encoder)
+            lifecycle.fill_from(compiled.program, adapter_name, files, strict)
         except BaseException:
             compiled.unload()
             raise

@@ -7,9 +7,11 @@ from typing import Any, Self
 from torch import fx, nn
 
 from peftc.graph.region import call, parameters_of
+from peftc.plan import Plan
 from peftc.rewrite.mixed import mixed
 from peftc.rewrite.program import Program
 from peftc.rewrite.route import refuse_names
+from peftc.specs import AdapterSpec
 from peftc.view.text import span
 
 
@@ -34,6 +36,26 @@ class CompiledGraph(fx.GraphModule):
         self.base = program.base
         self.__dict__["program"] = program
         self.training = program.base.training
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of all adapters attached now."""
+        return self.program.plan
+
+    @property
+    def peft_config(self) -> dict[str, AdapterSpec]:
+        """Spec by adapter name, in load order, with defaults resolved."""
+        return dict(self.plan.adapters)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The names of the active adapters, in load order."""
+        return list(self.program.active)
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The names of the adapters that are folded into the weights now."""
+        return list(self.program.merged)
 
     def __getattr__(self, name: str) -> Any:
         try:

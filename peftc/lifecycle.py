@@ -1,11 +1,12 @@
 """Adapters coming and going: what `CompiledModel`'s methods do to its program, all of it or nothing."""
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from peftc.checkpoint import load_state
+from peftc.checkpoint import AdapterFiles, LoadResult, load_state, require_base
 from peftc.compiled_graph import CompiledGraph
 from peftc.errors import AdapterError, MergeError, nearest
 from peftc.graph.region import Capture, Region
@@ -67,16 +68,23 @@ def add(program: Program, name: str, spec: AdapterSpec, on_unmatched: str, fresh
         raise
 
 
-def load(
-    program: Program, name: str, spec: AdapterSpec, tensors: Mapping[str, Tensor], encoder: Mapping[str, Tensor]
-) -> None:
+def load(program: Program, name: str, files: AdapterFiles, strict: bool) -> LoadResult:
     """Attach an adapter, inactive, with the tensors of its files."""
-    add(program, name, spec, "warn", fresh=False)
+    add(program, name, files.spec, "warn", fresh=False)
     try:
-        load_state(program, name, tensors, encoder)
+        return fill_from(program, name, files, strict)
     except BaseException:
         _shrink(program, name)
         raise
+
+
+def fill_from(program: Program, name: str, files: AdapterFiles, strict: bool) -> LoadResult:
+    """Give an adapter that is attached the tensors of its files, if the base is theirs. Raises CheckpointError."""
+    caution = require_base(program, files.base) if files.base is not None else None
+    result = load_state(program, name, files.tensors, files.encoder, where=files.where, strict=strict)
+    if caution is not None:
+        warnings.warn(f"{files.where}: {caution}", stacklevel=4)
+    return result
 
 
 def combine(program: Program, name: str, adapters: Any, numbers: Any, how: Combination) -> None:

@@ -1,18 +1,36 @@
-"""PEFT's files, both ways."""
+"""PEFT's files, both ways; checked, and written all or nothing."""
 
-from peftc.checkpoint.files import locate
+from peftc.checkpoint.base import require_base
+from peftc.checkpoint.card import update_card
+from peftc.checkpoint.embeddings import SaveEmbeddings
+from peftc.checkpoint.files import AdapterFiles
+from peftc.checkpoint.hub import Download, locate, push
+from peftc.checkpoint.keys import LoadResult
 from peftc.checkpoint.load import read_adapter
+from peftc.checkpoint.manifest import Verify
 from peftc.checkpoint.prompts import prompt_edit, prompt_embeddings, prompt_encoder
-from peftc.checkpoint.save import save_adapter
-from peftc.checkpoint.state import adapter_state_dict, load_state
+from peftc.checkpoint.save import Form, SaveOptions, config_of, save_adapters
+from peftc.checkpoint.state import adapter_state_dict, load_state, saved_state_dict
 
 __all__ = [
+    "AdapterFiles",
+    "Download",
+    "Form",
+    "LoadResult",
+    "SaveEmbeddings",
+    "SaveOptions",
+    "Verify",
     "adapter_state_dict",
+    "config_of",
     "load_state",
     "locate",
     "prompt_edit",
     "prompt_embeddings",
     "prompt_encoder",
+    "push",
     "read_adapter",
-    "save_adapter",
+    "require_base",
+    "save_adapters",
+    "saved_state_dict",
+    "update_card",
 ]

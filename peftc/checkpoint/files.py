@@ -1,18 +1,19 @@
-"""`adapter_config.json`, `adapter_model.safetensors` and the model card: reading, and writing all or nothing."""
+"""An adapter's folder: `adapter_config.json`, `adapter_model.safetensors`, and the encoder of a prompt."""
 
-import contextlib
 import json
-import os
-import tempfile
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
+from peftc.checkpoint.atomic import steady
+from peftc.checkpoint.base import BaseFingerprint
+from peftc.checkpoint.manifest import Manifest, Verify, manifest_of, require_config, require_tensors, sealed
+from peftc.checkpoint.tensor_file import read_tensors
 from peftc.errors import CheckpointError
 from peftc.registry import spec_classes
 from peftc.specs import AdapterSpec, load_spec
@@ -24,106 +25,89 @@ BIN_NAME = "adapter_model.bin"
 ENCODER_NAME = "prompt_encoder.safetensors"
 
 
-def locate(
-    source: str | os.PathLike[str], *, subfolder: str | None = None, revision: str | None = None, token: Any = None
-) -> Path:
-    """The folder of an adapter: `source` if it is one, else downloaded from the Hugging Face Hub.
+@dataclass(frozen=True)
+class AdapterFiles:
+    """An adapter as its folder has it. `encoder`: what makes a prompt's rows; `base`: None if the files don't say."""
 
-    Raises CheckpointError if it is neither a folder nor a repository that can be reached.
+    spec: AdapterSpec
+    tensors: Mapping[str, Tensor]
+    encoder: Mapping[str, Tensor]
+    base: BaseFingerprint | None
+    where: str
+
+
+def read_folder(
+    folder: Path, *, config: AdapterSpec | None, verify: Verify, allow_pickle: bool, encoder: bool
+) -> AdapterFiles:
+    """Read an adapter; with `config` in the place of the folder's own. The tensors are on the CPU, in their own memory.
+
+    `encoder`: a prompt's encoder is needed, so a broken one is an error. Raises SpecError, CheckpointError: no adapter,
+    a file that is broken, or is not what its manifest says (unless `verify="nothing"`).
     """
-    folder = Path(source)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        names = (CONFIG_NAME, WEIGHTS_NAME, BIN_NAME, ENCODER_NAME)
-        patterns = [f"{subfolder}/{name}" if subfolder else name for name in names]
-        try:
-            folder = Path(snapshot_download(str(source), revision=revision, token=token, allow_patterns=patterns))
-        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            raise CheckpointError(
-                f"{source}: neither a folder here nor a Hub repository that can be reached ({error})"
-            ) from None
-    return folder / subfolder if subfolder else folder
+    if verify not in ("all", "files", "nothing"):
+        raise CheckpointError(f"verify={verify!r}: valid are 'all', 'files' and 'nothing'")
+    with steady(folder):
+        spec = load_spec(folder, spec_classes()) if config is None else config
+        tensors, manifest = _weights(folder, allow_pickle, verify)
+        rows = _encoder(folder / ENCODER_NAME, encoder, verify)
+    if manifest is not None and verify != "nothing" and config is None:
+        require_config(manifest, spec, folder / CONFIG_NAME)
+    base = manifest.base if manifest is not None and verify == "all" else None
+    return AdapterFiles(spec, tensors, rows, base, str(folder))
 
 
-def read_spec(folder: Path) -> AdapterSpec:
-    """The spec in the folder's `adapter_config.json`. Raises SpecError."""
-    return load_spec(folder, spec_classes())
+def adapter_files(
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    encoder: Mapping[str, Tensor],
+    base: BaseFingerprint | None,
+) -> dict[str, bytes]:
+    """The contents of an adapter's files by name."""
+    return {
+        **({ENCODER_NAME: sealed(encoder, {}, None)} if encoder else {}),
+        WEIGHTS_NAME: sealed(tensors, config, base),
+        CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+    }
 
 
-def read_tensors(folder: Path, *, allow_pickle: bool = False) -> dict[str, Tensor]:
-    """The folder's adapter tensors, on the CPU. Raises CheckpointError if there are none, or the file is broken.
-
-    `adapter_model.bin`, a pickle, is read only if `allow_pickle`, and then with `weights_only=True`.
-    """
-    file = folder / WEIGHTS_NAME
-    if file.is_file():
-        return _load(file)
-    pickle = folder / BIN_NAME
-    if not pickle.is_file():
+def _weights(folder: Path, allow_pickle: bool, verify: Verify) -> tuple[Mapping[str, Tensor], Manifest | None]:
+    file, pickle = folder / WEIGHTS_NAME, folder / BIN_NAME
+    if file.exists():
+        return _checked(file, verify)
+    if not pickle.exists():
         raise CheckpointError(f"{folder}: holds no {WEIGHTS_NAME}")
     if not allow_pickle:
         raise CheckpointError(f"{pickle}: is a pickle; pass allow_pickle=True to read it (with weights_only=True)")
+    return _unpickled(pickle), None
+
+
+def _unpickled(file: Path) -> dict[str, Tensor]:
     try:
-        return torch.load(pickle, map_location="cpu", weights_only=True)
+        data: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # The unpickler raises whatever the bytes make it raise.
-        raise CheckpointError(f"{pickle}: can't be read with weights_only=True: {error}") from None
+        raise CheckpointError(f"{file}: can't be read with weights_only=True: {error}") from None
+    if not isinstance(data, dict) or not all(isinstance(value, Tensor) for value in data.values()):
+        raise CheckpointError(f"{file}: holds a {type(data).__name__}, no tensors by name")
+    return {str(key): value for key, value in data.items()}
 
 
-def read_encoder(folder: Path) -> dict[str, Tensor]:
-    """The tensors of the encoder that a prompt is trained with, or none. Raises CheckpointError on a broken file."""
-    file = folder / ENCODER_NAME
-    return _load(file) if file.is_file() else {}
+def _checked(file: Path, verify: Verify) -> tuple[Mapping[str, Tensor], Manifest | None]:
+    tensors, metadata = read_tensors(file)
+    if verify == "nothing":
+        return tensors, None
+    manifest = manifest_of(metadata, file)
+    if manifest is not None:
+        require_tensors(manifest, tensors, file)
+    return tensors, manifest
 
 
-def _load(file: Path) -> dict[str, Tensor]:
+def _encoder(file: Path, needed: bool, verify: Verify) -> Mapping[str, Tensor]:
+    if not file.exists():
+        return {}
     try:
-        return load_file(file)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None
-
-
-def write_adapter(
-    folder: Path,
-    config: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    card: str,
-    encoder: Mapping[str, Tensor],
-) -> None:
-    """Write one adapter: every file under another name first, then renamed, the config last; modes as umask says.
-
-    Raises CheckpointError if the folder can't be written; files that were there are then still whole.
-    """
-    files = {
-        **({ENCODER_NAME: _bytes(encoder)} if encoder else {}),
-        WEIGHTS_NAME: _bytes(tensors),
-        CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "README.md").exists():
-            files = {"README.md": card.encode(), **files}
-        with tempfile.TemporaryDirectory(prefix=".peftc-", dir=folder) as temporary:
-            for name, content in files.items():
-                _write(Path(temporary) / name, content)
-            for name in files:
-                os.replace(Path(temporary) / name, folder / name)
-            if not encoder:  # One that is there made other rows.
-                (folder / ENCODER_NAME).unlink(missing_ok=True)
-    except OSError as error:
-        size = sum(map(len, files.values()))
-        raise CheckpointError(f"{folder}: can't write the adapter ({size:,} bytes): {error}") from None
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> bytes:
-    contiguous = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
-    return save(contiguous, metadata={"format": "pt"})
-
-
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        with contextlib.suppress(OSError):  # Some network file systems have no fsync.
-            os.fsync(file.fileno())
+        return _checked(file, verify)[0]
+    except CheckpointError as error:
+        if needed:
+            raise
+        warnings.warn(f"{error}. Inference does not need it; what is saved from here will lack it", stacklevel=6)
+        return {}

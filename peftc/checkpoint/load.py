@@ -1,39 +1,32 @@
 """Reading an adapter's folder: the spec to compile, and the tensors to put into it."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
-from peftc.checkpoint.files import read_encoder, read_spec, read_tensors
+from peftc.checkpoint.files import AdapterFiles, read_folder
+from peftc.checkpoint.manifest import Verify
 from peftc.checkpoint.prompts import trainable_spec
-from peftc.errors import CheckpointError
 from peftc.specs import AdapterSpec
 
 
 def read_adapter(
-    folder: Path, *, config: AdapterSpec | None = None, is_trainable: bool, allow_pickle: bool
-) -> tuple[AdapterSpec, dict[str, Tensor], dict[str, Tensor]]:
-    """The spec (`config` in its place, if given), the adapter's tensors, and those of a prompt's encoder.
+    folder: Path,
+    *,
+    config: AdapterSpec | None = None,
+    is_trainable: bool = False,
+    allow_pickle: bool = False,
+    verify: Verify = "all",
+) -> AdapterFiles:
+    """An adapter's files, with the spec to compile it by (`config` in its place, if given).
 
     A prompt that is to be trained without the encoder it was saved with becomes one without reparameterisation, with a
     warning. Raises SpecError, CheckpointError.
     """
-    spec = read_spec(folder) if config is None else config
-    tensors = read_tensors(folder, allow_pickle=allow_pickle)
-    encoder = _encoder(folder, is_trainable)
+    files = read_folder(folder, config=config, verify=verify, allow_pickle=allow_pickle, encoder=is_trainable)
+    spec = files.spec
     if is_trainable:
-        spec, warning = trainable_spec(spec, encoder)
+        spec, warning = trainable_spec(spec, files.encoder)
         if warning:
             warnings.warn(warning, stacklevel=4)
-    return spec.model_copy(update={"inference_mode": not is_trainable}), tensors, encoder
-
-
-def _encoder(folder: Path, needed: bool) -> dict[str, Tensor]:
-    try:
-        return read_encoder(folder)
-    except CheckpointError as error:
-        if needed:
-            raise
-        warnings.warn(f"{error}. Inference does not need it; what is saved from here will lack it", stacklevel=5)
-        return {}
+    return replace(files, spec=spec.model_copy(update={"inference_mode": not is_trainable}))

@@ -1,26 +1,69 @@
-"""Saving an adapter: its spec as PEFT's config, its tensors, a model card."""
+"""Saving adapters: specs as PEFT's configs, tensors, the model card; all of them in one step or none."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from peftc.checkpoint.files import write_adapter
+from torch import Tensor
+
+from peftc.checkpoint.atomic import replace_files
+from peftc.checkpoint.base import fingerprint_of
+from peftc.checkpoint.card import CARD_NAME, card
+from peftc.checkpoint.embeddings import SaveEmbeddings
+from peftc.checkpoint.files import ENCODER_NAME, adapter_files
 from peftc.checkpoint.prompts import encoder_state, prompt_edit
+from peftc.checkpoint.serving import serving_form
 from peftc.checkpoint.state import saved_state_dict
+from peftc.errors import CheckpointError
 from peftc.graph.sites import transformers_config
 from peftc.rewrite.host import original_class
 from peftc.rewrite.program import Program
+from peftc.specs.io import CONFIG_NAME
+
+Form = Literal["peft", "serving"]
 
 
-def save_adapter(folder: Path, program: Program, adapter: str) -> None:
-    """Write `adapter` into `folder`. Raises CheckpointError if that can't be done; nothing is half written then."""
-    config = _config(program, adapter)
+@dataclass(frozen=True)
+class SaveOptions:
+    """How adapters are saved; see `CompiledModel.save_pretrained`."""
+
+    save_embedding_layers: SaveEmbeddings = "auto"
+    form: Form = "peft"
+    state_dict: Mapping[str, Tensor] | None = None
+
+
+def save_adapters(folder: Path, program: Program, adapters: Sequence[str], options: SaveOptions) -> None:
+    """Write `adapters`: `default` into `folder`, others into subfolders of their name.
+
+    Raises CheckpointError if that can't be done; what was there is then as it was.
+    """
+    if options.form not in ("peft", "serving"):
+        raise CheckpointError(f"form={options.form!r}: valid are 'peft' and 'serving'")
+    files: dict[str, bytes] = {}
+    gone: list[str] = []
+    for name in adapters:
+        path = "" if name == "default" else f"{name}/"
+        own = _files(program, name, options)
+        if not (folder / path / CARD_NAME).exists():
+            own[CARD_NAME] = card(config_of(program, name), transformers_config(program.base) is not None).encode()
+        files |= {path + file: content for file, content in own.items()}
+        gone += [] if ENCODER_NAME in own else [path + ENCODER_NAME]  # One that is there made other rows.
+    replace_files(folder, files, [name for name in files if name.endswith(CONFIG_NAME)], gone)
+
+
+def _files(program: Program, adapter: str, options: SaveOptions) -> dict[str, bytes]:
+    config = config_of(program, adapter)
+    if options.form == "serving":
+        config, tensors = serving_form(program, adapter, config)
+        return adapter_files(config, tensors, {}, fingerprint_of(program, adapter))
     edit = prompt_edit(program, adapter)
     encoder = encoder_state(program, edit) if edit is not None else {}
-    write_adapter(folder, config, saved_state_dict(program, adapter), _card(config), encoder)
+    tensors = saved_state_dict(program, adapter, options.save_embedding_layers, options.state_dict)
+    return adapter_files(config, tensors, encoder, fingerprint_of(program, adapter))
 
 
-def _config(program: Program, adapter: str) -> dict[str, Any]:
+def config_of(program: Program, adapter: str) -> dict[str, Any]:
     """The spec as saved: for inference, with the base model's name, and its class where no task says it."""
     config = {**program.plan.adapters[adapter].to_dict(), "inference_mode": True}
     base_config = transformers_config(program.base)
@@ -30,11 +73,3 @@ def _config(program: Program, adapter: str) -> dict[str, Any]:
         cls = original_class(program.base)
         config["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     return config
-
-
-def _card(config: Mapping[str, Any]) -> str:
-    base, method = config["base_model_name_or_path"], str(config["peft_type"])
-    front = ["---", "library_name: peft", *([f"base_model: {base}"] if base else []), "tags:", "- peftc"]
-    text = f"A {method} adapter{f' for `{base}`' if base else ''}. Load it with peftc or PEFT:"
-    code = ["```python", "import peftc", "", 'model = peftc.load(base_model, "path/to/this/folder")', "```", ""]
-    return "\n".join([*front, f"- {method.lower()}", "---", "", "# Adapter", "", text, "", *code])

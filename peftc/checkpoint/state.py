@@ -1,20 +1,21 @@
 """An adapter's tensors under the keys that PEFT's files use, and back."""
 
+import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from peftc.checkpoint.embeddings import SaveEmbeddings, embedding_state, split_embeddings, take_over
+from peftc.checkpoint.keys import LoadResult, require_fit, respelled
 from peftc.checkpoint.prompts import PROMPT_KEY, load_prompt, prompt_edit, prompt_embeddings
-from peftc.errors import CheckpointError, nearest
-from peftc.graph.sites import parameter_name
+from peftc.errors import CheckpointError
+from peftc.graph.sites import dtype_name, parameter_name
 from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
 from peftc.rewrite.program import Program
-from peftc.rewrite.switch import place
-from peftc.specs import PromptSpec
+from peftc.specs import AdapterSpec, PromptSpec
 
-PREFIX = "base_model.model."
 # peft (0.21) adds the delta of nn.MultiheadAttention's out_proj twice in every forward, so in its files this factor is
 # half of what has that effect. Halving and doubling are exact.
 _HALVED = ".base_layer.out_proj.lora_B.weight"
@@ -23,32 +24,63 @@ _HALVED = ".base_layer.out_proj.lora_B.weight"
 def adapter_state_dict(program: Program, adapter: str) -> dict[str, Tensor]:
     """The live tensors of `adapter` by their key in `adapter_model.safetensors`; the rows of a prompt are computed."""
     state: dict[str, Tensor] = {}
-    prefix = _prefix(program, adapter)
+    prefix = key_prefix(program.plan.adapters[adapter])
     for edit in program.plan.edits:
         if edit.adapter == adapter and edit.virtual:
             state[PROMPT_KEY] = prompt_embeddings(program, edit)
         elif edit.adapter == adapter:
             for param in edit.params:
                 if param.saved:
-                    state[prefix + _key(edit, param)] = program.tensor(edit, param.key)
+                    state[prefix + key_of(edit, param)] = program.tensor(edit, param.key)
     for tensor in program.plan.trained:
         if tensor.adapter == adapter:
             state[prefix + tensor.key] = _trained(program, tensor.name)
     return state
 
 
-def saved_state_dict(program: Program, adapter: str) -> dict[str, Tensor]:
-    """The tensors of `adapter` as its file holds them."""
-    state = adapter_state_dict(program, adapter)
+def saved_state_dict(
+    program: Program,
+    adapter: str,
+    save_embedding_layers: SaveEmbeddings = "auto",
+    full: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of `adapter` as its file holds them. `full`: a state dict of the whole model to take them from.
+
+    Raises CheckpointError if `full` lacks one.
+    """
+    prefix = key_prefix(program.plan.adapters[adapter])
+    state = adapter_state_dict(program, adapter) if full is None else _from_full(program, adapter, full)
+    state |= embedding_state(program, adapter, prefix, save_embedding_layers)
     return {key: value / 2 if key.endswith(_HALVED) else value for key, value in state.items()}
 
 
-def _prefix(program: Program, adapter: str) -> str:
+def _from_full(program: Program, adapter: str, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapter's tensors out of a whole model's (gathered by FSDP or a trainer; names may carry their wrappers)."""
+    plain = {_WRAPPERS.sub("", name).removeprefix("base."): value for name, value in full.items()}
+    live = {id(tensor): name for name, tensor in _named(program.base)}
+    state: dict[str, Tensor] = {}
+    for key, tensor in adapter_state_dict(program, adapter).items():
+        name = live.get(id(tensor))
+        if name is not None and name not in plain:
+            raise CheckpointError(f"state_dict lacks {name}, which adapter {adapter!r} has")
+        state[key] = tensor if name is None else plain[name]
+    return state
+
+
+_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.)+|(?<=\.)(_orig_mod\.|_fsdp_wrapped_module\.)")
+
+
+def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def key_prefix(spec: AdapterSpec) -> str:
     """What keys begin with. PEFT puts one wrapper around a model for a prompt method, two for the others."""
-    return "base_model." if isinstance(program.plan.adapters[adapter], PromptSpec) else PREFIX
+    return "base_model." if isinstance(spec, PromptSpec) else "base_model.model."
 
 
-def _key(edit: Edit, param: PlannedParam) -> str:
+def key_of(edit: Edit, param: PlannedParam) -> str:
     return parameter_name(edit.site if edit.saved_as is None else edit.saved_as, param.key)
 
 
@@ -63,122 +95,120 @@ def _trained(program: Program, name: str) -> Tensor:
 
 
 def load_state(
-    program: Program, adapter: str, tensors: Mapping[str, Tensor], encoder: Mapping[str, Tensor] | None = None
-) -> None:
+    program: Program,
+    adapter: str,
+    tensors: Mapping[str, Tensor],
+    encoder: Mapping[str, Tensor] | None = None,
+    *,
+    where: str = "the state dict",
+    strict: bool = True,
+    resized: bool = True,
+) -> LoadResult:
     """Copy `tensors` into the parameters of `adapter`; of a prompt that is to be trained, `encoder` makes them.
 
     A saved embedding (PEFT's `save_embedding_layers`) is compared with the base and taken over, with a warning, if it
-    differs. Raises CheckpointError, with nothing copied, on missing, unexpected or mis-shaped keys, NaN or Inf.
+    differs. Raises CheckpointError, with nothing copied, on NaN, Inf or integers, and with `strict` on missing, unexpected
+    or mis-shaped keys; else these are left out, with a warning (mis-shaped ones only if `resized`).
     """
-    own = adapter_state_dict(program, adapter)
-    given = {_renamed(key, own): value for key, value in tensors.items() if ".original_module." not in key}
-    optional, buffers = _optional(program, adapter), _buffers(program, adapter)
-    missing = [key for key in own if key not in given and key not in optional]
-    own = {key: target for key, target in own.items() if key in given or key not in optional}
-    embeddings, unexpected = _split(program, _prefix(program, adapter), [key for key in given if key not in own])
-    if missing or unexpected:
-        raise CheckpointError(_mismatch(adapter, missing, unexpected, own))
-    for key, target in [*own.items(), *((k, program.base.get_parameter(name)) for k, name in embeddings.items())]:
-        _require_like(key, given[key], target)
-        if key not in buffers:
-            _require_finite(key, given[key], target)
+    own, prefix = adapter_state_dict(program, adapter), key_prefix(program.plan.adapters[adapter])
+    names = respelled(program, prefix, [key for key in tensors if ".original_module." not in key], own)
+    given = {names[key]: tensors[key] for key in names}
+    embeddings, unexpected = split_embeddings(program, prefix, [key for key in given if key not in own])
+    targets = {**own, **{key: program.base.get_parameter(name) for key, name in embeddings.items()}}
+    optional = _optional(program, adapter)
+    odd = [key for key in given if key in targets and given[key].shape != targets[key].shape]
+    fitting = {key: value for key, value in given.items() if key in targets and key not in odd}
+    result = LoadResult(
+        missing_keys=tuple(key for key in own if key not in given and key not in optional),
+        unexpected_keys=tuple(unexpected),
+        mismatched_keys=tuple((key, tuple(given[key].shape), tuple(targets[key].shape)) for key in odd),
+        renamed={names[key]: key for key in names if names[key] != key},
+        casts={key: _cast(value, targets[key]) for key, value in fitting.items() if value.dtype != targets[key].dtype},
+    )
+    left = require_fit(result, own, where, strict or (bool(odd) and not resized))
+    _require_values(program, adapter, fitting, targets, where)
+    _copy(program, adapter, {key: value for key, value in fitting.items() if key in own}, own, encoder or {})
+    for key, name in embeddings.items():
+        if key in fitting:
+            take_over(program, adapter, name, fitting[key])
+    _report(result, left, where)
+    return result
+
+
+def _copy(
+    program: Program,
+    adapter: str,
+    values: Mapping[str, Tensor],
+    own: Mapping[str, Tensor],
+    encoder: Mapping[str, Tensor],
+) -> None:
     edit = prompt_edit(program, adapter)
     with torch.no_grad():
-        for key, target in own.items():
+        for key, value in values.items():
             if edit is not None and key == PROMPT_KEY:
-                load_prompt(program, edit, given[key], encoder or {})
+                load_prompt(program, edit, value, encoder)
             else:
-                target.copy_(given[key] * 2 if key.endswith(_HALVED) else given[key])
-    for key, name in embeddings.items():
-        _take_over(program, adapter, name, given[key])
+                own[key].copy_(loaded_value(key, value))
+
+
+def loaded_value(key: str, value: Tensor) -> Tensor:
+    """The value that `key` of a file stands for."""
+    return value * 2 if key.endswith(_HALVED) else value
+
+
+def _require_values(
+    program: Program, adapter: str, given: Mapping[str, Tensor], targets: Mapping[str, Tensor], where: str
+) -> None:
+    buffers = _buffers(program, adapter)
+    for key, value in given.items():
+        require_value(key, value, targets[key].dtype, where, finite=key not in buffers)
+
+
+def require_value(key: str, value: Tensor, dtype: torch.dtype, where: str, finite: bool = True) -> None:
+    """Raise CheckpointError if a tensor of a file is no floating-point one where that is expected, or not finite."""
+    if dtype.is_floating_point and not value.is_floating_point():
+        raise CheckpointError(f"{where}: {key}: the file has {value.dtype}, a floating-point tensor is expected")
+    if finite and value.is_floating_point() and not bool(torch.isfinite(value.to(dtype)).all()):
+        raise CheckpointError(f"{where}: {key}: holds NaN or Inf (as {dtype}); the adapter is broken")
+
+
+def _report(result: LoadResult, left: str | None, where: str) -> None:
+    """Tell what a person would want to know of a load that went through."""
+    if left is not None:
+        warnings.warn(left, stacklevel=4)
+    narrowed = [key for key, (old, new) in result.casts.items() if _BITS.get(new, 64) < _BITS.get(old, 0)]
+    if narrowed:
+        old, new = result.casts[narrowed[0]]
+        warnings.warn(
+            f"{where}: {len(narrowed)} tensors are rounded from {old} to {new} on loading ({narrowed[0]}, …)",
+            stacklevel=4,
+        )
+
+
+# Bits of the significand.
+_BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
+
+
+def _cast(value: Tensor, target: Tensor) -> tuple[str, str]:
+    return dtype_name(value.dtype), dtype_name(target.dtype)
 
 
 def _optional(program: Program, adapter: str) -> set[str]:
     """Keys of frozen starts, which peft's files lack: they are computed from the base weight then."""
+    prefix = key_prefix(program.plan.adapters[adapter])
     return {
-        PREFIX + _key(edit, param)
-        for edit in program.plan.edits
+        prefix + key_of(edit, param)
+        for edit in program.edits[adapter]
         for param in edit.params
-        if edit.adapter == adapter and not param.trainable and param.init == "rule"
+        if not param.trainable and param.init == "rule"
     }
 
 
 def _buffers(program: Program, adapter: str) -> set[str]:
     """Keys of buffers of modules saved whole, which may hold infinities (masks)."""
     return {
-        _prefix(program, adapter) + _key(edit, param)
-        for edit in program.plan.edits
+        key_prefix(program.plan.adapters[adapter]) + key_of(edit, param)
+        for edit in program.edits[adapter]
         for param in edit.params
-        if edit.adapter == adapter and edit.rule == MODULES_TO_SAVE and not param.trainable
+        if edit.rule == MODULES_TO_SAVE and not param.trainable
     }
-
-
-def _renamed(key: str, own: Mapping[str, Tensor]) -> str:
-    """Keys of older PEFT versions, and of modules_to_save and biases, which have had two spellings."""
-    if key in own:
-        return key
-    for old, new in (
-        (f"{MODULES_TO_SAVE}.default.", ""),
-        (f"{MODULES_TO_SAVE}.", ""),
-        ("base_layer.bias", "bias"),
-        (".bias", ".base_layer.bias"),
-    ):
-        if old in key and key.replace(old, new) in own:
-            return key.replace(old, new)
-    return key
-
-
-def _split(program: Program, prefix: str, keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
-    """Keys of whole embeddings with the base parameter they are, and keys that are nothing known."""
-    names = {name for name, _ in program.base.named_parameters(remove_duplicate=False)}
-    embeddings: dict[str, str] = {}
-    unexpected: list[str] = []
-    for key in keys:
-        name = key.removeprefix(prefix).replace(".base_layer.", ".")
-        if name in names and name.endswith(".weight"):
-            embeddings[key] = name
-        else:
-            unexpected.append(key)
-    return embeddings, unexpected
-
-
-def _mismatch(adapter: str, missing: list[str], unexpected: list[str], own: Mapping[str, Tensor]) -> str:
-    lines = [f"the file does not fit adapter {adapter!r}, which has {len(own)} tensors."]
-    for label, keys in (("missing", missing), ("unexpected", unexpected)):
-        if keys:
-            lines.append(f"{len(keys)} {label}: {', '.join(keys[:4])}{' …' if len(keys) > 4 else ''}.")
-    near = nearest(unexpected[0], own, limit=1) if unexpected else []
-    if near:
-        lines.append(f"Nearest to {unexpected[0]}: {near[0]}.")
-    lines.append("Is the base model the one the adapter was trained on?")
-    return " ".join(lines)
-
-
-def _require_like(key: str, value: Tensor, target: Tensor) -> None:
-    if value.shape != target.shape:
-        raise CheckpointError(
-            f"{key}: the file has shape {tuple(value.shape)}, the model {tuple(target.shape)}."
-            " Another base model, or a resized vocabulary (resize_token_embeddings first)?"
-        )
-    if target.is_floating_point() and not value.is_floating_point():
-        raise CheckpointError(f"{key}: the file has {value.dtype}, a floating-point tensor is expected")
-
-
-def _require_finite(key: str, value: Tensor, target: Tensor) -> None:
-    if value.is_floating_point() and not bool(torch.isfinite(value.to(target.dtype)).all()):
-        raise CheckpointError(f"{key}: holds NaN or Inf (as {target.dtype}); the adapter is broken")
-
-
-def _take_over(program: Program, adapter: str, name: str, value: Tensor) -> None:
-    """Let the base's tensor `name` be the adapter's own while that is active, if it differs."""
-    journal, parameter = program.journal, program.base.get_parameter(name)
-    original = journal.brought[name, None] if journal.present.get(name) is not None else parameter.detach()
-    if original.is_meta or torch.equal(original.to(value.dtype), value.to(original.device)):
-        return
-    warnings.warn(
-        f"{name}: the adapter brings its own, in the place of the base model's while it is active", stacklevel=4
-    )
-    journal.present.setdefault(name, None)
-    journal.brought[name, adapter] = value.to(device=parameter.device, dtype=parameter.dtype, copy=True)
-    if program.enabled and adapter in program.active:
-        place(program, name, adapter)

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftc.errors import AdapterError
 from peftc.plan import MODULES_TO_SAVE, Edit
@@ -94,7 +94,7 @@ def combined_spec(program: Program, weights: Mapping[str, float], how: Combinati
     saved = tuple(_groups(program, weights, lambda edit: edit.rule == MODULES_TO_SAVE))
     selectors = ("exclude_modules", "layers_to_transform", "layers_pattern")
     update: dict[str, Any] = {
-        "target_modules": _names(program, list(groups)),
+        "target_modules": target_names(program.base, list(groups)),
         "modules_to_save": saved or None,
         "inference_mode": True,
     }
@@ -156,9 +156,9 @@ def _rule(program: Program, adapter: str, edit: Edit | None = None) -> Rule[Any]
     return rule
 
 
-def _names(program: Program, sites: Sequence[str]) -> tuple[str, ...]:
+def target_names(base: nn.Module, sites: Sequence[str]) -> tuple[str, ...]:
     """The sites' last names, if these mean no other module; else the sites themselves."""
     names = tuple(dict.fromkeys(fqn.rpartition(".")[2] for fqn in sites))
     ends = tuple(f".{name}" for name in names)
-    own = [fqn for fqn, _ in program.base.named_modules() if fqn in names or fqn.endswith(ends)]
+    own = [fqn for fqn, _ in base.named_modules() if fqn in names or fqn.endswith(ends)]
     return names if set(own) == set(sites) else tuple(sites)

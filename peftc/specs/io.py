@@ -16,6 +16,7 @@ from peftc.specs.lora import LoraConfig
 from peftc.specs.prompts import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
 CONFIG_NAME = "adapter_config.json"
+_MAX_BYTES = 16 << 20
 BUILTIN_SPECS: Mapping[str, type[AdapterSpec]] = {
     "LORA": LoraConfig,
     "IA3": IA3Config,
@@ -61,6 +62,8 @@ def load_specs(source: Any, adapter_name: str, known: Mapping[str, type[AdapterS
 
 def _read(file: Path) -> Mapping[str, Any]:
     try:
+        if file.stat().st_size > _MAX_BYTES:
+            raise ValueError(f"it is over {_MAX_BYTES:,} bytes")
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise SpecError(

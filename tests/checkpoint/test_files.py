@@ -17,9 +17,16 @@ from tests.models import Everything, tiny, token_ids
 from tests.rewrite.test_models import perturb
 
 
+def llama() -> Any:
+    """Always the same model: an adapter is refused on another base."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return tiny("llama")
+
+
 def saved(folder: Path, **fields: Any) -> peftc.CompiledModel:
     spec = peftc.LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "r": 2, "task_type": "CAUSAL_LM", **fields})
-    compiled = perturb(peftc.compile(tiny("llama"), spec))
+    compiled = perturb(peftc.compile(llama(), spec))
     compiled.save_pretrained(folder)
     return compiled
 
@@ -35,7 +42,7 @@ def test_the_files_are_those_of_peft(tmp_path: Path) -> None:
     assert list(config) == sorted(config)
     assert (config["peft_type"], config["inference_mode"], config["r"]) == ("LORA", True, 2)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"}
+        assert set(file.metadata()) == {"format", "peftc"}
         keys = set(file.keys())
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in keys
     assert len(keys) == 12
@@ -52,10 +59,11 @@ def test_modes_follow_the_umask(tmp_path: Path) -> None:
 
 def test_other_adapters_go_to_subfolders(tmp_path: Path) -> None:
     specs = {name: peftc.LoraConfig(target_modules=["linear"], r=2) for name in ("default", "b")}
-    compiled = perturb(peftc.compile(Everything().eval(), specs))
+    model = Everything().eval()
+    compiled = perturb(peftc.compile(model, specs))
     compiled.save_pretrained(tmp_path)
     assert (tmp_path / "b" / "adapter_model.safetensors").is_file()
-    again = peftc.load(Everything().eval(), tmp_path, subfolder="b", adapter_name="b")
+    again = peftc.load(model, tmp_path, subfolder="b", adapter_name="b")
     assert again.active_adapters == ["b"]
     for key, tensor in compiled.adapter_state_dict("b").items():
         assert torch.equal(again.adapter_state_dict("b")[key], tensor)
@@ -74,16 +82,16 @@ def test_saving_over_an_adapter_replaces_it_and_keeps_the_card(tmp_path: Path) -
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(peftc.CheckpointError, match=r"can't write the adapter \([\d,]+ bytes\)"):
+    with pytest.raises(peftc.CheckpointError, match=r"can't write .* \([\d,]+ bytes needed\)"):
         saved(tmp_path / "file" / "adapter")
 
 
 def test_loading_is_for_inference_unless_asked(tmp_path: Path) -> None:
     compiled = saved(tmp_path, lora_dropout=0.5)
-    again = peftc.load(tiny("llama").train(), tmp_path)
+    again = peftc.load(llama().train(), tmp_path)
     assert not again.training
     assert again.get_nb_trainable_parameters()[0] == 0
-    trainable = peftc.load(tiny("llama"), tmp_path, is_trainable=True)
+    trainable = peftc.load(llama(), tmp_path, is_trainable=True)
     assert trainable.get_nb_trainable_parameters() == compiled.get_nb_trainable_parameters()
 
 
@@ -94,14 +102,14 @@ def _edit(folder: Path, change: Any) -> None:
 
 
 FAULTS: dict[str, tuple[Any, str]] = {
-    "missing": (lambda t: t.pop(next(iter(t))), r"1 missing: base_model\.model\.model\.layers\.0\.self_attn"),
+    "missing": (lambda t: t.pop(next(iter(t))), r"1 missing:\n +base_model\.model\.model\.layers\.0\.self_attn"),
     "unexpected": (
         lambda t: t.update({"base_model.model.model.layers.0.self_attn.k_proj.lora_A.weight": torch.ones(2, 32)}),
-        r"1 unexpected: .*k_proj\.lora_A\.weight\. Nearest to .*: .*_proj\.lora_A\.weight",
+        r"1 unexpected:\n.*k_proj\.lora_A\.weight\n  Nearest to .*: .*_proj\.lora_A\.weight",
     ),
     "shape": (
         lambda t: t.update({next(iter(t)): torch.ones(3, 3)}),
-        r"the file has shape \(3, 3\), the model \(2, 32\)",
+        r"1 mis-shaped:\n.* \[3, 3\], here \[2, 32\]",
     ),
     "nan": (lambda t: next(iter(t.values())).fill_(float("nan")), "holds NaN or Inf"),
     "integers": (lambda t: t.update({next(iter(t)): torch.ones(2, 32, dtype=torch.int8)}), "a floating-point tensor"),
@@ -112,7 +120,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
 def test_tensors_that_do_not_fit(change: Any, message: str, tmp_path: Path) -> None:
     saved(tmp_path)
     _edit(tmp_path, change)
-    model = tiny("llama")
+    model = llama()
     before = snapshot(model)
     with pytest.raises(peftc.CheckpointError, match=message):
         peftc.load(model, tmp_path, inplace=True)
@@ -130,30 +138,30 @@ def test_files_that_are_no_safetensors(content: bytes, tmp_path: Path) -> None:
     saved(tmp_path)
     (tmp_path / "adapter_model.safetensors").write_bytes(content)
     with pytest.raises(peftc.CheckpointError):
-        peftc.load(tiny("llama"), tmp_path)
+        peftc.load(llama(), tmp_path)
 
 
 def test_a_truncated_file(tmp_path: Path) -> None:
     compiled = saved(tmp_path)
-    loaded = peftc.load(tiny("llama"), tmp_path)
+    loaded = peftc.load(llama(), tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     content = file.read_bytes()
     file.write_bytes(content[:-10])
     with pytest.raises(peftc.CheckpointError, match="not a readable safetensors file"):
-        peftc.load(tiny("llama"), tmp_path)
+        peftc.load(llama(), tmp_path)
     for key, tensor in compiled.adapter_state_dict().items():
         assert torch.equal(loaded.adapter_state_dict()[key], tensor)
 
 
 def test_where_there_is_no_adapter(tmp_path: Path) -> None:
     with pytest.raises(peftc.CheckpointError, match="neither a folder here nor a Hub repository"):
-        peftc.load(tiny("llama"), tmp_path / "nowhere")
+        peftc.load(llama(), tmp_path / "nowhere")
     with pytest.raises(peftc.SpecError, match="no such file"):
-        peftc.load(tiny("llama"), tmp_path)
+        peftc.load(llama(), tmp_path)
     saved(tmp_path)
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(peftc.CheckpointError, match=r"holds no adapter_model\.safetensors"):
-        peftc.load(tiny("llama"), tmp_path)
+        peftc.load(llama(), tmp_path)
 
 
 def test_pickles_are_read_on_request_only(tmp_path: Path) -> None:
@@ -162,18 +170,18 @@ def test_pickles_are_read_on_request_only(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").unlink()
     torch.save(tensors, tmp_path / "adapter_model.bin")
     with pytest.raises(peftc.CheckpointError, match="allow_pickle=True"):
-        peftc.load(tiny("llama"), tmp_path)
-    again = peftc.load(tiny("llama"), tmp_path, allow_pickle=True)
+        peftc.load(llama(), tmp_path)
+    again = peftc.load(llama(), tmp_path, allow_pickle=True)
     for key, tensor in compiled.adapter_state_dict().items():
         assert torch.equal(again.adapter_state_dict()[key], tensor)
     (tmp_path / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
     with pytest.raises(peftc.CheckpointError, match="weights_only=True"):
-        peftc.load(tiny("llama"), tmp_path, allow_pickle=True)
+        peftc.load(llama(), tmp_path, allow_pickle=True)
 
 
 def test_an_embedding_that_peft_saved_along(tmp_path: Path) -> None:
     """peft writes whole embeddings that are targets; the same as the base's are passed by, others taken over."""
-    model, ids = tiny("llama"), token_ids(2, 5, 64)
+    model, ids = llama(), token_ids(2, 5, 64)
     spec = peftc.LoraConfig(target_modules=["embed_tokens"], r=2)
     compiled = perturb(peftc.compile(model, spec))
     compiled.save_pretrained(tmp_path)
@@ -245,7 +253,7 @@ def test_special_inits_reload_to_the_same_function(init: str, tmp_path: Path) ->
 
 def test_meta_models_compile_and_load_nothing_but_shapes() -> None:
     with torch.device("meta"):
-        model = tiny("llama")
+        model = llama()
     compiled = peftc.compile(model, peftc.LoraConfig(target_modules="all-linear"))
     assert compiled.base.model.layers[0].mlp.up_proj.lora_A.default.weight.is_meta
     compiled.merge_adapter()

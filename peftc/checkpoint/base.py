@@ -1,0 +1,129 @@
+"""A fingerprint of the base model: enough to tell another model from the same one in another dtype."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from peftc.errors import CheckpointError
+from peftc.graph.sites import transformers_config
+from peftc.plan import MODULES_TO_SAVE
+from peftc.rewrite.host import original_class
+from peftc.rewrite.program import Program
+
+_TENSORS = 32
+_VALUES = 64
+
+
+@dataclass(frozen=True)
+class BaseFingerprint:
+    """`architecture`: class and model type. `samples`: by parameter, its shape and a hash of 64 of its values.
+
+    Values are hashed as bfloat16, so a base in float32 and its rounding are the same; those of float16 are rounded
+    otherwise and compared among themselves only (`float16:` before the hash). `structure`: a hash of all names and shapes.
+    """
+
+    architecture: str
+    structure: str
+    samples: Mapping[str, str]
+
+
+def fingerprint_of(program: Program, adapter: str) -> BaseFingerprint:
+    """The fingerprint of the base that `adapter` is trained on, with the weights of its own sites first.
+
+    Tensors that are not at hand (meta, quantised, sharded, merged into in place) are left out.
+    """
+    named = dict(_originals(program))
+    heads = tuple(f"{edit.site}." for edit in program.plan.edits if edit.rule == MODULES_TO_SAVE)
+    whole = {name: t for name, t in named.items() if t.dim() >= 2 and not name.startswith(heads)}
+    adapted = {program.plan.sites[edit.site].weight for edit in program.edits[adapter]}
+    own = [name for name in whole if name in adapted]
+    chosen = dict.fromkeys([*_spread(own, _TENSORS * 3 // 4), *_spread(list(whole), _TENSORS // 4)])
+    samples = {name: sample for name in chosen if (sample := _sample(whole[name])) is not None}
+    return BaseFingerprint(_architecture(program.base), _structure(named), samples)
+
+
+def require_base(program: Program, saved: BaseFingerprint) -> str | None:
+    """Compare the base with the one an adapter was saved with; a caution if a part of it differs.
+
+    Raises CheckpointError if half or more of the sampled weights are others: another model, or this one trained further.
+    """
+    named = dict(_originals(program))
+    pairs = {name: (sample, _sample(named[name])) for name, sample in saved.samples.items() if name in named}
+    known = {name: pair for name, pair in pairs.items() if pair[1] is not None and _kind(pair[0]) == _kind(pair[1])}
+    differ = [name for name, (before, now) in known.items() if before != now]
+    here = _architecture(program.base)
+    if not differ:
+        other = here == saved.architecture and _structure(named) != saved.structure
+        return (
+            "the base model has tensors of other names or shapes than the one the adapter was trained on"
+            if other
+            else None
+        )
+    told = (
+        f"{len(differ)} of {len(known)} sampled weights of the base model are not those the adapter was trained on:"
+        f" {', '.join(differ[:3])}{', …' if len(differ) > 3 else ''}"
+    )
+    if 2 * len(differ) < len(known):
+        return told
+    other = f" The adapter's base was {saved.architecture}, this is {here}." if here != saved.architecture else ""
+    raise CheckpointError(
+        f"{told}.{other} Load the base it was trained on; or, if this one is meant, pass verify='files'."
+    )
+
+
+def original(program: Program, name: str) -> Tensor | None:
+    """The base's own tensor `name`: not a merged one, nor one that an adapter brought; None if it is gone for now."""
+    journal = program.journal
+    for item in journal.merged:
+        if f"{item.owner}.{item.leaf}" == name:
+            return item.original
+    if journal.present.get(name) is not None:
+        return journal.brought[name, None]
+    return program.base.get_parameter(name).detach()
+
+
+def _originals(program: Program) -> Iterable[tuple[str, Tensor]]:
+    """The base's parameters by name, adapters' left out."""
+    for name in program.journal.requires_grad:
+        tensor = original(program, name)
+        if tensor is not None:
+            yield name, tensor
+
+
+def _structure(named: Mapping[str, Tensor]) -> str:
+    lines = (f"{name}:{tuple(tensor.shape)};" for name, tensor in sorted(named.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def _architecture(base: nn.Module) -> str:
+    kind = getattr(transformers_config(base), "model_type", None)
+    return original_class(base).__name__ + (f" ({kind})" if kind else "")
+
+
+def _spread(names: list[str], count: int) -> list[str]:
+    """`count` of `names`, evenly spaced, the first and the last among them."""
+    if len(names) <= count:
+        return names
+    return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
+
+
+def _sample(tensor: Tensor) -> str | None:
+    """The shape of a tensor and a hash of evenly spaced values, or None if it has none that can be compared."""
+    if tensor.is_meta or type(tensor.data) is not Tensor or not tensor.is_floating_point() or tensor.itemsize < 2:
+        return None
+    shape = tuple(tensor.shape)
+    count = min(_VALUES, prod(shape))
+    flat = torch.linspace(0, prod(shape) - 1, count, dtype=torch.float64).round().long()
+    values = tensor.detach()[torch.unravel_index(flat.to(tensor.device), shape)].cpu()
+    kind = "float16" if tensor.dtype == torch.float16 else "bfloat16"
+    digest = hashlib.sha256(f"{shape}".encode())
+    digest.update(values.to(getattr(torch, kind)).view(torch.int16).numpy().tobytes())
+    return f"{kind}:{digest.hexdigest()[:16]}"
+
+
+def _kind(sample: str | None) -> str:
+    return (sample or "").partition(":")[0]

@@ -1,0 +1,121 @@
+"""Whole embeddings in an adapter's file: PEFT's `save_embedding_layers`, and what a file brings of its own."""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+from peftc.checkpoint.base import original
+from peftc.errors import CheckpointError
+from peftc.graph.sites import parameter_name, transformers_config
+from peftc.rewrite.program import Program
+from peftc.rewrite.switch import place
+
+SaveEmbeddings = bool | Literal["auto"]
+# PEFT's own list: the names for which `auto` saves a targeted embedding.
+_COMMON = ("embed_tokens", "lm_head")
+
+
+def embedding_state(program: Program, adapter: str, prefix: str, save: SaveEmbeddings) -> dict[str, Tensor]:
+    """The whole embeddings to save with `adapter`, by key: detached, as they are while it is active.
+
+    `auto`: those that it adapts under their common names or brought itself, and all if the vocabulary was resized since
+    the base was saved. Raises CheckpointError if `save` is none of the three.
+    """
+    if save not in (True, False, "auto"):
+        raise CheckpointError(f"save_embedding_layers={save!r}: valid are True, False and 'auto'")
+    if save is False:
+        return {}
+    modules = _embeddings(program)
+    if save is True and not modules:
+        warnings.warn(
+            "save_embedding_layers: the model is none of transformers, so its embeddings aren't known", stacklevel=5
+        )
+    targeted = {edit.site for edit in program.edits[adapter] if edit.slot != "module"}
+    whole = {edit.site for edit in program.edits[adapter] if edit.slot == "module"}
+    every = save is True or (bool(modules) and _resized(program))
+    found: dict[str, Tensor] = {}
+    for fqn in modules:
+        common = fqn in targeted and fqn.rpartition(".")[2] in _COMMON
+        for leaf in program.base.get_submodule(fqn)._parameters:
+            name = parameter_name(fqn, leaf)
+            if (
+                name in program.journal.requires_grad
+                and fqn not in whole
+                and (every or common or _brought(program, name, adapter))
+            ):
+                key = prefix + parameter_name(fqn, f"base_layer.{leaf}" if fqn in targeted else leaf)
+                found[key] = _value(program, name, adapter)
+    return found
+
+
+def split_embeddings(program: Program, prefix: str, keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Keys of whole embeddings with the base parameter they are, and keys that are nothing known."""
+    heads = _embeddings(program)
+    embeddings: dict[str, str] = {}
+    unexpected: list[str] = []
+    for key in keys:
+        name = key.removeprefix(prefix).replace(".base_layer.", ".")
+        module, _, leaf = name.rpartition(".")
+        if name in program.journal.requires_grad and (leaf == "weight" or module in heads):
+            embeddings[key] = name
+        else:
+            unexpected.append(key)
+    return embeddings, unexpected
+
+
+def take_over(program: Program, adapter: str, name: str, value: Tensor) -> None:
+    """Let the base's tensor `name` be the adapter's own while that is active, if it differs."""
+    journal, parameter = program.journal, program.base.get_parameter(name)
+    own = original(program, name)
+    if own is None or own.is_meta or torch.equal(own.to(value.dtype), value.to(own.device)):
+        return
+    warnings.warn(
+        f"{name}: the adapter brings its own, in the place of the base model's while it is active", stacklevel=5
+    )
+    journal.present.setdefault(name, None)
+    journal.brought[name, adapter] = value.to(device=parameter.device, dtype=parameter.dtype, copy=True)
+    if program.enabled and adapter in program.active:
+        place(program, name, adapter)
+
+
+def _embeddings(program: Program) -> list[str]:
+    """The fqns of a transformers model's input and output embeddings."""
+    if transformers_config(program.base) is None:
+        return []
+    base = cast(Any, program.base)
+    wanted = [base.get_input_embeddings(), base.get_output_embeddings()]
+    return [fqn for fqn, module in program.base.named_modules() if any(module is one for one in wanted)]
+
+
+def _brought(program: Program, name: str, adapter: str) -> bool:
+    return (name, adapter) in program.journal.brought or program.journal.present.get(name) == adapter
+
+
+def _value(program: Program, name: str, adapter: str) -> Tensor:
+    if program.journal.present.get(name) == adapter:
+        return program.base.get_parameter(name).detach()
+    value = program.journal.brought.get((name, adapter), original(program, name))
+    if value is None:
+        raise CheckpointError(f"{name}: is merged in place, so its own values can't be saved; unmerge_adapter() first")
+    return value
+
+
+def _resized(program: Program) -> bool:
+    """Whether the vocabulary is another than in the base's config, as far as that is on this machine."""
+    config = cast(Any, transformers_config(program.base))
+    if not config.name_or_path:
+        return False
+    from transformers import AutoConfig
+
+    try:
+        saved = AutoConfig.from_pretrained(config.name_or_path, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+    return _vocabulary(saved) != _vocabulary(config)
+
+
+def _vocabulary(config: Any) -> int | None:
+    return cast("int | None", getattr(config.get_text_config(), "vocab_size", None))

@@ -1,0 +1,104 @@
+"""The manifest of an adapter's file: hashes of its tensors, a copy of its config, a fingerprint of its base.
+
+It is a text in the metadata of `adapter_model.safetensors`, which PEFT, transformers and vLLM do not look at. So config and
+weights name each other: a bit that flipped, an edited alpha, the files of two saves in one folder are noticed.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from peftc.checkpoint.base import BaseFingerprint
+from peftc.checkpoint.tensor_file import dtype_name
+from peftc.errors import CheckpointError, SpecError
+from peftc.registry import spec_classes
+from peftc.specs import AdapterSpec, load_spec
+
+Verify = Literal["all", "files", "nothing"]
+_KEY = "peftc"
+_VERSION = 1
+_BYTES = torch.uint8
+_OVERRIDE = "To load it all the same: verify='nothing'."
+# What a person may put right without changing what the adapter computes.
+_FREE = frozenset({"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"})
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What an adapter's file was when it was saved. `tensors`: a hash by key."""
+
+    tensors: Mapping[str, str]
+    config: Mapping[str, Any]
+    base: BaseFingerprint | None
+
+
+def sealed(tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: BaseFingerprint | None) -> bytes:
+    """A safetensors file of `tensors` with its manifest."""
+    own = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
+    manifest = Manifest({key: tensor_hash(value) for key, value in own.items()}, config, base)
+    text = json.dumps({"version": _VERSION, **asdict(manifest)}, sort_keys=True)
+    return save(own, metadata={"format": "pt", _KEY: f"{_digest(text)} {text}"})
+
+
+def manifest_of(metadata: Mapping[str, str], where: Any) -> Manifest | None:
+    """The manifest in a file's metadata, or None. Raises CheckpointError if it is damaged."""
+    if _KEY not in metadata:
+        return None
+    digest, _, text = metadata[_KEY].partition(" ")
+    if digest != _digest(text):
+        raise CheckpointError(f"{where}: its manifest is damaged, so nothing in it can be relied on. {_OVERRIDE}")
+    fields = json.loads(text)
+    if fields.pop("version") != _VERSION:
+        return None  # Of a later peftc: what it says is not known here.
+    base = fields.pop("base")
+    return Manifest(**fields, base=None if base is None else BaseFingerprint(**base))
+
+
+def require_tensors(manifest: Manifest, tensors: Mapping[str, Tensor], where: Any) -> None:
+    """Raise CheckpointError, naming them, if tensors are not those that were saved."""
+    wrong = [key for key, value in tensors.items() if manifest.tensors.get(key) != tensor_hash(value)]
+    lost = [key for key in manifest.tensors if key not in tensors]
+    if wrong or lost:
+        named = ", ".join([*wrong, *lost][:4])
+        raise CheckpointError(
+            f"{where}: {len(wrong) + len(lost)} of {len(manifest.tensors)} tensors are not what was saved: {named}. The"
+            f" file is damaged, or was changed by something that kept its manifest; get it again. {_OVERRIDE}"
+        )
+
+
+def require_config(manifest: Manifest, spec: AdapterSpec, where: Any) -> None:
+    """Raise CheckpointError, naming the fields, if the config is not the one the weights were saved with."""
+    try:
+        saved = _fields(load_spec(manifest.config, spec_classes()))
+    except SpecError:
+        return  # Of a method or with fields of a later peftc; then the file's own config says so.
+    now = _fields(spec)
+    changed = [key for key in sorted({*saved, *now}) if saved.get(key) != now.get(key)]
+    if changed:
+        told = "; ".join(f"{key} is {now.get(key)!r}, was {saved.get(key)!r}" for key in changed[:4])
+        raise CheckpointError(
+            f"{where}: the config is not the one these weights were saved with: {told}. Put it back, or get both files"
+            f" again. {_OVERRIDE}"
+        )
+
+
+def tensor_hash(tensor: Tensor) -> str:
+    """128 bits of the SHA-256 of a CPU tensor: its dtype, its shape, its bytes. As hex digits."""
+    digest = hashlib.sha256(f"{dtype_name(tensor)}{tuple(tensor.shape)}".encode())
+    if tensor.numel():
+        digest.update(tensor.detach().contiguous().view(-1).view(_BYTES).numpy().data)
+    return digest.hexdigest()[:32]
+
+
+def _fields(spec: AdapterSpec) -> dict[str, Any]:
+    return cast("dict[str, Any]", json.loads(json.dumps({k: v for k, v in spec.to_dict().items() if k not in _FREE})))
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
