@@ -330,6 +330,7 @@ class CompiledModel(CompiledGraph):
         names, options = self._chosen(selected_adapters), SaveOptions(save_embedding_layers, form)
         return push(
             repo_id,
+            names,
             lambda folder: save_adapters(folder, self.program, names, options),
             private=private,
             token=token,

@@ -1,13 +1,14 @@
 """The Hugging Face Hub: an adapter's folder from there, and to there."""
 
 import os
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from peftc.checkpoint.files import BIN_NAME, ENCODER_NAME, WEIGHTS_NAME
-from peftc.errors import CheckpointError
+from peftc.errors import CheckpointError, PeftcError
 from peftc.specs.io import CONFIG_NAME
 
 _NAMES = (CONFIG_NAME, WEIGHTS_NAME, BIN_NAME, ENCODER_NAME)
@@ -21,7 +22,6 @@ class Download(TypedDict, total=False):
     cache_dir: str | os.PathLike[str] | None
     local_files_only: bool
     force_download: bool
-    proxies: dict[str, str] | None
 
 
 def locate(source: str | os.PathLike[str], subfolder: str | None = None, **download: Unpack[Download]) -> Path:
@@ -36,19 +36,29 @@ def locate(source: str | os.PathLike[str], subfolder: str | None = None, **downl
     if not folder.is_dir():
         folder = _downloaded(str(source), "/".join(parts), download)
     found = folder.joinpath(*parts)
-    if not found.is_dir():
-        raise CheckpointError(f"{source}: has no subfolder {subfolder!r} with an adapter")
+    if not found.is_dir() or (folder != Path(source) and not (found / CONFIG_NAME).exists()):
+        place = f"no subfolder {subfolder!r} with an" if subfolder else "no"
+        raise CheckpointError(f"{source}: has {place} adapter ({CONFIG_NAME})")
+    if folder != Path(source) and not any((found / name).exists() for name in (WEIGHTS_NAME, BIN_NAME)):
+        raise CheckpointError(f"{source}: has a config, but no {WEIGHTS_NAME}")
     return found
 
 
 def _downloaded(source: str, subfolder: str, download: Download) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     patterns = [f"{subfolder}/{name}" if subfolder else name for name in _NAMES]
-    options: Any = download
+    options: Any = {**download, "revision": download.get("revision") or None}
     try:
         return Path(snapshot_download(source, allow_patterns=patterns, **options))
+    except RevisionNotFoundError:
+        raise CheckpointError(f"{source}: the Hub repository has no revision {options['revision']!r}") from None
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{source}: neither a folder here nor a Hub repository that can be reached ({error})"
@@ -57,6 +67,7 @@ def _downloaded(source: str, subfolder: str, download: Download) -> Path:
 
 def push(
     repo_id: str,
+    adapters: Sequence[str],
     write: Callable[[Path], None],
     *,
     private: bool | None,
@@ -66,24 +77,49 @@ def push(
     commit_message: str | None,
     commit_description: str | None,
 ) -> Any:
-    """Upload the folder that `write` fills as one commit; the CommitInfo of it. Raises CheckpointError."""
+    """Upload what `write` puts into a folder as one commit; the CommitInfo of it. Cards on the Hub are kept.
+
+    Raises CheckpointError; the repository may have been created then, its files are as they were.
+    """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         try:
             repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None and not create_pr and not revision.startswith("refs/"):
+            if revision and not create_pr and not re.fullmatch(r"refs/.*|[0-9a-f]{40}", revision):
                 api.create_branch(repo, branch=revision, exist_ok=True)
-            return api.upload_folder(
+            there = set(api.list_repo_files(repo, revision=revision))
+            paths = ["" if adapter == "default" else f"{adapter}/" for adapter in adapters]
+            for card in {f"{path}README.md" for path in paths} & there:
+                api.hf_hub_download(repo, card, revision=revision, local_dir=folder)
+            write(folder)
+            return api.create_commit(
                 repo_id=repo,
-                folder_path=folder,
-                revision=revision,
-                create_pr=create_pr,
+                operations=_operations(folder, {path + ENCODER_NAME for path in paths} & there),
                 commit_message=commit_message or "Upload adapter",
                 commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
             )
-        except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
-            raise CheckpointError(f"{repo_id}: the adapter was not uploaded: {error}") from None
+        except PeftcError:
+            raise
+        except Exception as error:  # The client's transport raises errors of its own.
+            reason = error if isinstance(error, HfHubHTTPError) else error.__cause__ or error
+            raise CheckpointError(
+                f"{repo_id}: the adapter was not uploaded: {reason}. Files on the Hub are as they were."
+            ) from None
+
+
+def _operations(folder: Path, stale: set[str]) -> list[Any]:
+    """Add every file of `folder`; delete prompt encoders that made other rows."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    files = {file.relative_to(folder).as_posix(): file for file in sorted(folder.rglob("*")) if file.is_file()}
+    own = {name: file for name, file in files.items() if not name.startswith(".cache/")}
+    return [
+        *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=file) for name, file in own.items()),
+        *(CommitOperationDelete(path_in_repo=name) for name in sorted(stale - set(own))),
+    ]

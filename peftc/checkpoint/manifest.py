@@ -10,12 +10,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
-import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from peftc.checkpoint.base import BaseFingerprint
-from peftc.checkpoint.tensor_file import dtype_name
+from peftc.checkpoint.tensor_file import bytes_of, dtype_name, to_bytes
 from peftc.errors import CheckpointError, SpecError
 from peftc.registry import spec_classes
 from peftc.specs import AdapterSpec, load_spec
@@ -23,7 +21,6 @@ from peftc.specs import AdapterSpec, load_spec
 Verify = Literal["all", "files", "nothing"]
 _KEY = "peftc"
 _VERSION = 1
-_BYTES = torch.uint8
 _OVERRIDE = "To load it all the same: verify='nothing'."
 # What a person may put right without changing what the adapter computes.
 _FREE = frozenset({"base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version"})
@@ -43,7 +40,7 @@ def sealed(tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: BaseF
     own = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
     manifest = Manifest({key: tensor_hash(value) for key, value in own.items()}, config, base)
     text = json.dumps({"version": _VERSION, **asdict(manifest)}, sort_keys=True)
-    return save(own, metadata={"format": "pt", _KEY: f"{_digest(text)} {text}"})
+    return to_bytes(own, {"format": "pt", _KEY: f"{_digest(text)} {text}"})
 
 
 def manifest_of(metadata: Mapping[str, str], where: Any) -> Manifest | None:
@@ -91,8 +88,7 @@ def require_config(manifest: Manifest, spec: AdapterSpec, where: Any) -> None:
 def tensor_hash(tensor: Tensor) -> str:
     """128 bits of the SHA-256 of a CPU tensor: its dtype, its shape, its bytes. As hex digits."""
     digest = hashlib.sha256(f"{dtype_name(tensor)}{tuple(tensor.shape)}".encode())
-    if tensor.numel():
-        digest.update(tensor.detach().contiguous().view(-1).view(_BYTES).numpy().data)
+    digest.update(bytes_of(tensor))
     return digest.hexdigest()[:32]
 
 

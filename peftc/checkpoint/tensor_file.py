@@ -7,7 +7,7 @@ later does not take the process with it.
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -42,7 +42,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# What people have under a safetensors name that is none.
+# What people have under a safetensors name that is none; looked for where the first bytes make no sense as a length.
 _IMPOSTORS: Mapping[bytes, str] = {
     b"<": "it is an HTML or XML page: a download that failed, or wanted a login",
     b"version https://git-lfs": "it is a Git LFS pointer: run `git lfs pull`",
@@ -142,7 +142,7 @@ def parse_header(raw: bytes, size: int) -> Header:
     return Header({entry.name: entry for entry in entries}, cast("dict[str, str]", metadata), raw)
 
 
-def make_header(entries: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> Header:
+def make_header(entries: Sequence[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> Header:
     """The header of a new file with tensors of (name, dtype, shape, bytes), laid out as safetensors does."""
     width = {entry[0]: DTYPES[entry[1]].itemsize if entry[1] in DTYPES else 1 for entry in entries}
     ordered = sorted(entries, key=lambda entry: (-width[entry[0]], entry[0]))
@@ -155,6 +155,20 @@ def make_header(entries: Iterable[tuple[str, str, tuple[int, ...], int]], metada
     text += b" " * (-len(text) % 8)
     raw = len(text).to_bytes(8, "little") + text
     return parse_header(raw, len(raw) + stop)
+
+
+def to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file of CPU tensors; the same bytes for the same tensors and metadata, every time."""
+    sizes = [(name, dtype_name(t), tuple(t.shape), t.numel() * t.itemsize) for name, t in tensors.items()]
+    header = make_header(sizes, metadata)
+    return b"".join([header.raw, *(bytes_of(tensors[name]) for name in header.entries)])
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor, as they lie in files."""
+    if not tensor.numel():
+        return memoryview(b"")
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def dtype_name(tensor: Tensor) -> str:
@@ -188,13 +202,13 @@ def _json(content: bytes) -> dict[str, Any]:
 
 
 def _header_length(first: bytes, size: int) -> int:
-    for start, reason in _IMPOSTORS.items():
-        if first.lstrip().startswith(start[:8]):
-            raise ValueError(reason)
     if len(first) < 8:
         raise ValueError(f"it has {size} bytes, not even a header's length")
     length = int.from_bytes(first, "little")
     if length > MAX_HEADER or 8 + length > size:
+        for start, reason in _IMPOSTORS.items():
+            if first.lstrip().startswith(start[:8]):
+                raise ValueError(reason)
         raise ValueError(
             f"its header would have {length:,} bytes, the file has {size:,} (a header at most {MAX_HEADER:,})"
         )

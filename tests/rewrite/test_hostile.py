@@ -110,8 +110,9 @@ class TestStates:
         assert torch.equal(peftc.load(model, tmp_path)(token_ids()), y)
 
     def test_a_loaded_adapter_trains_once_it_is_set(self, tmp_path: Path) -> None:
-        peftc.compile(MLP(), lora("a")).save_pretrained(tmp_path)
-        compiled = peftc.load(MLP(), tmp_path)
+        model = MLP()
+        peftc.compile(model, lora("a")).save_pretrained(tmp_path)
+        compiled = peftc.load(model, tmp_path)
         assert compiled.get_nb_trainable_parameters()[0] == 0
         compiled.set_adapter("default")
         assert compiled.get_nb_trainable_parameters()[0] == 32
