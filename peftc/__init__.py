@@ -28,6 +28,7 @@ from peftc.specs import (
     PromptTuningConfig,
     load_spec,
 )
+from peftc.stream import merge_checkpoint, unmerge_checkpoint
 
 __all__ = [
     "AdapterError",
@@ -57,8 +58,10 @@ __all__ = [
     "get_peft_model_state_dict",
     "load",
     "load_spec",
+    "merge_checkpoint",
     "plan",
     "register",
     "set_peft_model_state_dict",
+    "unmerge_checkpoint",
     "unregister",
 ]

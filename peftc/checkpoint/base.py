@@ -1,7 +1,7 @@
 """A fingerprint of the base model: enough to tell another model from the same one in another dtype."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -16,6 +16,7 @@ from peftc.rewrite.program import Program
 
 _TENSORS = 32
 _VALUES = 64
+Sampler = Callable[[str, Tensor], str | None]
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,20 @@ def fingerprint_of(program: Program, adapter: str) -> BaseFingerprint:
     adapted = {program.plan.sites[edit.site].weight for edit in program.edits[adapter]}
     own = [name for name in whole if name in adapted]
     chosen = dict.fromkeys([*_spread(own, _TENSORS * 3 // 4), *_spread(list(whole), _TENSORS // 4)])
-    samples = {name: sample for name in chosen if (sample := _sample(whole[name])) is not None}
+    samples = {name: sample for name in chosen if (sample := _sample_of(name, whole[name])) is not None}
     return BaseFingerprint(_architecture(program.base), _structure(named), samples)
 
 
-def require_base(program: Program, saved: BaseFingerprint) -> str | None:
+def require_base(program: Program, saved: BaseFingerprint, sample: Sampler | None = None) -> str | None:
     """Compare the base with the one an adapter was saved with; a caution if a part of it differs.
+
+    `sample`: takes the samples by parameter, where the tensors of `program` are not the base's (on the meta device).
 
     Raises CheckpointError if half or more of the sampled weights are others: another model, or this one trained further.
     """
     named = dict(_originals(program))
-    pairs = {name: (sample, _sample(named[name])) for name, sample in saved.samples.items() if name in named}
+    take = _sample_of if sample is None else sample
+    pairs = {name: (before, take(name, named[name])) for name, before in saved.samples.items() if name in named}
     known = {name: pair for name, pair in pairs.items() if pair[1] is not None and _kind(pair[0]) == _kind(pair[1])}
     differ = [name for name, (before, now) in known.items() if before != now]
     here = _architecture(program.base)
@@ -111,15 +115,23 @@ def _spread(names: list[str], count: int) -> list[str]:
     return [names[round(i * (len(names) - 1) / (count - 1))] for i in range(count)]
 
 
-def _sample(tensor: Tensor) -> str | None:
-    """The shape of a tensor and a hash of evenly spaced values, or None if it has none that can be compared."""
+def _sample_of(_: str, tensor: Tensor) -> str | None:
+    """The sample of a tensor in memory, or None if it has no values that can be compared."""
     if tensor.is_meta or type(tensor.data) is not Tensor or not tensor.is_floating_point() or tensor.itemsize < 2:
         return None
     shape = tuple(tensor.shape)
-    count = min(_VALUES, prod(shape))
-    flat = torch.linspace(0, prod(shape) - 1, count, dtype=torch.float64).round().long()
-    values = tensor.detach()[torch.unravel_index(flat.to(tensor.device), shape)].cpu()
-    kind = "float16" if tensor.dtype == torch.float16 else "bfloat16"
+    values = tensor.detach()[torch.unravel_index(places(shape).to(tensor.device), shape)].cpu()
+    return sample_from(values, shape)
+
+
+def places(shape: tuple[int, ...]) -> Tensor:
+    """Where a tensor is sampled: up to 64 evenly spaced positions in its flat order."""
+    return torch.linspace(0, prod(shape) - 1, min(_VALUES, prod(shape)), dtype=torch.float64).round().long()
+
+
+def sample_from(values: Tensor, shape: tuple[int, ...]) -> str:
+    """The sample of a tensor of `shape` with these values at its `places`: a hash of both."""
+    kind = "float16" if values.dtype == torch.float16 else "bfloat16"
     digest = hashlib.sha256(f"{shape}".encode())
     digest.update(values.to(getattr(torch, kind)).view(torch.int16).numpy().tobytes())
     return f"{kind}:{digest.hexdigest()[:16]}"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from peftc.checkpoint.atomic import steady
 from peftc.checkpoint.base import BaseFingerprint
+from peftc.checkpoint.lazy import FileTensors
 from peftc.checkpoint.manifest import Manifest, Verify, manifest_of, require_config, require_tensors, sealed
 from peftc.checkpoint.tensor_file import read_tensors
 from peftc.errors import CheckpointError
@@ -44,16 +45,42 @@ def read_folder(
     `encoder`: a prompt's encoder is needed, so a broken one is an error. Raises SpecError, CheckpointError: no adapter,
     a file that is broken, or is not what its manifest says (unless `verify="nothing"`).
     """
-    if verify not in ("all", "files", "nothing"):
-        raise CheckpointError(f"verify={verify!r}: valid are 'all', 'files' and 'nothing'")
     with steady(folder):
         spec = load_spec(folder, spec_classes()) if config is None else config
         tensors, manifest = _weights(folder, allow_pickle, verify)
         rows = _encoder(folder / ENCODER_NAME, encoder, verify)
-    if manifest is not None and verify != "nothing" and config is None:
+    return _known(folder, spec, tensors, rows, manifest, verify, own_config=config is None)
+
+
+def _known(
+    folder: Path,
+    spec: AdapterSpec,
+    tensors: Mapping[str, Tensor],
+    encoder: Mapping[str, Tensor],
+    manifest: Manifest | None,
+    verify: Verify,
+    own_config: bool,
+) -> AdapterFiles:
+    if manifest is not None and own_config:
         require_config(manifest, spec, folder / CONFIG_NAME)
     base = manifest.base if manifest is not None and verify == "all" else None
-    return AdapterFiles(spec, tensors, rows, base, str(folder))
+    return AdapterFiles(spec, tensors, encoder, base, str(folder))
+
+
+def open_folder(folder: Path, verify: Verify) -> tuple[AdapterFiles, FileTensors]:
+    """As `read_folder`, but the tensors are read when they are asked for, and only compared with the manifest here.
+
+    Raises SpecError, CheckpointError.
+    """
+    with steady(folder):
+        spec = load_spec(folder, spec_classes())
+        if not (folder / WEIGHTS_NAME).exists():
+            raise CheckpointError(
+                f"{folder}: holds no {WEIGHTS_NAME}. A pickle can be loaded, and saved again from there"
+            )
+        tensors = FileTensors(folder / WEIGHTS_NAME)
+    manifest = _manifest(tensors, tensors.header.metadata, tensors.file, verify)
+    return _known(folder, spec, tensors, {}, manifest, verify, own_config=True), tensors
 
 
 def adapter_files(
@@ -93,12 +120,19 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
 
 def _checked(file: Path, verify: Verify) -> tuple[Mapping[str, Tensor], Manifest | None]:
     tensors, metadata = read_tensors(file)
-    if verify == "nothing":
-        return tensors, None
-    manifest = manifest_of(metadata, file)
+    return tensors, _manifest(tensors, metadata, file, verify)
+
+
+def _manifest(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path, verify: Verify
+) -> Manifest | None:
+    """The manifest of `tensors`, which they agree with, if there is one to go by."""
+    if verify not in ("all", "files", "nothing"):
+        raise CheckpointError(f"verify={verify!r}: valid are 'all', 'files' and 'nothing'")
+    manifest = None if verify == "nothing" else manifest_of(metadata, file)
     if manifest is not None:
         require_tensors(manifest, tensors, file)
-    return tensors, manifest
+    return manifest
 
 
 def _encoder(file: Path, needed: bool, verify: Verify) -> Mapping[str, Tensor]:

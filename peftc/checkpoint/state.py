@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -110,29 +111,58 @@ def load_state(
     differs. Raises CheckpointError, with nothing copied, on NaN, Inf or integers, and with `strict` on missing, unexpected
     or mis-shaped keys; else these are left out, with a warning (mis-shaped ones only if `resized`).
     """
+    fit = fit_of(program, adapter, tensors)
+    odd = bool(fit.result.mismatched_keys)
+    left = require_fit(fit.result, fit.own, where, strict or (odd and not resized))
+    values = {key: tensors[source] for key, source in fit.sources.items()}
+    require_values(program, adapter, values, fit, where)
+    _copy(program, adapter, {key: value for key, value in values.items() if key in fit.own}, fit.own, encoder or {})
+    for key, name in fit.embeddings.items():
+        if key in values:
+            take_over(program, adapter, name, values[key])
+    report(fit.result, left, where)
+    return fit.result
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a file's tensors are those of an adapter. `own`: its live tensors by key; `sources`: the file's key of what fits.
+
+    `embeddings`: base parameters by the key under which the file brings one.
+    """
+
+    own: Mapping[str, Tensor]
+    sources: Mapping[str, str]
+    embeddings: Mapping[str, str]
+    result: LoadResult
+
+
+def fit_of(program: Program, adapter: str, tensors: Mapping[str, Tensor]) -> Fit:
+    """Find the place of each of `tensors`, by their names, shapes and dtypes alone."""
     own, prefix = adapter_state_dict(program, adapter), key_prefix(program.plan.adapters[adapter])
     names = respelled(program, prefix, [key for key in tensors if ".original_module." not in key], own)
-    given = {names[key]: tensors[key] for key in names}
+    given = {new: (old, tensors[old]) for old, new in names.items()}
     embeddings, unexpected = split_embeddings(program, prefix, [key for key in given if key not in own])
     targets = {**own, **{key: program.base.get_parameter(name) for key, name in embeddings.items()}}
     optional = _optional(program, adapter)
-    odd = [key for key in given if key in targets and given[key].shape != targets[key].shape]
-    fitting = {key: value for key, value in given.items() if key in targets and key not in odd}
+    pairs = {key: (old, value, targets[key]) for key, (old, value) in given.items() if key in targets}
+    fitting = {key: pair for key, pair in pairs.items() if pair[1].shape == pair[2].shape}
     result = LoadResult(
         missing_keys=tuple(key for key in own if key not in given and key not in optional),
         unexpected_keys=tuple(unexpected),
-        mismatched_keys=tuple((key, tuple(given[key].shape), tuple(targets[key].shape)) for key in odd),
-        renamed={names[key]: key for key in names if names[key] != key},
-        casts={key: _cast(value, targets[key]) for key, value in fitting.items() if value.dtype != targets[key].dtype},
+        mismatched_keys=tuple(
+            (key, tuple(value.shape), tuple(target.shape))
+            for key, (_, value, target) in pairs.items()
+            if key not in fitting
+        ),
+        renamed={new: old for old, new in names.items() if old != new},
+        casts={
+            key: (dtype_name(value.dtype), dtype_name(target.dtype))
+            for key, (_, value, target) in fitting.items()
+            if value.dtype != target.dtype
+        },
     )
-    left = require_fit(result, own, where, strict or (bool(odd) and not resized))
-    _require_values(program, adapter, fitting, targets, where)
-    _copy(program, adapter, {key: value for key, value in fitting.items() if key in own}, own, encoder or {})
-    for key, name in embeddings.items():
-        if key in fitting:
-            take_over(program, adapter, name, fitting[key])
-    _report(result, left, where)
-    return result
+    return Fit(own, {key: old for key, (old, _, _) in fitting.items()}, embeddings, result)
 
 
 def _copy(
@@ -156,23 +186,22 @@ def loaded_value(key: str, value: Tensor) -> Tensor:
     return value * 2 if key.endswith(_HALVED) else value
 
 
-def _require_values(
-    program: Program, adapter: str, given: Mapping[str, Tensor], targets: Mapping[str, Tensor], where: str
-) -> None:
+def require_values(program: Program, adapter: str, values: Mapping[str, Tensor], fit: Fit, where: str) -> None:
+    """Raise CheckpointError if one of `values`, by the adapter's key, is not finite, or integers where floats belong."""
     buffers = _buffers(program, adapter)
-    for key, value in given.items():
-        require_value(key, value, targets[key].dtype, where, finite=key not in buffers)
+    for key, value in values.items():
+        target = fit.own[key] if key in fit.own else program.base.get_parameter(fit.embeddings[key])
+        _require_value(key, value, target.dtype, where, finite=key not in buffers)
 
 
-def require_value(key: str, value: Tensor, dtype: torch.dtype, where: str, finite: bool = True) -> None:
-    """Raise CheckpointError if a tensor of a file is no floating-point one where that is expected, or not finite."""
+def _require_value(key: str, value: Tensor, dtype: torch.dtype, where: str, finite: bool) -> None:
     if dtype.is_floating_point and not value.is_floating_point():
         raise CheckpointError(f"{where}: {key}: the file has {value.dtype}, a floating-point tensor is expected")
     if finite and value.is_floating_point() and not bool(torch.isfinite(value.to(dtype)).all()):
         raise CheckpointError(f"{where}: {key}: holds NaN or Inf (as {dtype}); the adapter is broken")
 
 
-def _report(result: LoadResult, left: str | None, where: str) -> None:
+def report(result: LoadResult, left: str | None, where: str) -> None:
     """Tell what a person would want to know of a load that went through."""
     if left is not None:
         warnings.warn(left, stacklevel=4)
@@ -187,10 +216,6 @@ def _report(result: LoadResult, left: str | None, where: str) -> None:
 
 # Bits of the significand.
 _BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
-
-
-def _cast(value: Tensor, target: Tensor) -> tuple[str, str]:
-    return dtype_name(value.dtype), dtype_name(target.dtype)
 
 
 def _optional(program: Program, adapter: str) -> set[str]:

@@ -4,7 +4,7 @@ Nothing is half merged. Values that get a tensor of their own are all computed b
 are folded in place (`undo="residual"`) are restored from their logs if anything fails.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftc.errors import AdapterError, MergeError
 from peftc.graph.sites import parameter_name
 from peftc.merge import ties
-from peftc.merge.fold import Folded, edits_by_site, fold_bias, fold_copies, fold_weight
+from peftc.merge.fold import Folded, edits_by_site, fold_bias, fold_copies, fold_weight, value_in
 from peftc.merge.ownership import require_own
 from peftc.merge.undo import fold_in_place, owner_of, require_intact, restore, tensor_of
 from peftc.merge.undo_log import checksum, require_zstandard
@@ -34,7 +34,7 @@ def merge(program: Program, names: Sequence[str], untie: bool, undo: str) -> Non
     """
     _require_state(program, names, undo)
     groups = edits_by_site(program, names)
-    _require_mergeable(program, names, groups)
+    require_mergeable(program, names, groups)
     inside = _in_place(program, groups) if undo == "residual" else []
     with _quiet(program):
         outside = [item for site, edits in groups.items() for item in _fold(program, site, edits, site in inside)]
@@ -105,7 +105,8 @@ def _require_state(program: Program, names: Sequence[str], undo: str) -> None:
             )
 
 
-def _require_mergeable(program: Program, names: Sequence[str], groups: dict[str, list[Edit]]) -> None:
+def require_mergeable(program: Program, names: Sequence[str], groups: Mapping[str, Sequence[Edit]]) -> None:
+    """Raise MergeError if an edit of `groups`, by site, can't be folded, or not before those that stay active."""
     for fqn, edits in groups.items():
         for edit in edits:
             if edit.unmergeable:
@@ -142,7 +143,7 @@ def _fold(program: Program, fqn: str, edits: Sequence[Edit], weight_in_place: bo
         owner, leaf = owner_of(site)
         found.append(Folded(owner, leaf, fold_weight(program, site, edits, tensor_of(program, owner, leaf).detach())))
     bias = program.owners[fqn]._parameters.get("bias") if site.bias is not None else None
-    folded = None if bias is None else fold_bias(program, site, edits, bias.detach())
+    folded = None if bias is None else fold_bias(program, site, edits, bias.detach(), value_in(program))
     return found if folded is None else [*found, Folded(fqn, "bias", folded)]
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from peftc.errors import MergeError
@@ -11,17 +10,17 @@ from peftc.merge import ties
 from peftc.merge.fold import (
     Step,
     edits_by_site,
-    exact,
     fold_dtype,
     fold_tile,
     require_finite,
+    steps_back,
     steps_of,
     tiles,
     unfold_tile,
+    value_in,
 )
 from peftc.merge.undo_log import Chunk, checksum, decode, encode
-from peftc.plan import Edit, PlannedParam
-from peftc.registry import find_rule
+from peftc.plan import Edit
 from peftc.rewrite.program import Program, Replaced, tensor_slots
 from peftc.rewrite.switch import emit, train
 
@@ -47,7 +46,7 @@ def fold_in_place(program: Program, site: Site, edits: Sequence[Edit]) -> None:
             program.journal.factors[edit.adapter, edit.site, param.name] = (
                 program.tensor(edit, param.key).detach().clone()
             )
-    steps = steps_of(program, edits, fold_dtype(weight), lambda edit, param: program.tensor(edit, param.key))
+    steps = steps_of(program, edits, fold_dtype(weight), value_in(program))
     back = _steps_back(program, edits, weight)
     crc, log = checksum(weight), list[Chunk]()
     try:
@@ -75,18 +74,11 @@ def _write_tile(tile: Tensor, old: Tensor, new: Tensor, log: list[Chunk], chunk:
 
 
 def _steps_back(program: Program, edits: Sequence[Edit], weight: Tensor) -> list[Step]:
-    """The steps by which `unfold_tile` estimates; from the factors as they were when merged."""
-
-    def value(edit: Edit, param: PlannedParam) -> Tensor:
-        site, spec = program.plan.sites[edit.site], program.plan.adapters[edit.adapter]
-        rule = find_rule(spec, site)
-        assert rule is not None, "the plan was made with it"
-        declared = rule.params(spec, site)
-        return exact(
-            program.journal.factors[edit.adapter, edit.site, param.name].to(weight.device), declared[param.name]
-        )
-
-    return steps_of(program, edits, torch.float64, value)
+    """The steps back; from the factors as they were when merged."""
+    factors = program.journal.factors
+    return steps_back(
+        program, edits, lambda edit, param: factors[edit.adapter, edit.site, param.name].to(weight.device)
+    )
 
 
 def require_intact(program: Program, item: Replaced, check: bool) -> None:

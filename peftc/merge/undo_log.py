@@ -73,11 +73,21 @@ def decode(chunk: Chunk, estimate: Tensor) -> Tensor:
     return bits.view(estimate.dtype).view(estimate.shape)
 
 
+def keep(weight: Tensor) -> Chunk:
+    """The log of a tile that nothing can be said about: all its bytes."""
+    return Chunk(_zstandard().ZstdCompressor(level=3).compress(_bytes(weight)), b"", b"")
+
+
+def kept(chunk: Chunk) -> bytes:
+    """The bytes of the tile that `keep` was given."""
+    return _zstandard().ZstdDecompressor().decompress(chunk.steps)
+
+
 def checksum(tensor: Tensor) -> int | None:
     """CRC-32 of the bytes of a dense tensor; None where there are none to read (meta, sharded)."""
     if tensor.is_meta or type(tensor.data) is not Tensor:
         return None
-    return zlib.crc32(tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data)
+    return zlib.crc32(_bytes(tensor))
 
 
 def require_zstandard() -> None:
@@ -91,6 +101,10 @@ def _zstandard() -> Any:
     except ImportError:
         raise MergeError("undo='residual' compresses its log with zstandard: pip install 'peftc[undo]'") from None
     return zstandard
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data
 
 
 def _bits(tensor: Tensor) -> Tensor:

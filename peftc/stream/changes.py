@@ -1,0 +1,282 @@
+"""What a merge changes in a checkpoint: by parameter, what is folded into what."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from peftc import lifecycle
+from peftc.checkpoint import AdapterFiles, Verify
+from peftc.checkpoint.base import places, require_base, sample_from
+from peftc.checkpoint.files import open_folder
+from peftc.checkpoint.keys import require_fit
+from peftc.checkpoint.lazy import FileTensors, outline
+from peftc.checkpoint.state import Fit, fit_of, key_of, key_prefix, loaded_value, report, require_values
+from peftc.errors import CheckpointError
+from peftc.graph.sites import dtype_of, parameter_name
+from peftc.merge import ties
+from peftc.merge.combine import checked
+from peftc.merge.fold import Value, edits_by_site, fold_bias
+from peftc.merge.merge import require_mergeable
+from peftc.merge.undo import owner_of
+from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
+from peftc.registry import find_rule
+from peftc.rewrite.attach import canonical
+from peftc.rewrite.build import build, require_applicable
+from peftc.rewrite.program import Program
+from peftc.rule import Bound, Combination, Part
+from peftc.stream.names import Names
+from peftc.stream.sharded import Checkpoint
+from peftc.stream.skeleton import skeleton
+
+_COMBINED = "combined"
+
+
+@dataclass(frozen=True)
+class Options:
+    """How adapters are merged into a checkpoint; see `merge_checkpoint`. `logged`: on the way back, what the log has."""
+
+    weights: tuple[float, ...] | None = None
+    untie: bool = False
+    verify: Verify = "all"
+    undo: bool = False
+    logged: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """An adapter's open file, and where its tensors belong."""
+
+    files: AdapterFiles
+    tensors: FileTensors
+    fit: Fit
+
+
+@dataclass(frozen=True)
+class Change:
+    """A new value of a parameter: `edits` folded into it, or into the tensor that an adapter brings in its place.
+
+    `start`: the adapter and the key in its file of that tensor.
+    """
+
+    parameter: str
+    edits: tuple[Edit, ...] = ()
+    is_bias: bool = False
+    start: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """A merge that was thought through: `program` is the model with the adapters, on the meta device.
+
+    `cut`: parameters that are no longer tied to others. `value` gives an adapter's tensors as loading would leave them.
+    """
+
+    checkpoint: Checkpoint
+    shards: Mapping[str, FileTensors]
+    names: Names
+    program: Program
+    sources: Mapping[str, Source]
+    options: Options
+    value: Value
+    changes: Mapping[str, Change] = field(default_factory=dict[str, Change])
+    cut: tuple[str, ...] = ()
+
+
+def thought_through(
+    checkpoint: Checkpoint,
+    shards: Mapping[str, FileTensors],
+    folders: Sequence[Path],
+    model: nn.Module | None,
+    options: Options,
+) -> Work:
+    """Everything that can be known without computing a weight, and every refusal. Raises PeftcError."""
+    opened = {f"adapter{i}": open_folder(folder, options.verify) for i, folder in enumerate(folders)}
+    base, names = skeleton(checkpoint, model, [outline(tensors.header.entries) for _, tensors in opened.values()])
+    specs = {name: files.spec for name, (files, _) in opened.items()}
+    plan, regions = lifecycle.planned(base, specs, "modules", autocast=True)
+    require_applicable(plan, "warn")
+    program = build(base, plan, regions, inplace=True, fresh=False)
+    sources = {name: _source(program, name, files, tensors) for name, (files, tensors) in opened.items()}
+    work = Work(checkpoint, shards, names, program, sources, options, lambda edit, param: _loaded(work, edit, param))
+    for name, source in sources.items():
+        _require_base(work, name, source)
+    if options.weights is not None:
+        work = _combined(work, options.weights)
+    return _with_changes(work)
+
+
+def _source(program: Program, name: str, files: AdapterFiles, tensors: FileTensors) -> Source:
+    """Fit a file to its adapter, as loading does. Every tensor is looked at once, and not kept."""
+    fit = fit_of(program, name, outline(tensors.header.entries))
+    require_fit(fit.result, fit.own, files.where, strict=True)
+    for key, source in fit.sources.items():
+        require_values(program, name, {key: tensors[source]}, fit, files.where)
+    report(fit.result, None, files.where)
+    return Source(files, tensors, fit)
+
+
+def _require_base(work: Work, name: str, source: Source) -> None:
+    if source.files.base is None:
+        return
+
+    def sample(parameter: str, like: Tensor) -> str | None:
+        stored = stored_name(work, parameter)
+        if stored is None or not like.is_floating_point() or like.itemsize < 2:
+            return None
+        entry, file = work.checkpoint.entry(stored), file_of(work, stored)
+        starts = (entry.start + like.itemsize * int(place) for place in places(entry.shape))
+        content = b"".join(bytes(file.read(start, start + like.itemsize)) for start in starts)
+        return sample_from(torch.frombuffer(bytearray(content), dtype=like.dtype), entry.shape)
+
+    caution = require_base(work.program, source.files.base, sample)
+    if caution is not None:
+        warnings.warn(f"{source.files.where}: {caution}", stacklevel=5)
+
+
+def file_of(work: Work, stored: str) -> FileTensors:
+    """The open shard that has the tensor `stored`."""
+    return work.shards[work.checkpoint.where[stored]]
+
+
+def stored_name(work: Work, parameter: str) -> str | None:
+    """The tensor in the files that is `parameter`, by itself or by another name of the same; None if there is no one."""
+    direct = work.names.direct
+    if parameter in direct:
+        return direct[parameter]
+    group = next((group for group in work.program.plan.ties if parameter in group), ())
+    return next((direct[name] for name in group if name in direct), None)
+
+
+def _loaded(work: Work, edit: Edit, param: PlannedParam) -> Tensor:
+    """The tensor of an adapter as it would be in memory: read, cast to the dtype that it has there."""
+    source, dtype = work.sources[edit.adapter], dtype_of(param.dtype)
+    key = _key(work, edit, param)
+    if key in source.fit.sources:
+        return loaded_value(key, source.tensors[source.fit.sources[key]]).to(dtype)
+    # What training started from, and the file does not say: it follows from the weight.
+    site, spec = work.program.plan.sites[edit.site], work.program.plan.adapters[edit.adapter]
+    rule, stored = find_rule(spec, site), stored_name(work, str(site.weight))
+    assert rule is not None, "the plan was made with it"
+    if stored is None or work.options.undo:
+        raise CheckpointError(
+            f"{source.files.where}: lacks what {site.fqn} was trained from ({param.key}), which follows from a weight"
+            " stored in parts, or one that the merge replaces. Load the adapter with peftc, save it again, and take that."
+        )
+    weight = file_of(work, stored)[stored]
+    shapes = {own.name: own.shape for own in edit.params if own.init == "rule"}
+    return rule.initialise(canonical(weight, site).float(), shapes, Bound(edit.constants))[param.name].to(dtype)
+
+
+def _key(work: Work, edit: Edit, param: PlannedParam) -> str:
+    return key_prefix(work.program.plan.adapters[edit.adapter]) + key_of(edit, param)
+
+
+def _combined(work: Work, numbers: Sequence[float]) -> Work:
+    """The same with one adapter more, active alone: the weighted sum of the others, as `add_weighted_adapter` makes it."""
+    program = work.program
+    names = list(work.sources)
+    lifecycle.combine(program, _COMBINED, names, list(numbers), Combination(_exactly(program)))
+    weights = dict(zip(names, numbers, strict=True))
+    how = checked(program, weights, Combination(_exactly(program)))
+
+    def value(edit: Edit, param: PlannedParam) -> Tensor:
+        site = program.plan.sites[edit.site]
+        rule = find_rule(program.plan.adapters[_COMBINED], site)
+        assert rule is not None, "the plan was made with it"
+        parts = [
+            Part(weight, Bound({**{p.name: work.value(own, p) for p in own.params}, **own.constants}))
+            for name, weight in weights.items()
+            for own in program.edits[name]
+            if own.site == edit.site
+        ]
+        return rule.combine(site, parts, how)[param.name].to(dtype_of(param.dtype))
+
+    return replace(work, value=value)
+
+
+def _exactly(program: Program) -> str:
+    """The combination that is the weighted sum itself: of LoRA `cat`, else the first that the method has."""
+    for edit in program.plan.edits:
+        rule = find_rule(program.plan.adapters[edit.adapter], program.plan.sites[edit.site])
+        if rule is not None and "cat" in rule.combinations:
+            return "cat"
+    return ""
+
+
+def _with_changes(work: Work) -> Work:
+    program = work.program
+    combined = _COMBINED in program.plan.adapters
+    names = [_COMBINED] if combined else list(work.sources)
+    groups = edits_by_site(program, names)
+    require_mergeable(program, names, groups)
+    changes = {} if combined else _starts(work)
+    targets: list[tuple[str, str]] = []
+    for fqn, edits in groups.items():
+        folds = _copies(work, edits[-1]) if edits[-1].rule == MODULES_TO_SAVE else _folds(work, fqn, edits, changes)
+        changes |= {change.parameter: change for change in folds}
+        targets += [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in (c.parameter for c in folds)]
+    if not work.options.untie:
+        ties.require_untied(program, targets)
+    cut = tuple(parameter_name(*target) for target in targets if ties.partner(program, *target) is not None)
+    for parameter in changes:
+        if stored_name(work, parameter) is None and parameter not in work.names.fused:
+            raise CheckpointError(
+                f"{work.checkpoint.folder}: has no tensor {parameter}, which an adapter changes. If it is of a head"
+                " that the base lacks, load the model with its head and the adapter, and merge_and_unload()."
+            )
+    return replace(work, changes=changes, cut=cut)
+
+
+def _starts(work: Work) -> dict[str, Change]:
+    """What adapters bring in the place of the base's: biases that they trained, embeddings of their own."""
+    found: dict[str, Change] = {}
+    for tensor in work.program.plan.trained:
+        prefix = key_prefix(work.program.plan.adapters[tensor.adapter])
+        source = work.sources[tensor.adapter].fit.sources[prefix + tensor.key]
+        found[tensor.name] = Change(tensor.name, start=(tensor.adapter, source))
+    for adapter, source in work.sources.items():
+        for key, parameter in source.fit.embeddings.items():
+            if not _same(work, parameter, source.tensors[source.fit.sources[key]]):
+                warnings.warn(
+                    f"{source.files.where}: brings its own {parameter}, in the place of the base's", stacklevel=6
+                )
+                found[parameter] = Change(parameter, start=(adapter, source.fit.sources[key]))
+    return found
+
+
+def _same(work: Work, parameter: str, value: Tensor) -> bool:
+    stored = stored_name(work, parameter)
+    if stored is None or work.options.logged is not None:
+        return stored not in (work.options.logged or ())
+    return torch.equal(file_of(work, stored)[stored].to(value.dtype), value)
+
+
+def _copies(work: Work, edit: Edit) -> list[Change]:
+    """A module that an adapter saved whole; of a combination, the one adapter's that did."""
+    if edit.adapter == _COMBINED:
+        edit = next(own for own in work.program.plan.edits if own.site == edit.site and own.adapter != _COMBINED)
+    sources = work.sources[edit.adapter].fit.sources
+    return [
+        Change(parameter_name(edit.site, param.key), start=(edit.adapter, sources[_key(work, edit, param)]))
+        for param in edit.params
+    ]
+
+
+def _folds(work: Work, fqn: str, edits: Sequence[Edit], starts: Mapping[str, Change]) -> list[Change]:
+    """The weight of a site, and its bias if a rule changes it."""
+    site = work.program.plan.sites[fqn]
+    weight = parameter_name(*owner_of(site))
+    found = [replace(starts.get(weight, Change(weight)), edits=tuple(edits))]
+    bias = work.program.owners[fqn]._parameters.get("bias") if site.bias is not None else None
+    if bias is not None and fold_bias(work.program, site, edits, bias, _outlined(work.program)) is not None:
+        name = parameter_name(fqn, "bias")
+        found.append(replace(starts.get(name, Change(name)), edits=tuple(edits), is_bias=True))
+    return found
+
+
+def _outlined(program: Program) -> Value:
+    return lambda edit, param: program.tensor(edit, param.key)

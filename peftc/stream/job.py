@@ -1,0 +1,190 @@
+"""A job that can be killed at any moment and run again: its stage, how far it has come, and the end of it.
+
+What is written is put below `.peftc-merge` in the new folder, and from there to its places in one step (see
+`peftc.checkpoint.atomic`). How far files have come is only believed by the same boot of the machine, whose page cache has
+what was written; after another boot a job starts from the beginning.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from peftc.checkpoint.atomic import commit, explained, free_bytes, locked, settle, write
+from peftc.errors import CheckpointError
+from peftc.stream.sharded import RECORD
+from peftc.stream.write import Output, Position, write_output
+
+STAGE = ".peftc-merge"
+_FILES = "files"
+_JOB = "job.json"
+_PROGRESS = "progress.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A new folder to write: small `files` by path, and `outputs`.
+
+    `inputs`: all that the result depends on; its `files` apart, it becomes `peftc_merge.json`, unless not `recorded`.
+    """
+
+    what: str
+    folder: Path
+    inputs: Mapping[str, Any]
+    files: Mapping[str, bytes]
+    outputs: Sequence[Output]
+    recorded: bool = True
+
+    @property
+    def size(self) -> int:
+        """Bytes of the new folder, logs not counted."""
+        return sum(map(len, self.files.values())) + sum(output.header.size for output in self.outputs)
+
+
+def is_new(folder: Path) -> bool:
+    """Whether there is nothing in `folder` but the stage of a job, once an interrupted end of one is brought to its own."""
+    if not folder.exists():
+        return True
+    settle(folder)
+    return folder.is_dir() and all(item.name == STAGE for item in folder.iterdir())
+
+
+def require_done(folder: Path, inputs: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if what is in `folder` was not written by a job of these `inputs`."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if json.loads((folder / RECORD).read_bytes()).get("inputs") == _digest(inputs):
+            return
+    raise CheckpointError(f"{folder}: there is something in it already; give a new or an empty folder")
+
+
+def run(job: Job, progress: bool) -> None:
+    """Do the job, or what is left of it. Raises CheckpointError; what was written is kept, and gone on with next time."""
+    room = free_bytes(job.folder) + sum(file.stat().st_size for file in job.folder.rglob("*") if file.is_file())
+    if room < job.size:
+        raise CheckpointError(f"{job.folder}: {job.size:,} bytes are needed and {room:,} are free; nothing was written")
+    with explained(job.folder, job.what, job.size):
+        stage = job.folder / STAGE
+        (stage / _FILES).mkdir(parents=True, exist_ok=True)
+        with _alone(stage):
+            done = _begin(stage, job)
+            record = {RECORD: _record(job)} if job.recorded else {}
+            for name, content in {**job.files, **record}.items():
+                write(stage / _FILES / name, content)
+            with _bar(job, progress) as tick, _pool() as (pool, threads):
+                _write_outputs(job, stage, done, pool, threads, tick)
+            commit(job.folder, stage, [name for name in job.files if name.endswith("config.json")])
+
+
+def _write_outputs(
+    job: Job,
+    stage: Path,
+    done: dict[str, Position],
+    pool: ThreadPoolExecutor,
+    threads: int,
+    tick: Callable[[int], None],
+) -> None:
+    """Write what is not yet, and bring it to the disk while the next is computed."""
+    with ThreadPoolExecutor(1) as disk:
+        flushes = []
+        for output in job.outputs:
+
+            def note(position: Position, name: str = output.name) -> None:
+                done[name] = position
+                _save(stage, done)
+
+            if done.get(output.name, Position()).pieces < max(1, len(output.pieces)):
+                write_output(output, stage / _FILES, done.get(output.name, Position()), pool, threads, note, tick)
+                note(Position(max(1, len(output.pieces)), 0))
+            else:
+                tick(output.header.size)
+            names = [output.name, *([output.log] if output.log is not None else [])]
+            flushes += [disk.submit(_flush, stage / _FILES / name) for name in names]
+        for flush in flushes:
+            flush.result()
+
+
+def _begin(stage: Path, job: Job) -> dict[str, Position]:
+    """How far an interrupted run of this very job has come; what another job left is removed."""
+    key = {"inputs": _digest(job.inputs), "boot": _boot()}
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        if json.loads((stage / _JOB).read_bytes()) == key:
+            return {name: Position(**at) for name, at in json.loads((stage / _PROGRESS).read_bytes()).items()}
+    shutil.rmtree(stage / _FILES)
+    (stage / _FILES).mkdir()
+    (stage / _PROGRESS).unlink(missing_ok=True)
+    write(stage / _JOB, json.dumps(key).encode())
+    return {}
+
+
+def _save(stage: Path, done: Mapping[str, Position]) -> None:
+    new = stage / f"{_PROGRESS}.new"
+    new.write_text(json.dumps({name: asdict(position) for name, position in done.items()}))
+    os.replace(new, stage / _PROGRESS)
+
+
+def _record(job: Job) -> bytes:
+    told = {key: value for key, value in job.inputs.items() if key != "files"}
+    return (json.dumps({**told, "inputs": _digest(job.inputs)}, indent=2) + "\n").encode()
+
+
+def _digest(inputs: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _boot() -> str:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+@contextlib.contextmanager
+def _alone(stage: Path) -> Generator[None]:
+    lock = locked(stage, wait=False)
+    try:
+        lock.__enter__()
+    except BlockingIOError:
+        raise CheckpointError(f"{stage.parent}: another process is writing it; wait for that one to end") from None
+    with contextlib.ExitStack() as stack:
+        stack.push(lock)
+        yield
+
+
+@contextlib.contextmanager
+def _pool() -> Generator[tuple[ThreadPoolExecutor, int]]:
+    """Threads that compute tiles, each by itself: that scales better than threads inside of every small operation."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield pool, threads
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
+
+
+@contextlib.contextmanager
+def _bar(job: Job, shown: bool) -> Generator[Callable[[int], None]]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not shown) as bar:
+        task = bar.add_task(job.what, total=sum(output.header.size for output in job.outputs))
+        yield lambda count: bar.advance(task, count)

@@ -1,0 +1,166 @@
+"""The files of a merged checkpoint, and of the base again: which bytes are copied, and which are computed."""
+
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from peftc.checkpoint.lazy import FileTensors
+from peftc.checkpoint.tensor_file import Entry, Header, bytes_of, make_header, read_json
+from peftc.graph.sites import transformers_config
+from peftc.merge.undo_log import encode, keep
+from peftc.stream.changes import Change, Work, file_of, stored_name
+from peftc.stream.log import Log, record, restored
+from peftc.stream.sharded import UNDO, inside
+from peftc.stream.tiles import Merged, Recipe, fused_recipes, recipe, rows
+from peftc.stream.write import Output, Piece, Tile
+
+Recipes = Mapping[str, Callable[[], Recipe]]
+
+
+def merged_outputs(work: Work, undo: bool) -> list[Output]:
+    """The shards of the merged checkpoint. `undo`: with logs."""
+    recipes, added = recipes_of(work, undo, None), added_tensors(work)
+    outputs: list[Output] = []
+    for name, header in work.checkpoint.shards.items():
+        new = {tensor: source for tensor, source in added.items() if work.checkpoint.where[source] == name}
+        whole = _extended(header, new) if new else header
+        pieces = [
+            _merged_piece(work, entry, new.get(tensor, tensor), recipes, undo)
+            for tensor, entry in whole.entries.items()
+        ]
+        outputs.append(Output(name, whole, pieces, work.shards[name], log_name(name) if undo else None))
+    return outputs
+
+
+def base_outputs(work: Work, log: Log) -> list[Output]:
+    """The shards of the base, from those of the merged checkpoint that `work.shards` are."""
+    recipes = recipes_of(work, True, lambda stored, part: rows(file_of(work, stored), stored, part))
+    outputs: list[Output] = []
+    for name, header in work.checkpoint.shards.items():
+        file = work.shards[name]
+        pieces = [
+            Piece(
+                entry,
+                file.header.entries[tensor],
+                partial(_base_jobs, recipes[tensor], log, tensor) if tensor in recipes else None,
+            )
+            for tensor, entry in header.entries.items()
+        ]
+        outputs.append(Output(name, header, pieces, file))
+    return outputs
+
+
+def copied(name: str, file: FileTensors) -> Output:
+    """A copy of a file."""
+    return Output(name, file.header, [Piece(entry, entry) for entry in file.header.entries.values()], file)
+
+
+def log_name(shard: str) -> str:
+    """Where the log of a shard is, in the folder of the merged checkpoint."""
+    return f"{UNDO}/{shard}.log"
+
+
+def recipes_of(work: Work, undo: bool, merged: Merged | None) -> Recipes:
+    """How every tensor that changes comes about, by its name in the merged checkpoint."""
+    found: dict[str, Callable[[], Recipe]] = {}
+    fused: dict[int, list[Change]] = {}
+    for parameter, change in work.changes.items():
+        if parameter in work.names.fused:
+            fused.setdefault(id(work.names.fused[parameter]), []).append(change)
+            continue
+        stored = stored_name(work, parameter)
+        assert stored is not None, "looked for when the changes were made"
+        # One end of a tie that is cut: the stored tensor stays the other end's.
+        name = stored if parameter not in work.cut or parameter in work.names.direct else parameter
+        found[name] = partial(recipe, work, change, stored, undo, merged)
+    for changes in fused.values():
+        fusion = work.names.fused[changes[0].parameter]
+        made = fused_recipes(work, fusion, changes, undo, merged)
+        found |= {stored: partial(made.__getitem__, stored) for stored in fusion.parts}
+    return found
+
+
+def added_tensors(work: Work) -> dict[str, str]:
+    """Tensors that the merged checkpoint has more, where a tie is cut, and the stored one that each was the same as."""
+    added: dict[str, str] = {}
+    for parameter in work.cut:
+        source = stored_name(work, parameter)
+        assert source is not None, "looked for when the changes were made"
+        group = next((group for group in work.program.plan.ties if parameter in group), (parameter,))
+        added |= {name: source for name in group if name not in work.names.direct}
+    return added
+
+
+def changed_files(work: Work) -> dict[str, bytes]:
+    """The config and the index, where cutting a tie changes what they say."""
+    added = added_tensors(work)
+    if not added:
+        return {}
+    files: dict[str, bytes] = {}
+    config = transformers_config(work.program.base)
+    if config is not None and config.tie_word_embeddings:
+        data = read_json(inside(work.checkpoint.folder, "config.json"))
+        files["config.json"] = _json({**data, "tie_word_embeddings": False})
+    if work.checkpoint.index is not None:
+        data = read_json(inside(work.checkpoint.folder, work.checkpoint.index))
+        data["weight_map"] |= {name: work.checkpoint.where[source] for name, source in added.items()}
+        entries = [work.checkpoint.entry(source) for source in added.values()]
+        sizes = {"total_size": sum(e.nbytes for e in entries), "total_parameters": sum(_numel(e) for e in entries)}
+        metadata: dict[str, Any] = data.get("metadata", {})
+        data["metadata"] = {key: value + sizes.get(key, 0) for key, value in metadata.items()}
+        files[work.checkpoint.index] = _json(data)
+    return files
+
+
+def _extended(header: Header, new: Mapping[str, str]) -> Header:
+    entries = {**header.entries, **{name: header.entries[source] for name, source in new.items()}}
+    return make_header([(name, e.dtype, e.shape, e.nbytes) for name, e in entries.items()], header.metadata)
+
+
+def _merged_piece(work: Work, entry: Entry, source: str, recipes: Recipes, undo: bool) -> Piece:
+    found = recipes.get(entry.name)
+    jobs = partial(_merge_jobs, work, found, entry.name, source, undo) if found is not None else None
+    return Piece(entry, work.checkpoint.entry(source), jobs)
+
+
+def _merge_jobs(
+    work: Work, found: Callable[[], Recipe], name: str, source: str, undo: bool
+) -> Iterator[Callable[[], Tile]]:
+    own = found()
+    for part in own.parts:
+        yield partial(_merge, work, own, part, name, source, undo and name == source)
+
+
+def _merge(work: Work, own: Recipe, part: slice, name: str, source: str, undo: bool) -> Tile:
+    new, estimate = own.make(part)
+    content = bytes_of(new)
+    if not undo:
+        return Tile(content)
+    old = rows(file_of(work, source), source, part)
+    chunk = keep(old) if estimate is None else encode(old, estimate)
+    return Tile(content, record(name, chunk, zlib.crc32(content), zlib.crc32(bytes_of(old))))
+
+
+def _base_jobs(found: Callable[[], Recipe], log: Log, name: str) -> Iterator[Callable[[], Tile]]:
+    own = found()
+    for number, part in enumerate(own.parts):
+        yield partial(_unmerge, own, part, log, name, number)
+
+
+def _unmerge(own: Recipe, part: slice, log: Log, name: str, number: int) -> Tile:
+    new, estimate = own.make(part)
+    return Tile(restored(log, name, number, new, estimate))
+
+
+def _numel(entry: Entry) -> int:
+    count = 1
+    for size in entry.shape:
+        count *= size
+    return count
+
+
+def _json(data: Mapping[str, Any]) -> bytes:
+    """As transformers writes its configs and indexes."""
+    return (json.dumps(data, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,157 @@
+"""New bytes of a checkpoint's tensors, in pieces that fit a cache, and how near arithmetic gets to the old ones."""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftc.checkpoint.lazy import FileTensors, outline
+from peftc.checkpoint.tensor_file import Entry, tensor_in
+from peftc.merge.fold import (
+    TILE,
+    fold_bias,
+    fold_dtype,
+    fold_tile,
+    require_finite,
+    steps_back,
+    steps_of,
+    tiles,
+    unfold_tile,
+)
+from peftc.stream.changes import Change, Work, file_of
+from peftc.stream.names import Fusion
+
+# What reads rows of the merged tensors, where they are there already.
+Merged = Callable[[str, slice], Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a tensor of a merged checkpoint comes about, in `parts` of its first dimension that don't need each other.
+
+    `make` gives the new rows and, if that is asked for and can be said, an estimate of the old ones from these.
+    """
+
+    parts: Sequence[slice]
+    make: Callable[[slice], tuple[Tensor, Tensor | None]]
+
+
+def recipe(work: Work, change: Change, stored: str, undo: bool, merged: Merged | None) -> Recipe:
+    """The recipe of the tensor `stored`, which alone is what `change` is about.
+
+    `merged`: take new rows from there, and only estimate the old ones.
+    """
+    file = file_of(work, stored)
+    start = _start(work, change, file, stored)
+    if change.is_bias or not change.edits:
+        return _taken(work, change, stored, start, merged)
+    site, like = work.program.plan.sites[change.edits[0].site], _like(file.header.entries[stored])
+    steps = steps_of(work.program, change.edits, fold_dtype(like), work.value)
+    known = undo and change.start is None and like.itemsize > 1
+    back = steps_back(work.program, change.edits, work.value) if known else []
+    pieces = {part.start: (part, axis) for part, axis in tiles(site, like, steps)}
+
+    def make(part: slice) -> tuple[Tensor, Tensor | None]:
+        axis = pieces[part.start][1]
+        if merged is None:
+            new = fold_tile(site, start(part), steps, axis, part)
+            require_finite(new, change.parameter, change.edits)
+        else:
+            new = merged(stored, part)
+        return new, unfold_tile(site, new, back, axis, part) if back else None
+
+    return Recipe([part for part, _ in pieces.values()], make)
+
+
+def _start(work: Work, change: Change, file: FileTensors, stored: str) -> Callable[[slice], Tensor]:
+    """The rows that a change starts from: the checkpoint's, or those that an adapter brings, in the same dtype."""
+    dtype = _like(file.header.entries[stored]).dtype
+    if change.start is None:
+        return lambda part: rows(file, stored, part)
+    adapter, key = change.start
+    return lambda part: rows(work.sources[adapter].tensors, key, part).to(dtype)
+
+
+def _taken(work: Work, change: Change, stored: str, start: Callable[[slice], Tensor], merged: Merged | None) -> Recipe:
+    """Rows of a tensor that an adapter brings; or a bias, with what is folded into it."""
+    shape = file_of(work, stored).header.entries[stored].shape
+    length = shape[0] if shape else 1
+    size = length if change.is_bias else max(1, TILE * length // max(1, torch.Size(shape).numel()))
+
+    def make(part: slice) -> tuple[Tensor, Tensor | None]:
+        if merged is not None:
+            return merged(stored, part), None
+        new = start(part)
+        if change.is_bias:
+            site = work.program.plan.sites[change.edits[0].site]
+            folded = fold_bias(work.program, site, change.edits, new, work.value)
+            new = new if folded is None else folded
+        return new, None
+
+    return Recipe([slice(at, min(length, at + size)) for at in range(0, length, size)], make)
+
+
+def fused_recipes(
+    work: Work, fusion: Fusion, changes: Sequence[Change], undo: bool, merged: Merged | None
+) -> dict[str, Recipe]:
+    """The recipes of tensors that are parameters together: computed once, whole, and handed out part by part."""
+    lock, ready = threading.Lock(), dict[str, tuple[Tensor, Tensor | None]]()
+    whole = {stored: slice(0, file_of(work, stored).header.entries[stored].shape[0]) for stored in fusion.parts}
+
+    def make(stored: str) -> tuple[Tensor, Tensor | None]:
+        with lock:
+            if stored not in ready:
+                ready.update(_fused(work, fusion, changes, undo, whole, merged))
+            return ready.pop(stored)
+
+    return {stored: Recipe([whole[stored]], lambda _, stored=stored: make(stored)) for stored in fusion.parts}
+
+
+def _fused(
+    work: Work,
+    fusion: Fusion,
+    changes: Sequence[Change],
+    undo: bool,
+    whole: Mapping[str, slice],
+    merged: Merged | None,
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    read: Merged = merged or (lambda stored, part: rows(file_of(work, stored), stored, part))
+    stored = {name: read(name, part) for name, part in whole.items()}
+    new = fusion.fuse(stored, work.program.base)
+    old = dict(new)
+    for change in changes:
+        value = new[change.parameter]
+        if change.start is not None:
+            if merged is None:
+                adapter, key = change.start
+                new[change.parameter] = work.sources[adapter].tensors[key].to(value.dtype)
+            old[change.parameter] = new[change.parameter]
+            continue
+        site, everything = work.program.plan.sites[change.edits[0].site], slice(0, value.shape[0])
+        if merged is None:
+            steps = steps_of(work.program, change.edits, fold_dtype(value), work.value)
+            new[change.parameter] = value = fold_tile(site, value, steps, "", everything)
+            require_finite(value, change.parameter, change.edits)
+        if undo:
+            back = steps_back(work.program, change.edits, work.value)
+            old[change.parameter] = unfold_tile(site, value, back, "", everything)
+    made = fusion.split(new, work.program.base) if merged is None else stored
+    estimate = fusion.split(old, work.program.base) if undo else None
+    return {name: (made[name], None if estimate is None else estimate[name]) for name in whole}
+
+
+def rows(file: FileTensors, name: str, part: slice) -> Tensor:
+    """Rows of a stored tensor, read into memory of their own; of a scalar, all of it."""
+    entry = file.header.entries[name]
+    if not entry.shape:
+        return file[name]
+    width = entry.nbytes // entry.shape[0] if entry.shape[0] else 0
+    start, stop = entry.start + part.start * width, entry.start + part.stop * width
+    piece = Entry(name, entry.dtype, (part.stop - part.start, *entry.shape[1:]), start, stop)
+    return tensor_in(file.read(start, stop), piece, start)
+
+
+def _like(entry: Entry) -> Tensor:
+    return outline({entry.name: entry})[entry.name]

@@ -1,0 +1,169 @@
+"""Writing a shard front to back: what is untouched by the file system's own copy, the rest piece by piece."""
+
+import errno
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from peftc.checkpoint.lazy import FileTensors
+from peftc.checkpoint.tensor_file import Entry, Header
+
+# Bytes after which it is noted how far a file has come.
+EVERY = 256 << 20
+_BLOCK = 8 << 20
+# Tiles that wait to be written while others are computed, per thread.
+_AHEAD = 3
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The next bytes of a tensor, and a record of them for a log."""
+
+    content: bytes | memoryview
+    record: bytes = b""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a new file: a copy of the bytes of `source`, or what `jobs` compute, one after the other."""
+
+    entry: Entry
+    source: Entry
+    jobs: Callable[[], Iterator[Callable[[], Tile]]] | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file to write, from pieces of `source`; `log` is where records go."""
+
+    name: str
+    header: Header
+    pieces: Sequence[Piece]
+    source: FileTensors
+    log: str | None = None
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a file has come: the pieces that are done, and the length of the log then."""
+
+    pieces: int = 0
+    log: int = 0
+
+
+@dataclass(frozen=True)
+class _Copy:
+    start: int
+    stop: int
+    to: int
+
+
+def write_output(
+    output: Output,
+    folder: Path,
+    position: Position,
+    pool: ThreadPoolExecutor,
+    threads: int,
+    note: Callable[[Position], None],
+    tick: Callable[[int], None],
+) -> None:
+    """Write `output` below `folder`, from `position` on. `note` is told positions, `tick` how many bytes were written."""
+    pieces = output.pieces[position.pieces :]
+    with _opened(folder / output.name, position) as file, _opened(folder / (output.log or os.devnull), position) as log:
+        at = output.pieces[position.pieces].entry.start if pieces and position.pieces else len(output.header.raw)
+        if not position.pieces:
+            _write(file.fileno(), output.header.raw, 0)
+        file.truncate(at)
+        log_at = noted = position.log
+        if output.log is not None:
+            log.truncate(log_at)
+        tick(at)
+        done, noted = position.pieces, at
+        for step in _ahead(_steps(pieces, pool), threads * _AHEAD):
+            before = at
+            if isinstance(step, int):
+                done += step
+            elif isinstance(step, _Copy):
+                _copy(output.source.fileno(), file.fileno(), step)
+                at += step.stop - step.start
+            else:
+                tile = step.result()
+                _write(file.fileno(), tile.content, at)
+                _write(log.fileno(), tile.record, log_at)
+                at, log_at = at + len(tile.content), log_at + len(tile.record)
+            tick(at - before)
+            if isinstance(step, int) and at - noted >= EVERY:
+                noted = at
+                note(Position(done, log_at))
+        if at != output.header.size:
+            raise AssertionError(f"{output.name}: {at:,} of {output.header.size:,} bytes were written")
+
+
+def _opened(path: Path, position: Position) -> BinaryIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("r+b" if position.pieces else "wb", buffering=0)
+
+
+def _steps(pieces: Sequence[Piece], pool: ThreadPoolExecutor) -> Iterator["int | _Copy | Future[Tile]"]:
+    """What to do for `pieces` in order: copies, as long as they go, tiles in the making; how many pieces were done."""
+    run, count = _Copy(0, 0, 0), 0
+    for piece in pieces:
+        adjoins = run.stop == piece.source.start and run.to + run.stop - run.start == piece.entry.start
+        if count and (piece.jobs is not None or not adjoins or run.stop - run.start >= EVERY):
+            yield run
+            yield count
+            count = 0
+        if piece.jobs is None:
+            run = (
+                _Copy(run.start, piece.source.stop, run.to)
+                if count
+                else _Copy(piece.source.start, piece.source.stop, piece.entry.start)
+            )
+            count += 1
+            continue
+        for job in piece.jobs():
+            yield pool.submit(job)
+        yield 1
+    if count:
+        yield run
+        yield count
+
+
+def _ahead(steps: Iterator["int | _Copy | Future[Tile]"], limit: int) -> Iterator["int | _Copy | Future[Tile]"]:
+    """`steps`, with up to `limit` of them begun before they are asked for."""
+    waiting: deque[int | _Copy | Future[Tile]] = deque()
+    for step in steps:
+        waiting.append(step)
+        if len(waiting) > limit:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _write(descriptor: int, content: bytes | memoryview, at: int) -> None:
+    view = memoryview(content)
+    while view:
+        count = os.pwrite(descriptor, view, at)
+        view, at = view[count:], at + count
+
+
+def _copy(source: int, target: int, run: _Copy) -> None:
+    """Copy bytes inside the kernel, which may share them on disk; by reading and writing where it can't."""
+    start, to = run.start, run.to
+    while start < run.stop:
+        try:
+            count = os.copy_file_range(source, target, run.stop - start, start, to)
+        except OSError as error:
+            if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+                raise
+            count = 0
+        if not count:
+            block = os.pread(source, min(_BLOCK, run.stop - start), start)
+            if not block:
+                raise OSError(errno.EIO, "the file became shorter while it was copied")
+            _write(target, block, to)
+            count = len(block)
+        start, to = start + count, to + count
