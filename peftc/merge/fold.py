@@ -78,16 +78,18 @@ def steps_of(program: Program, edits: Sequence[Edit], dtype: torch.dtype, value:
     return steps
 
 
-def tiles(site: Site, weight: Tensor, steps: Sequence[Step]) -> Iterator[tuple[slice, str]]:
-    """Slices of the first dimension of a stored weight, and which axis of the canonical one that is ("": it is whole)."""
+def tiles(site: Site, weight: Tensor, steps: Sequence[Step], size: int = TILE) -> Iterator[tuple[slice, str]]:
+    """Slices of about `size` elements of the first dimension of a stored weight, and which axis of the canonical one that
+    is ("": it is whole).
+    """
     length, axis = weight.shape[0], "i" if site.layout == "in_out" else "o"
     experts = site.kind == "parameter" and weight.dim() > 2
     if experts or any(param.axes is None for step in steps for param in step.params.values()):
         yield slice(0, length), ""
         return
-    size = max(1, TILE * length // max(1, weight.numel()))
-    for start in range(0, length, size):
-        yield slice(start, min(length, start + size)), axis
+    rows = max(1, size * length // max(1, weight.numel()))
+    for start in range(0, length, rows):
+        yield slice(start, min(length, start + rows)), axis
 
 
 def fold_tile(site: Site, tile: Tensor, steps: Sequence[Step], axis: str, part: slice) -> Tensor:

@@ -33,17 +33,23 @@ from peftc.stream.sharded import Checkpoint
 from peftc.stream.skeleton import skeleton
 
 _COMBINED = "combined"
+# Larger than in memory: there is more to do for each than arithmetic.
+TILE = 2**19
 
 
 @dataclass(frozen=True)
 class Options:
-    """How adapters are merged into a checkpoint; see `merge_checkpoint`. `logged`: on the way back, what the log has."""
+    """How adapters are merged into a checkpoint; see `merge_checkpoint`. `logged`: on the way back, what the log has.
+
+    `tile`: elements that are computed at a time.
+    """
 
     weights: tuple[float, ...] | None = None
     untie: bool = False
     verify: Verify = "all"
     undo: bool = False
     logged: frozenset[str] | None = None
+    tile: int = TILE
 
 
 @dataclass(frozen=True)

@@ -136,11 +136,12 @@ def _merge_jobs(
 def _merge(work: Work, own: Recipe, part: slice, name: str, source: str, undo: bool) -> Tile:
     new, estimate = own.make(part)
     content = bytes_of(new)
+    at = part.start * (len(content) // max(1, part.stop - part.start))
     if not undo:
-        return Tile(content)
+        return Tile(at, content)
     old = rows(file_of(work, source), source, part)
     chunk = keep(old) if estimate is None else encode(old, estimate)
-    return Tile(content, record(name, chunk, zlib.crc32(content), zlib.crc32(bytes_of(old))))
+    return Tile(at, content, record(name, chunk, zlib.crc32(content), zlib.crc32(bytes_of(old))))
 
 
 def _base_jobs(found: Callable[[], Recipe], log: Log, name: str) -> Iterator[Callable[[], Tile]]:
@@ -151,7 +152,8 @@ def _base_jobs(found: Callable[[], Recipe], log: Log, name: str) -> Iterator[Cal
 
 def _unmerge(own: Recipe, part: slice, log: Log, name: str, number: int) -> Tile:
     new, estimate = own.make(part)
-    return Tile(restored(log, name, number, new, estimate))
+    content = restored(log, name, number, new, estimate)
+    return Tile(part.start * (len(content) // max(1, part.stop - part.start)), content)
 
 
 def _numel(entry: Entry) -> int:

@@ -10,7 +10,6 @@ from torch import Tensor
 from peftc.checkpoint.lazy import FileTensors, outline
 from peftc.checkpoint.tensor_file import Entry, tensor_in
 from peftc.merge.fold import (
-    TILE,
     fold_bias,
     fold_dtype,
     fold_tile,
@@ -51,7 +50,7 @@ def recipe(work: Work, change: Change, stored: str, undo: bool, merged: Merged |
     steps = steps_of(work.program, change.edits, fold_dtype(like), work.value)
     known = undo and change.start is None and like.itemsize > 1
     back = steps_back(work.program, change.edits, work.value) if known else []
-    pieces = {part.start: (part, axis) for part, axis in tiles(site, like, steps)}
+    pieces = {part.start: (part, axis) for part, axis in tiles(site, like, steps, work.options.tile)}
 
     def make(part: slice) -> tuple[Tensor, Tensor | None]:
         axis = pieces[part.start][1]
@@ -78,7 +77,7 @@ def _taken(work: Work, change: Change, stored: str, start: Callable[[slice], Ten
     """Rows of a tensor that an adapter brings; or a bias, with what is folded into it."""
     shape = file_of(work, stored).header.entries[stored].shape
     length = shape[0] if shape else 1
-    size = length if change.is_bias else max(1, TILE * length // max(1, torch.Size(shape).numel()))
+    size = length if change.is_bias else max(1, work.options.tile * length // max(1, torch.Size(shape).numel()))
 
     def make(part: slice) -> tuple[Tensor, Tensor | None]:
         if merged is not None:

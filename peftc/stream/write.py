@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -15,21 +16,22 @@ from peftc.checkpoint.tensor_file import Entry, Header
 # Bytes after which it is noted how far a file has come.
 EVERY = 256 << 20
 _BLOCK = 8 << 20
-# Tiles that wait to be written while others are computed, per thread.
-_AHEAD = 3
+# Tiles and copies that are begun at a time, per thread.
+_AHEAD = 4
 
 
 @dataclass(frozen=True)
 class Tile:
-    """The next bytes of a tensor, and a record of them for a log."""
+    """Bytes of a tensor, where in it they begin, and a record of them for a log."""
 
+    at: int
     content: bytes | memoryview
     record: bytes = b""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A tensor of a new file: a copy of the bytes of `source`, or what `jobs` compute, one after the other."""
+    """A tensor of a new file: a copy of the bytes of `source`, or the tiles that `jobs` compute."""
 
     entry: Entry
     source: Entry
@@ -62,6 +64,14 @@ class _Copy:
     to: int
 
 
+@dataclass(frozen=True)
+class _Done:
+    """So many bytes were written, and this is for the log."""
+
+    count: int
+    record: bytes = b""
+
+
 def write_output(
     output: Output,
     folder: Path,
@@ -83,22 +93,18 @@ def write_output(
             log.truncate(log_at)
         tick(at)
         done, noted = position.pieces, at
-        for step in _ahead(_steps(pieces, pool), threads * _AHEAD):
-            before = at
+        steps = _steps(pieces, output.source.fileno())
+        for step in _ahead(steps, pool, file.fileno(), threads * _AHEAD):
             if isinstance(step, int):
                 done += step
-            elif isinstance(step, _Copy):
-                _copy(output.source.fileno(), file.fileno(), step)
-                at += step.stop - step.start
-            else:
-                tile = step.result()
-                _write(file.fileno(), tile.content, at)
-                _write(log.fileno(), tile.record, log_at)
-                at, log_at = at + len(tile.content), log_at + len(tile.record)
-            tick(at - before)
-            if isinstance(step, int) and at - noted >= EVERY:
-                noted = at
-                note(Position(done, log_at))
+                if at - noted >= EVERY:
+                    noted = at
+                    note(Position(done, log_at))
+                continue
+            result = step.result()
+            _write(log.fileno(), result.record, log_at)
+            at, log_at = at + result.count, log_at + len(result.record)
+            tick(result.count)
         if at != output.header.size:
             raise AssertionError(f"{output.name}: {at:,} of {output.header.size:,} bytes were written")
 
@@ -108,36 +114,35 @@ def _opened(path: Path, position: Position) -> BinaryIO:
     return path.open("r+b" if position.pieces else "wb", buffering=0)
 
 
-def _steps(pieces: Sequence[Piece], pool: ThreadPoolExecutor) -> Iterator["int | _Copy | Future[Tile]"]:
-    """What to do for `pieces` in order: copies, as long as they go, tiles in the making; how many pieces were done."""
+def _steps(pieces: Sequence[Piece], source: int) -> Iterator["int | Callable[[int], _Done]"]:
+    """What to do with the new file for `pieces` in order: copies, as long as they go, and tiles; and how many that were."""
     run, count = _Copy(0, 0, 0), 0
     for piece in pieces:
         adjoins = run.stop == piece.source.start and run.to + run.stop - run.start == piece.entry.start
         if count and (piece.jobs is not None or not adjoins or run.stop - run.start >= EVERY):
-            yield run
+            yield partial(_copy, source, run)
             yield count
             count = 0
         if piece.jobs is None:
-            run = (
-                _Copy(run.start, piece.source.stop, run.to)
-                if count
-                else _Copy(piece.source.start, piece.source.stop, piece.entry.start)
-            )
-            count += 1
+            start, to = (run.start, run.to) if count else (piece.source.start, piece.entry.start)
+            run, count = _Copy(start, piece.source.stop, to), count + 1
             continue
+        os.posix_fadvise(source, piece.source.start, piece.source.nbytes, os.POSIX_FADV_WILLNEED)
         for job in piece.jobs():
-            yield pool.submit(job)
+            yield partial(_compute, piece.entry.start, job)
         yield 1
     if count:
-        yield run
+        yield partial(_copy, source, run)
         yield count
 
 
-def _ahead(steps: Iterator["int | _Copy | Future[Tile]"], limit: int) -> Iterator["int | _Copy | Future[Tile]"]:
-    """`steps`, with up to `limit` of them begun before they are asked for."""
-    waiting: deque[int | _Copy | Future[Tile]] = deque()
+def _ahead(
+    steps: Iterator["int | Callable[[int], _Done]"], pool: ThreadPoolExecutor, target: int, limit: int
+) -> Iterator["int | Future[_Done]"]:
+    """`steps`, up to `limit` of them begun before they are asked for."""
+    waiting: deque[int | Future[_Done]] = deque()
     for step in steps:
-        waiting.append(step)
+        waiting.append(step if isinstance(step, int) else pool.submit(step, target))
         if len(waiting) > limit:
             yield waiting.popleft()
     yield from waiting
@@ -150,7 +155,13 @@ def _write(descriptor: int, content: bytes | memoryview, at: int) -> None:
         view, at = view[count:], at + count
 
 
-def _copy(source: int, target: int, run: _Copy) -> None:
+def _compute(start: int, job: Callable[[], Tile], target: int) -> _Done:
+    tile = job()
+    _write(target, tile.content, start + tile.at)
+    return _Done(len(tile.content), tile.record)
+
+
+def _copy(source: int, run: _Copy, target: int) -> _Done:
     """Copy bytes inside the kernel, which may share them on disk; by reading and writing where it can't."""
     start, to = run.start, run.to
     while start < run.stop:
@@ -167,3 +178,4 @@ def _copy(source: int, target: int, run: _Copy) -> None:
             _write(target, block, to)
             count = len(block)
         start, to = start + count, to + count
+    return _Done(run.stop - run.start)
