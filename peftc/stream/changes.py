@@ -27,6 +27,7 @@ from peftc.registry import find_rule
 from peftc.rewrite.attach import canonical
 from peftc.rewrite.build import build, require_applicable
 from peftc.rewrite.program import Program
+from peftc.rewrite.switch import activate
 from peftc.rule import Bound, Combination, Part
 from peftc.stream.names import Names
 from peftc.stream.sharded import Checkpoint
@@ -39,16 +40,16 @@ TILE = 2**19
 
 @dataclass(frozen=True)
 class Options:
-    """How adapters are merged into a checkpoint; see `merge_checkpoint`. `logged`: on the way back, what the log has.
+    """How adapters are merged into a checkpoint; see `merge_checkpoint`.
 
-    `tile`: elements that are computed at a time.
+    `tile`: elements that are computed at a time. `brought`: on the way back, the parameters that adapters brought.
     """
 
     weights: tuple[float, ...] | None = None
     untie: bool = False
     verify: Verify = "all"
     undo: bool = False
-    logged: frozenset[str] | None = None
+    brought: frozenset[str] | None = None
     tile: int = TILE
 
 
@@ -108,8 +109,9 @@ def thought_through(
     program = build(base, plan, regions, inplace=True, fresh=False)
     sources = {name: _source(program, name, files, tensors) for name, (files, tensors) in opened.items()}
     work = Work(checkpoint, shards, names, program, sources, options, lambda edit, param: _loaded(work, edit, param))
-    for name, source in sources.items():
-        _require_base(work, name, source)
+    for source in sources.values():
+        _require_base(work, source)
+    _require_starts(work)
     if options.weights is not None:
         work = _combined(work, options.weights)
     return _with_changes(work)
@@ -125,7 +127,7 @@ def _source(program: Program, name: str, files: AdapterFiles, tensors: FileTenso
     return Source(files, tensors, fit)
 
 
-def _require_base(work: Work, name: str, source: Source) -> None:
+def _require_base(work: Work, source: Source) -> None:
     if source.files.base is None:
         return
 
@@ -167,14 +169,26 @@ def _loaded(work: Work, edit: Edit, param: PlannedParam) -> Tensor:
     site, spec = work.program.plan.sites[edit.site], work.program.plan.adapters[edit.adapter]
     rule, stored = find_rule(spec, site), stored_name(work, str(site.weight))
     assert rule is not None, "the plan was made with it"
-    if stored is None or work.options.undo:
-        raise CheckpointError(
-            f"{source.files.where}: lacks what {site.fqn} was trained from ({param.key}), which follows from a weight"
-            " stored in parts, or one that the merge replaces. Load the adapter with peftc, save it again, and take that."
-        )
+    assert stored is not None, "required before"
     weight = file_of(work, stored)[stored]
     shapes = {own.name: own.shape for own in edit.params if own.init == "rule"}
     return rule.initialise(canonical(weight, site).float(), shapes, Bound(edit.constants))[param.name].to(dtype)
+
+
+def _require_starts(work: Work) -> None:
+    """Refuse what `_loaded` can't compute: a start from a weight that is stored in parts, or will be merged into."""
+    for name, source in work.sources.items():
+        for edit in work.program.edits[name]:
+            lost = [
+                param.key for param in edit.params if param.saved and _key(work, edit, param) not in source.fit.sources
+            ]
+            site = work.program.plan.sites[edit.site]
+            if lost and (work.options.undo or stored_name(work, str(site.weight)) is None):
+                raise CheckpointError(
+                    f"{source.files.where}: lacks what {site.fqn} was trained from ({lost[0]}). That follows from a weight"
+                    " stored in parts, or that undo=True would need again. Load the adapter with peftc, save it, and merge"
+                    " what was saved."
+                )
 
 
 def _key(work: Work, edit: Edit, param: PlannedParam) -> str:
@@ -217,6 +231,7 @@ def _with_changes(work: Work) -> Work:
     program = work.program
     combined = _COMBINED in program.plan.adapters
     names = [_COMBINED] if combined else list(work.sources)
+    activate(program, names, ())
     groups = edits_by_site(program, names)
     require_mergeable(program, names, groups)
     changes = {} if combined else _starts(work)
@@ -256,8 +271,8 @@ def _starts(work: Work) -> dict[str, Change]:
 
 def _same(work: Work, parameter: str, value: Tensor) -> bool:
     stored = stored_name(work, parameter)
-    if stored is None or work.options.logged is not None:
-        return stored not in (work.options.logged or ())
+    if stored is None or work.options.brought is not None:
+        return parameter not in (work.options.brought or ())
     return torch.equal(file_of(work, stored)[stored].to(value.dtype), value)
 
 

@@ -110,7 +110,7 @@ def unmerge_checkpoint(
     files = {name: _original(folder, name, digest) for name, digest in told["files"].items()}
     with _shards(merged) as shards, _log(merged) as log:
         weights = None if told["weights"] is None else tuple(told["weights"])
-        options = Options(weights, told["untie"], "files", True, frozenset(log.places), told["tile"])
+        options = Options(weights, told["untie"], "files", True, frozenset(told["brought"]), told["tile"])
         work = thought_through(base, shards, adapters, model, options)
         run(Job(f"unmerge into {out.name}", out, inputs, files, base_outputs(work, log), recorded=False), progress)
 
@@ -166,6 +166,7 @@ def _undo_files(
         "weights": options.weights,
         "untie": options.untie,
         "tile": options.tile,
+        "brought": [name for name, change in work.changes.items() if change.start is not None],
         "files": {name: sha256(content).hexdigest() for name, content in files.items()},
         "shards": {name: header.size for name, header in work.checkpoint.shards.items()},
     }

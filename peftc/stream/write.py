@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -127,7 +128,8 @@ def _steps(pieces: Sequence[Piece], source: int) -> Iterator["int | Callable[[in
             start, to = (run.start, run.to) if count else (piece.source.start, piece.entry.start)
             run, count = _Copy(start, piece.source.stop, to), count + 1
             continue
-        os.posix_fadvise(source, piece.source.start, piece.source.nbytes, os.POSIX_FADV_WILLNEED)
+        if sys.platform == "linux":
+            os.posix_fadvise(source, piece.source.start, piece.source.nbytes, os.POSIX_FADV_WILLNEED)
         for job in piece.jobs():
             yield partial(_compute, piece.entry.start, job)
         yield 1
@@ -166,7 +168,8 @@ def _copy(source: int, run: _Copy, target: int) -> _Done:
     start, to = run.start, run.to
     while start < run.stop:
         try:
-            count = os.copy_file_range(source, target, run.stop - start, start, to)
+            linux = sys.platform == "linux"
+            count = os.copy_file_range(source, target, run.stop - start, start, to) if linux else 0
         except OSError as error:
             if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
                 raise
