@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 from peftc.checkpoint.lazy import FileTensors
 from peftc.checkpoint.tensor_file import Entry, Header
@@ -94,6 +94,7 @@ def write_output(
             log.truncate(log_at)
         tick(at)
         done, noted = position.pieces, at
+        _advise(output.source.fileno(), 0, 0, "SEQUENTIAL")
         steps = _steps(pieces, output.source.fileno())
         for step in _ahead(steps, pool, file.fileno(), threads * _AHEAD):
             if isinstance(step, int):
@@ -128,14 +129,20 @@ def _steps(pieces: Sequence[Piece], source: int) -> Iterator["int | Callable[[in
             start, to = (run.start, run.to) if count else (piece.source.start, piece.entry.start)
             run, count = _Copy(start, piece.source.stop, to), count + 1
             continue
-        if sys.platform == "linux":
-            os.posix_fadvise(source, piece.source.start, piece.source.nbytes, os.POSIX_FADV_WILLNEED)
+        _advise(source, piece.source.start, piece.source.nbytes, "WILLNEED")
         for job in piece.jobs():
             yield partial(_compute, piece.entry.start, job)
         yield 1
     if count:
         yield partial(_copy, source, run)
         yield count
+
+
+def _advise(descriptor: int, start: int, length: int, what: Literal["SEQUENTIAL", "WILLNEED"]) -> None:
+    """Let the kernel read ahead."""
+    if sys.platform == "linux":
+        advice = os.POSIX_FADV_SEQUENTIAL if what == "SEQUENTIAL" else os.POSIX_FADV_WILLNEED
+        os.posix_fadvise(descriptor, start, length, advice)
 
 
 def _ahead(
