@@ -81,7 +81,8 @@ def run(job: Job, progress: bool) -> None:
                 write(stage / _FILES / name, content)
             with _bar(job, progress) as tick, _pool() as (pool, threads):
                 _write_outputs(job, stage, done, pool, threads, tick)
-            commit(job.folder, stage, [name for name in job.files if name.endswith("config.json")])
+            # Without its config a folder is nobody's model.
+            commit(job.folder, stage, [name for name in job.files if name == "config.json"])
 
 
 def _write_outputs(
