@@ -183,7 +183,7 @@ def _require_starts(work: Work) -> None:
                 param.key for param in edit.params if param.saved and _key(work, edit, param) not in source.fit.sources
             ]
             site = work.program.plan.sites[edit.site]
-            if lost and (work.options.undo or stored_name(work, str(site.weight)) is None):
+            if lost and not edit.virtual and (work.options.undo or stored_name(work, str(site.weight)) is None):
                 raise CheckpointError(
                     f"{source.files.where}: lacks what {site.fqn} was trained from ({lost[0]}). That follows from a weight"
                     " stored in parts, or that undo=True would need again. Load the adapter with peftc, save it, and merge"

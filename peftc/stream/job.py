@@ -20,7 +20,7 @@ import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from peftc.checkpoint.atomic import commit, explained, free_bytes, locked, settle, write
-from peftc.errors import CheckpointError
+from peftc.errors import CheckpointError, PeftcError
 from peftc.stream.sharded import RECORD
 from peftc.stream.write import Output, Position, write_output
 
@@ -67,7 +67,10 @@ def require_done(folder: Path, inputs: Mapping[str, Any]) -> None:
 
 
 def run(job: Job, progress: bool) -> None:
-    """Do the job, or what is left of it. Raises CheckpointError; what was written is kept, and gone on with next time."""
+    """Do the job, or what is left of it. Raises CheckpointError; what was written is kept, and gone on with next time.
+
+    Where the job itself is at fault (PeftcError), nothing is kept.
+    """
     room = free_bytes(job.folder) + sum(file.stat().st_size for file in job.folder.rglob("*") if file.is_file())
     if room < job.size:
         raise CheckpointError(f"{job.folder}: {job.size:,} bytes are needed and {room:,} are free; nothing was written")
@@ -79,8 +82,12 @@ def run(job: Job, progress: bool) -> None:
             record = {RECORD: _record(job)} if job.recorded else {}
             for name, content in {**job.files, **record}.items():
                 write(stage / _FILES / name, content)
-            with _bar(job, progress) as tick, _pool() as (pool, threads):
-                _write_outputs(job, stage, done, pool, threads, tick)
+            try:
+                with _bar(job, progress) as tick, _pool() as (pool, threads):
+                    _write_outputs(job, stage, done, pool, threads, tick)
+            except PeftcError:
+                shutil.rmtree(stage)
+                raise
             # Without its config a folder is nobody's model.
             commit(job.folder, stage, [name for name in job.files if name == "config.json"])
 
