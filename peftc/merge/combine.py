@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import AdapterError
+from peftc.merge.fold import is_finite
 from peftc.plan import MODULES_TO_SAVE, Edit
 from peftc.registry import find_rule
 from peftc.rewrite.program import Program
@@ -128,7 +129,7 @@ def _require_result(edit: Edit, target: Tensor, value: Tensor) -> None:
         raise AdapterError(
             f"{edit.site}: combining gives shape {tuple(value.shape)}, planned was {tuple(target.shape)}"
         )
-    if not value.is_meta and value.is_floating_point() and not bool(torch.isfinite(value.to(target.dtype)).all()):
+    if not value.is_meta and value.is_floating_point() and not is_finite(value.to(target.dtype)):
         raise AdapterError(f"{edit.site}: combining gives NaN or Inf (a broken adapter, or weights too large)")
 
 

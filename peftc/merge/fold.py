@@ -7,6 +7,7 @@ site and rounded once; a large one tile by tile, where the rules allow it.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from peftc.errors import MergeError, RuleError
 from peftc.graph.sites import Site, parameter_name
+from peftc.merge.threads import side_by_side
 from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
 from peftc.registry import find_rule
 from peftc.rewrite.attach import canonical
@@ -78,10 +80,11 @@ def steps_of(program: Program, edits: Sequence[Edit], dtype: torch.dtype, value:
     return steps
 
 
-def tiles(site: Site, weight: Tensor, steps: Sequence[Step], size: int = TILE) -> Iterator[tuple[slice, str]]:
-    """Slices of about `size` elements of the first dimension of a stored weight, and which axis of the canonical one that
-    is ("": it is whole).
+def tiles(site: Site, weight: Tensor, steps: Sequence[Step], size: int | None = None) -> Iterator[tuple[slice, str]]:
+    """Slices of about `size` elements (TILE) of the first dimension of a stored weight, and which axis of the canonical one
+    that is ("": it is whole). The bits of a product depend on its shape, so whoever folds takes the same slices.
     """
+    size = TILE if size is None else size
     length, axis = weight.shape[0], "i" if site.layout == "in_out" else "o"
     experts = site.kind == "parameter" and weight.dim() > 2
     if experts or any(param.axes is None for step in steps for param in step.params.values()):
@@ -110,9 +113,15 @@ def fold_weight(program: Program, site: Site, edits: Sequence[Edit], weight: Ten
     """The folded value of the whole weight of `site`. Raises MergeError if it is not finite."""
     steps = steps_of(program, edits, fold_dtype(weight), value_in(program))
     new = torch.empty_like(weight)
-    for part, axis in tiles(site, weight, steps):
+
+    def fold(part: slice, axis: str) -> slice:
         new[part] = fold_tile(site, weight[part], steps, axis, part)
         require_finite(new[part], str(site.weight), edits)
+        return part
+
+    with side_by_side(weight.device) as run:
+        for _ in run(partial(fold, *tile) for tile in tiles(site, weight, steps)):
+            pass
     return new
 
 
@@ -184,13 +193,20 @@ def fold_dtype(weight: Tensor) -> torch.dtype:
 
 def require_finite(value: Tensor, name: str, edits: Sequence[Edit]) -> None:
     """Raise MergeError if a folded value is not finite."""
-    # A sum of finite values that overflows only costs the second look; the first is twenty times as fast.
-    if not value.is_meta and not bool(torch.isfinite(value.sum())) and not bool(torch.isfinite(value).all()):
+    if not value.is_meta and not is_finite(value):
         adapters = ", ".join(repr(edit.adapter) for edit in edits)
         raise MergeError(
             f"{name}: folding adapter {adapters} gives NaN or Inf (a broken adapter, or a value over the range of"
             f" {value.dtype}); nothing was merged"
         )
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether all of `value` is finite."""
+    if value.itemsize == 1:
+        value = value.float()  # float8 has no arithmetic.
+    # A sum of finite values that overflows only costs the second look; the first is twenty times as fast.
+    return math.isfinite(float(value.sum())) or bool(torch.isfinite(value).all())
 
 
 def _cut(value: Tensor, axes: str, axis: str, start: int, stop: int) -> Tensor:

@@ -1,6 +1,7 @@
 """Undoing a merge: what the journal needs for it, and doing it."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from peftc.merge.fold import (
     unfold_tile,
     value_in,
 )
+from peftc.merge.threads import side_by_side
 from peftc.merge.undo_log import Chunk, checksum, decode, encode
 from peftc.plan import Edit
 from peftc.rewrite.program import Program, Replaced, tensor_slots
@@ -49,13 +51,17 @@ def fold_in_place(program: Program, site: Site, edits: Sequence[Edit]) -> None:
     steps = steps_of(program, edits, fold_dtype(weight), value_in(program))
     back = _steps_back(program, edits, weight)
     crc, log = checksum(weight), list[Chunk]()
+
+    def fold(part: slice, axis: str) -> tuple[slice, Tensor, Tensor, Chunk]:
+        old = weight[part].clone()
+        new = fold_tile(site, old, steps, axis, part)
+        require_finite(new, str(site.weight), edits)
+        return part, old, new, encode(old, unfold_tile(site, new, back, axis, part))
+
     try:
-        for part, axis in tiles(site, weight, steps):
-            old = weight[part].clone()
-            new = fold_tile(site, old, steps, axis, part)
-            require_finite(new, str(site.weight), edits)
-            chunk = encode(old, unfold_tile(site, new, back, axis, part))
-            _write_tile(weight[part], old, new, log, chunk)
+        with side_by_side(weight.device) as run:
+            for part, old, new, chunk in run(partial(fold, *tile) for tile in tiles(site, weight, steps)):
+                _write_tile(weight[part], old, new, log, chunk)
     finally:
         # Also what was done of it before something failed.
         program.journal.merged.append(Replaced(owner, leaf, crc, merged=checksum(weight), log=tuple(log)))
@@ -145,8 +151,14 @@ def _unfolded(program: Program, edits: Sequence[Edit], merged: Tensor, item: Rep
     site = program.plan.sites[edits[0].site]
     steps = _steps_back(program, edits, merged)
     old = merged.clone()
-    for (part, axis), chunk in zip(tiles(site, merged, steps), item.log, strict=False):
+
+    def unfold(part: slice, axis: str, chunk: Chunk) -> slice:
         old[part] = decode(chunk, unfold_tile(site, merged[part], steps, axis, part))
+        return part
+
+    with side_by_side(merged.device) as run:
+        for _ in run(partial(unfold, *tile, c) for tile, c in zip(tiles(site, merged, steps), item.log, strict=False)):
+            pass
     if check and checksum(old) != item.crc:
         raise MergeError(
             f"{site.weight}: undoing the merge did not give the original bits; the merged weight was left as it is"

@@ -17,7 +17,7 @@ from peftc.checkpoint.lazy import FileTensors, outline
 from peftc.checkpoint.state import Fit, fit_of, key_of, key_prefix, loaded_value, report, require_values
 from peftc.errors import CheckpointError
 from peftc.graph.sites import dtype_of, parameter_name
-from peftc.merge import ties
+from peftc.merge import fold, ties
 from peftc.merge.combine import checked
 from peftc.merge.fold import Value, edits_by_site, fold_bias
 from peftc.merge.merge import require_mergeable
@@ -34,8 +34,6 @@ from peftc.stream.sharded import Checkpoint
 from peftc.stream.skeleton import skeleton
 
 _COMBINED = "combined"
-# Larger than in memory: there is more to do for each than arithmetic.
-TILE = 2**19
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Options:
     verify: Verify = "all"
     undo: bool = False
     brought: frozenset[str] | None = None
-    tile: int = TILE
+    tile: int = field(default_factory=lambda: fold.TILE)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from peftc.checkpoint.atomic import commit, explained, free_bytes, locked, settle, write
 from peftc.errors import CheckpointError, PeftcError
+from peftc.merge.threads import Run, side_by_side
 from peftc.stream.sharded import RECORD
 from peftc.stream.write import Output, Position, write_output
 
@@ -66,7 +67,7 @@ def require_done(folder: Path, inputs: Mapping[str, Any]) -> None:
     raise CheckpointError(f"{folder}: there is something in it already; give a new or an empty folder")
 
 
-def run(job: Job, progress: bool) -> None:
+def do(job: Job, progress: bool) -> None:
     """Do the job, or what is left of it. Raises CheckpointError; what was written is kept, and gone on with next time.
 
     Where the job itself is at fault (PeftcError), nothing is kept.
@@ -83,8 +84,8 @@ def run(job: Job, progress: bool) -> None:
             for name, content in {**job.files, **record}.items():
                 write(stage / _FILES / name, content)
             try:
-                with _bar(job, progress) as tick, _pool() as (pool, threads):
-                    _write_outputs(job, stage, done, pool, threads, tick)
+                with _bar(job, progress) as tick, side_by_side(torch.device("cpu")) as run:
+                    _write_outputs(job, stage, done, run, tick)
             except PeftcError:
                 shutil.rmtree(stage)
                 raise
@@ -92,14 +93,7 @@ def run(job: Job, progress: bool) -> None:
             commit(job.folder, stage, [name for name in job.files if name == "config.json"])
 
 
-def _write_outputs(
-    job: Job,
-    stage: Path,
-    done: dict[str, Position],
-    pool: ThreadPoolExecutor,
-    threads: int,
-    tick: Callable[[int], None],
-) -> None:
+def _write_outputs(job: Job, stage: Path, done: dict[str, Position], run: Run, tick: Callable[[int], None]) -> None:
     """Write what is not yet, and bring it to the disk while the next is computed."""
     with ThreadPoolExecutor(1) as disk:
         flushes = []
@@ -110,7 +104,7 @@ def _write_outputs(
                 _save(stage, done)
 
             if done.get(output.name, Position()).pieces < max(1, len(output.pieces)):
-                write_output(output, stage / _FILES, done.get(output.name, Position()), pool, threads, note, tick)
+                write_output(output, stage / _FILES, done.get(output.name, Position()), run, note, tick)
                 note(Position(max(1, len(output.pieces)), 0))
             else:
                 tick(output.header.size)
@@ -169,19 +163,6 @@ def _alone(stage: Path) -> Generator[None]:
     with contextlib.ExitStack() as stack:
         stack.push(lock)
         yield
-
-
-@contextlib.contextmanager
-def _pool() -> Generator[tuple[ThreadPoolExecutor, int]]:
-    """Threads that compute tiles, each by itself: that scales better than threads inside of every small operation."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(threads)
-    try:
-        yield pool, threads
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

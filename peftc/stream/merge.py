@@ -20,7 +20,7 @@ from peftc.errors import CheckpointError
 from peftc.merge.undo_log import require_zstandard
 from peftc.specs.io import CONFIG_NAME
 from peftc.stream.changes import Options, Work, thought_through
-from peftc.stream.job import Job, is_new, require_done, run
+from peftc.stream.job import Job, do, is_new, require_done
 from peftc.stream.layout import base_outputs, changed_files, copied, log_name, merged_outputs
 from peftc.stream.log import Log, places_in
 from peftc.stream.sharded import UNDO, Checkpoint, inside, open_checkpoint
@@ -85,7 +85,7 @@ def merge_checkpoint(
             outputs += [
                 copied(f"{UNDO}/{name}/{WEIGHTS_NAME}", source.tensors) for name, source in work.sources.items()
             ]
-        run(Job(f"merge into {out.name}", out, inputs, files | changed, outputs), progress)
+        do(Job(f"merge into {out.name}", out, inputs, files | changed, outputs), progress)
 
 
 def unmerge_checkpoint(
@@ -112,7 +112,7 @@ def unmerge_checkpoint(
         weights = None if told["weights"] is None else tuple(told["weights"])
         options = Options(weights, told["untie"], "files", True, frozenset(told["brought"]), told["tile"])
         work = thought_through(base, shards, adapters, model, options)
-        run(Job(f"unmerge into {out.name}", out, inputs, files, base_outputs(work, log), recorded=False), progress)
+        do(Job(f"unmerge into {out.name}", out, inputs, files, base_outputs(work, log), recorded=False), progress)
 
 
 def _require_base(out: Path, told: Mapping[str, Any]) -> None:

@@ -3,9 +3,7 @@
 import errno
 import os
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,12 +11,11 @@ from typing import BinaryIO, Literal
 
 from peftc.checkpoint.lazy import FileTensors
 from peftc.checkpoint.tensor_file import Entry, Header
+from peftc.merge.threads import Run
 
 # Bytes after which it is noted how far a file has come.
 EVERY = 256 << 20
 _BLOCK = 8 << 20
-# Tiles and copies that are begun at a time, per thread.
-_AHEAD = 4
 
 
 @dataclass(frozen=True)
@@ -67,18 +64,18 @@ class _Copy:
 
 @dataclass(frozen=True)
 class _Done:
-    """So many bytes were written, and this is for the log."""
+    """So many bytes were written, this is for the log, and so many pieces are done with it."""
 
     count: int
     record: bytes = b""
+    pieces: int = 0
 
 
 def write_output(
     output: Output,
     folder: Path,
     position: Position,
-    pool: ThreadPoolExecutor,
-    threads: int,
+    run: Run,
     note: Callable[[Position], None],
     tick: Callable[[int], None],
 ) -> None:
@@ -95,18 +92,13 @@ def write_output(
         tick(at)
         done, noted = position.pieces, at
         _advise(output.source.fileno(), 0, 0, "SEQUENTIAL")
-        steps = _steps(pieces, output.source.fileno())
-        for step in _ahead(steps, pool, file.fileno(), threads * _AHEAD):
-            if isinstance(step, int):
-                done += step
-                if at - noted >= EVERY:
-                    noted = at
-                    note(Position(done, log_at))
-                continue
-            result = step.result()
-            _write(log.fileno(), result.record, log_at)
-            at, log_at = at + result.count, log_at + len(result.record)
-            tick(result.count)
+        for step in run(_steps(pieces, output.source.fileno(), file.fileno())):
+            _write(log.fileno(), step.record, log_at)
+            at, log_at, done = at + step.count, log_at + len(step.record), done + step.pieces
+            tick(step.count)
+            if step.pieces and at - noted >= EVERY:
+                noted = at
+                note(Position(done, log_at))
         if at != output.header.size:
             raise AssertionError(f"{output.name}: {at:,} of {output.header.size:,} bytes were written")
 
@@ -116,14 +108,13 @@ def _opened(path: Path, position: Position) -> BinaryIO:
     return path.open("r+b" if position.pieces else "wb", buffering=0)
 
 
-def _steps(pieces: Sequence[Piece], source: int) -> Iterator["int | Callable[[int], _Done]"]:
-    """What to do with the new file for `pieces` in order: copies, as long as they go, and tiles; and how many that were."""
+def _steps(pieces: Sequence[Piece], source: int, target: int) -> Iterator[Callable[[], _Done]]:
+    """What to do for `pieces` in order: copies, as long as they go, and tiles."""
     run, count = _Copy(0, 0, 0), 0
     for piece in pieces:
         adjoins = run.stop == piece.source.start and run.to + run.stop - run.start == piece.entry.start
         if count and (piece.jobs is not None or not adjoins or run.stop - run.start >= EVERY):
-            yield partial(_copy, source, run)
-            yield count
+            yield partial(_copy, source, target, run, count)
             count = 0
         if piece.jobs is None:
             start, to = (run.start, run.to) if count else (piece.source.start, piece.entry.start)
@@ -131,11 +122,10 @@ def _steps(pieces: Sequence[Piece], source: int) -> Iterator["int | Callable[[in
             continue
         _advise(source, piece.source.start, piece.source.nbytes, "WILLNEED")
         for job in piece.jobs():
-            yield partial(_compute, piece.entry.start, job)
-        yield 1
+            yield partial(_compute, piece.entry.start, job, target)
+        yield lambda: _Done(0, pieces=1)
     if count:
-        yield partial(_copy, source, run)
-        yield count
+        yield partial(_copy, source, target, run, count)
 
 
 def _advise(descriptor: int, start: int, length: int, what: Literal["SEQUENTIAL", "WILLNEED"]) -> None:
@@ -143,18 +133,6 @@ def _advise(descriptor: int, start: int, length: int, what: Literal["SEQUENTIAL"
     if sys.platform == "linux":
         advice = os.POSIX_FADV_SEQUENTIAL if what == "SEQUENTIAL" else os.POSIX_FADV_WILLNEED
         os.posix_fadvise(descriptor, start, length, advice)
-
-
-def _ahead(
-    steps: Iterator["int | Callable[[int], _Done]"], pool: ThreadPoolExecutor, target: int, limit: int
-) -> Iterator["int | Future[_Done]"]:
-    """`steps`, up to `limit` of them begun before they are asked for."""
-    waiting: deque[int | Future[_Done]] = deque()
-    for step in steps:
-        waiting.append(step if isinstance(step, int) else pool.submit(step, target))
-        if len(waiting) > limit:
-            yield waiting.popleft()
-    yield from waiting
 
 
 def _write(descriptor: int, content: bytes | memoryview, at: int) -> None:
@@ -170,7 +148,7 @@ def _compute(start: int, job: Callable[[], Tile], target: int) -> _Done:
     return _Done(len(tile.content), tile.record)
 
 
-def _copy(source: int, run: _Copy, target: int) -> _Done:
+def _copy(source: int, target: int, run: _Copy, pieces: int) -> _Done:
     """Copy bytes inside the kernel, which may share them on disk; by reading and writing where it can't."""
     start, to = run.start, run.to
     while start < run.stop:
@@ -188,4 +166,4 @@ def _copy(source: int, run: _Copy, target: int) -> _Done:
             _write(target, block, to)
             count = len(block)
         start, to = start + count, to + count
-    return _Done(run.stop - run.start)
+    return _Done(run.stop - run.start, pieces=pieces)

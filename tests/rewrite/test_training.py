@@ -105,7 +105,8 @@ def test_torch_compile_on_a_language_model() -> None:
 
 @pytest.mark.slow
 def test_the_trainer_trains_it(tmp_path: Path) -> None:
-    compiled = compiled_llama()
+    model = tiny("llama")
+    compiled = peftc.compile(model, peftc.LoraConfig(target_modules="all-linear", r=4))
     ids = token_ids(16, 8, 64)
     rows = [{"input_ids": row, "labels": row} for row in ids]
     arguments = TrainingArguments(
@@ -124,8 +125,7 @@ def test_the_trainer_trains_it(tmp_path: Path) -> None:
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert sum(losses[-3:]) < sum(losses[:3])
     compiled.save_pretrained(tmp_path / "adapter")
-    again = peftc.load(tiny("llama"), tmp_path / "adapter")
-    again.base.load_state_dict(compiled.base.state_dict())
+    again = peftc.load(model, tmp_path / "adapter")
     torch.testing.assert_close(again(ids).logits, compiled.eval()(ids).logits)
 
 
