@@ -4,12 +4,13 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from peftc.errors import CheckpointError
-from peftc.graph.sites import transformers_config
+from peftc.graph.sites import modules_at, parameter_name, transformers_config
 from peftc.plan import MODULES_TO_SAVE
 from peftc.rewrite.host import original_class
 from peftc.rewrite.program import Program
@@ -37,7 +38,7 @@ def fingerprint_of(program: Program, adapter: str) -> BaseFingerprint:
 
     Tensors that are not at hand (meta, quantised, sharded, merged into in place) are left out.
     """
-    named = dict(_originals(program))
+    named = originals(program, program.journal.requires_grad)
     heads = tuple(f"{edit.site}." for edit in program.plan.edits if edit.rule == MODULES_TO_SAVE)
     whole = {name: t for name, t in named.items() if t.dim() >= 2 and not name.startswith(heads)}
     adapted = {program.plan.sites[edit.site].weight for edit in program.edits[adapter]}
@@ -54,7 +55,7 @@ def require_base(program: Program, saved: BaseFingerprint, sample: Sampler | Non
 
     Raises CheckpointError if half or more of the sampled weights are others: another model, or this one trained further.
     """
-    named = dict(_originals(program))
+    named = originals(program, program.journal.requires_grad)
     take = _sample_of if sample is None else sample
     pairs = {name: (before, take(name, named[name])) for name, before in saved.samples.items() if name in named}
     known = {name: pair for name, pair in pairs.items() if pair[1] is not None and _kind(pair[0]) == _kind(pair[1])}
@@ -79,23 +80,21 @@ def require_base(program: Program, saved: BaseFingerprint, sample: Sampler | Non
     )
 
 
-def original(program: Program, name: str) -> Tensor | None:
-    """The base's own tensor `name`: not a merged one, nor one that an adapter brought; None if it is gone for now."""
+def originals(program: Program, names: Iterable[str]) -> dict[str, Tensor]:
+    """The base's own parameters of these names, neither merged nor brought by an adapter; those gone for now left out."""
     journal = program.journal
-    for item in journal.merged:
-        if f"{item.owner}.{item.leaf}" == name:
-            return item.original
-    if journal.present.get(name) is not None:
-        return journal.brought[name, None]
-    return program.base.get_parameter(name).detach()
-
-
-def _originals(program: Program) -> Iterable[tuple[str, Tensor]]:
-    """The base's parameters by name, adapters' left out."""
-    for name in program.journal.requires_grad:
-        tensor = original(program, name)
-        if tensor is not None:
-            yield name, tensor
+    merged = {parameter_name(item.owner, item.leaf): item.original for item in journal.merged}
+    places = {name: name.rpartition(".") for name in names}
+    modules = modules_at(program.base, {owner for owner, _, _ in places.values()})
+    found: dict[str, Tensor | None] = {}
+    for name, (owner, _, leaf) in places.items():
+        if name in merged:
+            found[name] = merged[name]
+        elif journal.present.get(name) is not None:
+            found[name] = journal.brought[name, None]
+        else:
+            found[name] = cast(Tensor, modules[owner]._parameters[leaf]).detach()
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
 def _structure(named: Mapping[str, Tensor]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from peftc.checkpoint.base import original
+from peftc.checkpoint.base import originals
 from peftc.errors import CheckpointError
 from peftc.graph.sites import parameter_name, transformers_config
 from peftc.rewrite.program import Program
@@ -53,7 +53,8 @@ def embedding_state(program: Program, adapter: str, prefix: str, save: SaveEmbed
 
 def split_embeddings(program: Program, prefix: str, keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """Keys of whole embeddings with the base parameter they are, and keys that are nothing known."""
-    heads = _embeddings(program)
+    keys = list(keys)
+    heads = _embeddings(program) if keys else []
     embeddings: dict[str, str] = {}
     unexpected: list[str] = []
     for key in keys:
@@ -69,7 +70,7 @@ def split_embeddings(program: Program, prefix: str, keys: Iterable[str]) -> tupl
 def take_over(program: Program, adapter: str, name: str, value: Tensor) -> None:
     """Let the base's tensor `name` be the adapter's own while that is active, if it differs."""
     journal, parameter = program.journal, program.base.get_parameter(name)
-    own = original(program, name)
+    own = originals(program, [name]).get(name)
     if own is None or own.is_meta or torch.equal(own.to(value.dtype), value.to(own.device)):
         return
     warnings.warn(
@@ -97,7 +98,7 @@ def _brought(program: Program, name: str, adapter: str) -> bool:
 def _value(program: Program, name: str, adapter: str) -> Tensor:
     if program.journal.present.get(name) == adapter:
         return program.base.get_parameter(name).detach()
-    value = program.journal.brought.get((name, adapter), original(program, name))
+    value = program.journal.brought.get((name, adapter), originals(program, [name]).get(name))
     if value is None:
         raise CheckpointError(f"{name}: is merged in place, so its own values can't be saved; unmerge_adapter() first")
     return value

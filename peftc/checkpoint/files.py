@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from peftc.checkpoint.atomic import steady
 from peftc.checkpoint.base import BaseFingerprint
 from peftc.checkpoint.lazy import FileTensors
 from peftc.checkpoint.manifest import Manifest, Verify, manifest_of, require_config, require_tensors, sealed
-from peftc.checkpoint.tensor_file import read_tensors
+from peftc.checkpoint.tensor_file import Bytes, Entry, Header, read_tensors
 from peftc.errors import CheckpointError
 from peftc.registry import spec_classes
 from peftc.specs import AdapterSpec, load_spec
@@ -79,7 +79,7 @@ def open_folder(folder: Path, verify: Verify) -> tuple[AdapterFiles, FileTensors
                 f"{folder}: holds no {WEIGHTS_NAME}. A pickle can be loaded, and saved again from there"
             )
         tensors = FileTensors(folder / WEIGHTS_NAME)
-    manifest = _manifest(tensors, tensors.header.metadata, tensors.file, verify)
+    manifest = _manifest(tensors.header, lambda entry: tensors.read(entry.start, entry.stop), tensors.file, verify)
     return _known(folder, spec, tensors, {}, manifest, verify, own_config=True), tensors
 
 
@@ -119,19 +119,17 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
 
 
 def _checked(file: Path, verify: Verify) -> tuple[Mapping[str, Tensor], Manifest | None]:
-    tensors, metadata = read_tensors(file)
-    return tensors, _manifest(tensors, metadata, file, verify)
+    tensors, header, content = read_tensors(file)
+    return tensors, _manifest(header, lambda entry: content[entry.start : entry.stop], file, verify)
 
 
-def _manifest(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], file: Path, verify: Verify
-) -> Manifest | None:
-    """The manifest of `tensors`, which they agree with, if there is one to go by."""
+def _manifest(header: Header, read: Callable[[Entry], Bytes], file: Path, verify: Verify) -> Manifest | None:
+    """The manifest of a file, which its tensors agree with, if there is one to go by. `read` gives their bytes."""
     if verify not in ("all", "files", "nothing"):
         raise CheckpointError(f"verify={verify!r}: valid are 'all', 'files' and 'nothing'")
-    manifest = None if verify == "nothing" else manifest_of(metadata, file)
+    manifest = None if verify == "nothing" else manifest_of(header.metadata, file)
     if manifest is not None:
-        require_tensors(manifest, tensors, file)
+        require_tensors(manifest, header.entries, read, file)
     return manifest
 
 

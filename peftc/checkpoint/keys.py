@@ -37,10 +37,11 @@ class LoadResult:
 
 def respelled(program: Program, prefix: str, keys: Iterable[str], own: Mapping[str, Tensor]) -> dict[str, str]:
     """The adapter's key by the file's, where one is a known spelling of the other; the rest as they are."""
-    models = _model_names(program)
-    found: dict[str, str] = {}
-    for key in keys:
-        candidates = [key, *_older_peft(key), *_other_model(key, prefix, own, models)]
+    found = {key: key for key in keys}
+    others = [key for key in found if key not in own]
+    models = _model_names(program) if others else _Names("", ())
+    for key in others:
+        candidates = [*_older_peft(key), *_other_model(key, prefix, models)]
         found[key] = next((candidate for candidate in candidates if candidate in own), key)
     return found
 
@@ -98,10 +99,10 @@ def _older_peft(key: str) -> list[str]:
     return [key.replace(old, new) for old, new in spellings if old in key]
 
 
-def _other_model(key: str, prefix: str, own: Mapping[str, Tensor], models: "_Names") -> list[str]:
+def _other_model(key: str, prefix: str, models: "_Names") -> list[str]:
     """The key as another version of transformers, or the model with or without its head, would have it."""
     name = key.removeprefix(prefix)
-    if key in own or name == key:
+    if name == key:
         return []
     candidates = [name.removeprefix(f"{models.prefix}."), f"{models.prefix}.{name}"] if models.prefix else []
     site, tail = _at_adapter(name)

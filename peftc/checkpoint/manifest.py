@@ -6,14 +6,14 @@ weights name each other: a bit that flipped, an edited alpha, the files of two s
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 from torch import Tensor
 
 from peftc.checkpoint.base import BaseFingerprint
-from peftc.checkpoint.tensor_file import bytes_of, dtype_name, to_bytes
+from peftc.checkpoint.tensor_file import Bytes, Entry, bytes_of, dtype_name, to_bytes
 from peftc.errors import CheckpointError, SpecError
 from peftc.registry import spec_classes
 from peftc.specs import AdapterSpec, load_spec
@@ -38,7 +38,8 @@ class Manifest:
 def sealed(tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: BaseFingerprint | None) -> bytes:
     """A safetensors file of `tensors` with its manifest."""
     own = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
-    manifest = Manifest({key: tensor_hash(value) for key, value in own.items()}, config, base)
+    hashes = {key: _hash(dtype_name(value), tuple(value.shape), bytes_of(value)) for key, value in own.items()}
+    manifest = Manifest(hashes, config, base)
     text = json.dumps({"version": _VERSION, **asdict(manifest)}, sort_keys=True)
     return to_bytes(own, {"format": "pt", _KEY: f"{_digest(text)} {text}"})
 
@@ -57,10 +58,12 @@ def manifest_of(metadata: Mapping[str, str], where: Any) -> Manifest | None:
     return Manifest(**fields, base=None if base is None else BaseFingerprint(**base))
 
 
-def require_tensors(manifest: Manifest, tensors: Mapping[str, Tensor], where: Any) -> None:
-    """Raise CheckpointError, naming them, if tensors are not those that were saved."""
-    wrong = [key for key, value in tensors.items() if manifest.tensors.get(key) != tensor_hash(value)]
-    lost = [key for key in manifest.tensors if key not in tensors]
+def require_tensors(
+    manifest: Manifest, entries: Mapping[str, Entry], read: Callable[[Entry], Bytes], where: Any
+) -> None:
+    """Raise CheckpointError, naming them, if the tensors that `read` gives the bytes of are not those that were saved."""
+    wrong = [key for key, e in entries.items() if manifest.tensors.get(key) != _hash(e.dtype, e.shape, read(e))]
+    lost = [key for key in manifest.tensors if key not in entries]
     if wrong or lost:
         named = ", ".join([*wrong, *lost][:4])
         raise CheckpointError(
@@ -85,10 +88,10 @@ def require_config(manifest: Manifest, spec: AdapterSpec, where: Any) -> None:
         )
 
 
-def tensor_hash(tensor: Tensor) -> str:
-    """128 bits of the SHA-256 of a CPU tensor: its dtype, its shape, its bytes. As hex digits."""
-    digest = hashlib.sha256(f"{dtype_name(tensor)}{tuple(tensor.shape)}".encode())
-    digest.update(bytes_of(tensor))
+def _hash(dtype: str, shape: tuple[int, ...], content: Bytes) -> str:
+    """128 bits of the SHA-256 of a tensor: its dtype, its shape, its bytes. As hex digits."""
+    digest = hashlib.sha256(f"{dtype}{shape}".encode())
+    digest.update(content)
     return digest.hexdigest()[:32]
 
 

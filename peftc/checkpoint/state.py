@@ -13,7 +13,9 @@ from peftc.checkpoint.keys import LoadResult, require_fit, respelled
 from peftc.checkpoint.prompts import PROMPT_KEY, load_prompt, prompt_edit, prompt_embeddings
 from peftc.errors import CheckpointError
 from peftc.graph.sites import dtype_name, parameter_name
+from peftc.merge.fold import is_finite
 from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
+from peftc.rewrite.build import start_alone
 from peftc.rewrite.program import Program
 from peftc.specs import AdapterSpec, PromptSpec
 
@@ -26,13 +28,13 @@ def adapter_state_dict(program: Program, adapter: str) -> dict[str, Tensor]:
     """The live tensors of `adapter` by their key in `adapter_model.safetensors`; the rows of a prompt are computed."""
     state: dict[str, Tensor] = {}
     prefix = key_prefix(program.plan.adapters[adapter])
-    for edit in program.plan.edits:
-        if edit.adapter == adapter and edit.virtual:
+    for edit in program.edits[adapter]:
+        if edit.virtual:
             state[PROMPT_KEY] = prompt_embeddings(program, edit)
-        elif edit.adapter == adapter:
-            for param in edit.params:
-                if param.saved:
-                    state[prefix + key_of(edit, param)] = program.tensor(edit, param.key)
+            continue
+        for param in edit.params:
+            if param.saved:
+                state[prefix + key_of(edit, param)] = program.tensor(edit, param.key)
     for tensor in program.plan.trained:
         if tensor.adapter == adapter:
             state[prefix + tensor.key] = _trained(program, tensor.name)
@@ -104,8 +106,11 @@ def load_state(
     where: str = "the state dict",
     strict: bool = True,
     resized: bool = True,
+    attached: bool = False,
 ) -> LoadResult:
     """Copy `tensors` into the parameters of `adapter`; of a prompt that is to be trained, `encoder` makes them.
+
+    `attached`: the adapter has just been, without values, so what is not in `tensors` is initialised.
 
     A saved embedding (PEFT's `save_embedding_layers`) is compared with the base and taken over, with a warning, if it
     differs. Raises CheckpointError, with nothing copied, on NaN, Inf or integers, and with `strict` on missing, unexpected
@@ -116,6 +121,8 @@ def load_state(
     left = require_fit(fit.result, fit.own, where, strict or (odd and not resized))
     values = {key: tensors[source] for key, source in fit.sources.items()}
     require_values(program, adapter, values, fit, where)
+    if attached:
+        _start_others(program, adapter, fit)
     _copy(program, adapter, {key: value for key, value in values.items() if key in fit.own}, fit.own, encoder or {})
     for key, name in fit.embeddings.items():
         if key in values:
@@ -165,6 +172,14 @@ def fit_of(program: Program, adapter: str, tensors: Mapping[str, Tensor]) -> Fit
     return Fit(own, {key: old for key, (old, _, _) in fitting.items()}, embeddings, result)
 
 
+def _start_others(program: Program, adapter: str, fit: Fit) -> None:
+    prefix = key_prefix(program.plan.adapters[adapter])
+    for edit in program.edits[adapter]:
+        others = [param for param in edit.params if prefix + key_of(edit, param) not in fit.sources]
+        if others and not edit.virtual and edit.rule != MODULES_TO_SAVE:
+            start_alone(program, edit, others)
+
+
 def _copy(
     program: Program,
     adapter: str,
@@ -197,7 +212,7 @@ def require_values(program: Program, adapter: str, values: Mapping[str, Tensor],
 def _require_value(key: str, value: Tensor, dtype: torch.dtype, where: str, finite: bool) -> None:
     if dtype.is_floating_point and not value.is_floating_point():
         raise CheckpointError(f"{where}: {key}: the file has {value.dtype}, a floating-point tensor is expected")
-    if finite and value.is_floating_point() and not bool(torch.isfinite(value.to(dtype)).all()):
+    if finite and value.is_floating_point() and not is_finite(value.to(dtype)):
         raise CheckpointError(f"{where}: {key}: holds NaN or Inf (as {dtype}); the adapter is broken")
 
 

@@ -22,6 +22,7 @@ from peftc.errors import CheckpointError
 # As in safetensors itself.
 MAX_HEADER = 100_000_000
 MAX_JSON = 64 << 20
+Bytes = bytes | bytearray | memoryview
 
 DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -93,8 +94,11 @@ def read_header(file: Path) -> Header:
         raise _unreadable(file, error) from None
 
 
-def read_tensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
-    """All tensors of a file, on the CPU, and its metadata. Raises CheckpointError on a file that is not sound."""
+def read_tensors(file: Path) -> tuple[dict[str, Tensor], Header, memoryview]:
+    """All tensors of a file, on the CPU, its header, and the bytes that they share.
+
+    Raises CheckpointError on a file that is not sound.
+    """
     try:
         with file.open("rb") as stream:
             content = bytearray(os.fstat(stream.fileno()).st_size)
@@ -106,7 +110,7 @@ def read_tensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
             raise ValueError(f"it became shorter while it was read ({done:,} of {len(content):,} bytes)")
         first = bytes(content[:8])
         header = parse_header(bytes(content[: 8 + _header_length(first, len(content))]), len(content))
-        return {name: tensor_in(content, entry) for name, entry in header.entries.items()}, header.metadata
+        return {name: tensor_in(content, entry) for name, entry in header.entries.items()}, header, view
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(file, error) from None
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from peftc.graph.copying import structural_copy
 from peftc.graph.region import Capture, Region, SourceCache, opaque_source, parameters_of, weight_source
+from peftc.graph.sites import modules_at
 from peftc.graph.symbolic import trace_model
 
 
@@ -23,7 +24,7 @@ def capture(
     """
     if level == "symbolic":
         return (trace_model(structural_copy(model), sites, saved),)
-    cache, modules = SourceCache(), dict(model.named_modules())
+    cache, modules = SourceCache(), modules_at(model, [*sites, *saved])
     regions = [Region(fqn, cache.get(modules[fqn])) for fqn in sites]
     whole = [Region(fqn, opaque_source(parameters_of(modules[fqn].forward))) for fqn in saved]
     sources = {names: weight_source(names) for names in weights.values()}

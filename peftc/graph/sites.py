@@ -1,8 +1,9 @@
 """The site index: every place of a model that a rule may rewrite, read without touching a weight."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal, cast
 
 import torch
@@ -98,11 +99,13 @@ class SiteIndex:
     hosted: Mapping[str, tuple[str, ...]]
 
 
+@cache
 def dtype_name(dtype: torch.dtype) -> str:
     """`bfloat16` for torch.bfloat16."""
     return str(dtype).removeprefix("torch.")
 
 
+@cache
 def dtype_of(name: str) -> torch.dtype:
     """torch.bfloat16 for `bfloat16`."""
     return cast(torch.dtype, getattr(torch, name))
@@ -116,6 +119,19 @@ def layer_index(fqn: str) -> int | None:
 def parameter_name(module: str, name: str) -> str:
     """The fqn of parameter `name` of module `module`."""
     return f"{module}.{name}" if module else name
+
+
+def modules_at(model: nn.Module, fqns: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules at `fqns`; the way to each goes over those that are found already, where get_submodule starts anew."""
+    found = {"": model}
+
+    def at(fqn: str) -> nn.Module:
+        if fqn not in found:
+            parent, _, name = fqn.rpartition(".")
+            found[fqn] = cast(nn.Module, at(parent)._modules[name])
+        return found[fqn]
+
+    return {fqn: at(fqn) for fqn in fqns}
 
 
 def index_sites(model: nn.Module) -> SiteIndex:
@@ -133,9 +149,10 @@ def index_sites(model: nn.Module) -> SiteIndex:
         found.append((fqn, module, parent))
     # Not by the second name of a shared module: that is the same parameter of the same module.
     named = [
-        (name, parameter)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-        if name.rpartition(".")[0] in modules
+        (parameter_name(fqn, name), parameter)
+        for fqn, module, _ in found
+        for name, parameter in module._parameters.items()
+        if parameter is not None
     ]
     ties = _ties(named)
     tied = {name: group for group in ties for name in group}

@@ -61,8 +61,9 @@ def _conflicts(
     """Between each of `new` and the adapters before it."""
     saved: dict[str, list[str]] = {name: [] for name in adapters}
     adapted: dict[str, list[str]] = {name: [] for name in adapters}
-    for edit in edits:
-        (saved if edit.rule == MODULES_TO_SAVE else adapted)[edit.adapter].append(edit.site)
+    if any(edit.rule == MODULES_TO_SAVE for edit in edits):
+        for edit in edits:
+            (saved if edit.rule == MODULES_TO_SAVE else adapted)[edit.adapter].append(edit.site)
     found: list[Conflict] = []
     names = list(adapters)
     for position, second in enumerate(names):

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftc.errors import AdapterError, RuleError
 from peftc.graph.region import OPAQUE
-from peftc.graph.sites import Site, dtype_of, parameter_name
+from peftc.graph.sites import Site, dtype_of, modules_at, parameter_name
 from peftc.plan import MODULES_TO_SAVE, Edit, Plan
 from peftc.plan.calls import PROMPT_ENCODER
 from peftc.registry import find_prompt_rule, find_rule
@@ -46,7 +46,7 @@ def owner_name(site: Site) -> str:
     return site.fqn if site.kind != "parameter" else parameter_name(*container_of(site))
 
 
-def check_names(model: nn.Module, plan: Plan, adapters: Iterable[str]) -> None:
+def check_names(model: nn.Module, plan: Plan, adapters: Collection[str]) -> None:
     """Refuse adapter names that can't be part of a parameter's name, and sites that have such a child already."""
     taken = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
     for name in adapters:
@@ -55,11 +55,11 @@ def check_names(model: nn.Module, plan: Plan, adapters: Iterable[str]) -> None:
                 f"adapter name {name!r}: it becomes part of parameter names; use letters, digits, '_' and '-'"
                 " (and no method name of nn.ModuleDict)"
             )
-    modules = dict(model.named_modules())
-    for edit in plan.edits:
-        site = plan.sites[edit.site]
+    places = {fqn: container_of(site)[0] if site.kind == "parameter" else fqn for fqn, site in plan.sites.items()}
+    modules = modules_at(model, places.values())
+    for edit in (edit for edit in plan.edits if edit.adapter in adapters):
+        site, module = plan.sites[edit.site], modules[places[edit.site]]
         parameter = site.kind == "parameter"
-        module = modules[container_of(site)[0] if parameter else edit.site]
         for first in [container_of(site)[1]] if parameter else containers(edit):
             if first in module._modules or first in module._parameters or first in module.__dict__:
                 raise AdapterError(
@@ -79,8 +79,8 @@ def containers(edit: Edit) -> list[str]:
 def attach(module: nn.Module, edit: Edit, plan: Plan, weight: nn.Parameter | None, fresh: bool) -> None:
     """Create the parameters and dropouts of `edit` on its module, initialised as the rule says; or its trained copy.
 
-    `weight`: that of the site, for rules that start from it, and for the device.
-    `fresh=False`: values are about to be loaded, so a start that needs more than the model (a tokenizer) is left out.
+    `weight`: that of the site, for rules that start from it, and for the device. `fresh=False`: values are about to be
+    loaded, and `start` is for those that are not.
     """
     if edit.rule == MODULES_TO_SAVE:
         _attach_copy(module, edit)
@@ -92,8 +92,8 @@ def attach(module: nn.Module, edit: Edit, plan: Plan, weight: nn.Parameter | Non
     tensors = {
         param.name: torch.empty(param.shape, dtype=dtype_of(param.dtype), device=device) for param in edit.params
     }
-    if device.type != "meta":
-        _initialise(edit, tensors, weight, plan)
+    if fresh:
+        start(edit, tensors, weight, plan)
     for param in edit.params:
         first, dot, rest = param.key.partition(".")
         parameter = nn.Parameter(tensors[param.name], requires_grad=False)
@@ -114,9 +114,11 @@ def attach(module: nn.Module, edit: Edit, plan: Plan, weight: nn.Parameter | Non
             dropouts[edit.adapter] = nn.Dropout(probability).train(module.training)
 
 
-def _initialise(edit: Edit, tensors: Mapping[str, Tensor], weight: nn.Parameter | None, plan: Plan) -> None:
-    own = [param for param in edit.params if param.init == "rule"]
-    for param in edit.params:
+def start(edit: Edit, tensors: Mapping[str, Tensor], weight: nn.Parameter | None, plan: Plan) -> None:
+    """Initialise `tensors`, parameters of `edit` by their names in the rule, as a new adapter has them."""
+    given = [param for param in edit.params if param.name in tensors and not tensors[param.name].is_meta]
+    own = [param for param in given if param.init == "rule"]
+    for param in given:
         if param.init != "rule":
             fill(tensors[param.name], param.init)
     if not own:
@@ -125,7 +127,7 @@ def _initialise(edit: Edit, tensors: Mapping[str, Tensor], weight: nn.Parameter 
     rule = find_rule(plan.adapters[edit.adapter], site)
     assert rule is not None, site
     assert weight is not None, "the rule's check() asks for a weight"
-    shapes = {param.name: param.shape for param in own}
+    shapes = {param.name: param.shape for param in edit.params if param.init == "rule"}
     try:
         values = rule.initialise(canonical(weight.detach(), site).float(), shapes, Bound(edit.constants))
         for param in own:

@@ -10,9 +10,9 @@ from torch import nn
 from peftc.errors import ConflictError, NoMatchError
 from peftc.graph.copying import structural_copy
 from peftc.graph.region import Region
-from peftc.graph.sites import is_lazy
-from peftc.plan import Edit, Plan, without
-from peftc.rewrite.attach import attach, check_names, container_of, containers, detach
+from peftc.graph.sites import is_lazy, modules_at
+from peftc.plan import Edit, Plan, PlannedParam, without
+from peftc.rewrite.attach import attach, check_names, container_of, containers, detach, start
 from peftc.rewrite.host import install, uninstall
 from peftc.rewrite.program import Journal, Program
 from peftc.rewrite.switch import activate, brings, place, set_bias
@@ -41,8 +41,8 @@ def require_applicable(plan: Plan, on_unmatched: str) -> None:
 def build(model: nn.Module, plan: Plan, regions: tuple[Region, ...], inplace: bool, fresh: bool) -> Program:
     """Attach every adapter of `plan` to a structural copy of `model` (or to itself) and activate the first.
 
-    `fresh=False`: their values are about to be loaded. The model given is not changed unless `inplace`, and then given
-    back intact if anything fails.
+    `fresh=False`: their values are about to be loaded, and `start_alone` is for the rest. The model given is not changed
+    unless `inplace`, and then given back intact if anything fails.
     """
     check_names(model, plan, plan.adapters)
     base = model if inplace else structural_copy(model)
@@ -74,13 +74,21 @@ def extend(
             host, child = container_of(site)
             module = program.base.get_submodule(host)
             module._modules.setdefault(child, nn.Module().train(module.training))
-    _close_fast_paths(program, program.look_up())
+    program.look_up()
+    _close_fast_paths(program)
     for name in adapters:
         for edit in program.edits[name]:
             attach(program.owners[edit.site], edit, plan, _weight(program, edit), fresh)
+            program.children |= dict.fromkeys(containers(edit))
     for tensor in plan.trained:
         if tensor.adapter in adapters:
             program.journal.trained[tensor.name] = program.base.get_parameter(tensor.name).data.clone()
+
+
+def start_alone(program: Program, edit: Edit, params: Collection[PlannedParam]) -> None:
+    """Initialise these parameters of an edit that was attached with `fresh=False`."""
+    tensors = {param.name: program.tensor(edit, param.key) for param in params}
+    start(edit, tensors, _weight(program, edit), program.plan)
 
 
 def _weight(program: Program, edit: Edit) -> nn.Parameter | None:
@@ -133,8 +141,7 @@ def parked(program: Program) -> Generator[nn.Module]:
     base = program.base
     for host in program.installed:
         uninstall(program.owners[host])
-    owners = [place for edit in program.plan.edits for place in _places(program, edit)]
-    children = [(module, first, module._modules.pop(first)) for module, first in owners if first in module._modules]
+    children = [(module, first, module._modules.pop(first)) for module, first in _added(program)]
     try:
         yield base
     finally:
@@ -144,13 +151,13 @@ def parked(program: Program) -> Generator[nn.Module]:
             install(program.owners[host], code)
 
 
-def _places(program: Program, edit: Edit) -> list[tuple[nn.Module, str]]:
-    """(module, name) of the children that an edit has added."""
-    site = program.plan.sites[edit.site]
-    if site.kind == "parameter":
-        host, child = container_of(site)
-        return [(program.base.get_submodule(host), child)]
-    return [(program.owners[edit.site], first) for first in containers(edit)]
+def _added(program: Program) -> list[tuple[nn.Module, str]]:
+    """(module, name) of the children that adapters have added."""
+    sites = program.plan.sites
+    places = [container_of(site) for site in sites.values() if site.kind == "parameter"]
+    held = [(program.base.get_submodule(host), child) for host, child in places]
+    owners = [program.owners[fqn] for fqn, site in sites.items() if site.kind != "parameter"]
+    return [*held, *((module, name) for module in owners for name in program.children if name in module._modules)]
 
 
 # Flags that these classes ask before taking their fused inference path, which reads weights and skips spliced ops.
@@ -160,12 +167,17 @@ _FAST_PATHS: Mapping[type[nn.Module], tuple[str, Any]] = {
 }
 
 
-def _close_fast_paths(program: Program, modules: Mapping[str, nn.Module]) -> None:
+def _close_fast_paths(program: Program) -> None:
     """Turn the fused paths around adapted sites off."""
-    fused = [(fqn, module) for fqn, module in modules.items() if isinstance(module, tuple(_FAST_PATHS))]
-    for fqn, module in fused:
-        flag, off = next(value for cls, value in _FAST_PATHS.items() if isinstance(module, cls))
-        prefix = f"{fqn}." if fqn else ""
-        if any(edit.site.startswith(prefix) for edit in program.plan.edits):
-            program.journal.fast_paths.setdefault((fqn, flag), getattr(module, flag))
-            setattr(module, flag, off)
+    around = dict.fromkeys(fqn for site in program.plan.sites for fqn in _above(site))
+    for fqn, module in modules_at(program.base, around).items():
+        for cls, (flag, off) in _FAST_PATHS.items():
+            if isinstance(module, cls):
+                program.journal.fast_paths.setdefault((fqn, flag), getattr(module, flag))
+                setattr(module, flag, off)
+
+
+def _above(fqn: str) -> list[str]:
+    """The fqns of the modules that `fqn` is in, the whole model first."""
+    parts = fqn.split(".")
+    return [".".join(parts[:length]) for length in range(len(parts))]

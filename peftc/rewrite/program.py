@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from peftc.errors import AdapterError
 from peftc.graph.region import Region
+from peftc.graph.sites import modules_at
 from peftc.plan import MODULES_TO_SAVE, Edit, Plan
 from peftc.rewrite.attach import owner_name
 from peftc.rewrite.host import Code, code_of
@@ -61,7 +62,8 @@ class Program:
 
     `active`: what is spliced in, in load order, unless it is `merged` or the program is not `enabled`. `learning`: whose
     parameters train. `routed`: in a call with adapter_names. `inplace`: the base is the very model that was given.
-    `installed`: the code that every host runs now. The rest is looked up from these and can be made again: `owners`, the
+    `installed`: the code that every host runs now. `children`: the names of the modules that adapters, of now or before,
+    add to their sites, as keys. The rest is looked up from these and can be made again: `owners`, the
     modules of sites and hosts by fqn; `edits`, by adapter; `slots`, where the trainable parameters of an adapter live;
     `codes`, by what they are made of, so equal hosts share one; `layouts`, the codes of all hosts by what is active;
     `families`, which edits mixed batches fuse.
@@ -79,6 +81,7 @@ class Program:
     unloaded: bool = False
     journal: Journal = field(default_factory=Journal)
     installed: dict[str, Code] = field(default_factory=dict)
+    children: dict[str, None] = field(default_factory=dict)
     owners: dict[str, nn.Module] = field(default_factory=dict)
     edits: dict[str, list[Edit]] = field(default_factory=dict)
     slots: dict[str, list[tuple[dict[str, Any], str]]] = field(default_factory=dict)
@@ -109,11 +112,12 @@ class Program:
         self.__dict__.update(state)
         self.look_up()
 
-    def look_up(self) -> dict[str, nn.Module]:
-        """Look up the modules of all sites and hosts, their codes and the edits; all modules by fqn."""
-        modules = dict(self.base.named_modules())
-        self.owners = {region.host: modules[region.host] for region in self.regions}
-        self.owners |= {fqn: modules[owner_name(site)] for fqn, site in self.plan.sites.items()}
+    def look_up(self) -> None:
+        """Look up the modules of all sites and hosts, their codes and the edits."""
+        places = {region.host: region.host for region in self.regions}
+        places |= {fqn: owner_name(site) for fqn, site in self.plan.sites.items()}
+        modules = modules_at(self.base, places.values())
+        self.owners = {fqn: modules[place] for fqn, place in places.items()}
         codes = ((region.host, code_of(self.owners[region.host])) for region in self.regions)
         self.installed = {host: code for host, code in codes if code is not None}
         self.edits = {name: [] for name in self.plan.adapters}
@@ -121,7 +125,6 @@ class Program:
             self.edits[edit.adapter].append(edit)
         self.slots.clear()
         self.families.clear()
-        return modules
 
     @property
     def spliced(self) -> tuple[str, ...]:

@@ -168,11 +168,11 @@ def test_inputs_embeds_and_logits_to_keep(method: str) -> None:
     assert torch.equal(logits(compiled, inputs_embeds=embeds), expected)
     made = compiled.generate(inputs_embeds=embeds, max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
     assert torch.equal(made, generated(compiled, tokens))
-    kept = logits(compiled, input_ids=tokens, logits_to_keep=torch.tensor([1, 6]))
-    assert torch.equal(kept, expected[:, [expected.shape[1] - 6, expected.shape[1] - 1]])
-    kept = logits(compiled, input_ids=tokens, logits_to_keep=torch.tensor([-1]))
-    assert torch.equal(kept[:, 0], expected[:, -1])
-    assert torch.equal(logits(compiled, input_ids=tokens, logits_to_keep=2), expected[:, -2:])
+    # Fewer rows at a time can be another routine of the BLAS, which rounds otherwise on some processors.
+    last = expected.shape[1] - 1
+    for keep, places in ((torch.tensor([1, 6]), [last - 5, last]), (torch.tensor([-1]), [last]), (2, [last - 1, last])):
+        kept = logits(compiled, input_ids=tokens, logits_to_keep=keep)
+        torch.testing.assert_close(kept, expected[:, places], rtol=1e-6, atol=1e-6)
     some = compiled(input_ids=tokens, labels=tokens[:, -3:], logits_to_keep=3).loss
     torch.testing.assert_close(
         some, nn.functional.cross_entropy(expected[:, -3:-1].flatten(0, 1), tokens[:, -2:].flatten())
