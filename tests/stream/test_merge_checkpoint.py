@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import peftc
+from peftc.merge import fold
+from peftc.stream import tiles
 from tests.models import Everything, token_ids
 from tests.stream.checkpoints import (
     adapter_on_disk,
@@ -155,6 +157,30 @@ def test_weights_of_several_tiles(tmp_path: Path) -> None:
     assert log < 0.4 * (base / "model.safetensors").stat().st_size
     peftc.unmerge_checkpoint(tmp_path / "disk", tmp_path / "back", progress=False)
     assert_same_files(tmp_path / "back", base)
+
+
+def test_products_have_the_same_shapes_and_threads_as_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both decide how a BLAS rounds; too seldom for bytes to show it in a small test."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3000, 200), nn.Linear(200, 3000)).half()
+    base = on_disk(model, tmp_path / "base")
+    adapter = adapter_on_disk(model, tmp_path / "adapter", r=16, target_modules=["0", "1"])
+    real, seen = fold.fold_tile, list[Any]()
+
+    def watched(site: Any, tile: Any, steps: Any, axis: str, part: slice) -> Any:
+        seen.append((site.fqn, part.start, part.stop, tile.shape, torch.get_num_threads()))
+        return real(site, tile, steps, axis, part)
+
+    monkeypatch.setattr(fold, "fold_tile", watched)
+    monkeypatch.setattr(tiles, "fold_tile", watched)
+    compiled = peftc.load(model, adapter)
+    compiled.merge_adapter()
+    in_memory, seen = sorted(seen), []
+    assert len(in_memory) > 4
+    peftc.merge_checkpoint(base, adapter, tmp_path / "disk", progress=False)
+    assert sorted(seen) == in_memory
 
 
 def test_an_embedding_that_the_adapter_brings(tmp_path: Path) -> None:
