@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peftc.errors import AdapterError, RuleError
 from peftc.graph.region import OPAQUE
 from peftc.graph.sites import Site, dtype_of, modules_at, parameter_name
-from peftc.plan import MODULES_TO_SAVE, Edit, Plan
+from peftc.plan import MODULES_TO_SAVE, Edit, Plan, PlannedParam
 from peftc.plan.calls import PROMPT_ENCODER
 from peftc.registry import find_prompt_rule, find_rule
 from peftc.rewrite.host import original_class
@@ -89,9 +89,7 @@ def attach(module: nn.Module, edit: Edit, plan: Plan, weight: nn.Parameter | Non
         _attach_encoder(module, edit, plan, fresh)
         return
     device = weight.device if weight is not None else torch.device(plan.sites[edit.site].device)
-    tensors = {
-        param.name: torch.empty(param.shape, dtype=dtype_of(param.dtype), device=device) for param in edit.params
-    }
+    tensors = {param.name: _allocated(edit, param, device) for param in edit.params}
     if fresh:
         start(edit, tensors, weight, plan)
     for param in edit.params:
@@ -112,6 +110,17 @@ def attach(module: nn.Module, edit: Edit, plan: Plan, weight: nn.Parameter | Non
             dropouts = module._modules.setdefault(name, nn.ModuleDict())
             assert isinstance(dropouts, nn.ModuleDict)
             dropouts[edit.adapter] = nn.Dropout(probability).train(module.training)
+
+
+def _allocated(edit: Edit, param: PlannedParam, device: torch.device) -> Tensor:
+    dtype = dtype_of(param.dtype)
+    try:
+        return torch.empty(param.shape, dtype=dtype, device=device)
+    except (RuntimeError, MemoryError) as error:
+        raise AdapterError(
+            f"{edit.site}: {param.key} of shape {list(param.shape)} ({param.numel * dtype.itemsize:,} bytes) can't be"
+            f" allocated on {device}; is its size in the spec of {edit.adapter!r} meant? ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def start(edit: Edit, tensors: Mapping[str, Tensor], weight: nn.Parameter | None, plan: Plan) -> None:

@@ -34,7 +34,11 @@ def plain(value: Any) -> Any:
 
 
 def _as_tuple(value: Any) -> Any:
-    return tuple(dict.fromkeys(cast("list[Any]", value))) if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    items = cast("list[Any]", value)
+    # What can't be in a list of names is left for the error to show.
+    return tuple(dict.fromkeys(items) if all(isinstance(item, str | int) for item in items) else items)
 
 
 def _one_as_tuple(value: Any) -> Any:
