@@ -35,12 +35,20 @@ def kill_at(moment: int, action: Callable[[], object]) -> bool:
         if done == moment:
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def watched() -> None:
+        _watched(die)
+        action()
+
+    return os.WIFSIGNALED(os.waitpid(started(watched), 0)[1])
+
+
+def started(action: Callable[[], object]) -> int:
+    """The id of a new process that runs `action`; it exits with 3 if that raises."""
     pid = os.fork()
     if pid == 0:
-        _watched(die)
         _run(action)
         os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    return pid
 
 
 def _run(action: Callable[[], object]) -> None:

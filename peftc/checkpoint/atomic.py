@@ -8,15 +8,18 @@ of this reads the new of one file with the old of another.
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from peftc.errors import CheckpointError
+
+if sys.platform != "win32":
+    import fcntl  # Windows has no locks of folders; they can't be opened there, so none is tried.
 
 STAGE = ".peftc-save-"
 COMMIT = ".peftc-commit"

@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,9 +13,11 @@ from peftc.merge.undo_log import encode, keep
 from peftc.stream.changes import Change, Work, file_of, stored_name
 from peftc.stream.log import Log, record, restored
 from peftc.stream.sharded import UNDO, inside
-from peftc.stream.tiles import Merged, Recipe, fused_recipes, recipe, rows
+from peftc.stream.tiles import Merged, Recipe, fused_recipes, recipe, rows, together
 from peftc.stream.write import Output, Piece, Tile
 
+# Bytes that are read, and written, at a time.
+BLOCK = 8 << 20
 Recipes = Mapping[str, Callable[[], Recipe]]
 
 
@@ -44,7 +46,7 @@ def base_outputs(work: Work, log: Log) -> list[Output]:
             Piece(
                 entry,
                 file.header.entries[tensor],
-                partial(_base_jobs, recipes[tensor], log, tensor) if tensor in recipes else None,
+                partial(_base_jobs, recipes[tensor], log, tensor, _width(entry)) if tensor in recipes else None,
             )
             for tensor, entry in header.entries.items()
         ]
@@ -128,32 +130,53 @@ def _merged_piece(work: Work, entry: Entry, source: str, recipes: Recipes, undo:
 def _merge_jobs(
     work: Work, found: Callable[[], Recipe], name: str, source: str, undo: bool
 ) -> Iterator[Callable[[], Tile]]:
-    own = found()
-    for part in own.parts:
-        yield partial(_merge, work, own, part, name, source, undo and name == source)
+    own, width = found(), _width(work.checkpoint.entry(source))
+    for parts in _blocks(own.parts, width):
+        yield partial(_merge, work, own, parts, width, name, source, undo and name == source)
 
 
-def _merge(work: Work, own: Recipe, part: slice, name: str, source: str, undo: bool) -> Tile:
-    new, estimate = own.make(part)
-    content = bytes_of(new)
-    at = part.start * (len(content) // max(1, part.stop - part.start))
+def _merge(work: Work, own: Recipe, parts: Sequence[slice], width: int, name: str, source: str, undo: bool) -> Tile:
+    new, estimates = own.make(parts)
+    content, begin = bytes_of(new), parts[0].start
     if not undo:
-        return Tile(at, content)
-    old = rows(file_of(work, source), source, part)
-    chunk = keep(old) if estimate is None else encode(old, estimate)
-    return Tile(at, content, record(name, chunk, zlib.crc32(content), zlib.crc32(bytes_of(old))))
+        return Tile(begin * width, content)
+    old, records = rows(file_of(work, source), source, together(parts)), list[bytes]()
+    for part, estimate in zip(parts, estimates, strict=True):
+        before = old[part.start - begin : part.stop - begin] if old.dim() else old
+        chunk = keep(before) if estimate is None else encode(before, estimate)
+        after = content[(part.start - begin) * width : (part.stop - begin) * width]
+        records.append(record(name, chunk, zlib.crc32(after), zlib.crc32(bytes_of(before))))
+    return Tile(begin * width, content, b"".join(records))
 
 
-def _base_jobs(found: Callable[[], Recipe], log: Log, name: str) -> Iterator[Callable[[], Tile]]:
+def _base_jobs(found: Callable[[], Recipe], log: Log, name: str, width: int) -> Iterator[Callable[[], Tile]]:
     own = found()
-    for number, part in enumerate(own.parts):
-        yield partial(_unmerge, own, part, log, name, number)
+    numbers = {part.start: number for number, part in enumerate(own.parts)}
+    for parts in _blocks(own.parts, width):
+        yield partial(_unmerge, own, parts, width, log, name, numbers[parts[0].start])
 
 
-def _unmerge(own: Recipe, part: slice, log: Log, name: str, number: int) -> Tile:
-    new, estimate = own.make(part)
-    content = restored(log, name, number, new, estimate)
-    return Tile(part.start * (len(content) // max(1, part.stop - part.start)), content)
+def _unmerge(own: Recipe, parts: Sequence[slice], width: int, log: Log, name: str, number: int) -> Tile:
+    new, estimates = own.make(parts)
+    begin = parts[0].start
+    content = [
+        restored(log, name, number + i, new[part.start - begin : part.stop - begin] if new.dim() else new, estimate)
+        for i, (part, estimate) in enumerate(zip(parts, estimates, strict=True))
+    ]
+    return Tile(begin * width, b"".join(content))
+
+
+def _blocks(parts: Sequence[slice], width: int) -> Iterator[Sequence[slice]]:
+    """`parts` in groups that are worth a call to the file system; `width`: the bytes of a row."""
+    first = 0
+    for last in range(1, len(parts) + 1):
+        if last == len(parts) or (parts[last].stop - parts[first].start) * width > BLOCK:
+            yield parts[first:last]
+            first = last
+
+
+def _width(entry: Entry) -> int:
+    return entry.nbytes // max(1, entry.shape[0]) if entry.shape else entry.nbytes
 
 
 def _numel(entry: Entry) -> int:

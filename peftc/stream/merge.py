@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
@@ -59,6 +60,7 @@ def merge_checkpoint(
 
     Raises CheckpointError, SpecError, NoMatchError, MergeError; `out_dir` has no files then.
     """
+    _require_posix()
     if undo:
         require_zstandard()
     sources = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
@@ -95,6 +97,7 @@ def unmerge_checkpoint(
 
     Raises CheckpointError: no undo files, one of them or a merged tensor was changed; `out_dir` has no files then.
     """
+    _require_posix()
     require_zstandard()
     folder, out = Path(merged_dir), Path(out_dir)
     settle(folder)
@@ -113,6 +116,14 @@ def unmerge_checkpoint(
         options = Options(weights, told["untie"], "files", True, frozenset(told["brought"]), told["tile"])
         work = thought_through(base, shards, adapters, model, options)
         do(Job(f"unmerge into {out.name}", out, inputs, files, base_outputs(work, log), recorded=False), progress)
+
+
+def _require_posix() -> None:
+    if sys.platform == "win32":
+        raise CheckpointError(
+            "merging on disk writes one file from several threads (pwrite), which Windows has not: use WSL, or load the"
+            " model and merge_and_unload()"
+        )
 
 
 def _require_base(out: Path, told: Mapping[str, Any]) -> None:

@@ -30,11 +30,12 @@ Merged = Callable[[str, slice], Tensor]
 class Recipe:
     """How a tensor of a merged checkpoint comes about, in `parts` of its first dimension that don't need each other.
 
-    `make` gives the new rows and, if that is asked for and can be said, an estimate of the old ones from these.
+    `make` gives the new rows of parts that adjoin and, for each of these, an estimate of the old ones from them, if that
+    is asked for and can be said.
     """
 
     parts: Sequence[slice]
-    make: Callable[[slice], tuple[Tensor, Tensor | None]]
+    make: Callable[[Sequence[slice]], tuple[Tensor, Sequence[Tensor | None]]]
 
 
 def recipe(work: Work, change: Change, stored: str, undo: bool, merged: Merged | None) -> Recipe:
@@ -52,16 +53,24 @@ def recipe(work: Work, change: Change, stored: str, undo: bool, merged: Merged |
     back = steps_back(work.program, change.edits, work.value) if known else []
     pieces = {part.start: (part, axis) for part, axis in tiles(site, like, steps, work.options.tile)}
 
-    def make(part: slice) -> tuple[Tensor, Tensor | None]:
-        axis = pieces[part.start][1]
-        if merged is None:
-            new = fold_tile(site, start(part), steps, axis, part)
-            require_finite(new, change.parameter, change.edits)
-        else:
-            new = merged(stored, part)
-        return new, unfold_tile(site, new, back, axis, part) if back else None
+    def make(parts: Sequence[slice]) -> tuple[Tensor, Sequence[Tensor | None]]:
+        everything = together(parts)
+        new = start(everything) if merged is None else merged(stored, everything)
+        estimates: list[Tensor | None] = []
+        for part in parts:
+            tile, axis = new[part.start - everything.start : part.stop - everything.start], pieces[part.start][1]
+            if merged is None:
+                tile.copy_(fold_tile(site, tile, steps, axis, part))
+                require_finite(tile, change.parameter, change.edits)
+            estimates.append(unfold_tile(site, tile, back, axis, part) if back else None)
+        return new, estimates
 
     return Recipe([part for part, _ in pieces.values()], make)
+
+
+def together(parts: Sequence[slice]) -> slice:
+    """The slice of parts that adjoin."""
+    return slice(parts[0].start, parts[-1].stop)
 
 
 def _start(work: Work, change: Change, file: FileTensors, stored: str) -> Callable[[slice], Tensor]:
@@ -79,15 +88,16 @@ def _taken(work: Work, change: Change, stored: str, start: Callable[[slice], Ten
     length = shape[0] if shape else 1
     size = length if change.is_bias else max(1, work.options.tile * length // max(1, torch.Size(shape).numel()))
 
-    def make(part: slice) -> tuple[Tensor, Tensor | None]:
+    def make(parts: Sequence[slice]) -> tuple[Tensor, Sequence[Tensor | None]]:
+        unknown = [None] * len(parts)
         if merged is not None:
-            return merged(stored, part), None
-        new = start(part)
+            return merged(stored, together(parts)), unknown
+        new = start(together(parts))
         if change.is_bias:
             site = work.program.plan.sites[change.edits[0].site]
             folded = fold_bias(work.program, site, change.edits, new, work.value)
             new = new if folded is None else folded
-        return new, None
+        return new, unknown
 
     return Recipe([slice(at, min(length, at + size)) for at in range(0, length, size)], make)
 
@@ -99,11 +109,12 @@ def fused_recipes(
     lock, ready = threading.Lock(), dict[str, tuple[Tensor, Tensor | None]]()
     whole = {stored: slice(0, file_of(work, stored).header.entries[stored].shape[0]) for stored in fusion.parts}
 
-    def make(stored: str) -> tuple[Tensor, Tensor | None]:
+    def make(stored: str) -> tuple[Tensor, Sequence[Tensor | None]]:
         with lock:
             if stored not in ready:
                 ready.update(_fused(work, fusion, changes, undo, whole, merged))
-            return ready.pop(stored)
+            new, estimate = ready.pop(stored)
+            return new, [estimate]
 
     return {stored: Recipe([whole[stored]], lambda _, stored=stored: make(stored)) for stored in fusion.parts}
 

@@ -1,5 +1,6 @@
 """A save that is killed (kill -9) at any moment leaves the old adapters or the new ones, whole, and never a mixture."""
 
+import os
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 import peftc
 from peftc.checkpoint import read_adapter
 from peftc.checkpoint.atomic import settle
-from tests.killing import changes_made, kill_at
+from tests.killing import changes_made, kill_at, started
 from tests.models import tiny
 from tests.rewrite.test_models import perturb
 from tests.stream.checkpoints import hashes
@@ -56,10 +57,14 @@ def adapters_in(folder: Path) -> dict[str, tuple[Any, ...]]:
     for name, place in {"default": folder, "b": folder / "b"}.items():
         settle(place)
         if (place / "adapter_config.json").exists():
-            files = read_adapter(place, is_trainable=True)
-            lists = [{key: value.tolist() for key, value in t.items()} for t in (files.tensors, files.encoder)]
-            found[name] = (files.spec.to_dict(), *lists)
+            found[name] = adapter_in(place)
     return found
+
+
+def adapter_in(folder: Path) -> tuple[Any, ...]:
+    files = read_adapter(folder, is_trainable=True)
+    lists = [{key: value.tolist() for key, value in t.items()} for t in (files.tensors, files.encoder)]
+    return (files.spec.to_dict(), *lists)
 
 
 @pytest.mark.slow
@@ -91,3 +96,29 @@ def test_killed_at_any_moment(
         assert adapters_in(folder) == states[1]
         assert hashes(folder).keys() == hashes(after).keys(), moment
     assert outcomes == {False, True}
+
+
+def test_two_processes_that_save_at_once(tmp_path: Path) -> None:
+    """Every load meanwhile sees the whole of one save, and so does whoever comes after both."""
+    folder = tmp_path / "adapter"
+    writers = [lora(2, "default", "b"), lora(3, "default", "b")]
+    states: list[dict[str, tuple[Any, ...]]] = []
+    for writer in writers:
+        writer.save_pretrained(folder)
+        states.append(adapters_in(folder))
+    running, seen = {started(partial(save_often, writer, folder)) for writer in writers}, set[int]()
+    while running:
+        # One after the other: between two loads there may be a save.
+        for name, place in (("default", folder), ("b", folder / "b")):
+            seen.add([state[name] for state in states].index(adapter_in(place)))
+        ended = {pid: status for pid, status in (os.waitpid(pid, os.WNOHANG) for pid in running) if pid}
+        assert not any(ended.values())
+        running -= set(ended)
+    assert seen == {0, 1}
+    assert adapters_in(folder) in states
+    assert not list(folder.glob(".peftc*"))
+
+
+def save_often(compiled: peftc.CompiledModel, folder: Path) -> None:
+    for _ in range(60):
+        compiled.save_pretrained(folder)
