@@ -2,7 +2,7 @@
 
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def open_folder(folder: Path, verify: Verify) -> tuple[AdapterFiles, FileTensors
                 f"{folder}: holds no {WEIGHTS_NAME}. A pickle can be loaded, and saved again from there"
             )
         tensors = FileTensors(folder / WEIGHTS_NAME)
-    manifest = _manifest(tensors.header, lambda entry: tensors.read(entry.start, entry.stop), tensors.file, verify)
+    manifest = _manifest(tensors.header, tensors.chunks, tensors.file, verify)
     return _known(folder, spec, tensors, {}, manifest, verify, own_config=True), tensors
 
 
@@ -120,10 +120,10 @@ def _unpickled(file: Path) -> dict[str, Tensor]:
 
 def _checked(file: Path, verify: Verify) -> tuple[Mapping[str, Tensor], Manifest | None]:
     tensors, header, content = read_tensors(file)
-    return tensors, _manifest(header, lambda entry: content[entry.start : entry.stop], file, verify)
+    return tensors, _manifest(header, lambda entry: [content[entry.start : entry.stop]], file, verify)
 
 
-def _manifest(header: Header, read: Callable[[Entry], Bytes], file: Path, verify: Verify) -> Manifest | None:
+def _manifest(header: Header, read: Callable[[Entry], Iterable[Bytes]], file: Path, verify: Verify) -> Manifest | None:
     """The manifest of a file, which its tensors agree with, if there is one to go by. `read` gives their bytes."""
     if verify not in ("all", "files", "nothing"):
         raise CheckpointError(f"verify={verify!r}: valid are 'all', 'files' and 'nothing'")

@@ -10,6 +10,8 @@ from torch import Tensor
 from peftc.checkpoint.tensor_file import DTYPES, Entry, read_header, tensor_in
 from peftc.errors import CheckpointError
 
+_BLOCK = 8 << 20
+
 
 class FileTensors(Mapping[str, Tensor]):
     """A file's tensors by name. It stays open, so a file that takes its place meanwhile is not mixed in.
@@ -34,6 +36,27 @@ class FileTensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.header.entries)
+
+    def rows(self, name: str, part: slice) -> Tensor:
+        """Rows of a tensor, read into memory of their own; of a scalar, all of it."""
+        entry = self.header.entries[name]
+        if not entry.shape:
+            return self[name]
+        width = entry.nbytes // max(1, entry.shape[0])
+        start, stop = entry.start + part.start * width, entry.start + part.stop * width
+        piece = Entry(name, entry.dtype, (part.stop - part.start, *entry.shape[1:]), start, stop)
+        return tensor_in(self.read(start, stop), piece, start)
+
+    def parts(self, name: str) -> Iterator[slice]:
+        """A tensor's rows in slices of about 8 MiB, to look at one of which at a time."""
+        entry = self.header.entries[name]
+        length = entry.shape[0] if entry.shape else 1
+        size = max(1, _BLOCK * length // max(1, entry.nbytes))
+        return (slice(at, min(length, at + size)) for at in range(0, length, size))
+
+    def chunks(self, entry: Entry) -> Iterator[bytearray]:
+        """The bytes of a tensor, some 8 MiB at a time."""
+        return (self.read(at, min(entry.stop, at + _BLOCK)) for at in range(entry.start, entry.stop, _BLOCK))
 
     def read(self, start: int, stop: int) -> bytearray:
         """The bytes from `start` to `stop` of the file. Can be called from several threads."""

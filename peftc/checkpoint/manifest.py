@@ -6,7 +6,7 @@ weights name each other: a bit that flipped, an edited alpha, the files of two s
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
@@ -38,7 +38,7 @@ class Manifest:
 def sealed(tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: BaseFingerprint | None) -> bytes:
     """A safetensors file of `tensors` with its manifest."""
     own = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in tensors.items()}
-    hashes = {key: _hash(dtype_name(value), tuple(value.shape), bytes_of(value)) for key, value in own.items()}
+    hashes = {key: _hash(dtype_name(value), tuple(value.shape), [bytes_of(value)]) for key, value in own.items()}
     manifest = Manifest(hashes, config, base)
     text = json.dumps({"version": _VERSION, **asdict(manifest)}, sort_keys=True)
     return to_bytes(own, {"format": "pt", _KEY: f"{_digest(text)} {text}"})
@@ -59,7 +59,7 @@ def manifest_of(metadata: Mapping[str, str], where: Any) -> Manifest | None:
 
 
 def require_tensors(
-    manifest: Manifest, entries: Mapping[str, Entry], read: Callable[[Entry], Bytes], where: Any
+    manifest: Manifest, entries: Mapping[str, Entry], read: Callable[[Entry], Iterable[Bytes]], where: Any
 ) -> None:
     """Raise CheckpointError, naming them, if the tensors that `read` gives the bytes of are not those that were saved."""
     wrong = [key for key, e in entries.items() if manifest.tensors.get(key) != _hash(e.dtype, e.shape, read(e))]
@@ -88,10 +88,11 @@ def require_config(manifest: Manifest, spec: AdapterSpec, where: Any) -> None:
         )
 
 
-def _hash(dtype: str, shape: tuple[int, ...], content: Bytes) -> str:
+def _hash(dtype: str, shape: tuple[int, ...], content: Iterable[Bytes]) -> str:
     """128 bits of the SHA-256 of a tensor: its dtype, its shape, its bytes. As hex digits."""
     digest = hashlib.sha256(f"{dtype}{shape}".encode())
-    digest.update(content)
+    for part in content:
+        digest.update(part)
     return digest.hexdigest()[:32]
 
 

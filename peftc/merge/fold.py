@@ -203,6 +203,7 @@ def require_finite(value: Tensor, name: str, edits: Sequence[Edit]) -> None:
 
 def is_finite(value: Tensor) -> bool:
     """Whether all of `value` is finite."""
+    value = value.detach()
     if value.itemsize == 1:
         value = value.float()  # float8 has no arithmetic.
     # A sum of finite values that overflows only costs the second look; the first is twenty times as fast.

@@ -120,7 +120,8 @@ def _source(program: Program, name: str, files: AdapterFiles, tensors: FileTenso
     fit = fit_of(program, name, outline(tensors.header.entries))
     require_fit(fit.result, fit.own, files.where, strict=True)
     for key, source in fit.sources.items():
-        require_values(program, name, {key: tensors[source]}, fit, files.where)
+        for part in tensors.parts(source):
+            require_values(program, name, {key: tensors.rows(source, part)}, fit, files.where)
     report(fit.result, None, files.where)
     return Source(files, tensors, fit)
 
@@ -259,19 +260,22 @@ def _starts(work: Work) -> dict[str, Change]:
         found[tensor.name] = Change(tensor.name, start=(tensor.adapter, source))
     for adapter, source in work.sources.items():
         for key, parameter in source.fit.embeddings.items():
-            if not _same(work, parameter, source.tensors[source.fit.sources[key]]):
-                warnings.warn(
-                    f"{source.files.where}: brings its own {parameter}, in the place of the base's", stacklevel=6
-                )
+            if not _same(work, parameter, source, source.fit.sources[key]):
+                if work.options.brought is None:
+                    warnings.warn(
+                        f"{source.files.where}: brings its own {parameter}, in the place of the base's", stacklevel=6
+                    )
                 found[parameter] = Change(parameter, start=(adapter, source.fit.sources[key]))
     return found
 
 
-def _same(work: Work, parameter: str, value: Tensor) -> bool:
+def _same(work: Work, parameter: str, source: Source, key: str) -> bool:
     stored = stored_name(work, parameter)
     if stored is None or work.options.brought is not None:
         return parameter not in (work.options.brought or ())
-    return torch.equal(file_of(work, stored)[stored].to(value.dtype), value)
+    file, own = file_of(work, stored), source.tensors
+    pairs = ((file.rows(stored, part), own.rows(key, part)) for part in own.parts(key))
+    return all(torch.equal(old.to(new.dtype), new) for old, new in pairs)
 
 
 def _copies(work: Work, edit: Edit) -> list[Change]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from peftc.checkpoint.atomic import commit, explained, free_bytes, locked, settle, write
@@ -174,6 +175,6 @@ def _bar(job: Job, shown: bool) -> Generator[Callable[[int], None]]:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, disable=not shown) as bar:
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
         task = bar.add_task(job.what, total=sum(output.header.size for output in job.outputs))
         yield lambda count: bar.advance(task, count)

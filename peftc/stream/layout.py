@@ -13,7 +13,7 @@ from peftc.merge.undo_log import encode, keep
 from peftc.stream.changes import Change, Work, file_of, stored_name
 from peftc.stream.log import Log, record, restored
 from peftc.stream.sharded import UNDO, inside
-from peftc.stream.tiles import Merged, Recipe, fused_recipes, recipe, rows, together
+from peftc.stream.tiles import Merged, Recipe, fused_recipes, recipe, together
 from peftc.stream.write import Output, Piece, Tile
 
 # Bytes that are read, and written, at a time.
@@ -38,7 +38,7 @@ def merged_outputs(work: Work, undo: bool) -> list[Output]:
 
 def base_outputs(work: Work, log: Log) -> list[Output]:
     """The shards of the base, from those of the merged checkpoint that `work.shards` are."""
-    recipes = recipes_of(work, True, lambda stored, part: rows(file_of(work, stored), stored, part))
+    recipes = recipes_of(work, True, lambda stored, part: file_of(work, stored).rows(stored, part))
     outputs: list[Output] = []
     for name, header in work.checkpoint.shards.items():
         file = work.shards[name]
@@ -140,7 +140,7 @@ def _merge(work: Work, own: Recipe, parts: Sequence[slice], width: int, name: st
     content, begin = bytes_of(new), parts[0].start
     if not undo:
         return Tile(begin * width, content)
-    old, records = rows(file_of(work, source), source, together(parts)), list[bytes]()
+    old, records = file_of(work, source).rows(source, together(parts)), list[bytes]()
     for part, estimate in zip(parts, estimates, strict=True):
         before = old[part.start - begin : part.stop - begin] if old.dim() else old
         chunk = keep(before) if estimate is None else encode(before, estimate)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftc.checkpoint.lazy import FileTensors, outline
-from peftc.checkpoint.tensor_file import Entry, tensor_in
+from peftc.checkpoint.tensor_file import Entry
 from peftc.merge.fold import (
     fold_bias,
     fold_dtype,
@@ -77,9 +77,9 @@ def _start(work: Work, change: Change, file: FileTensors, stored: str) -> Callab
     """The rows that a change starts from: the checkpoint's, or those that an adapter brings, in the same dtype."""
     dtype = _like(file.header.entries[stored]).dtype
     if change.start is None:
-        return lambda part: rows(file, stored, part)
+        return lambda part: file.rows(stored, part)
     adapter, key = change.start
-    return lambda part: rows(work.sources[adapter].tensors, key, part).to(dtype)
+    return lambda part: work.sources[adapter].tensors.rows(key, part).to(dtype)
 
 
 def _taken(work: Work, change: Change, stored: str, start: Callable[[slice], Tensor], merged: Merged | None) -> Recipe:
@@ -127,7 +127,7 @@ def _fused(
     whole: Mapping[str, slice],
     merged: Merged | None,
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
-    read: Merged = merged or (lambda stored, part: rows(file_of(work, stored), stored, part))
+    read: Merged = merged or (lambda stored, part: file_of(work, stored).rows(stored, part))
     stored = {name: read(name, part) for name, part in whole.items()}
     new = fusion.fuse(stored, work.program.base)
     old = dict(new)
@@ -150,17 +150,6 @@ def _fused(
     made = fusion.split(new, work.program.base) if merged is None else stored
     estimate = fusion.split(old, work.program.base) if undo else None
     return {name: (made[name], None if estimate is None else estimate[name]) for name in whole}
-
-
-def rows(file: FileTensors, name: str, part: slice) -> Tensor:
-    """Rows of a stored tensor, read into memory of their own; of a scalar, all of it."""
-    entry = file.header.entries[name]
-    if not entry.shape:
-        return file[name]
-    width = entry.nbytes // entry.shape[0] if entry.shape[0] else 0
-    start, stop = entry.start + part.start * width, entry.start + part.stop * width
-    piece = Entry(name, entry.dtype, (part.stop - part.start, *entry.shape[1:]), start, stop)
-    return tensor_in(file.read(start, stop), piece, start)
 
 
 def _like(entry: Entry) -> Tensor:
