@@ -24,6 +24,7 @@ from peftc.checkpoint import (
     prompt_encoder,
     push,
     read_adapter,
+    respelled_spec,
     save_adapters,
     update_card,
 )
@@ -379,7 +380,8 @@ class CompiledModel(CompiledGraph):
         folder = locate(model_id, subfolder, **download)
         given = None if config is None else load_spec(config, spec_classes())
         files = read_adapter(folder, config=given, is_trainable=is_trainable, allow_pickle=allow_pickle, verify=verify)
-        made, regions = lifecycle.planned(model, {adapter_name: files.spec}, capture, autocast_adapter_dtype)
+        spec = respelled_spec(model, files.spec, files.tensors)
+        made, regions = lifecycle.planned(model, {adapter_name: spec}, capture, autocast_adapter_dtype)
         require_applicable(made, "warn")
         compiled = cls(build(model, made, regions, inplace, fresh=False))
         try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from peftc.checkpoint import AdapterFiles, LoadResult, load_state, require_base
+from peftc.checkpoint import AdapterFiles, LoadResult, load_state, require_base, respelled_spec
 from peftc.compiled_graph import CompiledGraph
 from peftc.errors import AdapterError, MergeError, nearest
 from peftc.graph.region import Capture, Region
@@ -73,7 +73,7 @@ def add(program: Program, name: str, spec: AdapterSpec, on_unmatched: str, fresh
 def load(program: Program, name: str, files: AdapterFiles, strict: bool) -> LoadResult:
     """Attach an adapter, inactive, with the tensors of its files."""
     with _no_collection():
-        add(program, name, files.spec, "warn", fresh=False)
+        add(program, name, respelled_spec(program.base, files.spec, files.tensors), "warn", fresh=False)
         try:
             return fill_from(program, name, files, strict)
         except BaseException:

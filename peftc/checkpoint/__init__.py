@@ -10,6 +10,7 @@ from peftc.checkpoint.load import read_adapter
 from peftc.checkpoint.manifest import Verify
 from peftc.checkpoint.prompts import prompt_edit, prompt_embeddings, prompt_encoder
 from peftc.checkpoint.save import Form, SaveOptions, config_of, save_adapters
+from peftc.checkpoint.spelling import respelled_spec
 from peftc.checkpoint.state import adapter_state_dict, load_state, saved_state_dict
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "push",
     "read_adapter",
     "require_base",
+    "respelled_spec",
     "save_adapters",
     "saved_state_dict",
     "update_card",

@@ -1,17 +1,13 @@
 """Fitting the keys of a file to those an adapter has: older spellings, what is left over, and how that is told."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any, cast
 
 from torch import Tensor
 
 from peftc.errors import CheckpointError, nearest
-from peftc.graph.sites import transformers_config
-from peftc.plan import MODULES_TO_SAVE
-from peftc.rewrite.program import Program
 from peftc.view.text import span
 
 
@@ -33,17 +29,6 @@ class LoadResult:
     def fits(self) -> bool:
         """Whether every key found its place."""
         return not (self.missing_keys or self.unexpected_keys or self.mismatched_keys)
-
-
-def respelled(program: Program, prefix: str, keys: Iterable[str], own: Mapping[str, Tensor]) -> dict[str, str]:
-    """The adapter's key by the file's, where one is a known spelling of the other; the rest as they are."""
-    found = {key: key for key in keys}
-    others = [key for key in found if key not in own]
-    models = _model_names(program) if others else _Names("", ())
-    for key in others:
-        candidates = [*_older_peft(key), *_other_model(key, prefix, models)]
-        found[key] = next((candidate for candidate in candidates if candidate in own), key)
-    return found
 
 
 def require_fit(result: LoadResult, own: Mapping[str, Tensor], where: str, strict: bool) -> str | None:
@@ -86,61 +71,3 @@ def _collapsed(keys: Sequence[str]) -> list[str]:
 
 def _shape(key: str) -> str:
     return re.sub(r"(?<![^.])[0-9]+(?![^.])", "#", key)
-
-
-def _older_peft(key: str) -> list[str]:
-    """Keys of older PEFT versions, and of modules_to_save and biases, which have had two spellings."""
-    spellings = (
-        (f"{MODULES_TO_SAVE}.default.", ""),
-        (f"{MODULES_TO_SAVE}.", ""),
-        ("base_layer.bias", "bias"),
-        (".bias", ".base_layer.bias"),
-    )
-    return [key.replace(old, new) for old, new in spellings if old in key]
-
-
-def _other_model(key: str, prefix: str, models: "_Names") -> list[str]:
-    """The key as another version of transformers, or the model with or without its head, would have it."""
-    name = key.removeprefix(prefix)
-    if name == key:
-        return []
-    candidates = [name.removeprefix(f"{models.prefix}."), f"{models.prefix}.{name}"] if models.prefix else []
-    site, tail = _at_adapter(name)
-    renamed = models.rename(f"{site}.weight")
-    if renamed.endswith(".weight"):
-        candidates.append(renamed.removesuffix("weight") + tail)
-    return [prefix + candidate for candidate in candidates]
-
-
-def _at_adapter(name: str) -> tuple[str, str]:
-    """A key's module, and what an adapter has there (`lora_A.weight`); the last part, if it is of a saved module."""
-    match = re.search(r"\.(lora_\w+|ia3_l|base_layer|\w+$)(\..*)?$", name)
-    return (name[: match.start()], name[match.start() + 1 :]) if match else (name, "")
-
-
-@dataclass(frozen=True)
-class _Names:
-    """How transformers names things in a model: the prefix of its backbone, and renamings between versions."""
-
-    prefix: str
-    renamings: Sequence[Any]
-
-    def rename(self, name: str) -> str:
-        for renaming in self.renamings:
-            name = cast(str, renaming.rename_source_key(name)[0])
-        return name
-
-
-def _model_names(program: Program) -> _Names:
-    if transformers_config(program.base) is None:
-        return _Names("", ())
-    base = cast(Any, program.base)
-    return _Names(str(base.base_model_prefix), checkpoint_renamings(base))
-
-
-def checkpoint_renamings(model: Any) -> list[Any]:
-    """transformers' own renamings of checkpoint keys for a model of it (there since version 5)."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    return [item for item in get_model_conversion_mapping(model) if isinstance(item, WeightRenaming)]

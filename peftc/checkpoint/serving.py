@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftc.checkpoint.state import key_of, key_prefix
+from peftc.checkpoint.spelling import key_prefix
+from peftc.checkpoint.state import key_of
 from peftc.errors import CheckpointError
 from peftc.graph.sites import Site
 from peftc.merge.combine import target_names

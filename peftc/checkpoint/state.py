@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from peftc.checkpoint.embeddings import SaveEmbeddings, embedding_state, split_embeddings, take_over
-from peftc.checkpoint.keys import LoadResult, require_fit, respelled
+from peftc.checkpoint.keys import LoadResult, require_fit
 from peftc.checkpoint.prompts import PROMPT_KEY, load_prompt, prompt_edit, prompt_embeddings
+from peftc.checkpoint.spelling import key_prefix, respelled
 from peftc.errors import CheckpointError
 from peftc.graph.sites import dtype_name, parameter_name
 from peftc.merge.fold import is_finite
 from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
 from peftc.rewrite.build import start_alone
 from peftc.rewrite.program import Program
-from peftc.specs import AdapterSpec, PromptSpec
 
 # peft (0.21) adds the delta of nn.MultiheadAttention's out_proj twice in every forward, so in its files this factor is
 # half of what has that effect. Halving and doubling are exact.
@@ -76,11 +76,6 @@ _WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.)+|(?<=\.)
 def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_parameters()
     yield from module.named_buffers()
-
-
-def key_prefix(spec: AdapterSpec) -> str:
-    """What keys begin with. PEFT puts one wrapper around a model for a prompt method, two for the others."""
-    return "base_model." if isinstance(spec, PromptSpec) else "base_model.model."
 
 
 def key_of(edit: Edit, param: PlannedParam) -> str:
@@ -147,7 +142,7 @@ class Fit:
 def fit_of(program: Program, adapter: str, tensors: Mapping[str, Tensor]) -> Fit:
     """Find the place of each of `tensors`, by their names, shapes and dtypes alone."""
     own, prefix = adapter_state_dict(program, adapter), key_prefix(program.plan.adapters[adapter])
-    names = respelled(program, prefix, [key for key in tensors if ".original_module." not in key], own)
+    names = respelled(program.base, prefix, [key for key in tensors if ".original_module." not in key], own)
     given = {new: (old, tensors[old]) for old, new in names.items()}
     embeddings, unexpected = split_embeddings(program, prefix, [key for key in given if key not in own])
     targets = {**own, **{key: program.base.get_parameter(name) for key, name in embeddings.items()}}

@@ -62,7 +62,8 @@ def _is_listed(spec: AdapterSpec) -> bool:
     return isinstance(spec.target_modules, tuple)
 
 
-def _selects(selector: str | Sequence[str], fqn: str) -> bool:
+def selects(selector: str | Sequence[str], fqn: str) -> bool:
+    """Whether `target_modules` (not `all-linear`), or `exclude_modules`, matches module `fqn`."""
     if isinstance(selector, str):
         return re.fullmatch(selector, fqn) is not None
     return any(fqn == name or fqn.endswith(f".{name}") for name in selector)
@@ -150,7 +151,7 @@ def _no_match(name: str, spec: AdapterSpec, index: SiteIndex, hits: Sequence[str
         inside = Counter(fqn.rpartition(".")[2] for fqn in fit if fqn.startswith(f"{hits[0]}."))
         hint = f" Inside {hits[0]}: {', '.join(inside)}." if inside else ""
         return f"is a {index.modules[hits[0]]}, not one of {spec.peft_type}'s kinds ({', '.join(kinds)}).{hint}"
-    alias = next((alias for alias in index.aliases if _selects((name,), alias)), None)
+    alias = next((alias for alias in index.aliases if selects((name,), alias)), None)
     if alias is not None:
         return f"is another name of {index.aliases[alias]!r}; use that one"
     counts = Counter(fqn.rpartition(".")[2] for fqn in fit)
@@ -169,11 +170,11 @@ def _excluded(adapter: str, spec: AdapterSpec, index: SiteIndex, misses: list[Mi
     if not selector:
         return set()
     for part in (selector,) if isinstance(selector, str) else selector:
-        if not any(_selects(part if isinstance(selector, str) else (part,), fqn) for fqn in index.modules):
+        if not any(selects(part if isinstance(selector, str) else (part,), fqn) for fqn in index.modules):
             counts = Counter(fqn.rpartition(".")[2] for fqn in index.modules if fqn)
             near = describe_nearest(nearest(part, counts), counts, "module")
             misses.append(Miss(adapter, "exclude_modules", part, f"matches no module.{near}"))
-    return {fqn for fqn in index.sites if _selects(selector, fqn)}
+    return {fqn for fqn in index.sites if selects(selector, fqn)}
 
 
 def match_saved(adapter: str, spec: AdapterSpec, index: SiteIndex) -> tuple[tuple[str, ...], list[Miss]]:
@@ -285,5 +286,5 @@ def _resolved(spec: AdapterSpec, sites: Sequence[Site], index: SiteIndex) -> Ada
         return spec
     chosen = [site.fqn for site in sites]
     names = tuple(dict.fromkeys(fqn.rpartition(".")[2] for fqn in chosen))
-    exact = [fqn for fqn in index.modules if _selects(names, fqn)] == chosen
+    exact = [fqn for fqn in index.modules if selects(names, fqn)] == chosen
     return spec.model_copy(update={"target_modules": names if exact else tuple(chosen)})

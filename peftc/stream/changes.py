@@ -14,7 +14,8 @@ from peftc.checkpoint.base import places, require_base, sample_from
 from peftc.checkpoint.files import open_folder
 from peftc.checkpoint.keys import require_fit
 from peftc.checkpoint.lazy import FileTensors, outline
-from peftc.checkpoint.state import Fit, fit_of, key_of, key_prefix, loaded_value, report, require_values
+from peftc.checkpoint.spelling import key_prefix, respelled_spec
+from peftc.checkpoint.state import Fit, fit_of, key_of, loaded_value, report, require_values
 from peftc.errors import CheckpointError
 from peftc.graph.sites import dtype_of, parameter_name
 from peftc.merge import fold, ties
@@ -101,7 +102,7 @@ def thought_through(
     """Everything that can be known without computing a weight, and every refusal. Raises PeftcError."""
     opened = {f"adapter{i}": open_folder(folder, options.verify) for i, folder in enumerate(folders)}
     base, names = skeleton(checkpoint, model, [outline(tensors.header.entries) for _, tensors in opened.values()])
-    specs = {name: files.spec for name, (files, _) in opened.items()}
+    specs = {name: respelled_spec(base, files.spec, tensors) for name, (files, tensors) in opened.items()}
     plan, regions = lifecycle.planned(base, specs, "modules", autocast=True)
     require_applicable(plan, "warn")
     program = build(base, plan, regions, inplace=True, fresh=False)

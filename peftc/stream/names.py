@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from peftc.checkpoint.keys import checkpoint_renamings
+from peftc.checkpoint.spelling import checkpoint_renamings
 from peftc.graph.sites import transformers_config
 
 

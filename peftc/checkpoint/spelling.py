@@ -1,0 +1,141 @@
+"""How the keys of adapters are spelled, and were by other versions of PEFT and of transformers."""
+
+import re
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from peftc.graph.sites import transformers_config
+from peftc.plan import MODULES_TO_SAVE
+from peftc.plan.match import selects
+from peftc.specs import AdapterSpec, IA3Config, LoraConfig, PromptSpec
+
+
+def key_prefix(spec: AdapterSpec) -> str:
+    """What keys begin with. PEFT puts one wrapper around a model for a prompt method, two for the others."""
+    return "base_model." if isinstance(spec, PromptSpec) else "base_model.model."
+
+
+def respelled(model: nn.Module, prefix: str, keys: Iterable[str], own: Container[str]) -> dict[str, str]:
+    """The adapter's key by the file's, where one is a known spelling of the other; the rest as they are."""
+    found = {key: key for key in keys}
+    others = [key for key in found if key not in own]
+    names = _names_in(model) if others else _Names("", ())
+    for key in others:
+        candidates = [*_older_peft(key), *_other_model(key, prefix, names)]
+        found[key] = next((candidate for candidate in candidates if candidate in own), key)
+    return found
+
+
+def respelled_spec(model: nn.Module, spec: AdapterSpec, keys: Iterable[str]) -> AdapterSpec:
+    """The spec of a file in the names that `model` has, where the file's are those of another version of transformers.
+
+    Only if its `target_modules` would miss a module that the file has tensors for: then they become the fqns of all that
+    it has tensors for, and ranks, alphas and feed-forward modules follow.
+    """
+    if isinstance(spec, PromptSpec) or spec.target_modules is None or transformers_config(model) is None:
+        return spec
+    moved = _moved(model, key_prefix(spec), keys)
+    adapted = {old: new for old, (new, tail) in moved.items() if tail.startswith(("lora_", "ia3_"))}
+    if all(new == old for old, (new, _) in moved.items()):
+        return spec
+    update: dict[str, Any] = {}
+    if spec.modules_to_save is not None:
+        update["modules_to_save"] = tuple(moved.get(name, (name, ""))[0] for name in spec.modules_to_save)
+    missed = [new for new in adapted.values() if not selects(spec.target_modules, new)]
+    if missed and spec.target_modules != "all-linear":
+        update |= {"target_modules": tuple(adapted.values()), "exclude_modules": None}
+        if isinstance(spec, LoraConfig):
+            update |= {"layers_to_transform": None, "layers_pattern": None}
+            ranks = {re.escape(new): spec.rank_for(old) for old, new in adapted.items()}
+            alphas = {re.escape(new): spec.alpha_for(old) for old, new in adapted.items()}
+            update["rank_pattern"] = {name: rank for name, rank in ranks.items() if rank != spec.r}
+            update["alpha_pattern"] = {name: alpha for name, alpha in alphas.items() if alpha != spec.lora_alpha}
+        if isinstance(spec, IA3Config):
+            update["feedforward_modules"] = tuple(new for old, new in adapted.items() if spec.is_feedforward(old))
+    return spec.model_copy(update=update)
+
+
+def _moved(model: nn.Module, prefix: str, keys: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """By module of the file, the module of `model` that it is (itself, if there is none), and what the file has there."""
+    known: dict[str, nn.Module | None] = {"": model}
+
+    def module(fqn: str) -> nn.Module | None:
+        if fqn not in known:
+            parent, _, name = fqn.rpartition(".")
+            above = module(parent)
+            known[fqn] = None if above is None else above._modules.get(name)
+        return known[fqn]
+
+    names: _Names | None = None
+    found: dict[str, tuple[str, str]] = {}
+    for key in keys:
+        old, tail = _at_adapter(key.removeprefix(prefix))
+        if old in found:
+            continue
+        found[old] = (old, tail)
+        if module(old) is None:
+            names = _names_in(model) if names is None else names
+            others = [_at_adapter(other.removeprefix(prefix))[0] for other in _other_model(key, prefix, names)]
+            found[old] = (next((other for other in others if module(other) is not None), old), tail)
+    return found
+
+
+def _older_peft(key: str) -> list[str]:
+    """Keys of older PEFT versions, and of modules_to_save and biases, which have had two spellings."""
+    spellings = (
+        (f"{MODULES_TO_SAVE}.default.", ""),
+        (f"{MODULES_TO_SAVE}.", ""),
+        ("base_layer.bias", "bias"),
+        (".bias", ".base_layer.bias"),
+    )
+    return [key.replace(old, new) for old, new in spellings if old in key]
+
+
+def _other_model(key: str, prefix: str, names: "_Names") -> list[str]:
+    """The key as another version of transformers, or the model with or without its head, would have it."""
+    name = key.removeprefix(prefix)
+    if name == key:
+        return []
+    candidates = [name.removeprefix(f"{names.prefix}."), f"{names.prefix}.{name}"] if names.prefix else []
+    site, tail = _at_adapter(name)
+    renamed = names.rename(f"{site}.weight")
+    if renamed.endswith(".weight"):
+        candidates.append(renamed.removesuffix("weight") + tail)
+    return [prefix + candidate for candidate in candidates]
+
+
+def _at_adapter(name: str) -> tuple[str, str]:
+    """A key's module, and what an adapter has there (`lora_A.weight`); the last part, if it is of a saved module."""
+    match = re.search(r"\.(lora_\w+|ia3_l|base_layer|\w+$)(\..*)?$", name)
+    return (name[: match.start()], name[match.start() + 1 :]) if match else (name, "")
+
+
+@dataclass(frozen=True)
+class _Names:
+    """How transformers names things in a model: the prefix of its backbone, and renamings between versions."""
+
+    prefix: str
+    renamings: Sequence[Any]
+
+    def rename(self, name: str) -> str:
+        for renaming in self.renamings:
+            name = cast(str, renaming.rename_source_key(name)[0])
+        return name
+
+
+def _names_in(model: nn.Module) -> _Names:
+    if transformers_config(model) is None:
+        return _Names("", ())
+    base = cast(Any, model)
+    return _Names(str(base.base_model_prefix), checkpoint_renamings(base))
+
+
+def checkpoint_renamings(model: Any) -> list[Any]:
+    """transformers' own renamings of checkpoint keys for a model of it (there since version 5)."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    return [item for item in get_model_conversion_mapping(model) if isinstance(item, WeightRenaming)]
