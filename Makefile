@@ -36,6 +36,8 @@ bench: $(VENV)/test.done  ## The benchmarks whose figures benchmarks/README.md h
 	$(BIN)/python benchmarks/switch.py
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/mixed_batch.py
+	$(BIN)/python benchmarks/load_adapter.py
+	$(BIN)/python benchmarks/stream_merge.py
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

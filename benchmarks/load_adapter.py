@@ -1,28 +1,28 @@
 """Loading the 16th LoRA adapter into 80 layers × 7 targets, against peft with `low_cpu_mem_usage=True`.
 
-    python -m benchmarks.load_adapter
+    python benchmarks/load_adapter.py
 
 The layers are narrow, so what is timed is what a load does around the tensors: planning, attaching, checking names. The
 limit is reading the file. CPU seconds of one thread; each round loads into both libraries, and the adapter is deleted
 untimed.
 """
 
-import gc
-import random
 import statistics
+import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import peft
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftc
-from benchmarks.timing import median_ms, ratio
+from benchmarks.timing import median_ms, paired, ratio
 
 LAYERS, LOADED, ROUNDS = 80, 15, 15
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -48,15 +48,6 @@ def write_adapters(root: Path) -> None:
     peftc.load(make_model(), root / "peft").save_pretrained(root / "peftc")
 
 
-def timed(load: Callable[[], object], delete: Callable[[], object]) -> float:
-    gc.collect()
-    start = time.process_time()
-    load()
-    seconds = time.process_time() - start
-    delete()
-    return seconds
-
-
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -70,22 +61,18 @@ def main() -> None:
             ours.load_adapter(root / "peft", f"a{number}")
         assert_equal_outputs(theirs, ours, root)
         file = root / "peftc" / "adapter_model.safetensors"
-        contenders: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-            "peft": (
-                lambda: theirs.load_adapter(root / "peft", "new", low_cpu_mem_usage=True),
-                lambda: theirs.delete_adapter("new"),
-            ),
-            "peftc": (lambda: ours.load_adapter(root / "peft", "new"), lambda: ours.delete_adapter("new")),
-            "peftc, verified": (lambda: ours.load_adapter(root / "peftc", "new"), lambda: ours.delete_adapter("new")),
-            "reading the file": (file.read_bytes, lambda: None),
+        contenders: dict[str, Callable[[], object]] = {
+            "peft": lambda: theirs.load_adapter(root / "peft", "new", low_cpu_mem_usage=True),
+            "peftc": lambda: ours.load_adapter(root / "peft", "new"),
+            "peftc, verified": lambda: ours.load_adapter(root / "peftc", "new"),
+            "reading the file": file.read_bytes,
         }
-        seconds: dict[str, list[float]] = {label: [] for label in contenders}
-        order, names = random.Random(0), list(contenders)
-        for _ in range(ROUNDS + 1):
-            order.shuffle(names)
-            for label in names:
-                seconds[label].append(timed(*contenders[label]))
-        seconds = {label: values[1:] for label, values in seconds.items()}
+        after = {
+            "peft": lambda: theirs.delete_adapter("new"),
+            "peftc": lambda: ours.delete_adapter("new"),
+            "peftc, verified": lambda: ours.delete_adapter("new"),
+        }
+        seconds = paired(contenders, ROUNDS, after=after)
     print(f"torch {torch.__version__}, peft {peft.__version__}; {LAYERS} layers × {len(TARGETS)}, {ROUNDS} rounds")
     for label, values in seconds.items():
         print(f"{label:>18}: {median_ms(values)}, {ratio(seconds, label, 'peft')} of peft")

@@ -1,6 +1,6 @@
 """Merging an adapter into a checkpoint on disk under a memory limit, against `cp` of the same files.
 
-    python -m benchmarks.stream_merge [--gib 8] [--limit-gib 2] [--rounds 5] [--folder /a/disk]
+    python benchmarks/stream_merge.py [--gib 8] [--limit-gib 2] [--rounds 5] [--folder /a/disk]
 
 Every run is a process of its own in a memory cgroup of that limit (version 1 or 2; needs root). The page cache is dropped
 before each. The time of a merge is that of the call (without imports) until everything is on the disk (fsync); `cp` leaves
@@ -18,6 +18,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 from safetensors.torch import save_file

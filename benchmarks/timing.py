@@ -8,17 +8,23 @@ from collections.abc import Callable, Mapping
 
 
 def paired(
-    contenders: Mapping[str, Callable[[], object]], rounds: int, clock: Callable[[], float] = time.process_time
+    contenders: Mapping[str, Callable[[], object]],
+    rounds: int,
+    clock: Callable[[], float] = time.process_time,
+    after: Mapping[str, Callable[[], object]] | None = None,
 ) -> dict[str, list[float]]:
     """Seconds per round of every contender. Each round runs all of them once, in an order of its own.
 
-    The default clock counts this process's CPU time, which other work on the machine does not lengthen.
+    The default clock counts this process's CPU time, which other work on the machine does not lengthen. `after`: what to do
+    after each run of a contender, untimed.
     """
+    put_back = after or {}
     order = random.Random(0)
     names = list(contenders)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for name in names:  # Warm up: lazy imports, allocator, caches.
         contenders[name]()
+        put_back.get(name, lambda: None)()
     for _ in range(rounds):
         order.shuffle(names)
         for name in names:
@@ -27,6 +33,7 @@ def paired(
             result = contenders[name]()
             seconds[name].append(clock() - start)
             del result
+            put_back.get(name, lambda: None)()
     return seconds
 
 

@@ -99,7 +99,7 @@ def _zstandard() -> Any:
     try:
         import zstandard
     except ImportError:
-        raise MergeError("undo='residual' compresses its log with zstandard: pip install 'peftc[undo]'") from None
+        raise MergeError("an undo log is compressed with zstandard: pip install 'peftc[undo]'") from None
     return zstandard
 
 
