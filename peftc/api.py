@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from peftc.checkpoint import LoadResult, SaveEmbeddings, load_state, saved_state_dict
 from peftc.compiled import CompiledModel, OnUnmatched
 from peftc.graph.region import Capture
-from peftc.lifecycle import planned, require_known
+from peftc.lifecycle import planned, require_known, require_unmerged
 from peftc.plan import Plan, require_same
 from peftc.registry import spec_classes
 from peftc.rewrite.build import build, require_applicable
@@ -91,9 +91,10 @@ def set_peft_model_state_dict(
 
     As in PEFT, missing and unexpected keys are left out and reported (with a warning, and in the result); mis-shaped ones
     only with `ignore_mismatched_sizes`. Raises CheckpointError, with nothing copied, on mis-shaped keys, integers, NaN and
-    Inf; AdapterError on an unknown name.
+    Inf; AdapterError on an unknown name; MergeError while merged.
     """
     require_known(model.program, [adapter_name])
+    require_unmerged(model.program, "set_peft_model_state_dict")
     return load_state(model.program, adapter_name, peft_model_state_dict, strict=False, resized=ignore_mismatched_sizes)
 
 

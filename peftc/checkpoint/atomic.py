@@ -14,7 +14,9 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from pathlib import Path
+from itertools import chain
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from peftc.errors import CheckpointError
 
@@ -39,6 +41,8 @@ def replace_files(folder: Path, files: Mapping[str, bytes], heads: Sequence[str]
         with _staging(folder) as stage:
             for name, content in files.items():
                 write(stage / _FILES / name, content)
+            if _below(stage / _FILES, ()) != sorted(files):
+                raise OSError(errno.EIO, f"{stage} was changed by another process")
             commit(folder, stage, heads, remove)
 
 
@@ -52,6 +56,7 @@ def commit(folder: Path, stage: Path, heads: Sequence[str], remove: Sequence[str
     _sync_tree(stage)
     with locked(folder):
         _finish(folder)
+        _require_inside(folder, [*order["files"], *order["heads"], *order["remove"]])
         os.rename(stage, folder / COMMIT)
         _sync(folder)
         try:
@@ -65,6 +70,7 @@ def commit(folder: Path, stage: Path, heads: Sequence[str], remove: Sequence[str
 
 def settle(folder: Path) -> None:
     """Finish a change of `folder`, or one of the folder above it, that was interrupted after it was committed."""
+    folder = folder.resolve()
     for place in (folder.parent, folder):
         if (place / COMMIT).is_dir():
             with explained(place, "finish the interrupted save in", 0), locked(place):
@@ -74,6 +80,7 @@ def settle(folder: Path) -> None:
 @contextlib.contextmanager
 def steady(folder: Path) -> Generator[None]:
     """A context in which no save changes `folder`: what is read in it belongs together."""
+    folder = folder.resolve()
     while True:
         settle(folder)
         with locked(folder, shared=True), locked(folder.parent, shared=True):
@@ -99,6 +106,8 @@ def locked(folder: Path, shared: bool = False, wait: bool = True) -> Generator[N
             pass
         yield
     finally:
+        with contextlib.suppress(OSError):  # A process forked meanwhile would else go on holding it.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
 
 
@@ -141,19 +150,19 @@ def sync(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def _staging(folder: Path) -> Generator[Path]:
-    stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=folder))
-    try:
-        with locked(stage):
-            yield stage
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        with locked(folder):  # Whoever sweeps has it too, and so never sees a stage without its lock.
+            stage = Path(tempfile.mkdtemp(prefix=STAGE, dir=folder))
+            stack.callback(shutil.rmtree, stage, ignore_errors=True)
+            stack.enter_context(locked(stage))
+        yield stage
 
 
 def _finish(folder: Path) -> None:
     """Move the files of a committed change to their places. Can be repeated from wherever it stopped."""
     stage = folder / COMMIT
     if (stage / _ORDER).is_file():
-        order = json.loads((stage / _ORDER).read_bytes())
+        order = _order_in(folder, stage)
         heads = [name for name in order["heads"] if (stage / _FILES / name).exists()]
         for name in [*heads, *order["remove"]]:
             _move(folder / name, stage / _OLD / name)
@@ -169,7 +178,7 @@ def _finish(folder: Path) -> None:
 def _revert(folder: Path, stage: Path) -> None:
     """Put everything back as it was before a change that can't be finished, and make it a stage again."""
     committed = folder / COMMIT
-    order = json.loads((committed / _ORDER).read_bytes())
+    order = _order_in(folder, committed)
     left = _below(committed / _FILES, ())
     for name in order["files"]:
         if name not in left:
@@ -177,6 +186,38 @@ def _revert(folder: Path, stage: Path) -> None:
     for name in _below(committed / _OLD, ()):
         _move(committed / _OLD / name, folder / name)
     os.rename(committed, stage)
+
+
+def _order_in(folder: Path, stage: Path) -> dict[str, list[str]]:
+    """What is to be done for a committed change. A folder may come from anywhere, and with it what only looks like one.
+
+    Raises CheckpointError unless it is all about files inside of `folder`.
+    """
+    try:
+        order: Any = json.loads((stage / _ORDER).read_bytes())
+        lists = {part: [str(Path(name)) for name in order[part]] for part in ("files", "heads", "remove")}
+        links = [place for place, names, _ in os.walk(stage) if Path(place).is_symlink() or _linked(place, names)]
+        if links or stage.is_symlink():
+            raise ValueError("it has links")
+        _require_inside(folder, [*chain(*lists.values()), *_below(stage / _FILES, ()), *_below(stage / _OLD, ())])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{stage}: was not left by a save ({error}); remove it. Nothing was changed.") from None
+    return lists
+
+
+def _linked(place: str, names: Iterable[str]) -> bool:
+    return any(os.path.islink(os.path.join(place, name)) for name in names)
+
+
+def _require_inside(folder: Path, names: Iterable[str]) -> None:
+    """Raise OSError unless these are names of files below `folder`, or could be: no way out of it, no link, no folder."""
+    for name in names:
+        path = PurePosixPath(name)
+        above = [folder / part for part in path.parents if part.parts]
+        if path.is_absolute() or ".." in path.parts or any(place.is_symlink() for place in above):
+            raise OSError(errno.EPERM, f"{name!r} is not inside of the folder, or below a link in it")
+        if (folder / name).is_dir() and not (folder / name).is_symlink():
+            raise OSError(errno.EISDIR, f"{name!r} is a folder")
 
 
 def _move(source: Path, target: Path) -> None:

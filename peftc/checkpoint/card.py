@@ -1,5 +1,6 @@
 """The model card of an adapter: made, or brought up to date without touching what its author wrote."""
 
+import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,10 @@ def card(config: Mapping[str, Any], transformers_model: bool, existing: str | No
     """The text of a card: front matter (library, base model, tags, task) merged into that of `existing`; its text kept."""
     from huggingface_hub import ModelCard
 
-    new: Any = ModelCard(existing if existing is not None else _text(config), ignore_metadata_errors=True)
+    try:
+        new: Any = ModelCard(existing if existing is not None else _text(config), ignore_metadata_errors=True)
+    except Exception as error:  # YAML that anyone may have written.
+        raise CheckpointError(f"{CARD_NAME}: its front matter can't be read: {error}. Mend or remove it.") from None
     base, method = config["base_model_name_or_path"], str(config["peft_type"]).lower()
     tags = [*(new.data.tags or []), "peftc", method]
     if base and not Path(base).is_absolute():
@@ -35,11 +39,10 @@ def card(config: Mapping[str, Any], transformers_model: bool, existing: str | No
     if config["task_type"] == "CAUSAL_LM":
         new.data.pipeline_tag = new.data.pipeline_tag or "text-generation"
     new.data.tags = list(dict.fromkeys(tags))
-    new.text = (
-        new.text.partition(f"\n{_FRAMEWORKS}")[0].rstrip()
-        + f"\n\n{_FRAMEWORKS}\n\n"
-        + "".join(f"- {name} {version(name)}\n" for name in _PACKAGES)
-    )
+    section = f"\n\n{_FRAMEWORKS}\n\n" + "".join(f"- {name} {version(name)}\n" for name in _PACKAGES)
+    before, found, after = new.text.partition(f"\n{_FRAMEWORKS}\n")
+    rest = re.search(r"^#.*", after, re.MULTILINE | re.DOTALL) if found else None
+    new.text = before.rstrip() + section + (f"\n{rest.group()}" if rest is not None else "")
     return str(new)
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, Literal, cast
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from peftc.checkpoint.base import originals
 from peftc.errors import CheckpointError
-from peftc.graph.sites import parameter_name, transformers_config
+from peftc.graph.sites import is_pretrained, parameter_name, transformers_config
 from peftc.rewrite.program import Program
 from peftc.rewrite.switch import place
 
@@ -84,10 +85,12 @@ def take_over(program: Program, adapter: str, name: str, value: Tensor) -> None:
 
 def _embeddings(program: Program) -> list[str]:
     """The fqns of a transformers model's input and output embeddings."""
-    if transformers_config(program.base) is None:
+    if not is_pretrained(program.base):
         return []
-    base = cast(Any, program.base)
-    wanted = [base.get_input_embeddings(), base.get_output_embeddings()]
+    base, wanted = cast(Any, program.base), list[Any]()
+    for get in (base.get_input_embeddings, base.get_output_embeddings):
+        with suppress(NotImplementedError):  # Models of sound and images have none.
+            wanted.append(get())
     return [fqn for fqn, module in program.base.named_modules() if any(module is one for one in wanted)]
 
 

@@ -29,6 +29,10 @@ def locate(source: str | os.PathLike[str], subfolder: str | None = None, **downl
 
     Raises CheckpointError if it is neither a folder nor a repository that can be reached, or the subfolder is not in it.
     """
+    unknown = [name for name in download if name not in Download.__annotations__]
+    if unknown:
+        options = ", ".join(Download.__annotations__)
+        raise CheckpointError(f"no such argument: {unknown[0]!r}; those of the Hub are {options}")
     parts = Path(subfolder or "").parts
     if ".." in parts or Path(subfolder or "").is_absolute():
         raise CheckpointError(f"subfolder={subfolder!r} is not inside of {source}")

@@ -25,7 +25,9 @@ class FileTensors(Mapping[str, Tensor]):
         self._stream = file.open("rb", buffering=0)
 
     def __getitem__(self, name: str) -> Tensor:
-        entry = self.header.entries[name]
+        return self._tensor(self.header.entries[name])
+
+    def _tensor(self, entry: Entry) -> Tensor:
         try:
             return tensor_in(self.read(entry.start, entry.stop), entry, entry.start)
         except ValueError as error:
@@ -44,8 +46,7 @@ class FileTensors(Mapping[str, Tensor]):
             return self[name]
         width = entry.nbytes // max(1, entry.shape[0])
         start, stop = entry.start + part.start * width, entry.start + part.stop * width
-        piece = Entry(name, entry.dtype, (part.stop - part.start, *entry.shape[1:]), start, stop)
-        return tensor_in(self.read(start, stop), piece, start)
+        return self._tensor(Entry(name, entry.dtype, (part.stop - part.start, *entry.shape[1:]), start, stop))
 
     def parts(self, name: str) -> Iterator[slice]:
         """A tensor's rows in slices of about 8 MiB, to look at one of which at a time."""

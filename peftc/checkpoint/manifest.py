@@ -6,6 +6,7 @@ weights name each other: a bit that flipped, an edited alpha, the files of two s
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
@@ -46,16 +47,22 @@ def sealed(tensors: Mapping[str, Tensor], config: Mapping[str, Any], base: BaseF
 
 def manifest_of(metadata: Mapping[str, str], where: Any) -> Manifest | None:
     """The manifest in a file's metadata, or None. Raises CheckpointError if it is damaged."""
+    damaged = CheckpointError(f"{where}: its manifest is damaged, so nothing in it can be relied on. {_OVERRIDE}")
     if _KEY not in metadata:
+        if any(re.match(r"[0-9a-f]{32} \{", text) for text in metadata.values()):
+            raise damaged  # It is there, under a name that is not its own.
         return None
     digest, _, text = metadata[_KEY].partition(" ")
     if digest != _digest(text):
-        raise CheckpointError(f"{where}: its manifest is damaged, so nothing in it can be relied on. {_OVERRIDE}")
-    fields = json.loads(text)
-    if fields.pop("version") != _VERSION:
-        return None  # Of a later peftc: what it says is not known here.
-    base = fields.pop("base")
-    return Manifest(**fields, base=None if base is None else BaseFingerprint(**base))
+        raise damaged
+    try:
+        fields = json.loads(text)
+        if fields.pop("version") != _VERSION:
+            return None  # Of a later peftc: what it says is not known here.
+        base = fields.pop("base")
+        return Manifest(**fields, base=None if base is None else BaseFingerprint(**base))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise damaged from None
 
 
 def require_tensors(

@@ -1,13 +1,13 @@
 """How the keys of adapters are spelled, and were by other versions of PEFT and of transformers."""
 
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 from torch import nn
 
-from peftc.graph.sites import transformers_config
+from peftc.graph.sites import is_pretrained
 from peftc.plan import MODULES_TO_SAVE
 from peftc.plan.match import selects
 from peftc.specs import AdapterSpec, IA3Config, LoraConfig, PromptSpec
@@ -18,34 +18,33 @@ def key_prefix(spec: AdapterSpec) -> str:
     return "base_model." if isinstance(spec, PromptSpec) else "base_model.model."
 
 
-def respelled(model: nn.Module, prefix: str, keys: Iterable[str], own: Container[str]) -> dict[str, str]:
+def respelled(model: nn.Module, prefix: str, keys: Iterable[str], known: Callable[[str], bool]) -> dict[str, str]:
     """The adapter's key by the file's, where one is a known spelling of the other; the rest as they are."""
     found = {key: key for key in keys}
-    others = [key for key in found if key not in own]
+    others = [key for key in found if not known(key)]
     names = _names_in(model) if others else _Names("", ())
     for key in others:
-        candidates = [*_older_peft(key), *_other_model(key, prefix, names)]
-        found[key] = next((candidate for candidate in candidates if candidate in own), key)
+        older = [key, *_older_peft(key)]
+        candidates = [*older, *(other for one in older for other in _other_model(one, prefix, names))]
+        found[key] = next((candidate for candidate in candidates if known(candidate)), key)
     return found
 
 
 def respelled_spec(model: nn.Module, spec: AdapterSpec, keys: Iterable[str]) -> AdapterSpec:
     """The spec of a file in the names that `model` has, where the file's are those of another version of transformers.
 
-    Only if its `target_modules` would miss a module that the file has tensors for: then they become the fqns of all that
-    it has tensors for, and ranks, alphas and feed-forward modules follow.
+    If plain names that match both are all that it goes by, it stays. Else its `target_modules` become the fqns of the
+    modules that the file has tensors for, and ranks, alphas and feed-forward modules are said for each.
     """
-    if isinstance(spec, PromptSpec) or spec.target_modules is None or transformers_config(model) is None:
+    if isinstance(spec, PromptSpec) or spec.target_modules is None or not is_pretrained(model):
         return spec
-    moved = _moved(model, key_prefix(spec), keys)
-    adapted = {old: new for old, (new, tail) in moved.items() if tail.startswith(("lora_", "ia3_"))}
-    if all(new == old for old, (new, _) in moved.items()):
+    moved, adapted = _moved(model, spec, keys)
+    if all(new == old for old, new in moved.items()):
         return spec
     update: dict[str, Any] = {}
     if spec.modules_to_save is not None:
-        update["modules_to_save"] = tuple(moved.get(name, (name, ""))[0] for name in spec.modules_to_save)
-    missed = [new for new in adapted.values() if not selects(spec.target_modules, new)]
-    if missed and spec.target_modules != "all-linear":
+        update["modules_to_save"] = tuple(_container(name, moved) for name in spec.modules_to_save)
+    if adapted and not _goes_by_plain_names(spec, adapted.values()):
         update |= {"target_modules": tuple(adapted.values()), "exclude_modules": None}
         if isinstance(spec, LoraConfig):
             update |= {"layers_to_transform": None, "layers_pattern": None}
@@ -58,9 +57,30 @@ def respelled_spec(model: nn.Module, spec: AdapterSpec, keys: Iterable[str]) -> 
     return spec.model_copy(update=update)
 
 
-def _moved(model: nn.Module, prefix: str, keys: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """By module of the file, the module of `model` that it is (itself, if there is none), and what the file has there."""
-    known: dict[str, nn.Module | None] = {"": model}
+def _goes_by_plain_names(spec: AdapterSpec, fqns: Iterable[str]) -> bool:
+    """Whether nothing in `spec` depends on more than the ends of names, and these select all of `fqns`."""
+    targets = spec.target_modules
+    if spec.exclude_modules or targets is None or (isinstance(targets, str) and targets != "all-linear"):
+        return False
+    if isinstance(spec, LoraConfig) and (spec.rank_pattern or spec.alpha_pattern or spec.layers_pattern):
+        return False
+    if isinstance(spec, IA3Config) and isinstance(spec.feedforward_modules, str):
+        return False
+    return targets == "all-linear" or all(selects(targets, fqn) for fqn in fqns)
+
+
+def _container(name: str, moved: Mapping[str, str]) -> str:
+    """What a module, named in full, is called in the model: by what lies in it."""
+    for old, new in moved.items():
+        inner = old.removeprefix(name)
+        if old.startswith((name, f"{name}.")) and inner[:1] in ("", ".") and new.endswith(inner):
+            return new.removesuffix(inner)
+    return name
+
+
+def _moved(model: nn.Module, spec: AdapterSpec, keys: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """By module of the file, the module of `model` that it is (itself, if there is none); of all, and of those adapted."""
+    prefix, known = key_prefix(spec), dict[str, nn.Module | None]({"": model})
 
     def module(fqn: str) -> nn.Module | None:
         if fqn not in known:
@@ -69,18 +89,21 @@ def _moved(model: nn.Module, prefix: str, keys: Iterable[str]) -> dict[str, tupl
             known[fqn] = None if above is None else above._modules.get(name)
         return known[fqn]
 
+    parameters = (spec.target_parameters or ()) if isinstance(spec, LoraConfig) else ()
+    hosts = [name.rpartition(".")[0] for name in parameters]
     names: _Names | None = None
-    found: dict[str, tuple[str, str]] = {}
+    moved, adapted = dict[str, str](), dict[str, str]()
     for key in keys:
         old, tail = _at_adapter(key.removeprefix(prefix))
-        if old in found:
-            continue
-        found[old] = (old, tail)
-        if module(old) is None:
-            names = _names_in(model) if names is None else names
-            others = [_at_adapter(other.removeprefix(prefix))[0] for other in _other_model(key, prefix, names)]
-            found[old] = (next((other for other in others if module(other) is not None), old), tail)
-    return found
+        if old not in moved:
+            moved[old] = old
+            if module(old) is None:
+                names = _names_in(model) if names is None else names
+                others = [_at_adapter(other.removeprefix(prefix))[0] for other in _other_model(key, prefix, names)]
+                moved[old] = next((other for other in others if module(other) is not None), old)
+        if tail.startswith(("lora_", "ia3_")) and not selects(hosts, old):
+            adapted[old] = moved[old]
+    return moved, adapted
 
 
 def _older_peft(key: str) -> list[str]:
@@ -127,7 +150,7 @@ class _Names:
 
 
 def _names_in(model: nn.Module) -> _Names:
-    if transformers_config(model) is None:
+    if not is_pretrained(model):
         return _Names("", ())
     base = cast(Any, model)
     return _Names(str(base.base_model_prefix), checkpoint_renamings(base))

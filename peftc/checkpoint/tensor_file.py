@@ -24,23 +24,24 @@ MAX_HEADER = 100_000_000
 MAX_JSON = 64 << 20
 Bytes = bytes | bytearray | memoryview
 
+# In the order in which safetensors lays tensors out (then by name).
 DTYPES: Mapping[str, torch.dtype] = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
     "F64": torch.float64,
+    "C64": torch.complex64,
     "F32": torch.float32,
-    "F16": torch.float16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
     "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-    "C64": torch.complex64,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What people have under a safetensors name that is none; looked for where the first bytes make no sense as a length.
@@ -131,10 +132,12 @@ def tensor_in(content: bytearray, entry: Entry, offset: int = 0) -> Tensor:
 def parse_header(raw: bytes, size: int) -> Header:
     """The header in the first bytes of a file of `size` bytes. Raises ValueError unless it covers the file exactly."""
     items = _json(raw[8:])
-    metadata = items.pop("__metadata__", {})
+    metadata = items.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("__metadata__ is no mapping of texts")
-    entries = sorted((_entry(name, item, len(raw)) for name, item in items.items()), key=lambda entry: entry.start)
+    entries = sorted(
+        (_entry(name, item, len(raw)) for name, item in items.items()), key=lambda entry: (entry.start, entry.stop)
+    )
     bounds = [len(raw), *(bound for entry in entries for bound in (entry.start, entry.stop))]
     for (before, after), entry in zip(list(pairwise(bounds))[::2], entries, strict=True):
         if before != after:
@@ -148,8 +151,8 @@ def parse_header(raw: bytes, size: int) -> Header:
 
 def make_header(entries: Sequence[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> Header:
     """The header of a new file with tensors of (name, dtype, shape, bytes), laid out as safetensors does."""
-    width = {entry[0]: DTYPES[entry[1]].itemsize if entry[1] in DTYPES else 1 for entry in entries}
-    ordered = sorted(entries, key=lambda entry: (-width[entry[0]], entry[0]))
+    order = list(DTYPES)
+    ordered = sorted(entries, key=lambda e: (order.index(e[1]) if e[1] in DTYPES else len(order), e[0]))
     items: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     stop = 0
     for name, dtype, shape, nbytes in ordered:

@@ -190,12 +190,20 @@ def transformers_config(model: nn.Module) -> Any | None:
     return config
 
 
+def is_pretrained(model: nn.Module) -> bool:
+    """Whether `model` is one of transformers itself, not one of another class with such a config."""
+    transformers = sys.modules.get("transformers")
+    return transformers is not None and isinstance(model, transformers.PreTrainedModel)
+
+
 def _output_embedding(model: nn.Module, first: Mapping[int, str]) -> str | None:
     """The fqn of a transformers model's output embedding (the `lm_head`)."""
-    transformers = sys.modules.get("transformers")
-    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+    if not is_pretrained(model):
         return None
-    head = cast(Any, model).get_output_embeddings()
+    try:
+        head = cast(Any, model).get_output_embeddings()
+    except NotImplementedError:
+        return None
     return first.get(id(head)) if head is not None else None
 
 

@@ -3,6 +3,7 @@
 That scales better than threads inside of every small operation, and a tile has the same bits whatever their number.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,8 @@ import torch
 T = TypeVar("T")
 # Jobs that are begun before their results are asked for, per thread.
 _AHEAD = 4
+# The number of torch's threads is the process's: one merge at a time sets it.
+_LOCK = threading.RLock()
 
 
 class Run(Protocol):
@@ -28,8 +31,18 @@ def side_by_side(device: torch.device) -> Generator[Run]:
     if device.type != "cpu":
         yield _one_by_one
         return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    with _LOCK:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with _pool(threads) as run:
+                yield run
+        finally:
+            torch.set_num_threads(threads)
+
+
+@contextmanager
+def _pool(threads: int) -> Generator[Run]:
     pool = ThreadPoolExecutor(threads)
 
     def run(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
@@ -40,7 +53,6 @@ def side_by_side(device: torch.device) -> Generator[Run]:
         yield run
     finally:
         pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
 
 
 def _one_by_one(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:

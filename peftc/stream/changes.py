@@ -16,6 +16,7 @@ from peftc.checkpoint.keys import require_fit
 from peftc.checkpoint.lazy import FileTensors, outline
 from peftc.checkpoint.spelling import key_prefix, respelled_spec
 from peftc.checkpoint.state import Fit, fit_of, key_of, loaded_value, report, require_values
+from peftc.checkpoint.tensor_file import DTYPES
 from peftc.errors import CheckpointError
 from peftc.graph.sites import dtype_of, parameter_name
 from peftc.merge import fold, ties
@@ -131,14 +132,17 @@ def _require_base(work: Work, source: Source) -> None:
     if source.files.base is None:
         return
 
-    def sample(parameter: str, like: Tensor) -> str | None:
+    def sample(parameter: str, _: Tensor) -> str | None:
         stored = stored_name(work, parameter)
-        if stored is None or not like.is_floating_point() or like.itemsize < 2:
+        if stored is None:
             return None
         entry, file = work.checkpoint.entry(stored), file_of(work, stored)
-        starts = (entry.start + like.itemsize * int(place) for place in places(entry.shape))
-        content = b"".join(bytes(file.read(start, start + like.itemsize)) for start in starts)
-        return sample_from(torch.frombuffer(bytearray(content), dtype=like.dtype), entry.shape)
+        dtype = DTYPES.get(entry.dtype, torch.uint8)
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            return None
+        starts = (entry.start + dtype.itemsize * int(place) for place in places(entry.shape))
+        content = b"".join(bytes(file.read(start, start + dtype.itemsize)) for start in starts)
+        return sample_from(torch.frombuffer(bytearray(content), dtype=dtype), entry.shape)
 
     caution = require_base(work.program, source.files.base, sample)
     if caution is not None:
@@ -272,8 +276,10 @@ def _starts(work: Work) -> dict[str, Change]:
 
 def _same(work: Work, parameter: str, source: Source, key: str) -> bool:
     stored = stored_name(work, parameter)
-    if stored is None or work.options.brought is not None:
-        return parameter not in (work.options.brought or ())
+    if work.options.brought is not None:
+        return parameter not in work.options.brought
+    if stored is None:
+        return False
     file, own = file_of(work, stored), source.tensors
     pairs = ((file.rows(stored, part), own.rows(key, part)) for part in own.parts(key))
     return all(torch.equal(old.to(new.dtype), new) for old, new in pairs)

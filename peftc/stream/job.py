@@ -36,15 +36,16 @@ _PROGRESS = "progress.json"
 class Job:
     """A new folder to write: small `files` by path, and `outputs`.
 
-    `inputs`: all that the result depends on; its `files` apart, it becomes `peftc_merge.json`, unless not `recorded`.
+    `inputs`: all that the result depends on, and `now` what that is by now. `record`: becomes `peftc_merge.json`.
     """
 
     what: str
     folder: Path
     inputs: Mapping[str, Any]
+    now: Callable[[], Mapping[str, Any]]
     files: Mapping[str, bytes]
     outputs: Sequence[Output]
-    recorded: bool = True
+    record: Mapping[str, Any] | None = None
 
     @property
     def size(self) -> int:
@@ -63,7 +64,9 @@ def is_new(folder: Path) -> bool:
 def require_done(folder: Path, inputs: Mapping[str, Any]) -> None:
     """Raise CheckpointError if what is in `folder` was not written by a job of these `inputs`."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        if json.loads((folder / RECORD).read_bytes()).get("inputs") == _digest(inputs):
+        record = json.loads((folder / RECORD).read_bytes())
+        same = record.get("inputs") == _digest(inputs)
+        if same and all((folder / name).stat().st_size == size for name, size in record["sizes"].items()):
             return
     raise CheckpointError(f"{folder}: there is something in it already; give a new or an empty folder")
 
@@ -80,13 +83,16 @@ def do(job: Job, progress: bool) -> None:
         stage = job.folder / STAGE
         (stage / _FILES).mkdir(parents=True, exist_ok=True)
         with _alone(stage):
+            _require_new(job, stage)
             done = _begin(stage, job)
-            record = {RECORD: _record(job)} if job.recorded else {}
+            record = {} if job.record is None else {RECORD: _record(job, job.record)}
             for name, content in {**job.files, **record}.items():
                 write(stage / _FILES / name, content)
             try:
                 with _bar(job, progress) as tick, side_by_side(torch.device("cpu")) as run:
                     _write_outputs(job, stage, done, run, tick)
+                if _digest(job.now()) != _digest(job.inputs):
+                    raise CheckpointError(f"{job.what}: files that it reads were changed meanwhile; call again")
             except PeftcError:
                 shutil.rmtree(stage)
                 raise
@@ -115,17 +121,35 @@ def _write_outputs(job: Job, stage: Path, done: dict[str, Position], run: Run, t
             flush.result()
 
 
+def _require_new(job: Job, stage: Path) -> None:
+    """Another process may have been faster, between a first look and this one's turn."""
+    if not is_new(job.folder):
+        shutil.rmtree(stage, ignore_errors=True)
+        raise CheckpointError(f"{job.folder}: another process has written it meanwhile; what it wrote is as it was")
+
+
 def _begin(stage: Path, job: Job) -> dict[str, Position]:
     """How far an interrupted run of this very job has come; what another job left is removed."""
     key = {"inputs": _digest(job.inputs), "boot": _boot()}
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
         if json.loads((stage / _JOB).read_bytes()) == key:
-            return {name: Position(**at) for name, at in json.loads((stage / _PROGRESS).read_bytes()).items()}
+            come = {name: Position(**at) for name, at in json.loads((stage / _PROGRESS).read_bytes()).items()}
+            return {o.name: come[o.name] for o in job.outputs if o.name in come and _is_there(o, stage, come[o.name])}
     shutil.rmtree(stage / _FILES)
     (stage / _FILES).mkdir()
     (stage / _PROGRESS).unlink(missing_ok=True)
     write(stage / _JOB, json.dumps(key).encode())
     return {}
+
+
+def _is_there(output: Output, stage: Path, position: Position) -> bool:
+    """Whether the files are as long as they are said to be."""
+    pieces = output.pieces
+    if not 0 < position.pieces <= max(1, len(pieces)):
+        return False
+    size = pieces[position.pieces].entry.start if position.pieces < len(pieces) else output.header.size
+    log = (stage / _FILES / output.log).stat().st_size if output.log is not None else position.log
+    return (stage / _FILES / output.name).stat().st_size >= size and log >= position.log
 
 
 def _save(stage: Path, done: Mapping[str, Position]) -> None:
@@ -134,9 +158,9 @@ def _save(stage: Path, done: Mapping[str, Position]) -> None:
     os.replace(new, stage / _PROGRESS)
 
 
-def _record(job: Job) -> bytes:
-    told = {key: value for key, value in job.inputs.items() if key != "files"}
-    return (json.dumps({**told, "inputs": _digest(job.inputs)}, indent=2) + "\n").encode()
+def _record(job: Job, record: Mapping[str, Any]) -> bytes:
+    sizes = {output.name: output.header.size for output in job.outputs}
+    return (json.dumps({**record, "inputs": _digest(job.inputs), "sizes": sizes}, indent=2) + "\n").encode()
 
 
 def _digest(inputs: Mapping[str, Any]) -> str:

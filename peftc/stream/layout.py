@@ -28,8 +28,10 @@ def merged_outputs(work: Work, undo: bool) -> list[Output]:
     for name, header in work.checkpoint.shards.items():
         new = {tensor: source for tensor, source in added.items() if work.checkpoint.where[source] == name}
         whole = _extended(header, new) if new else header
+        # A tensor that is elsewhere, as the index says, is nobody's here, and copied.
+        own = {*new, *(tensor for tensor in header.entries if work.checkpoint.where.get(tensor) == name)}
         pieces = [
-            _merged_piece(work, entry, new.get(tensor, tensor), recipes, undo)
+            _merged_piece(work, entry, header.entries[new.get(tensor, tensor)], recipes if tensor in own else {}, undo)
             for tensor, entry in whole.entries.items()
         ]
         outputs.append(Output(name, whole, pieces, work.shards[name], log_name(name) if undo else None))
@@ -46,7 +48,9 @@ def base_outputs(work: Work, log: Log) -> list[Output]:
             Piece(
                 entry,
                 file.header.entries[tensor],
-                partial(_base_jobs, recipes[tensor], log, tensor, _width(entry)) if tensor in recipes else None,
+                partial(_base_jobs, recipes[tensor], log, tensor, _width(entry))
+                if tensor in recipes and work.checkpoint.where[tensor] == name
+                else None,
             )
             for tensor, entry in header.entries.items()
         ]
@@ -77,6 +81,10 @@ def recipes_of(work: Work, undo: bool, merged: Merged | None) -> Recipes:
         # One end of a tie that is cut: the stored tensor stays the other end's.
         name = stored if parameter not in work.cut or parameter in work.names.direct else parameter
         found[name] = partial(recipe, work, change, stored, undo, merged)
+        if parameter not in work.cut:  # Some checkpoints store both ends of a tie.
+            ends = next((group for group in work.program.plan.ties if parameter in group), ())
+            others = {work.names.direct[end] for end in ends if end in work.names.direct} - {stored}
+            found |= {other: partial(recipe, work, change, other, undo, merged) for other in others}
     for changes in fused.values():
         fusion = work.names.fused[changes[0].parameter]
         made = fused_recipes(work, fusion, changes, undo, merged)
@@ -97,21 +105,22 @@ def added_tensors(work: Work) -> dict[str, str]:
 
 def changed_files(work: Work) -> dict[str, bytes]:
     """The config and the index, where cutting a tie changes what they say."""
-    added = added_tensors(work)
-    if not added:
+    if not work.cut:
         return {}
-    files: dict[str, bytes] = {}
+    added, files = added_tensors(work), dict[str, bytes]()
     config = transformers_config(work.program.base)
     if config is not None and config.tie_word_embeddings:
         data = read_json(inside(work.checkpoint.folder, "config.json"))
         files["config.json"] = _json({**data, "tie_word_embeddings": False})
-    if work.checkpoint.index is not None:
+    if work.checkpoint.index is not None and added:
         data = read_json(inside(work.checkpoint.folder, work.checkpoint.index))
         data["weight_map"] |= {name: work.checkpoint.where[source] for name, source in added.items()}
         entries = [work.checkpoint.entry(source) for source in added.values()]
         sizes = {"total_size": sum(e.nbytes for e in entries), "total_parameters": sum(_numel(e) for e in entries)}
-        metadata: dict[str, Any] = data.get("metadata", {})
-        data["metadata"] = {key: value + sizes.get(key, 0) for key, value in metadata.items()}
+        metadata: Any = data.get("metadata")
+        for key, size in sizes.items() if isinstance(metadata, dict) else ():
+            if type(metadata.get(key)) is int:
+                metadata[key] += size
         files[work.checkpoint.index] = _json(data)
     return files
 
@@ -121,10 +130,10 @@ def _extended(header: Header, new: Mapping[str, str]) -> Header:
     return make_header([(name, e.dtype, e.shape, e.nbytes) for name, e in entries.items()], header.metadata)
 
 
-def _merged_piece(work: Work, entry: Entry, source: str, recipes: Recipes, undo: bool) -> Piece:
+def _merged_piece(work: Work, entry: Entry, source: Entry, recipes: Recipes, undo: bool) -> Piece:
     found = recipes.get(entry.name)
-    jobs = partial(_merge_jobs, work, found, entry.name, source, undo) if found is not None else None
-    return Piece(entry, work.checkpoint.entry(source), jobs)
+    jobs = partial(_merge_jobs, work, found, entry.name, source.name, undo) if found is not None else None
+    return Piece(entry, source, jobs)
 
 
 def _merge_jobs(

@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from peftc.checkpoint.tensor_file import Entry, Header, read_header, read_json
 from peftc.errors import CheckpointError
+from peftc.specs.io import CONFIG_NAME
 
 # As transformers and diffusers call them.
 _STEMS = ("model", "diffusion_pytorch_model")
@@ -102,8 +103,15 @@ def inside(folder: Path, name: str) -> Path:
 def _others(folder: Path) -> list[str]:
     """Configs, tokenizers, cards, licences: all but weights and what is hidden."""
     found: list[str] = []
-    for place, folders, names in os.walk(folder):
+    for place, folders, names in os.walk(folder, onerror=_unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != UNDO)
         relative = Path(place).relative_to(folder)
         found += [(relative / name).as_posix() for name in sorted(names) if not name.startswith(".")]
-    return [name for name in found if not name.endswith((*_STALE, ".bin.index.json")) and name != RECORD]
+    # An adapter's config beside a merged model would make transformers look for the adapter.
+    gone = (RECORD, CONFIG_NAME)
+    names = [name for name in found if PurePosixPath(name).name not in gone]
+    return [name for name in names if not name.endswith((*_STALE, ".bin.index.json"))]
+
+
+def _unreadable(error: OSError) -> None:
+    raise CheckpointError(f"{error.filename}: can't be read, so the new folder would lack it: {error.strerror}")

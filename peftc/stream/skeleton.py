@@ -26,24 +26,42 @@ def skeleton(
     config = read_json(checkpoint.configs / "config.json") if "config.json" in checkpoint.others else {}
     if config.get("quantization_config"):
         raise CheckpointError(f"{checkpoint.folder}: is quantised; merge into the model it was quantised from")
-    base = structural_copy(model).to("meta") if model is not None else _from_config(checkpoint, config)
-    if base is None:
-        base = _from_names(stored, {key: tensor for keys in adapters for key, tensor in keys.items()})
+    if model is not None:
+        base = _outlined(model)
+    elif config.get("model_type") or config.get("architectures"):
+        base = _from_config(checkpoint, config)
+    else:
+        base = _from_names(checkpoint, stored, {key: tensor for keys in adapters for key, tensor in keys.items()})
     names = names_of(base, stored)
     _take_dtypes(checkpoint, base, names, stored)
     return base.eval(), names
 
 
-def _from_config(checkpoint: Checkpoint, config: Mapping[str, Any]) -> nn.Module | None:
+def _outlined(model: nn.Module) -> nn.Module:
+    """A copy on the meta device, tied as `model` is."""
+    copy, outlines = structural_copy(model), dict[int, Any]()
+    for module in copy.modules():
+        for slots in cast("tuple[dict[str, Any], ...]", (module._parameters, module._buffers)):
+            for leaf, tensor in slots.items():
+                if tensor is not None and id(tensor) not in outlines:
+                    data = tensor.detach().to("meta")
+                    outlines[id(tensor)] = nn.Parameter(data, False) if isinstance(tensor, nn.Parameter) else data
+                slots[leaf] = outlines[id(tensor)] if tensor is not None else None
+    return copy
+
+
+def _from_config(checkpoint: Checkpoint, config: Mapping[str, Any]) -> nn.Module:
     """The transformers model that the config names, on the meta device. Code from the folder is never run."""
-    architectures = config.get("architectures")
-    if not isinstance(architectures, list) or not architectures or "model_type" not in config:
-        return None
     import transformers
 
-    cls = getattr(transformers, str(cast("list[Any]", architectures)[0]), None)
+    architectures: Any = config.get("architectures")
+    name = str(cast("list[Any]", architectures)[0]) if isinstance(architectures, list) and architectures else ""
+    cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        return None
+        raise CheckpointError(
+            f"{checkpoint.folder}: config.json names no class that transformers has (architectures: {architectures!r}), so"
+            " which tensors are tied or stored turned is not known. Pass model=, on any device"
+        )
     try:
         parsed = transformers.AutoConfig.from_pretrained(
             checkpoint.configs, local_files_only=True, trust_remote_code=False
@@ -72,10 +90,19 @@ def _take_dtypes(checkpoint: Checkpoint, base: nn.Module, names: Names, stored: 
         parameter.data = found
 
 
-def _from_names(stored: Mapping[str, Tensor], keys: Mapping[str, Tensor]) -> nn.Module:
+def _from_names(checkpoint: Checkpoint, stored: Mapping[str, Tensor], keys: Mapping[str, Tensor]) -> nn.Module:
     """Modules by the tensors' names; of the kinds that the adapters' keys and shapes show, where they adapt one."""
+    try:
+        return _modules(stored, _sites(stored, keys))
+    except (IndexError, KeyError, ValueError, ZeroDivisionError) as error:
+        raise CheckpointError(
+            f"{checkpoint.folder}: names and shapes of its tensors and the adapter's don't tell what the modules are"
+            f" ({error!r}). Pass model=, on any device"
+        ) from None
+
+
+def _modules(stored: Mapping[str, Tensor], sites: Mapping[str, nn.Module]) -> nn.Module:
     root = nn.Module()
-    sites = _sites(stored, keys)
     for name, tensor in stored.items():
         path, _, leaf = name.rpartition(".")
         if path not in sites or leaf not in ("weight", "bias"):
@@ -97,21 +124,30 @@ def _at(root: nn.Module, path: str) -> nn.Module:
 
 def _sites(stored: Mapping[str, Tensor], keys: Mapping[str, Tensor]) -> dict[str, nn.Module]:
     shapes = {key.removeprefix("base_model.model."): tuple(tensor.shape) for key, tensor in keys.items()}
+    # A square weight does not show which way it lies; those beside it do.
+    turned = any(_lies_turned(shapes, name.removesuffix(".weight"), tuple(t.shape)) for name, t in stored.items())
     found: dict[str, nn.Module] = {}
     for key, shape in shapes.items():
         for end in (".lora_A.weight", ".lora_embedding_A", ".ia3_l"):
             path = key.removesuffix(end)
             weight = stored.get(f"{path}.weight")
             if path != key and weight is not None:
-                out = shapes.get(f"{path}.lora_B.weight", (0,))[0]
-                found[path] = _module(end, tuple(weight.shape), shape, out, f"{path}.bias" in stored)
+                square = len(weight.shape) == 2 and weight.shape[0] == weight.shape[1]
+                lies = turned if square else _lies_turned(shapes, path, tuple(weight.shape))
+                found[path] = _module(end, tuple(weight.shape), shape, lies, f"{path}.bias" in stored)
     return found
+
+
+def _lies_turned(shapes: Mapping[str, tuple[int, ...]], path: str, weight: tuple[int, ...]) -> bool:
+    """Whether a weight of two dimensions is (in, out), as LoRA's factors show: not a square one."""
+    a, b = shapes.get(f"{path}.lora_A.weight", (0, 0)), shapes.get(f"{path}.lora_B.weight", (0, 0))
+    return len(weight) == 2 and weight[0] != weight[1] and (b[0], a[1]) == weight[::-1]
 
 
 _CONVOLUTIONS: Mapping[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
 
 
-def _module(end: str, weight: tuple[int, ...], shape: tuple[int, ...], out: int, bias: bool) -> nn.Module:
+def _module(end: str, weight: tuple[int, ...], shape: tuple[int, ...], turned: bool, bias: bool) -> nn.Module:
     """The module with this weight that an adapter with a key ending in `end`, of `shape`, is for."""
     from transformers.pytorch_utils import Conv1D
 
@@ -122,6 +158,6 @@ def _module(end: str, weight: tuple[int, ...], shape: tuple[int, ...], out: int,
             groups = shape[1] // weight[1] if end == ".lora_A.weight" else 1
             convolution = _CONVOLUTIONS[len(weight)]
             return convolution(weight[1] * groups, weight[0], weight[2:], groups=groups, bias=bias)
-        if end == ".lora_A.weight" and (out, shape[1]) == weight[::-1] != weight:
-            return Conv1D(out, shape[1])
+        if turned:
+            return Conv1D(weight[1], weight[0])
         return nn.Linear(weight[1], weight[0], bias=bias)
