@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from peftc.checkpoint.spelling import checkpoint_renamings
+from peftc.errors import CheckpointError
 from peftc.graph.sites import transformers_config
 
 
@@ -71,7 +72,17 @@ def names_of(model: nn.Module, stored: Mapping[str, Tensor]) -> Names:
             groups.setdefault(target, (converter, {}))[1][original] = (pattern, plain)
     fused: dict[str, Fusion] = {}
     for target, (converter, parts) in groups.items():
-        made = _converted(converter, target, parts, stored, model)
+        try:
+            made = _converted(converter, target, parts, stored, model)
+        except Exception as error:  # Whatever transformers' converters raise on shapes and names that are not theirs.
+            raise CheckpointError(
+                f"{next(iter(parts))} and what belongs to it can't become {target}: {error}"
+            ) from None
+        dtypes = {stored[part].dtype for part in parts}
+        if len(dtypes) > 1:
+            raise CheckpointError(
+                f"{next(iter(parts))} and what belongs to it are of {len(dtypes)} dtypes; store them in one"
+            )
         fusion = Fusion(parts, {name: _with_prefix(name, prefix, own) for name in made}, target, converter)
         fused |= dict.fromkeys(fusion.parameters.values(), fusion)
     return Names(direct, fused)

@@ -29,7 +29,7 @@ Name = Annotated[str, AfterValidator(_is_inside)]
 
 
 class Told(BaseModel):
-    """How a merge was made. `brought`: parameters that adapters brought; of the base, SHA-256 of `files`, sizes of `shards`."""
+    """How a merge was made. `brought`: what adapters brought. Of the base: SHA-256 of `files`, sizes of `shards`."""
 
     model_config = ConfigDict(strict=True, frozen=True)
 

@@ -212,3 +212,57 @@ def test_the_model_card(existing: str | None, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(peftc.CheckpointError, match="can't be read as text"):
         compiled.create_or_update_model_card(tmp_path)
+
+
+def test_what_an_author_wrote_below_the_versions_stays(tmp_path: Path) -> None:
+    compiled = peftc.compile(tiny("llama"), peftc.LoraConfig(target_modules=["q_proj"]))
+    (tmp_path / "README.md").write_text(CARD + "\n## Citation\n\nCite me.\n")
+    compiled.create_or_update_model_card(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "0.0.1" not in text
+    assert text.endswith("## Citation\n\nCite me.\n") or text.rstrip().endswith("Cite me.")
+    (tmp_path / "README.md").write_text("---\n: [\n---\n")
+    with pytest.raises(peftc.CheckpointError, match="front matter"):
+        compiled.create_or_update_model_card(tmp_path)
+
+
+WHOLE: dict[str, dict[str, Any]] = {
+    "lora_only": {"target_modules": ["query_key_value"], "bias": "lora_only"},
+    "all biases, by a regular expression": {"target_modules": r".*query_key_value", "bias": "all"},
+    "an alpha in full": {
+        "target_modules": ["query_key_value"],
+        "alpha_pattern": {"gpt_neox.layers.0.attention.query_key_value": 64},
+    },
+    "a rank in full": {
+        "target_modules": ["query_key_value"],
+        "rank_pattern": {"^gpt_neox.layers.1.attention.query_key_value": 5},
+    },
+    "an embedding": {"target_modules": ["embed_in", "query_key_value"]},
+    "excluded": {"target_modules": ["query_key_value"], "exclude_modules": r"gpt_neox\.layers\.0\..*"},
+    "a layer": {
+        "target_modules": ["query_key_value"],
+        "layers_to_transform": [1],
+        "layers_pattern": r"gpt_neox.layers",
+    },
+    "a container saved": {"target_modules": ["query_key_value"], "modules_to_save": ["gpt_neox.layers.1.mlp"]},
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_a_whole_models_adapter_in_its_backbone(case: str, tmp_path: Path) -> None:
+    model = model_of("gpt_neox")
+    compiled = perturb(peftc.compile(model, peftc.LoraConfig(r=2, **WHOLE[case]), on_unmatched="warn")).eval()
+    compiled.save_pretrained(tmp_path)
+    alone = peftc.load(model.gpt_neox, tmp_path)
+    ids = inputs_for("gpt_neox")["input_ids"]
+    with torch.no_grad():
+        expected = compiled.base.gpt_neox(ids).last_hidden_state
+        assert not torch.equal(expected, model.gpt_neox(ids).last_hidden_state)
+        assert torch.equal(alone(ids).last_hidden_state, expected)
+
+
+def test_an_embedding_saved_with_a_backbone(tmp_path: Path) -> None:
+    model = llama()
+    compiled = peftc.compile(model.model, peftc.LoraConfig(target_modules=["q_proj"]))
+    compiled.save_pretrained(tmp_path, save_embedding_layers=True)
+    assert peftc.load(model, tmp_path).active_adapters == ["default"]
