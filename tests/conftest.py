@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests fork, and the lists in which MKL keeps memory for threads that have just ended don't survive that.
+os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
 
 import pytest
 import torch

@@ -56,7 +56,12 @@ VIT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "one layer": (
         {"target_modules": ["q_proj", "fc2"], "layers_to_transform": [1], "modules_to_save": ["classifier"]},
-        {"target_modules": ["query", "output.dense"], "layers_to_transform": [1], "modules_to_save": ["classifier"]},
+        {
+            "target_modules": ["query", "output.dense"],
+            "layers_to_transform": [1],
+            "layers_pattern": "layer",
+            "modules_to_save": ["classifier"],
+        },
     ),
     "a regular expression": (
         {"target_modules": r".*\.(q_proj|fc2)"},

@@ -89,6 +89,11 @@ def test_killed_at_any_moment(
         assert kill_at(moment, partial(saved.save_pretrained, folder))
         for name, files in seen_by_others(folder).items():
             assert files in [view.get(name) for view in views], moment
+        # Whoever saves next finishes what was begun, as whoever loads does.
+        directly = Path(shutil.copytree(folder, tmp_path / f"{moment} again"))
+        saved.save_pretrained(directly)
+        assert adapters_in(directly) == states[1]
+        assert hashes(directly).keys() == hashes(after).keys(), moment
         state = adapters_in(folder)
         assert state in states, moment
         outcomes.add(state == states[1])

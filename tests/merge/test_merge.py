@@ -1,5 +1,6 @@
 """Merging: nothing half done, nothing broken accepted, the result a plain model."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import peftc
+from peftc.merge.fold import is_finite
 from tests.laws.strategies import assert_unchanged, snapshot
 from tests.models import Everything, Net, tiny, token_ids
 from tests.rewrite.test_models import perturb
@@ -144,3 +146,14 @@ def test_merging_while_the_original_lives_shares_its_tensors() -> None:
     assert compiled.base.linear.weight.data_ptr() != model.linear.weight.data_ptr()
     compiled.unmerge_adapter()
     assert compiled.base.linear.weight.data_ptr() == model.linear.weight.data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn], ids=str)
+def test_what_is_finite(dtype: torch.dtype) -> None:
+    """Also where the sum is not, as that of large values, or of both infinities."""
+    largest = torch.full((4,), torch.finfo(dtype).max).to(dtype)
+    assert is_finite(largest)
+    assert is_finite((-largest.float()).to(dtype))
+    assert is_finite(torch.empty(0).to(dtype))
+    for wrong in ([math.nan, 0], [math.inf, 0], [math.inf, -math.inf]) if dtype.itemsize > 1 else ([math.nan, 0],):
+        assert not is_finite(torch.tensor(wrong).to(dtype))

@@ -11,10 +11,10 @@ import torch
 
 import peftc
 from peftc.stream import tiles, write
-from tests.killing import changes_made, kill_at
+from tests.killing import changes_made, finish, kill_at
 from tests.stream.checkpoints import adapter_on_disk, assert_same_files, base_on_disk, model_of
 
-MOMENTS = 100
+MOMENTS = 200
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +23,8 @@ def disk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("killed")
     model = base_on_disk(model_of("llama", torch.bfloat16), folder, shard="30KB")
     adapter_on_disk(model, folder / "adapter", target_modules=["q_proj", "down_proj"], modules_to_save=["lm_head"])
-    merge(folder, folder / "merged")
-    peftc.unmerge_checkpoint(folder / "merged", folder / "unmerged", progress=False)
+    finish(partial(merge, folder, folder / "merged"))
+    finish(partial(unmerge, folder, folder / "unmerged"))
     assert_same_files(folder / "unmerged", folder / "base")
     return folder
 
@@ -53,7 +53,7 @@ def test_killed_at_any_moment_it_goes_on(
         out = tmp_path / str(moment)
         killed += kill_at(moment, partial(action, disk, out))
         assert_whole_or_no_model(out, disk / expected)
-        action(disk, out)
+        finish(partial(action, disk, out))
         assert_same_files(out, disk / expected)
     assert killed > MOMENTS * 3 // 4
 
