@@ -57,8 +57,8 @@ def _from_config(checkpoint: Checkpoint, config: Mapping[str, Any]) -> nn.Module
     architectures: Any = config.get("architectures")
     name = str(cast("list[Any]", architectures)[0]) if isinstance(architectures, list) and architectures else ""
     cls = getattr(transformers, name, None)
-    known = isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)
-    if not known or cls is transformers.PreTrainedModel:
+    base: type = transformers.PreTrainedModel
+    if not (isinstance(cls, type) and issubclass(cls, base)) or cls is base:
         raise CheckpointError(
             f"{checkpoint.folder}: config.json names no class that transformers has (architectures: {architectures!r}), so"
             " which tensors are tied or stored turned is not known. Pass model=, on any device"
