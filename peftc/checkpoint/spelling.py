@@ -1,7 +1,7 @@
 """How the keys of adapters are spelled, and were by other versions of PEFT and of transformers."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,15 +18,25 @@ def key_prefix(spec: AdapterSpec) -> str:
     return "base_model." if isinstance(spec, PromptSpec) else "base_model.model."
 
 
-def respelled(model: nn.Module, prefix: str, keys: Iterable[str], known: Callable[[str], bool]) -> dict[str, str]:
-    """The adapter's key by the file's, where one is a known spelling of the other; the rest as they are."""
+def respelled(
+    model: nn.Module, prefix: str, keys: Iterable[str], own: Container[str], base: Container[str]
+) -> dict[str, str]:
+    """The adapter's key by the file's, where one is a known spelling of the other; the rest as they are.
+
+    `own`: the adapter's keys; `base`: parameters of the model, which a file may bring whole.
+    """
+
+    def in_base(key: str) -> bool:
+        return key.removeprefix(prefix).replace(".base_layer.", ".") in base
+
     found = {key: key for key in keys}
-    others = [key for key in found if not known(key)]
+    others = [key for key in found if key not in own]
     names = _names_in(model) if others else _Names("", ())
     for key in others:
         older = [key, *_older_peft(key)]
         candidates = [*older, *(other for one in older for other in _other_model(one, prefix, names))]
-        found[key] = next((candidate for candidate in candidates if known(candidate)), key)
+        mine = next((candidate for candidate in candidates if candidate in own), None)
+        found[key] = mine or next((candidate for candidate in candidates if in_base(candidate)), key)
     return found
 
 

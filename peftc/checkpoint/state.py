@@ -142,13 +142,8 @@ class Fit:
 def fit_of(program: Program, adapter: str, tensors: Mapping[str, Tensor]) -> Fit:
     """Find the place of each of `tensors`, by their names, shapes and dtypes alone."""
     own, prefix = adapter_state_dict(program, adapter), key_prefix(program.plan.adapters[adapter])
-    base = program.journal.requires_grad
-
-    def known(key: str) -> bool:
-        return key in own or key.removeprefix(prefix).replace(".base_layer.", ".") in base
-
     wanted = [key for key in tensors if key in own or ".original_module." not in key]
-    names = respelled(program.base, prefix, wanted, known)
+    names = respelled(program.base, prefix, wanted, own, program.journal.requires_grad)
     given = {new: (old, tensors[old]) for old, new in names.items()}
     embeddings, unexpected = split_embeddings(program, prefix, [key for key in given if key not in own])
     targets = {**own, **{key: program.base.get_parameter(name) for key, name in embeddings.items()}}
