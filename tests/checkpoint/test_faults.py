@@ -234,7 +234,8 @@ def test_a_part_that_differs_is_a_caution(tmp_path: Path) -> None:
     saved(tmp_path)
     model = other(lambda model: model.lm_head.weight.add_(1))()
     with pytest.warns(UserWarning, match=r"1 of \d+ sampled weights .*: lm_head\.weight"):
-        peftc.load(model, tmp_path)
+        loaded = peftc.load(model, tmp_path)
+    assert loaded.active_adapters == ["default"]
 
 
 def test_a_merged_base_is_known_by_what_it_was(tmp_path: Path) -> None:

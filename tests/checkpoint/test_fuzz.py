@@ -183,7 +183,8 @@ def test_damaged_pickles(damage: Any) -> None:
         (folder / FILES[0]).unlink()
         torch.save(dict(tensors), folder / "adapter_model.bin")
         (folder / "adapter_model.bin").write_bytes(damage((folder / "adapter_model.bin").read_bytes()))
-        outcome(lambda: peftc.load(model(), folder, allow_pickle=True))
+        found = outcome(lambda: peftc.load(model(), folder, allow_pickle=True))
+        assert isinstance(found, peftc.PeftcError) or found.active_adapters == ["default"]
 
 
 @cache
