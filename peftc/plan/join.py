@@ -15,11 +15,11 @@ def joined(among: Plan | None, new: Plan, order: Sequence[str]) -> Plan:
     old = among or replace(new, adapters={}, sites={}, edits=(), trained=(), misses=())
     position = {fqn: at for at, fqn in enumerate(order)}
     adapters = {**old.adapters, **new.adapters}
-    loaded = {name: at for at, name in enumerate(adapters)}
+    loaded, count = {name: at for at, name in enumerate(adapters)}, len(adapters)
     edits = sorted(
         (*old.edits, *new.edits),
-        # Copies come last: what they copy is the module before any rewrite.
-        key=lambda edit: (position[edit.site], edit.rule == MODULES_TO_SAVE, loaded[edit.adapter]),
+        # By site, copies last (what they copy is the module before any rewrite), by adapter: as one number, for speed.
+        key=lambda edit: (2 * position[edit.site] + (edit.rule == MODULES_TO_SAVE)) * count + loaded[edit.adapter],
     )
     sites = {**old.sites, **new.sites}
     trained = (*old.trained, *new.trained)

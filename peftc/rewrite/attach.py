@@ -98,9 +98,11 @@ def attach(module: nn.Module, edit: Edit, plan: Plan, weight: nn.Parameter | Non
         if dot:
             holders = module._modules.setdefault(first, nn.ModuleDict())
             assert isinstance(holders, nn.ModuleDict)
-            if edit.adapter not in holders:
-                holders[edit.adapter] = Holder()
-            holders[edit.adapter].register_parameter(rest, parameter)
+            # The names were checked before, so there is no need to look for them again in every module.
+            holder = holders._modules.get(edit.adapter)
+            if holder is None:
+                holder = holders._modules[edit.adapter] = Holder()
+            holder._parameters[rest] = parameter
         else:
             parameters = module._modules.setdefault(first, nn.ParameterDict())
             assert isinstance(parameters, nn.ParameterDict)

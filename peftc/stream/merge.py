@@ -16,12 +16,13 @@ from peftc.checkpoint.lazy import FileTensors
 from peftc.errors import CheckpointError
 from peftc.merge.undo_log import require_zstandard
 from peftc.specs.io import CONFIG_NAME
-from peftc.stream.changes import Options, thought_through
+from peftc.stream.changes import Options, Work, thought_through
 from peftc.stream.job import Job, do, is_new, require_done
 from peftc.stream.layout import base_outputs, changed_files, copied, log_name, merged_outputs
 from peftc.stream.log import Log, places_in
 from peftc.stream.sharded import UNDO, Checkpoint, inside, open_checkpoint
 from peftc.stream.undo import before, original, read_told, require_base, undo_files
+from peftc.stream.write import Output
 
 PathLike = str | os.PathLike[str]
 
@@ -76,14 +77,18 @@ def merge_checkpoint(
         stamped = inputs()
         with _shards(checkpoint) as shards:
             work = thought_through(checkpoint, shards, folders, model, options)
-            files = {name: inside(base, name).read_bytes() for name in checkpoint.others}
-            changed, outputs = changed_files(work), merged_outputs(work, undo)
-            if undo:
-                files |= undo_files(work, folders, files, changed, options)
-                outputs += [
-                    copied(f"{UNDO}/{name}/{WEIGHTS_NAME}", source.tensors) for name, source in work.sources.items()
-                ]
-            do(Job(f"merge into {out.name}", out, stamped, inputs, files | changed, outputs, record), progress)
+            files, outputs = _contents(work, folders, options)
+            do(Job(f"merge into {out.name}", out, stamped, inputs, files, outputs, record), progress)
+
+
+def _contents(work: Work, folders: Sequence[Path], options: Options) -> tuple[dict[str, bytes], list[Output]]:
+    """What the new folder has: small files by path, and what is written tile by tile."""
+    files = {name: inside(work.checkpoint.folder, name).read_bytes() for name in work.checkpoint.others}
+    changed, outputs = changed_files(work), merged_outputs(work, options.undo)
+    if options.undo:
+        files |= undo_files(work, folders, files, changed, options)
+        outputs += [copied(f"{UNDO}/{name}/{WEIGHTS_NAME}", source.tensors) for name, source in work.sources.items()]
+    return files | changed, outputs
 
 
 def unmerge_checkpoint(
