@@ -56,9 +56,7 @@ def merge_checkpoint(
 
     Raises CheckpointError, SpecError, NoMatchError, MergeError; `out_dir` has no files then.
     """
-    _require_posix()
-    if undo:
-        require_zstandard()
+    _require_able(undo)
     sources = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
     folders = [locate(source, subfolder, **download) for source in sources]
     numbers = _numbers(weights, len(folders))
@@ -98,8 +96,7 @@ def unmerge_checkpoint(
 
     Raises CheckpointError: no undo files, one of them or a merged tensor was changed; `out_dir` has no files then.
     """
-    _require_posix()
-    require_zstandard()
+    _require_able(undo=True)
     folder, out = Path(merged_dir).resolve(), Path(out_dir)
     with explained(out, "unmerge into", 0):
         settle(folder)
@@ -138,12 +135,14 @@ def _numbers(weights: Sequence[float] | None, count: int) -> tuple[float, ...] |
     return numbers
 
 
-def _require_posix() -> None:
+def _require_able(undo: bool) -> None:
     if sys.platform == "win32":
         raise CheckpointError(
             "merging on disk writes one file from several threads (pwrite), which Windows has not: use WSL, or load the"
             " model and merge_and_unload()"
         )
+    if undo:
+        require_zstandard()
 
 
 def _stamps(checkpoint: Checkpoint, folders: Sequence[Path], more: Sequence[Path] = ()) -> dict[str, Any]:
