@@ -92,7 +92,9 @@ def _contents(work: Work, folders: Sequence[Path], options: Options) -> tuple[di
 def unmerge_checkpoint(
     merged_dir: PathLike, out_dir: PathLike, *, model: nn.Module | None = None, progress: bool = True
 ) -> None:
-    """The base again, byte for byte, from what `merge_checkpoint(…, undo=True)` wrote. `model`: as there.
+    """The base again, byte for byte, from what `merge_checkpoint(…, undo=True)` wrote: its shards, and what was copied.
+
+    `model`: as there.
 
     Raises CheckpointError: no undo files, one of them or a merged tensor was changed; `out_dir` has no files then.
     """
