@@ -83,7 +83,7 @@ def peak(kind: str, dtype: str) -> None:
     merge()
     risen, kept = field("VmHWM") - before, 0.0
     if kind == "residual":
-        log = sum(chunk.nbytes for item in model.program.journal.merged for chunk in item.log)
+        log = sum(chunk.nbytes for item in model.program.merge.replaced for chunk in item.log)
         kept = log / sum(p.nbytes for name, p in model.named_parameters() if "lora_" not in name)
     print(f"{risen / 1024:.0f} {kept:.4f}")
 

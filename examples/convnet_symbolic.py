@@ -131,7 +131,7 @@ def show_code(compiled: peftc.CompiledModel, until: str) -> None:
     """The generated code up to the first call of module `until`, without the deletions torch.fx appends to lines."""
     (code,) = compiled.site_code().values()
     lines = code.splitlines()
-    end = next(number for number, line in enumerate(lines) if f"self.{until}(" in line)
+    end = next(number for number, line in enumerate(lines) if f"self.host.{until}(" in line)
     console.print(f"\nThe flat graph has {len(lines)} lines. Those before {until}:\n")
     print("\n".join(line.partition(";")[0] for line in lines[:end]))
 

@@ -1,6 +1,8 @@
 """peftc: a declarative graph-rewriting compiler for parameter-efficient fine-tuning."""
 
-from peftc.api import compile, get_peft_model_state_dict, load, plan, set_peft_model_state_dict
+from typing import Any
+
+from peftc.api import compile, get_peft_model_state_dict, load, load_spec, plan, set_peft_model_state_dict
 from peftc.checkpoint import LoadResult
 from peftc.compiled import CompiledModel
 from peftc.errors import (
@@ -15,19 +17,14 @@ from peftc.errors import (
     RuleError,
     SpecError,
 )
+from peftc.graph.ops import Form, Op, Shape, register_op, unregister_op
 from peftc.plan import Plan
-from peftc.registry import register, unregister
-from peftc.rule import Param, PromptRule, Rule
-from peftc.specs import (
-    AdapterSpec,
-    IA3Config,
-    LoraConfig,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptSpec,
-    PromptTuningConfig,
-    load_spec,
-)
+from peftc.prompts.rule import PromptRule
+from peftc.prompts.specs import PromptSpec
+from peftc.registry import register, spec_class_named, spec_classes, unregister
+from peftc.rewrite.passes import Pass
+from peftc.rule import Param, Rule
+from peftc.specs import AdapterSpec
 from peftc.stream import merge_checkpoint, unmerge_checkpoint
 
 __all__ = [
@@ -37,22 +34,21 @@ __all__ = [
     "CheckpointError",
     "CompiledModel",
     "ConflictError",
-    "IA3Config",
+    "Form",
     "LoadResult",
-    "LoraConfig",
     "MergeError",
     "NoMatchError",
+    "Op",
     "Param",
+    "Pass",
     "PeftcError",
     "Plan",
     "PlanError",
-    "PrefixTuningConfig",
-    "PromptEncoderConfig",
     "PromptRule",
     "PromptSpec",
-    "PromptTuningConfig",
     "Rule",
     "RuleError",
+    "Shape",
     "SpecError",
     "compile",
     "get_peft_model_state_dict",
@@ -61,7 +57,21 @@ __all__ = [
     "merge_checkpoint",
     "plan",
     "register",
+    "register_op",
     "set_peft_model_state_dict",
     "unmerge_checkpoint",
     "unregister",
+    "unregister_op",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """The spec classes of registered methods: `peftc.LoraConfig` is the one that LoRA's rules bring."""
+    found = spec_class_named(name) if name.endswith("Config") else None
+    if found is None:
+        raise AttributeError(f"module 'peftc' has no attribute {name!r}")
+    return found
+
+
+def __dir__() -> list[str]:
+    return [*__all__, *(cls.__name__ for cls in spec_classes().values())]

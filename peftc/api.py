@@ -1,6 +1,6 @@
 """`compile`, `plan` and `load`, where everything begins; an adapter's tensors as PEFT's functions give and take them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,7 +12,9 @@ from peftc.lifecycle import planned, require_known, require_unmerged
 from peftc.plan import Plan, require_same
 from peftc.registry import spec_classes
 from peftc.rewrite.build import build, require_applicable
-from peftc.specs import load_specs
+from peftc.rewrite.passes import Pass
+from peftc.specs import AdapterSpec, load_specs
+from peftc.specs import load_spec as _load_spec
 
 
 def compile(
@@ -24,6 +26,7 @@ def compile(
     inplace: bool = False,
     on_unmatched: OnUnmatched = "error",
     autocast_adapter_dtype: bool = True,
+    passes: Sequence[Pass] = (),
 ) -> CompiledModel:
     """Compile `model` with the adapters of `spec`. The model is not changed, unless `inplace`.
 
@@ -32,7 +35,9 @@ def compile(
     `capture`: `modules` (any model), or `symbolic` (one flat graph, for models that torch.fx traces).
     `inplace`: rewrite the model itself instead of a structural copy; `unload()` then gives it back intact.
     `on_unmatched`: `warn` goes on without selectors that match nothing. `autocast_adapter_dtype`: adapters of float16
-    and bfloat16 weights are float32.
+    and bfloat16 weights are float32. `passes`: run in this order over every rewritten graph (see `peftc.Pass`).
+
+    Example: model = peftc.compile(model, peftc.LoraConfig(r=16, target_modules="all-linear"))
 
     Raises SpecError, NoMatchError, ConflictError, CaptureError, AdapterError (a bad name, or a model compiled already),
     PlanError (the model is not the planned one). Nothing is changed then.
@@ -45,7 +50,7 @@ def compile(
         specs = load_specs(spec, adapter_name, spec_classes())
         made, regions = planned(model, specs, capture, autocast_adapter_dtype)
     require_applicable(made, on_unmatched)
-    return CompiledModel(build(model, made, regions, inplace, fresh=True))
+    return CompiledModel(build(model, made, regions, inplace, fresh=True, passes=passes))
 
 
 def plan(
@@ -62,6 +67,18 @@ def plan(
     the model type), CaptureError.
     """
     return planned(model, load_specs(spec, adapter_name, spec_classes()), capture, autocast_adapter_dtype)[0]
+
+
+def load_spec(source: Any, known: Mapping[str, type[AdapterSpec]] | None = None) -> AdapterSpec:
+    """A spec from a spec, a dict, a path (a JSON or YAML file, or a folder with `adapter_config.json`), or an object with
+    PEFT's `to_dict()`. `known`: spec class by `peft_type`, by default those of all registered methods.
+
+    Example: spec = peftc.load_spec("adapter/adapter_config.json")
+
+    Raises SpecError: unknown or missing `peft_type`, broken file, wrong fields. Keys peftc does not know are kept and
+    reported with one warning.
+    """
+    return _load_spec(source, spec_classes() if known is None else known)
 
 
 def get_peft_model_state_dict(

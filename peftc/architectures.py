@@ -22,12 +22,8 @@ def _targets(value: Any) -> Any:
 Targets = Annotated[tuple[str, ...] | str, BeforeValidator(_targets)]
 
 
-class Defaults(BaseModel):
-    """Default selectors of one method; `feedforward_modules` is for (IA)³."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    target_modules: Targets
-    feedforward_modules: Targets | None = None
+# Default selectors of one method, by the field of its spec.
+Defaults = dict[str, Targets]
 
 
 class Family(BaseModel):

@@ -4,7 +4,7 @@ import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self, Unpack
+from typing import Any, Literal, Self, Unpack, cast
 
 from torch import Tensor, nn
 
@@ -18,10 +18,8 @@ from peftc.checkpoint import (
     Verify,
     adapter_state_dict,
     config_of,
+    gather,
     locate,
-    prompt_edit,
-    prompt_embeddings,
-    prompt_encoder,
     push,
     read_adapter,
     respelled_spec,
@@ -33,10 +31,12 @@ from peftc.errors import AdapterError, MergeError
 from peftc.graph.region import Capture
 from peftc.graph.sites import transformers_config
 from peftc.merge import Undo, forget, merge, unmerge
+from peftc.prompts.files import prompt_edit, prompt_embeddings, prompt_encoder
+from peftc.prompts.virtual import rows
 from peftc.registry import spec_classes
 from peftc.rewrite.build import build, require_applicable, undo
-from peftc.rewrite.switch import activate, emit, require_idle, require_unwrapped, train
-from peftc.rewrite.virtual import rows
+from peftc.rewrite.program import require_idle
+from peftc.rewrite.switch import activate, emit, train
 from peftc.rule import Combination
 from peftc.specs import load_spec
 from peftc.status import LayerStatus, ModelStatus, layer_status, model_status
@@ -228,12 +228,8 @@ class CompiledModel(CompiledGraph):
         """
         if not self.program.merged or adapter_names is not None:
             self.merge_adapter(adapter_names, untie=untie, undo="none")
-        require_unwrapped(self.program, self.program.installed)
         forget(self.program)
-        # What active adapters trained in place stays.
-        for name in self.program.journal.training:
-            self.program.journal.trained.pop(name)
-        self.program.journal.present.clear()
+        self.program.overlay.keep()  # What active adapters trained in place, or brought, stays.
         return self._undo()
 
     def unload(self) -> nn.Module:
@@ -248,7 +244,6 @@ class CompiledModel(CompiledGraph):
 
     def _undo(self) -> nn.Module:
         require_idle(self.program)
-        require_unwrapped(self.program, self.program.installed)
         return undo(self.program)
 
     def adapter_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
@@ -283,7 +278,7 @@ class CompiledModel(CompiledGraph):
             raise AdapterError(
                 f"no active adapter has a prompt; active are {', '.join(self.active_adapters) or 'none'}"
             )
-        made = rows(prompt_encoder(self.program, edits[0]), int(edits[0].constants["rows"]))
+        made = rows(prompt_encoder(self.program, edits[0]), cast(int, edits[0].constants["rows"]))
         return made.expand(batch_size, -1, -1)
 
     def save_pretrained(
@@ -306,9 +301,11 @@ class CompiledModel(CompiledGraph):
         Raises CheckpointError (with the bytes needed, if the folder can't be written), AdapterError on an unknown name.
         """
         names = self._chosen(selected_adapters)
+        options = SaveOptions(save_embedding_layers, form, state_dict)
         if is_main_process:
-            options = SaveOptions(save_embedding_layers, form, state_dict)
             save_adapters(Path(save_directory), self.program, names, options)
+        else:
+            gather(self.program, names, options)  # What is sharded, all processes have to ask for.
 
     def push_to_hub(
         self,

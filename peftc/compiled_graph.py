@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from torch import fx, nn
 
+from peftc.errors import AdapterError, nearest
 from peftc.graph.region import call, parameters_of
 from peftc.plan import Plan
 from peftc.rewrite.mixed import mixed
@@ -128,12 +129,22 @@ class CompiledGraph(fx.GraphModule):
     def site_code(self) -> dict[str, str]:
         """The generated code of every host; hosts with equal code together (`layers.{0–29}.self_attn.q_proj, …`)."""
         groups: dict[str, dict[str, list[str]]] = {}
-        for region in self.program.regions:
-            module = self.base.get_submodule(region.host)
-            if isinstance(module, fx.GraphModule):
-                shape = ".".join("#" if part.isdigit() else part for part in region.host.split("."))
-                groups.setdefault(module.code.strip(), {}).setdefault(shape, []).append(region.host)
+        for host, binding in self.program.installed.items():
+            shape = ".".join("#" if part.isdigit() else part for part in host.split("."))
+            groups.setdefault(binding.code.text.strip(), {}).setdefault(shape, []).append(host)
         return {", ".join(span(hosts) for hosts in shapes.values()): code for code, shapes in groups.items()}
+
+    def graph_of(self, fqn: str) -> fx.Graph:
+        """A copy of the graph that host `fqn` runs now, to look at or to run passes on.
+
+        Raises AdapterError if no active adapter changes it. Example: print(compiled.graph_of("model.layers.0.mlp.up_proj"))
+        """
+        binding = self.program.installed.get(fqn)
+        if binding is None:
+            near = nearest(fqn, self.program.installed)
+            hint = f" Nearest: {near[0]!r}." if near else ""
+            raise AdapterError(f"{fqn!r} runs no rewritten graph now.{hint}")
+        return copy.deepcopy(binding.code.graph)
 
     def print_code(self) -> None:
         """Print `site_code`."""

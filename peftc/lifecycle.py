@@ -14,10 +14,9 @@ from peftc.errors import AdapterError, MergeError, nearest
 from peftc.graph.region import Capture, Region
 from peftc.merge.combine import checked, combined_spec, fill, pairs
 from peftc.plan import Plan, make_plan, without
-from peftc.rewrite.attach import check_names
-from peftc.rewrite.build import extend, parked, remove, require_applicable
-from peftc.rewrite.program import Program
-from peftc.rewrite.switch import activate, emit, require_idle
+from peftc.rewrite.build import check_names, extend, parked, remove, require_applicable
+from peftc.rewrite.program import Program, require_idle
+from peftc.rewrite.switch import activate, emit
 from peftc.rule import Combination
 from peftc.specs import AdapterSpec
 
@@ -133,7 +132,7 @@ def _shrink(program: Program, name: str) -> None:
     """Take an inactive adapter off, and plan what is left."""
     remove(program, name)
     plan = without(program.plan, name)
-    hosts = {site.fqn if site.host is None else site.host for site in plan.sites.values()}
+    hosts = {site.owner for site in plan.sites.values()}
     used = [region for region in program.regions if plan.capture == "symbolic" or region.host in hosts]
     extend(program, plan, tuple(used), [])
     emit(program)

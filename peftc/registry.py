@@ -4,12 +4,14 @@ import functools
 import inspect
 from collections.abc import Mapping
 from importlib.metadata import entry_points
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 from peftc.errors import RuleError
-from peftc.graph.sites import Kind, Site
-from peftc.rule import PromptRule, Rule
-from peftc.specs import BUILTIN_SPECS, AdapterSpec
+from peftc.graph.ops import op_named
+from peftc.graph.sites import Site
+from peftc.rule import Rule
+from peftc.specs.base import AdapterSpec
+from peftc.specs.selection import SELECTIONS
 
 GROUP = "peftc.rules"
 _extra: list[Rule[Any]] = []
@@ -18,14 +20,14 @@ _extra: list[Rule[Any]] = []
 def register(rule: Rule[Any]) -> None:
     """Add a rule to this process, as an entry point `peftc.rules` does for an installed package.
 
-    Raises RuleError if the rule is incomplete, or its method and kind are taken.
+    Raises RuleError if the rule is incomplete, or its method and op are taken by a rule that serves the same specs.
+    Example: peftc.register(Gain())
     """
     _check(rule)
-    taken = _table()
-    for kind in rule.kinds:
-        other = taken.get((_peft_type(rule), kind))
-        if other is not None:
-            raise RuleError(f"{_where(rule)}: {_peft_type(rule)} on {kind} sites is taken by {_where(other)}")
+    for op in rule.ops:
+        for other in _table().get((_peft_type(rule), op), ()):
+            if type(other).serves is Rule.serves and type(rule).serves is Rule.serves:
+                raise RuleError(f"{_where(rule)}: {_peft_type(rule)} on {op} sites is taken by {_where(other)}")
     _extra.append(rule)
     _table.cache_clear()
 
@@ -38,35 +40,52 @@ def unregister(rule: Rule[Any]) -> None:
     _table.cache_clear()
 
 
+def rules() -> tuple[Rule[Any], ...]:
+    """All rules, those of installed packages first."""
+    return (*_installed(), *_extra)
+
+
 def find_rule(spec: AdapterSpec, site: Site) -> Rule[Any] | None:
-    """The rule for the method of `spec` on the kind of `site`, or None."""
-    return _table().get((spec.peft_type, site.kind))
+    """The rule for the method and the flags of `spec` on the op of `site`, or None."""
+    found = _table().get((spec.peft_type, site.op), ())
+    # A rule that says which specs it serves comes before one that serves all.
+    chosen = [rule for rule in found if rule.serves(spec)]
+    return next((rule for rule in chosen if type(rule).serves is not Rule.serves), chosen[0] if chosen else None)
 
 
-def find_prompt_rule(spec: AdapterSpec) -> PromptRule[Any] | None:
-    """The rule for the method of `spec`, if that is a prompt method."""
-    rule = _table().get((spec.peft_type, "call"))
-    return rule if isinstance(rule, PromptRule) else None
+def rules_of(spec: AdapterSpec) -> tuple[Rule[Any], ...]:
+    """The rules of the method of `spec`."""
+    found = (rule for (peft_type, _), several in _table().items() if peft_type == spec.peft_type for rule in several)
+    return tuple(dict.fromkeys(found))
 
 
-def kinds_of(spec: AdapterSpec) -> tuple[str, ...]:
-    """The kinds of site that the method of `spec` can adapt."""
-    return tuple(kind for peft_type, kind in _table() if peft_type == spec.peft_type)
+def ops_of(spec: AdapterSpec) -> tuple[str, ...]:
+    """The ops that the method of `spec` can adapt."""
+    return tuple(op for peft_type, op in _table() if peft_type == spec.peft_type)
 
 
 def spec_classes() -> Mapping[str, type[AdapterSpec]]:
-    """Spec class by `peft_type`: the built-in ones and those that rules bring along."""
-    return {**BUILTIN_SPECS, **{_peft_type(rule): rule.spec for rule in _table().values()}}
+    """Spec class by `peft_type`."""
+    return {_peft_type(rule): rule.spec for rule in rules()}
+
+
+def spec_class_named(name: str) -> type[AdapterSpec] | None:
+    """The spec class `name` (`LoraConfig`) of a registered method, or None."""
+    return next((cls for cls in spec_classes().values() if cls.__name__ == name), None)
 
 
 @functools.cache
-def _table() -> dict[tuple[str, str], Rule[Any]]:
-    table: dict[tuple[str, str], Rule[Any]] = {}
-    for rule in [*_installed(), *_extra]:
-        for kind in rule.kinds:
-            other = table.setdefault((_peft_type(rule), kind), rule)
-            if other is not rule:
-                raise RuleError(f"{_where(rule)} and {_where(other)} both rewrite {_peft_type(rule)} on {kind} sites")
+def _table() -> dict[tuple[str, str], list[Rule[Any]]]:
+    table: dict[tuple[str, str], list[Rule[Any]]] = {}
+    for rule in rules():
+        for op in rule.ops:
+            others = table.setdefault((_peft_type(rule), op), [])
+            clash = next(
+                (o for o in others if type(o).serves is Rule.serves and type(rule).serves is Rule.serves), None
+            )
+            if clash is not None:
+                raise RuleError(f"{_where(rule)} and {_where(clash)} both rewrite {_peft_type(rule)} on {op} sites")
+            others.append(rule)
     return table
 
 
@@ -82,17 +101,38 @@ def _installed() -> tuple[Rule[Any], ...]:
     return tuple(found)
 
 
+# What rules of peftc 0.1 declared, and what has come in its place.
+_OLDER = {
+    "kinds": "ops (the same names; parameters of experts are 'parameter')",
+    "slot": "slots (a tuple), which is only needed where the forms that the rule has are not all to be used",
+    "fold": "weight",
+    "fold_bias": "bias",
+}
+
+
 def _check(rule: Rule[Any]) -> None:
     if not isinstance(rule, Rule):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise RuleError(f"{rule!r} is not an instance of a Rule: register LoraLinear(), not LoraLinear")
-    for attribute in ("name", "spec", "kinds"):
+    for name, successor in _OLDER.items():
+        if any(name in vars(cls) for cls in type(rule).__mro__):
+            raise RuleError(f"{_where(rule)}: {name!r} is of peftc 0.1; declare {successor}")
+    for attribute in ("name", "spec", "ops"):
         if not getattr(rule, attribute, None):
             raise RuleError(f"{_where(rule)}: a rule must set {attribute!r}")
-    if isinstance(rule, PromptRule) and getattr(rule, "at", None) not in ("embeds", "past"):
-        raise RuleError(f"{_where(rule)}: a prompt rule must set 'at' to 'embeds' or 'past'")
-    for kind in rule.kinds:
-        if kind not in get_args(Kind):
-            raise RuleError(f"{_where(rule)}: there is no kind {kind!r}; there are {', '.join(get_args(Kind))}")
+    for op in rule.ops:
+        try:
+            op_named(op)
+        except RuleError as error:
+            raise RuleError(f"{_where(rule)}: {error}") from None
+    if not set(rule.local) <= {"o", "i"}:
+        raise RuleError(f"{_where(rule)}: local={rule.local!r}: valid are the axes 'o', 'i', both or none")
+    rule.complete()
+    for field, selection in SELECTIONS.items():
+        if field in rule.spec.model_fields and not issubclass(rule.spec, selection):
+            raise RuleError(
+                f"{_where(rule)}: {rule.spec.__name__}.{field} would do nothing: the engine serves it for specs that"
+                f" inherit {selection.__name__} (peftc.specs)"
+            )
 
 
 def _peft_type(rule: Rule[Any]) -> str:

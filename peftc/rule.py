@@ -8,34 +8,36 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from peftc.errors import RuleError
-from peftc.graph.calls import CallSlot
-from peftc.graph.sites import Kind, Site, Stack
-from peftc.specs import AdapterSpec, PromptSpec
+from peftc.specs.base import AdapterSpec
 
 S = TypeVar("S", bound=AdapterSpec)
-P = TypeVar("P", bound=PromptSpec)
-Slot = Literal["input", "output", "weight", "module"] | CallSlot
-Constant = float | int | bool | str
+Constant = float | int | bool | str | tuple[Any, ...]
+# The operands of a site that an edit may replace. Ops of other kinds (a call) have slots of their own.
+SLOTS = ("input", "weight", "output")
 
 
 @dataclass(frozen=True)
 class Param:
     """A tensor that an adapter adds to a site.
 
-    `init`: `zeros`, `ones`, `normal` or `normal:<std>`, `kaiming_uniform`, or `rule` (by `Rule.initialise`).
+    `init`: `zeros`, `ones`, `normal` or `normal:<std>`, `kaiming_uniform`, or `rule` (by `Rule.initialise`). `seed`: draw
+    it with this seed, the same everywhere; such a tensor need not be saved.
     `key`: its name in checkpoints, by default its name in the rule; the live name has the adapter's name after the
-    first part (`lora_A.weight` is the parameter `lora_A.default.weight`). `trainable=False`: frozen; saved only if its
-    `init` is `rule`, and a file without it leaves it as it was initialised.
+    first part (`lora_A.weight` is the parameter `lora_A.default.weight`). `dtype`: its own, if not the adapter's; an
+    integer one is never trained. `trainable=False`: frozen; saved only if its `init` is `rule`, and a file without it
+    leaves it as it was initialised. `stored`: files hold this many times the tensor.
     `use` is for the FLOPs of the plan: a `matrix` is multiplied with (two per element and token), a `vector` scales or
     is added (one), a `lookup` table is only indexed.
     `axes`: one letter per dimension, `o` if it runs along the rows of the canonical weight, `i` along its columns, any
-    other if along neither (`ri` for lora_A). If all parameters of a rule say so, a large weight is folded in pieces.
+    other if along neither (`ri` for lora_A). With `Rule.local`, it says in which pieces a large weight is folded.
+
+    Example: Param((8, site.in_features), "kaiming_uniform", "lora_A.weight", axes="ri")
     """
 
     shape: tuple[int, ...]
@@ -44,6 +46,9 @@ class Param:
     trainable: bool = True
     use: Literal["matrix", "vector", "lookup"] = "matrix"
     axes: str | None = None
+    dtype: str | None = None
+    seed: int | None = None
+    stored: float = 1.0
 
 
 class Bound:
@@ -51,13 +56,28 @@ class Bound:
 
     `p.op(x, weight)` is the site's operation (with its stride, padding, …) on another weight, without bias;
     for convolutions `groups=` replaces the site's, and `p.pointwise(x, weight, bias, groups=)` is a 1×1 one.
+    `p.weight` and `p.bias` are the base's own, canonical, as they are before this adapter; read only if asked for.
     """
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
+    def __init__(self, values: Mapping[str, Any], lazy: Mapping[str, Callable[[], Any]] | None = None) -> None:
         self.__dict__.update(values)
+        self.__dict__["_lazy"] = lazy or {}
 
     def __getattr__(self, name: str) -> Any:
-        raise RuleError(f"the rule uses p.{name}, but declares only {', '.join(sorted(self.__dict__))}")
+        lazy = self.__dict__["_lazy"]
+        if name in lazy:
+            value = self.__dict__[name] = lazy[name]()
+            return value
+        known = ", ".join(sorted(key for key in self.__dict__ if key != "_lazy"))
+        raise RuleError(f"the rule uses p.{name}, but declares only {known}")
+
+
+class Factors(NamedTuple):
+    """A term `scale · up @ down` that a rule adds to the weight: up (out, r), down (r, in), with a kernel after them."""
+
+    up: Any
+    down: Any
+    scale: Any
 
 
 @dataclass(frozen=True)
@@ -82,42 +102,106 @@ class Part:
 
 
 class Rule(Generic[S]):
-    """One method on some kinds of site. Subclass it, declare, and register under the entry point `peftc.rules`.
+    """One method on some ops. Subclass it, declare, and register under the entry point `peftc.rules`.
 
-    `slot` tells what is spliced: `input` or `output`, or at slot `weight` the fold, whose result the site computes with.
-    All are traced or called with plain tensors in canonical layout: weights are (out, in, *kernel), with the experts
-    before that in kind `parameter`. An `additive` rule adds a term that depends on the input alone,
-    so any of several can be merged first.
+    `weight` is the method: the weight with which the bare site does in eval() what the adapted one does. The merge, sites
+    that can't be traced and every other use of the weight follow from it, and so does a call, unless the rule offers a
+    faster form of the same function, `input` or `output`. All are traced or called with plain tensors in canonical
+    layout: weights are (out, in, *kernel), with the experts before that where a weight stacks them.
+
+    `ops`: the rows of the table that it serves. An `additive` rule adds a term that depends on the input alone, so any of
+    several can be merged first. `local`: the axes of the canonical weight (`o` rows, `i` columns) along which a piece of
+    the fold needs that piece of the weight only; "" if it takes the whole, a norm of rows is local in `o`.
+    `identity`: a fresh adapter changes nothing. `version`: raise it when the same parameters come to mean something else.
+    `spellings`: (pattern, replacement) of keys that older files have. `columns`: constants that the plan's table shows.
+
+    Example::
+
+        class Gain(Rule[GainConfig]):
+            name, spec, ops, local = "gain", GainConfig, ("linear",), "oi"
+
+            def params(self, spec, site):
+                return {"gain": Param((site.out_features, 1), "ones", axes="o.")}
+
+            def weight(self, weight, p):
+                return weight * p.gain
     """
 
     name: ClassVar[str]
     spec: ClassVar[type[AdapterSpec]]
-    kinds: ClassVar[tuple[Kind, ...]]
+    ops: ClassVar[tuple[str, ...]]
+    version: ClassVar[int] = 1
     additive: ClassVar[bool] = False
+    local: ClassVar[str] = ""
+    identity: ClassVar[bool] = True
+    spellings: ClassVar[tuple[tuple[str, str], ...]] = ()
+    columns: ClassVar[Mapping[str, str]] = {}
+    # The first parts of the keys that its tensors have in files (`lora_A`).
+    keys: ClassVar[tuple[str, ...]] = ()
+    # For rules whose adapters are modules: the child of the site that holds them, by adapter name.
+    container: ClassVar[str | None] = None
 
-    def params(self, spec: S, site: Site) -> dict[str, Param]:
+    def __eq__(self, other: object) -> bool:
+        # Rules are declarations: a copy, or one that comes out of a pickle, is the same.
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Rule[S]":
+        return self
+
+    def complete(self) -> None:
+        """Raise RuleError if the class lacks what its kind of rule needs; asked when it is registered."""
+
+    def serves(self, spec: S) -> bool:
+        """Whether this rule, of several for one method and op, is the one for the flags of `spec`."""
+        return True
+
+    def params(self, spec: S, site: Any) -> dict[str, Param]:
         """The tensors added to `site`."""
         raise NotImplementedError
 
-    def constants(self, spec: S, site: Site) -> dict[str, Constant]:
-        """Numbers the algebra uses, by name (`scaling`); shown in the plan."""
+    def shared(self, spec: S, sites: Sequence[Any]) -> dict[str, Param]:
+        """Tensors that all matched `sites` of the model share; every site's `p` has them too."""
         return {}
 
-    def dropouts(self, spec: S, site: Site) -> dict[str, float]:
+    def constants(self, spec: S, site: Any) -> dict[str, Constant]:
+        """Numbers the algebra uses, by name (`scaling`); shown in the plan. Traced code may not branch on a float."""
+        return {}
+
+    def dropouts(self, spec: S, site: Any) -> dict[str, float]:
         """Dropout modules by name, with their probability; `p.<name>(x)` is live under train() and eval()."""
         return {}
 
-    def check(self, spec: S, site: Site) -> str | None:
+    def check(self, spec: S, site: Any) -> str | None:
         """The reason why `site` can't be adapted with `spec`, or None."""
         return None
 
-    def cannot_fold(self, spec: S, site: Site) -> str | None:
+    def cannot_fold(self, spec: S, site: Any) -> str | None:
         """The reason why the adapter at `site` can't be merged into the weight, or None."""
-        return f"rule {self.name!r} declares no fold" if type(self).fold is Rule.fold else None
+        return f"rule {self.name!r} declares no fold" if type(self).weight is Rule.weight else None
 
-    def slot(self, spec: S, site: Site) -> Slot:
-        """Which slot of `site` the adapter takes."""
-        return "output"
+    def cautions(self, constants: Mapping[str, Constant], slots: Sequence[str]) -> list[str]:
+        """What a reviewer of an edit with these constants and slots should know."""
+        return []
+
+    def summary(self, adapter: str, constants: Mapping[str, Constant], slots: Sequence[str]) -> list[str]:
+        """Lines under the plan's table that say what such an edit does, where the table can't."""
+        return []
+
+    def slots(self, spec: S, site: Any) -> tuple[str, ...]:
+        """The operands of `site` that the adapter replaces where they can be reached: the faster forms it has."""
+        own = tuple(slot for slot in ("input", "output") if getattr(type(self), slot) is not getattr(Rule, slot))
+        return own or ("weight",)
+
+    def weight(self, weight: Tensor, p: Any) -> Tensor:
+        """The weight with which the bare site equals the adapted one. Computed in float32 at least."""
+        raise NotImplementedError
+
+    def bias(self, bias: Tensor, p: Any) -> Tensor:
+        """The bias, likewise."""
+        return bias
 
     def input(self, x: Tensor, p: Any) -> Tensor:
         """Slot `input`: what the site's op gets instead of `x`."""
@@ -127,23 +211,55 @@ class Rule(Generic[S]):
         """Slot `output`: what follows the site's op, whose input was `x` and output `y`."""
         raise NotImplementedError
 
-    def fold(self, weight: Tensor, p: Any) -> Tensor:
-        """The weight with which the bare site equals the adapted one."""
-        raise NotImplementedError
+    def factors(self, p: Any) -> Factors | None:
+        """The term that is added to the weight as a product, where the method is one: for files and batches of many."""
+        return None
+
+    def penalty(self, p: Any) -> Tensor | None:
+        """A term of the loss, of this site's tensors."""
+        return None
+
+    def after_step(self, state: Mapping[str, Tensor], step: int) -> None:
+        """What happens to a site's tensors, by name, after the optimiser's step number `step`; in place."""
+
+    def calibrate(self, x: Tensor, state: Any) -> Any:
+        """A pass over data before training starts: `state` after the site's input `x`, None before the first."""
+        return None
 
     def unfold(self, weight: Tensor, p: Any) -> Tensor:
-        """An estimate of the weight that `fold` made `weight` from, by elementwise float64 arithmetic and matrix products.
+        """An estimate of the weight that `weight` made this one from, by elementwise float64 arithmetic and products.
 
         An undo log corrects it, so it need not be right, but the better it is the smaller is the log.
         """
-        return weight - self.fold(torch.zeros_like(weight), p) if self.additive else weight
+        return weight - self.weight(torch.zeros_like(weight), p) if self.additive else weight
 
-    def fold_bias(self, bias: Tensor, p: Any) -> Tensor:
-        """The bias, likewise."""
-        return bias
+    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+        """Values of the parameters whose `init` is `rule`, from the canonical float32 `weight`."""
+        raise NotImplementedError
+
+    def module(self, spec: S, site: Any) -> nn.Module:
+        """For ops whose adapters hold a module instead of parameters (virtual tokens): that module."""
+        raise NotImplementedError
+
+    def start_module(self, module: nn.Module, spec: S, constants: Mapping[str, Constant], host: nn.Module) -> None:
+        """Initialise a fresh one further; `host` is the site's module."""
+
+    def read_shape(
+        self, tensors: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
+    ) -> tuple[str, Literal["out_in", "in_out"] | None, int] | None:
+        """Op, layout (None: can't be told) and groups of the stored `weight` of this shape that `tensors`, an adapter's at
+        one site by key, are for; None if they are none of this method.
+        """
+        return None
 
     # The values of `combination_type` that `combined` and `combine` know; the first is the default.
     combinations: ClassVar[tuple[str, ...]] = ()
+    # The one that is the weighted sum itself.
+    exact: ClassVar[str] = ""
+
+    def combination(self, how: Combination, single: bool) -> Combination:
+        """`how` as `combine` is given it; `single`: of one adapter only. Raises AdapterError on what makes no sense."""
+        return how
 
     def combined(self, specs: Mapping[str, S], where: Mapping[str, Sequence[str]], how: Combination) -> S:
         """The spec of a combination: `specs` by adapter, with the targets of the new one; `where`, the adapters at every
@@ -151,64 +267,9 @@ class Rule(Generic[S]):
         """
         raise NotImplementedError
 
-    def combine(self, site: Site, parts: Sequence[Part], how: Combination) -> dict[str, Tensor]:
+    def combine(self, site: Any, parts: Sequence[Part], how: Combination) -> dict[str, Tensor]:
         """The parameters at `site` of the adapter that `combined` describes."""
         raise NotImplementedError
-
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
-        """Values of the parameters whose `init` is `rule`, from the canonical float32 `weight`."""
-        raise NotImplementedError
-
-
-class PromptRule(Rule[P]):
-    """A method that puts trained virtual tokens into a model's call; register it as any rule.
-
-    `at` says where: `embeds`, before the embedded tokens, or `past`, as cached keys and values. The tensors come from
-    an encoder, a plain module: called with the row numbers (1, rows) it returns the rows (1, rows, width). The engine
-    does the rest: masks, labels, positions, caches. Saved is what the encoder returns, as `prompt_embeddings`.
-    """
-
-    kinds = ("call",)
-    at: ClassVar[Literal["embeds", "past"]]
-
-    def resolve(self, spec: P, stack: Stack) -> P:
-        """`spec` with what it leaves open read off the model."""
-        halves = 2 if stack.is_encoder_decoder and spec.task_type == "SEQ_2_SEQ_LM" else 1
-        facts = {
-            "token_dim": stack.token_dim,
-            "num_transformer_submodules": halves,
-            "num_attention_heads": stack.num_attention_heads,
-            "num_layers": stack.num_layers,
-        }
-        return spec.model_copy(update={name: value for name, value in facts.items() if getattr(spec, name) is None})
-
-    def disagreement(self, spec: P, stack: Stack) -> str | None:
-        """Why a resolved `spec` does not fit the model, or None."""
-        if spec.num_transformer_submodules == 2 and not stack.is_encoder_decoder:
-            return "num_transformer_submodules=2 is for encoder-decoder models; leave it out"
-        if self.at == "embeds" and spec.token_dim != stack.token_dim:
-            return f"token_dim={spec.token_dim} contradicts the model, which embeds in {stack.token_dim}; leave it out"
-        if self.at == "embeds" and not stack.embedding:
-            return "its get_input_embeddings() gives no embedding with a weight (vocabulary, width)"
-        return None
-
-    def width(self, spec: P) -> int:
-        """The width of a row: `token_dim` at `embeds`; at `past` a key and a value of that width for every layer."""
-        return spec.fact("token_dim") * (1 if self.at == "embeds" else 2 * spec.fact("num_layers"))
-
-    def encoder(self, spec: P) -> nn.Module:
-        """The encoder of a resolved `spec`; with `inference_mode`, one `embedding` that holds the rows themselves."""
-        raise NotImplementedError
-
-    def start(self, encoder: nn.Module, spec: P, embed: Callable[[Tensor], Tensor], vocab_size: int) -> None:
-        """Initialise a fresh `encoder` further. `embed` gives the model's embeddings (n, token_dim) of n token ids."""
-
-    def folded(self, spec: P) -> PromptSpec:
-        """The spec of the same rows without reparameterisation: what can be trained on without the encoder."""
-        return spec
-
-    def cannot_fold(self, spec: P, site: Site) -> str | None:
-        return "virtual tokens are no part of a weight, so there is nothing to fold"
 
 
 def live_name(key: str, adapter: str) -> str:
@@ -222,22 +283,25 @@ _INITS = r"zeros|ones|kaiming_uniform|rule|normal(:[\d.e-]+)?"
 
 def validate(
     rule: Rule[Any],
-    slot: str,
+    slots: Sequence[str],
     params: Mapping[str, Param],
     constants: Mapping[str, Constant],
     dropouts: Mapping[str, float],
 ) -> None:
     """Raise RuleError, naming the rule, if a declaration breaks the contract."""
     keys = [param.key or name for name, param in params.items()]
+    firsts = {key.partition(".")[0] for key in keys}
     names = [*params, *constants, *dropouts]
     wrong = [
-        *([f"slot {slot!r} is none of {', '.join(_SLOTS)}"] if slot not in _SLOTS else []),
+        *(f"slot {slot!r} is none of {', '.join(SLOTS)}" for slot in slots if slot not in SLOTS),
         *([] if params else ["it declares no parameter"]),
         *(f"{name!r} is declared twice" for name in dict.fromkeys(names) if names.count(name) > 1),
+        *(f"{name!r} is declared twice" for name in (*constants, *dropouts) if name in firsts - set(params)),
         *(f"key {key!r} is used twice" for key in dict.fromkeys(keys) if keys.count(key) > 1),
         *(f"key {key!r} has more than two parts" for key in keys if key.count(".") > 1),
         *(f"{name!r} is a name that modules have" for name in [*keys, *dropouts] if name.partition(".")[0] in _TAKEN),
         *(f"{n}: unknown init {p.init!r}" for n, p in params.items() if not re.fullmatch(_INITS, p.init)),
+        *(f"{n}: a seed for init 'rule'" for n, p in params.items() if p.seed is not None and p.init == "rule"),
         *(
             f"{n}: axes {p.axes!r} for shape {p.shape}"
             for n, p in params.items()
@@ -249,12 +313,11 @@ def validate(
         raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}): {'; '.join(wrong)}")
 
 
-_SLOTS = ("input", "output", "weight")
-_PLAIN = (float, int, bool, str)
-_TAKEN = frozenset({*dir(nn.Module()), "weight", "bias"})
+_PLAIN = (float, int, bool, str, tuple)
+_TAKEN = frozenset({*dir(nn.Module()), "weight", "bias", "op"})
 
 
-def fill(tensor: Tensor, init: str) -> None:
+def fill(tensor: Tensor, init: str, seed: int | None = None) -> None:
     """Initialise `tensor` in place as `init` says (see Param). kaiming_uniform has a = √5, as nn.Linear's default."""
     name, _, argument = init.partition(":")
     fillers: Mapping[str, Callable[[Tensor], Any]] = {
@@ -264,10 +327,25 @@ def fill(tensor: Tensor, init: str) -> None:
         "kaiming_uniform": lambda t: nn.init.kaiming_uniform_(t, a=sqrt(5)),
     }
     with torch.no_grad():
-        fillers[name](tensor)
+        if seed is None:
+            fillers[name](tensor)
+            return
+        # On the CPU in float32, so that it is the same on every device and in every dtype.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            drawn = torch.empty(tensor.shape)
+            fillers[name](drawn)
+        tensor.copy_(drawn)
 
 
 def flops_per_token(params: Mapping[str, Param]) -> int:
     """The FLOPs that a rule's parameters add per token, or per output position of a convolution."""
     each = {"matrix": 2, "vector": 1, "lookup": 0}
     return sum(each[param.use] * prod(param.shape) for param in params.values())
+
+
+def source_of(rule: Rule[Any], function: str) -> str:
+    """`LoraLinear.output (linear.py:64)`: where a rule says what it does."""
+    code = getattr(getattr(type(rule), function), "__code__", None)
+    place = f" ({code.co_filename.rpartition('/')[2]}:{code.co_firstlineno})" if code is not None else ""
+    return f"{type(rule).__name__}.{function}{place}"

@@ -6,9 +6,9 @@ from typing import Literal
 
 from torch import Tensor
 
-from peftc.graph.sites import dtype_of
+from peftc.graph.sites import WeightSite, dtype_of
 from peftc.plan import Edit
-from peftc.rewrite.host import original_class
+from peftc.rewrite.hosts import original_class
 from peftc.rewrite.program import Program
 
 Learns = bool | Literal["irregular"]
@@ -65,7 +65,9 @@ def model_status(program: Program) -> ModelStatus:
     layers = layer_status(program)
     parameters = [(parameter.numel(), parameter.requires_grad) for parameter in program.base.parameters()]
     backends = {layer.quantization_backend for layer in layers} - {None}
-    tensors = {name: [t for edit in edits for t in _tensors(program, edit)] for name, edits in program.edits.items()}
+    tensors = {
+        name: [t for edit in own.edits for t in _tensors(program, edit)] for name, own in program.adapters.items()
+    }
     return ModelStatus(
         base_model_type=original_class(program.base).__name__,
         adapter_model_type="CompiledModel",
@@ -88,10 +90,11 @@ def _layer(program: Program, fqn: str, edits: list[Edit]) -> LayerStatus:
     here = [edit.adapter for edit in edits]
     tensors = {edit.adapter: _tensors(program, edit) for edit in edits}
     dtype = dtype_of(site.dtype)
-    quantised = site.kind == "linear" and (site.weight is None or not dtype.is_floating_point or dtype.itemsize == 1)
+    plain = isinstance(site, WeightSite) and site.weight is not None and dtype.is_floating_point and dtype.itemsize > 1
+    quantised = site.op == "linear" and not plain
     return LayerStatus(
         name=fqn,
-        module_type=f"{'+'.join(dict.fromkeys(edit.rule for edit in edits))}.{site.module}",
+        module_type=f"{'+'.join(dict.fromkeys(edit.rule.name for edit in edits))}.{site.module}",
         enabled=program.enabled,
         active_adapters=[name for name in program.active if name in here],
         merged_adapters=[name for name in program.merged if name in here],
@@ -103,7 +106,8 @@ def _layer(program: Program, fqn: str, edits: list[Edit]) -> LayerStatus:
 
 
 def _tensors(program: Program, edit: Edit) -> list[Tensor]:
-    return [program.tensor(edit, param.key) for param in edit.params if param.trainable]
+    part = program.adapters[edit.adapter].part(edit)
+    return [part.tensor(param.key) for param in edit.params if param.trainable]
 
 
 def _learns(tensors: Iterable[Tensor]) -> Learns:

@@ -1,10 +1,40 @@
 """p-tuning: embeddings before those of the tokens, made by a trained encoder."""
 
+import warnings
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
-from peftc.graph.sites import Stack
-from peftc.rule import PromptRule
-from peftc.specs import PromptEncoderConfig, PromptTuningConfig
+from peftc.prompts.calls import Stack
+from peftc.prompts.rule import PromptRule
+from peftc.prompts.specs import Count, PromptSpec, upper
+
+from .prompt_tuning import PromptTuningConfig
+
+
+class PromptEncoderConfig(PromptSpec):
+    """p-tuning: embeddings made by a trained encoder. Liu et al. 2021, arXiv:2103.10385.
+
+    `encoder_reparameterization_type`: MLP (three layers), or LSTM (bidirectional, of `encoder_num_layers` layers with
+    `encoder_dropout` between them, then two layers). `encoder_hidden_size` is their width (default: `token_dim`).
+    """
+
+    peft_type: Literal["P_TUNING"] = "P_TUNING"
+    encoder_reparameterization_type: Annotated[Literal["MLP", "LSTM"], BeforeValidator(upper)] = "MLP"
+    encoder_hidden_size: Count | None = None
+    encoder_num_layers: Count = 2
+    encoder_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @model_validator(mode="after")
+    def _check_encoder(self) -> Self:
+        if self.encoder_reparameterization_type == "MLP" and self.encoder_num_layers != 2:
+            warnings.warn(
+                f"PromptEncoderConfig.encoder_num_layers={self.encoder_num_layers} has no effect: the MLP always has three"
+                " layers; it is for encoder_reparameterization_type='LSTM'",
+                stacklevel=2,
+            )
+        return self
 
 
 class PromptEncoder(nn.Module):

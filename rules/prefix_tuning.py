@@ -1,10 +1,30 @@
 """Prefix tuning: trained keys and values before those of the tokens, in every layer."""
 
+from typing import Literal
+
 from torch import Tensor, nn
 
-from peftc.graph.sites import Stack
-from peftc.rule import PromptRule
-from peftc.specs import PrefixTuningConfig
+from peftc.prompts.calls import Stack
+from peftc.prompts.rule import PromptRule
+from peftc.prompts.specs import Count, PromptSpec
+
+
+class PrefixTuningConfig(PromptSpec):
+    """Trained keys and values before those of the tokens, in every layer. Li & Liang 2021, arXiv:2101.00190.
+
+    `token_dim` and `num_attention_heads` are those of the keys (grouped-query attention has fewer heads).
+    `prefix_projection` trains a two-layer MLP of width `encoder_hidden_size` (default: `token_dim`) that makes them.
+    `init_weights="zero"` starts with keys and values of zero.
+    """
+
+    peft_type: Literal["PREFIX_TUNING"] = "PREFIX_TUNING"
+    encoder_hidden_size: Count | None = None
+    prefix_projection: bool = False
+    init_weights: Literal["zero"] | None = None
+
+    @property
+    def rows(self) -> int:
+        return self.num_virtual_tokens
 
 
 class PrefixEncoder(nn.Module):

@@ -2,13 +2,42 @@
 
 import warnings
 from collections.abc import Callable
+from typing import Annotated, Any, Literal, Self
 
 import torch
+from pydantic import BeforeValidator, model_validator
 from torch import Tensor, nn
 
 from peftc.errors import AdapterError
-from peftc.rule import PromptRule
-from peftc.specs import PromptTuningConfig
+from peftc.prompts.rule import PromptRule
+from peftc.prompts.specs import PromptSpec, upper
+
+
+class PromptTuningConfig(PromptSpec):
+    """Trained embeddings before those of the tokens. Lester et al. 2021, arXiv:2104.08691.
+
+    `prompt_tuning_init`: RANDOM (normal), SAMPLE_VOCAB (embeddings of random tokens), or TEXT: those of
+    `prompt_tuning_init_text`, repeated or cut to length, by the tokenizer `tokenizer_name_or_path` (loaded with
+    `tokenizer_kwargs`, but never with `trust_remote_code`).
+    """
+
+    peft_type: Literal["PROMPT_TUNING"] = "PROMPT_TUNING"
+    prompt_tuning_init: Annotated[Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"], BeforeValidator(upper)] = "RANDOM"
+    prompt_tuning_init_text: str | None = None
+    tokenizer_name_or_path: str | None = None
+    tokenizer_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_text(self) -> Self:
+        text = self.prompt_tuning_init == "TEXT"
+        for field in ("tokenizer_name_or_path", "prompt_tuning_init_text"):
+            if text and not getattr(self, field):
+                raise ValueError(f"{field} is missing: prompt_tuning_init='TEXT' needs a text and the tokenizer for it")
+        if self.tokenizer_kwargs and not text:
+            raise ValueError(
+                f"tokenizer_kwargs is for prompt_tuning_init='TEXT', not {self.prompt_tuning_init!r}; leave it out"
+            )
+        return self
 
 
 class PromptEmbedding(nn.Module):

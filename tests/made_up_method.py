@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc import AdapterSpec, Param, Rule
-from peftc.graph.sites import Site
+from peftc.graph.sites import WeightSite
 
 
 class GatedConfig(AdapterSpec):
@@ -22,10 +22,10 @@ class Gated(Rule[GatedConfig]):
 
     name = "gated"
     spec = GatedConfig
-    kinds = ("linear",)
+    ops = ("linear",)
     additive = True
 
-    def params(self, spec: GatedConfig, site: Site) -> dict[str, Param]:
+    def params(self, spec: GatedConfig, site: WeightSite) -> dict[str, Param]:
         return {
             "gated_u": Param((site.out_features, 1), "normal"),
             "gated_v": Param((1, site.in_features), "normal"),
@@ -35,5 +35,5 @@ class Gated(Rule[GatedConfig]):
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         return y + torch.tanh(p.gated_g) * F.linear(F.linear(x, p.gated_v), p.gated_u)
 
-    def fold(self, weight: Tensor, p: Any) -> Tensor:
+    def weight(self, weight: Tensor, p: Any) -> Tensor:
         return weight + torch.tanh(p.gated_g) * (p.gated_u @ p.gated_v)

@@ -35,7 +35,7 @@ def test_it_compiles_trains_saves_loads_merges_and_unmerges(capture: Any, tmp_pa
     spec = GatedConfig(target_modules=["fc", "out"])
     compiled = peftc.compile(model, spec, capture=capture)
     assert torch.equal(compiled(x), model(x))
-    assert [edit.rule for edit in compiled.plan.edits] == ["gated", "gated"]
+    assert [edit.rule.name for edit in compiled.plan.edits] == ["gated", "gated"]
     assert compiled.get_nb_trainable_parameters()[0] == 8 + 8 + 1 + 8 + 5 + 1
 
     optimiser = torch.optim.Adam([p for p in compiled.parameters() if p.requires_grad], lr=0.05)
@@ -69,7 +69,7 @@ def test_two_rules_for_one_place_are_refused() -> None:
 def test_an_incomplete_rule_is_refused() -> None:
     class Nameless(peftc.Rule[GatedConfig]):
         spec = GatedConfig
-        kinds = ("conv1d",)
+        ops = ("conv1d",)
 
     with pytest.raises(peftc.RuleError, match="must set 'name'"):
         peftc.register(Nameless())
@@ -94,7 +94,7 @@ def test_a_rule_that_does_not_trace_changes_nothing(fault: str, monkeypatch: pyt
 
 
 def test_a_rule_without_a_fold_is_unmergeable_and_the_plan_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(Gated, "fold")
+    monkeypatch.delattr(Gated, "weight")
     compiled = peftc.compile(Net(), GatedConfig(target_modules=["fc"]))
     assert "can't be merged: rule 'gated' declares no fold" in str(compiled.plan)
     with pytest.raises(peftc.MergeError, match="declares no fold"):

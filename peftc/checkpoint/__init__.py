@@ -8,8 +8,7 @@ from peftc.checkpoint.hub import Download, locate, push
 from peftc.checkpoint.keys import LoadResult
 from peftc.checkpoint.load import read_adapter
 from peftc.checkpoint.manifest import Verify
-from peftc.checkpoint.prompts import prompt_edit, prompt_embeddings, prompt_encoder
-from peftc.checkpoint.save import Form, SaveOptions, config_of, save_adapters
+from peftc.checkpoint.save import Form, SaveOptions, config_of, gather, save_adapters
 from peftc.checkpoint.spelling import respelled_spec
 from peftc.checkpoint.state import adapter_state_dict, load_state, saved_state_dict
 
@@ -23,11 +22,9 @@ __all__ = [
     "Verify",
     "adapter_state_dict",
     "config_of",
+    "gather",
     "load_state",
     "locate",
-    "prompt_edit",
-    "prompt_embeddings",
-    "prompt_encoder",
     "push",
     "read_adapter",
     "require_base",

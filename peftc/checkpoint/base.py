@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import CheckpointError
-from peftc.graph.sites import modules_at, parameter_name, transformers_config
-from peftc.plan import MODULES_TO_SAVE
-from peftc.rewrite.host import original_class
+from peftc.graph.sites import WeightSite, modules_at, parameter_name, transformers_config
+from peftc.rewrite.hosts import original_class
 from peftc.rewrite.program import Program
 
 _TENSORS = 32
@@ -38,10 +37,11 @@ def fingerprint_of(program: Program, adapter: str) -> BaseFingerprint:
 
     Tensors that are not at hand (meta, quantised, sharded, merged into in place) are left out.
     """
-    named = originals(program, program.journal.requires_grad)
-    heads = tuple(f"{edit.site}." for edit in program.plan.edits if edit.rule == MODULES_TO_SAVE)
+    named = originals(program, program.given.requires_grad)
+    heads = tuple(f"{edit.site}." for edit in program.plan.edits if edit.whole)
     whole = {name: t for name, t in named.items() if t.dim() >= 2 and not name.startswith(heads)}
-    adapted = {program.plan.sites[edit.site].weight for edit in program.edits[adapter]}
+    sites = (program.plan.sites[edit.site] for edit in program.adapters[adapter].edits)
+    adapted = {site.weight for site in sites if isinstance(site, WeightSite)}
     own = [name for name in whole if name in adapted]
     chosen = dict.fromkeys([*_spread(own, _TENSORS * 3 // 4), *_spread(list(whole), _TENSORS // 4)])
     samples = {name: sample for name in chosen if (sample := _sample_of(name, whole[name])) is not None}
@@ -55,7 +55,7 @@ def require_base(program: Program, saved: BaseFingerprint, sample: Sampler | Non
 
     Raises CheckpointError if half or more of the sampled weights are others: another model, or this one trained further.
     """
-    named = originals(program, program.journal.requires_grad)
+    named = originals(program, program.given.requires_grad)
     take = _sample_of if sample is None else sample
     pairs = {name: (before, take(name, named[name])) for name, before in saved.samples.items() if name in named}
     known = {name: pair for name, pair in pairs.items() if pair[1] is not None and _kind(pair[0]) == _kind(pair[1])}
@@ -82,16 +82,16 @@ def require_base(program: Program, saved: BaseFingerprint, sample: Sampler | Non
 
 def originals(program: Program, names: Iterable[str]) -> dict[str, Tensor]:
     """The base's own parameters of these names, neither merged nor brought by an adapter; those gone for now left out."""
-    journal = program.journal
-    merged = {parameter_name(item.owner, item.leaf): item.original for item in journal.merged}
+    overlay = program.overlay
+    merged = {parameter_name(item.owner, item.leaf): item.original for item in program.merge.replaced}
     places = {name: name.rpartition(".") for name in names}
     modules = modules_at(program.base, {owner for owner, _, _ in places.values()})
     found: dict[str, Tensor | None] = {}
     for name, (owner, _, leaf) in places.items():
         if name in merged:
             found[name] = merged[name]
-        elif journal.present.get(name) is not None:
-            found[name] = journal.brought[name, None]
+        elif overlay.present.get(name) is not None:
+            found[name] = overlay.aside[name, None]
         else:
             found[name] = cast(Tensor, modules[owner]._parameters[leaf]).detach()
     return {name: tensor for name, tensor in found.items() if tensor is not None}

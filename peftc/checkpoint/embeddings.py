@@ -12,7 +12,6 @@ from peftc.checkpoint.base import originals
 from peftc.errors import CheckpointError
 from peftc.graph.sites import is_pretrained, parameter_name, transformers_config
 from peftc.rewrite.program import Program
-from peftc.rewrite.switch import place
 
 SaveEmbeddings = bool | Literal["auto"]
 # PEFT's own list: the names for which `auto` saves a targeted embedding.
@@ -34,8 +33,8 @@ def embedding_state(program: Program, adapter: str, prefix: str, save: SaveEmbed
         warnings.warn(
             "save_embedding_layers: the model is none of transformers, so its embeddings aren't known", stacklevel=5
         )
-    targeted = {edit.site for edit in program.edits[adapter] if edit.slot != "module"}
-    whole = {edit.site for edit in program.edits[adapter] if edit.slot == "module"}
+    edits = program.adapters[adapter].edits
+    targeted, whole = ({edit.site for edit in edits if edit.whole is saved} for saved in (False, True))
     every = save is True or (bool(modules) and _resized(program))
     found: dict[str, Tensor] = {}
     for fqn in modules:
@@ -43,9 +42,9 @@ def embedding_state(program: Program, adapter: str, prefix: str, save: SaveEmbed
         for leaf in program.base.get_submodule(fqn)._parameters:
             name = parameter_name(fqn, leaf)
             if (
-                name in program.journal.requires_grad
+                name in program.given.requires_grad
                 and fqn not in whole
-                and (every or common or _brought(program, name, adapter))
+                and (every or common or program.overlay.brings(name, adapter))
             ):
                 key = prefix + parameter_name(fqn, f"base_layer.{leaf}" if fqn in targeted else leaf)
                 found[key] = _value(program, name, adapter)
@@ -61,7 +60,7 @@ def split_embeddings(program: Program, prefix: str, keys: Iterable[str]) -> tupl
     for key in keys:
         name = key.removeprefix(prefix).replace(".base_layer.", ".")
         module, _, leaf = name.rpartition(".")
-        if name in program.journal.requires_grad and (leaf == "weight" or module in heads):
+        if name in program.given.requires_grad and (leaf == "weight" or module in heads):
             embeddings[key] = name
         else:
             unexpected.append(key)
@@ -70,17 +69,15 @@ def split_embeddings(program: Program, prefix: str, keys: Iterable[str]) -> tupl
 
 def take_over(program: Program, adapter: str, name: str, value: Tensor) -> None:
     """Let the base's tensor `name` be the adapter's own while that is active, if it differs."""
-    journal, parameter = program.journal, program.base.get_parameter(name)
     own = originals(program, [name]).get(name)
     if own is None or own.is_meta or torch.equal(own.to(value.dtype), value.to(own.device)):
         return
     warnings.warn(
         f"{name}: the adapter brings its own, in the place of the base model's while it is active", stacklevel=5
     )
-    journal.present.setdefault(name, None)
-    journal.brought[name, adapter] = value.to(device=parameter.device, dtype=parameter.dtype, copy=True)
+    program.overlay.bring(program.base, name, adapter, value)
     if program.enabled and adapter in program.active:
-        place(program, name, adapter)
+        program.overlay.place(program.base, name, adapter)
 
 
 def _embeddings(program: Program) -> list[str]:
@@ -94,14 +91,10 @@ def _embeddings(program: Program) -> list[str]:
     return [fqn for fqn, module in program.base.named_modules() if any(module is one for one in wanted)]
 
 
-def _brought(program: Program, name: str, adapter: str) -> bool:
-    return (name, adapter) in program.journal.brought or program.journal.present.get(name) == adapter
-
-
 def _value(program: Program, name: str, adapter: str) -> Tensor:
-    if program.journal.present.get(name) == adapter:
+    if program.overlay.present.get(name) == adapter:
         return program.base.get_parameter(name).detach()
-    value = program.journal.brought.get((name, adapter), originals(program, [name]).get(name))
+    value = program.overlay.aside.get((name, adapter), originals(program, [name]).get(name))
     if value is None:
         raise CheckpointError(f"{name}: is merged in place, so its own values can't be saved; unmerge_adapter() first")
     return value

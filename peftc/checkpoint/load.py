@@ -6,7 +6,7 @@ from pathlib import Path
 
 from peftc.checkpoint.files import AdapterFiles, read_folder
 from peftc.checkpoint.manifest import Verify
-from peftc.checkpoint.prompts import trainable_spec
+from peftc.prompts.files import trainable_spec
 from peftc.specs import AdapterSpec
 
 

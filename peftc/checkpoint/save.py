@@ -12,13 +12,14 @@ from peftc.checkpoint.base import fingerprint_of
 from peftc.checkpoint.card import CARD_NAME, card
 from peftc.checkpoint.embeddings import SaveEmbeddings
 from peftc.checkpoint.files import ENCODER_NAME, adapter_files
-from peftc.checkpoint.prompts import encoder_state, prompt_edit
 from peftc.checkpoint.serving import serving_form
 from peftc.checkpoint.state import saved_state_dict
 from peftc.errors import CheckpointError
 from peftc.graph.sites import transformers_config
-from peftc.rewrite.host import original_class
+from peftc.prompts.files import encoder_state, prompt_edit
+from peftc.rewrite.hosts import original_class
 from peftc.rewrite.program import Program
+from peftc.rewrite.sharding import is_sharded
 from peftc.specs.io import CONFIG_NAME
 
 Form = Literal["peft", "serving"]
@@ -61,6 +62,13 @@ def _files(program: Program, adapter: str, options: SaveOptions) -> dict[str, by
     encoder = encoder_state(program, edit) if edit is not None else {}
     tensors = saved_state_dict(program, adapter, options.save_embedding_layers, options.state_dict)
     return adapter_files(config, tensors, encoder, fingerprint_of(program, adapter))
+
+
+def gather(program: Program, adapters: Sequence[str], options: SaveOptions) -> None:
+    """Take part in gathering what another process saves; nothing happens where nothing is sharded."""
+    if any(is_sharded(parameter) for parameter in program.base.parameters()):
+        for name in adapters:
+            _files(program, name, options)
 
 
 def config_of(program: Program, adapter: str) -> dict[str, Any]:

@@ -10,21 +10,19 @@ from torch import nn
 from peftc.graph.sites import is_pretrained
 from peftc.plan import MODULES_TO_SAVE
 from peftc.plan.match import selects
-from peftc.specs import AdapterSpec, IA3Config, LoraConfig, PromptSpec
-
-
-def key_prefix(spec: AdapterSpec) -> str:
-    """What keys begin with. PEFT puts one wrapper around a model for a prompt method, two for the others."""
-    return "base_model." if isinstance(spec, PromptSpec) else "base_model.model."
+from peftc.registry import rules_of
+from peftc.specs import AdapterSpec, ParameterSelection
 
 
 def respelled(
-    model: nn.Module, prefix: str, keys: Iterable[str], own: Container[str], base: Container[str]
+    model: nn.Module, spec: AdapterSpec, keys: Iterable[str], own: Container[str], base: Container[str]
 ) -> dict[str, str]:
     """The adapter's key by the file's, where one is a known spelling of the other; the rest as they are.
 
     `own`: the adapter's keys; `base`: parameters of the model, which a file may bring whole.
     """
+
+    prefix, at_adapter = spec.key_prefix, _tails(spec)
 
     def in_base(key: str) -> bool:
         return key.removeprefix(prefix).replace(".base_layer.", ".") in base
@@ -33,8 +31,8 @@ def respelled(
     others = [key for key in found if key not in own]
     names = _names_in(model) if others else _Names("", ())
     for key in others:
-        older = [key, *_older_peft(key)]
-        candidates = [*older, *(other for one in older for other in _other_model(one, prefix, names))]
+        older = [key, *_older_peft(key, spec)]
+        candidates = [*older, *(other for one in older for other in _other_model(one, prefix, names, at_adapter))]
         mine = next((candidate for candidate in candidates if candidate in own), None)
         found[key] = mine or next((candidate for candidate in candidates if in_base(candidate)), key)
     return found
@@ -46,7 +44,7 @@ def respelled_spec(model: nn.Module, spec: AdapterSpec, keys: Iterable[str]) -> 
     If plain names that match both are all that it goes by, it stays. Else its `target_modules` become the fqns of the
     modules that the file has tensors for, and ranks, alphas and feed-forward modules are said for each.
     """
-    if isinstance(spec, PromptSpec) or spec.target_modules is None or not is_pretrained(model):
+    if spec.target_modules is None or not is_pretrained(model):
         return spec
     moved, adapted = _moved(model, spec, keys)
     if all(new == old for old, new in moved.items()):
@@ -55,26 +53,14 @@ def respelled_spec(model: nn.Module, spec: AdapterSpec, keys: Iterable[str]) -> 
     if spec.modules_to_save is not None:
         update["modules_to_save"] = tuple(_container(name, moved) for name in spec.modules_to_save)
     if adapted and not _goes_by_plain_names(spec, adapted.values()):
-        update |= {"target_modules": tuple(adapted.values()), "exclude_modules": None}
-        if isinstance(spec, LoraConfig):
-            update |= {"layers_to_transform": None, "layers_pattern": None}
-            ranks = {re.escape(new): spec.rank_for(old) for old, new in adapted.items()}
-            alphas = {re.escape(new): spec.alpha_for(old) for old, new in adapted.items()}
-            update["rank_pattern"] = {name: rank for name, rank in ranks.items() if rank != spec.r}
-            update["alpha_pattern"] = {name: alpha for name, alpha in alphas.items() if alpha != spec.lora_alpha}
-        if isinstance(spec, IA3Config):
-            update["feedforward_modules"] = tuple(new for old, new in adapted.items() if spec.is_feedforward(old))
+        spec = spec.respelled(adapted)
     return spec.model_copy(update=update)
 
 
 def _goes_by_plain_names(spec: AdapterSpec, fqns: Iterable[str]) -> bool:
     """Whether nothing in `spec` depends on more than the ends of names, and these select all of `fqns`."""
     targets = spec.target_modules
-    if spec.exclude_modules or targets is None or (isinstance(targets, str) and targets != "all-linear"):
-        return False
-    if isinstance(spec, LoraConfig) and (spec.rank_pattern or spec.alpha_pattern or spec.layers_pattern):
-        return False
-    if isinstance(spec, IA3Config) and isinstance(spec.feedforward_modules, str):
+    if not spec.goes_by_plain_names or targets is None:
         return False
     return targets == "all-linear" or all(selects(targets, fqn) for fqn in fqns)
 
@@ -90,7 +76,8 @@ def _container(name: str, moved: Mapping[str, str]) -> str:
 
 def _moved(model: nn.Module, spec: AdapterSpec, keys: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     """By module of the file, the module of `model` that it is (itself, if there is none); of all, and of those adapted."""
-    prefix, known = key_prefix(spec), dict[str, nn.Module | None]({"": model})
+    prefix, at_adapter, firsts = spec.key_prefix, _tails(spec), _firsts(spec)
+    known = dict[str, nn.Module | None]({"": model})
 
     def module(fqn: str) -> nn.Module | None:
         if fqn not in known:
@@ -99,50 +86,65 @@ def _moved(model: nn.Module, spec: AdapterSpec, keys: Iterable[str]) -> tuple[di
             known[fqn] = None if above is None else above._modules.get(name)
         return known[fqn]
 
-    parameters = (spec.target_parameters or ()) if isinstance(spec, LoraConfig) else ()
+    parameters = (spec.target_parameters or ()) if isinstance(spec, ParameterSelection) else ()
     hosts = [name.rpartition(".")[0] for name in parameters]
     names: _Names | None = None
     moved, adapted = dict[str, str](), dict[str, str]()
     for key in keys:
-        old, tail = _at_adapter(key.removeprefix(prefix))
+        old, tail = _at_adapter(key.removeprefix(prefix), at_adapter)
         if old not in moved:
             moved[old] = old
             if module(old) is None:
                 names = _names_in(model) if names is None else names
-                others = [_at_adapter(other.removeprefix(prefix))[0] for other in _other_model(key, prefix, names)]
+                others = [
+                    _at_adapter(other.removeprefix(prefix), at_adapter)[0]
+                    for other in _other_model(key, prefix, names, at_adapter)
+                ]
                 moved[old] = next((other for other in others if module(other) is not None), old)
-        if tail.startswith(("lora_", "ia3_")) and not selects(hosts, old):
+        if tail.partition(".")[0] in firsts and not selects(hosts, old):
             adapted[old] = moved[old]
     return moved, adapted
 
 
-def _older_peft(key: str) -> list[str]:
+def _older_peft(key: str, spec: AdapterSpec) -> list[str]:
     """Keys of older PEFT versions, and of modules_to_save and biases, which have had two spellings."""
+    own = [re.sub(pattern, new, key) for rule in rules_of(spec) for pattern, new in rule.spellings]
     spellings = (
         (f"{MODULES_TO_SAVE}.default.", ""),
         (f"{MODULES_TO_SAVE}.", ""),
         ("base_layer.bias", "bias"),
         (".bias", ".base_layer.bias"),
     )
-    return [key.replace(old, new) for old, new in spellings if old in key]
+    return [*(new for new in own if new != key), *(key.replace(old, new) for old, new in spellings if old in key)]
 
 
-def _other_model(key: str, prefix: str, names: "_Names") -> list[str]:
+def _other_model(key: str, prefix: str, names: "_Names", at_adapter: re.Pattern[str]) -> list[str]:
     """The key as another version of transformers, or the model with or without its head, would have it."""
     name = key.removeprefix(prefix)
     if name == key:
         return []
     candidates = [name.removeprefix(f"{names.prefix}."), f"{names.prefix}.{name}"] if names.prefix else []
-    site, tail = _at_adapter(name)
+    site, tail = _at_adapter(name, at_adapter)
     renamed = names.rename(f"{site}.weight")
     if renamed.endswith(".weight"):
         candidates.append(renamed.removesuffix("weight") + tail)
     return [prefix + candidate for candidate in candidates]
 
 
-def _at_adapter(name: str) -> tuple[str, str]:
-    """A key's module, and what an adapter has there (`lora_A.weight`); the last part, if it is of a saved module."""
-    match = re.search(r"\.(lora_\w+|ia3_l|base_layer|\w+$)(\..*)?$", name)
+def _firsts(spec: AdapterSpec) -> frozenset[str]:
+    """The first names that rules of the method give their tensors in files."""
+    return frozenset(name for rule in rules_of(spec) for name in rule.keys)
+
+
+def _tails(spec: AdapterSpec) -> re.Pattern[str]:
+    """What in a key begins an adapter's own part of it; the last part, if it is of a saved module."""
+    firsts = "|".join(map(re.escape, sorted(_firsts(spec))))
+    return re.compile(rf"\.({firsts}{'|' if firsts else ''}base_layer|\w+$)(\..*)?$")
+
+
+def _at_adapter(name: str, tails: re.Pattern[str]) -> tuple[str, str]:
+    """A key's module, and what an adapter has there (`factor.weight`)."""
+    match = tails.search(name)
     return (name[: match.start()], name[match.start() + 1 :]) if match else (name, "")
 
 

@@ -10,34 +10,34 @@ from torch import Tensor, nn
 
 from peftc.checkpoint.embeddings import SaveEmbeddings, embedding_state, split_embeddings, take_over
 from peftc.checkpoint.keys import LoadResult, require_fit
-from peftc.checkpoint.prompts import PROMPT_KEY, load_prompt, prompt_edit, prompt_embeddings
-from peftc.checkpoint.spelling import key_prefix, respelled
+from peftc.checkpoint.spelling import respelled
 from peftc.errors import CheckpointError
 from peftc.graph.sites import dtype_name, parameter_name
 from peftc.merge.fold import is_finite
-from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
+from peftc.plan import Edit, PlannedParam
+from peftc.prompts.files import PROMPT_KEY, load_prompt, prompt_edit, prompt_embeddings
+from peftc.prompts.find import is_virtual
 from peftc.rewrite.build import start_alone
 from peftc.rewrite.program import Program
-
-# peft (0.21) adds the delta of nn.MultiheadAttention's out_proj twice in every forward, so in its files this factor is
-# half of what has that effect. Halving and doubling are exact.
-_HALVED = ".base_layer.out_proj.lora_B.weight"
+from peftc.rewrite.sharding import put, reshard, whole
+from peftc.specs import AdapterSpec
 
 
 def adapter_state_dict(program: Program, adapter: str) -> dict[str, Tensor]:
     """The live tensors of `adapter` by their key in `adapter_model.safetensors`; the rows of a prompt are computed."""
     state: dict[str, Tensor] = {}
-    prefix = key_prefix(program.plan.adapters[adapter])
-    for edit in program.edits[adapter]:
-        if edit.virtual:
-            state[PROMPT_KEY] = prompt_embeddings(program, edit)
+    own = program.adapters[adapter]
+    prefix = own.spec.key_prefix
+    for part in own.parts.values():
+        if is_virtual(part.edit):
+            state[PROMPT_KEY] = prompt_embeddings(program, part.edit)
             continue
-        for param in edit.params:
+        for param in part.edit.params:
             if param.saved:
-                state[prefix + key_of(edit, param)] = program.tensor(edit, param.key)
+                state[key_of(own.spec, part.edit, param)] = part.tensor(param.key)
     for tensor in program.plan.trained:
         if tensor.adapter == adapter:
-            state[prefix + tensor.key] = _trained(program, tensor.name)
+            state[prefix + tensor.key] = _trained(program, tensor.name, adapter)
     return state
 
 
@@ -51,10 +51,18 @@ def saved_state_dict(
 
     Raises CheckpointError if `full` lacks one.
     """
-    prefix = key_prefix(program.plan.adapters[adapter])
+    prefix, stored = program.adapters[adapter].spec.key_prefix, stored_as(program, adapter)
     state = adapter_state_dict(program, adapter) if full is None else _from_full(program, adapter, full)
     state |= embedding_state(program, adapter, prefix, save_embedding_layers)
-    return {key: value / 2 if key.endswith(_HALVED) else value for key, value in state.items()}
+    state = {key: whole(value) for key, value in state.items()}
+    return {key: value * stored[key] if key in stored else value for key, value in state.items()}
+
+
+def stored_as(program: Program, adapter: str) -> dict[str, float]:
+    """By key, how many times a tensor files hold, where that is not once. Powers of two, so that it is exact."""
+    own = program.adapters[adapter]
+    pairs = [(edit, param) for edit in own.edits for param in edit.params if param.stored != 1]
+    return {key_of(own.spec, edit, param): param.stored for edit, param in pairs}
 
 
 def _from_full(program: Program, adapter: str, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -78,18 +86,21 @@ def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from module.named_buffers()
 
 
-def key_of(edit: Edit, param: PlannedParam) -> str:
-    return parameter_name(edit.site if edit.saved_as is None else edit.saved_as, param.key)
+def key_of(spec: AdapterSpec, edit: Edit, param: PlannedParam) -> str:
+    """The key of a tensor in files; one that all sites share is named after the model."""
+    if param.shared:
+        return f"base_model.{param.key}"
+    return spec.key_prefix + parameter_name(edit.site if edit.saved_as is None else edit.saved_as, param.key)
 
 
-def _trained(program: Program, name: str) -> Tensor:
+def _trained(program: Program, name: str, adapter: str) -> Tensor:
     """The value of a bias as its adapter trained it, whether that is in the model now, merged over, or put aside."""
-    journal = program.journal
-    if name in journal.training:
-        under = {parameter_name(item.owner, item.leaf): item.original for item in journal.merged}
+    overlay = program.overlay
+    if overlay.present[name] == adapter:
+        under = {parameter_name(item.owner, item.leaf): item.original for item in program.merge.replaced}
         original = under.get(name)
         return program.base.get_parameter(name) if original is None else original
-    return journal.trained[name]
+    return overlay.aside[name, adapter]
 
 
 def load_state(
@@ -141,9 +152,10 @@ class Fit:
 
 def fit_of(program: Program, adapter: str, tensors: Mapping[str, Tensor]) -> Fit:
     """Find the place of each of `tensors`, by their names, shapes and dtypes alone."""
-    own, prefix = adapter_state_dict(program, adapter), key_prefix(program.plan.adapters[adapter])
+    own, spec = adapter_state_dict(program, adapter), program.adapters[adapter].spec
+    prefix = spec.key_prefix
     wanted = [key for key in tensors if key in own or ".original_module." not in key]
-    names = respelled(program.base, prefix, wanted, own, program.journal.requires_grad)
+    names = respelled(program.base, spec, wanted, own, program.given.requires_grad)
     given = {new: (old, tensors[old]) for old, new in names.items()}
     embeddings, unexpected = split_embeddings(program, prefix, [key for key in given if key not in own])
     targets = {**own, **{key: program.base.get_parameter(name) for key, name in embeddings.items()}}
@@ -169,10 +181,10 @@ def fit_of(program: Program, adapter: str, tensors: Mapping[str, Tensor]) -> Fit
 
 
 def _start_others(program: Program, adapter: str, fit: Fit) -> None:
-    prefix = key_prefix(program.plan.adapters[adapter])
-    for edit in program.edits[adapter]:
-        others = [param for param in edit.params if prefix + key_of(edit, param) not in fit.sources]
-        if others and not edit.virtual and edit.rule != MODULES_TO_SAVE:
+    own = program.adapters[adapter]
+    for edit in own.edits:
+        others = [param for param in edit.params if key_of(own.spec, edit, param) not in fit.sources]
+        if others and edit.rule.container is None:
             start_alone(program, edit, others)
 
 
@@ -183,18 +195,14 @@ def _copy(
     own: Mapping[str, Tensor],
     encoder: Mapping[str, Tensor],
 ) -> None:
-    edit = prompt_edit(program, adapter)
+    edit, stored = prompt_edit(program, adapter), stored_as(program, adapter)
+    reshard(program.base)
     with torch.no_grad():
         for key, value in values.items():
             if edit is not None and key == PROMPT_KEY:
                 load_prompt(program, edit, value, encoder)
             else:
-                own[key].copy_(loaded_value(key, value))
-
-
-def loaded_value(key: str, value: Tensor) -> Tensor:
-    """The value that `key` of a file stands for."""
-    return value * 2 if key.endswith(_HALVED) else value
+                put(own[key], value / stored[key] if key in stored else value)
 
 
 def require_values(program: Program, adapter: str, values: Mapping[str, Tensor], fit: Fit, where: str) -> None:
@@ -231,10 +239,10 @@ _BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 
 def _optional(program: Program, adapter: str) -> set[str]:
     """Keys of frozen starts, which peft's files lack: they are computed from the base weight then."""
-    prefix = key_prefix(program.plan.adapters[adapter])
+    own = program.adapters[adapter]
     return {
-        prefix + key_of(edit, param)
-        for edit in program.edits[adapter]
+        key_of(own.spec, edit, param)
+        for edit in own.edits
         for param in edit.params
         if not param.trainable and param.init == "rule"
     }
@@ -242,9 +250,10 @@ def _optional(program: Program, adapter: str) -> set[str]:
 
 def _buffers(program: Program, adapter: str) -> set[str]:
     """Keys of buffers of modules saved whole, which may hold infinities (masks)."""
+    own = program.adapters[adapter]
     return {
-        key_prefix(program.plan.adapters[adapter]) + key_of(edit, param)
-        for edit in program.edits[adapter]
+        key_of(own.spec, edit, param)
+        for edit in own.edits
         for param in edit.params
-        if edit.rule == MODULES_TO_SAVE and not param.trainable
+        if edit.whole and not param.trainable
     }

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from peftc.errors import CaptureError
-from peftc.graph.sites import is_lazy, is_quantised
+from peftc.graph.rows import is_quantised
+from peftc.graph.sites import is_lazy
 
 
 def structural_copy(model: nn.Module) -> nn.Module:

@@ -6,66 +6,34 @@ Nothing here assumes that a site has a graph of its own: under `modules` capture
 
 import copy
 import inspect
-import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
 import torch
 from torch import fx, nn
-from torch.nn import functional as F
 
-from peftc.graph.sites import Kind
+from peftc.graph.ops import is_turn, use_of
 
 Capture = Literal["modules", "symbolic"]
 
-# The name under which a region's graph calls a host that can't be traced, as it was before the rewrite.
-OPAQUE = "base_layer"
-
-
-@dataclass(frozen=True)
-class OpForm:
-    """Where an op keeps its operands: (position, keyword) of input, weight and bias."""
-
-    kind: Kind
-    x: tuple[int, str] = (0, "input")
-    weight: tuple[int, str] = (1, "weight")
-
-
-OP_FORMS: Mapping[Any, OpForm] = {
-    F.linear: OpForm("linear"),
-    torch.addmm: OpForm("linear", x=(1, "mat1"), weight=(2, "mat2")),
-    F.embedding: OpForm("embedding"),
-    F.conv1d: OpForm("conv1d"),
-    F.conv2d: OpForm("conv2d"),
-    F.conv3d: OpForm("conv3d"),
-}
-# `input @ weight.T`, as Falcon's linears have it: a linear op if nothing (a bias) follows inside the module.
-MATMULS = (operator.matmul, torch.matmul)
-_MATMUL = OpForm("linear", weight=(1, "other"))
-
-
-def form_of(node: fx.Node) -> OpForm | None:
-    """The form of a site's op, or None if `node` is none."""
-    return _MATMUL if node.target in MATMULS else OP_FORMS.get(node.target)
-
-
-def weight_of(node: fx.Node) -> fx.Node | None:
-    """The `get_attr` node of the weight that the op `node` uses, or None."""
-    form = form_of(node)
-    weight = operand(node, form.weight) if form is not None else None
-    if node.target in MATMULS and isinstance(weight, fx.Node):
-        turned = (weight.target is getattr and weight.args[1] in ("T", "mT")) or weight.target == "t"
-        weight = weight.args[0] if turned else None
-    return weight if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+# What generated code calls `self`: a binding, with the module that runs it, and that module as it was before.
+HOST = "host"
+OPAQUE = "base"
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """The op of a site in a region's graph: the site's fqn relative to the host, and the node's name."""
+    """The op of a site in a region's graph: the site's fqn relative to the host, and the node's name.
+
+    None for the node: no op of the table uses the weight, so it can only be replaced as a whole. `weight` is the path of
+    the weight in the graph, `bias` of the bias.
+    """
 
     site: str
-    node: str
+    node: str | None
+    weight: str = ""
+    bias: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,9 +120,10 @@ def trace_site(module: nn.Module) -> Source:
     if simple and "forward" not in module.__dict__ and not isinstance(module, torch.jit.ScriptModule):
         graphs = [_trace_in_mode(module, training) for training in (True, False)]
         if graphs[0] is not None and graphs[1] is not None and str(graphs[0]) == str(graphs[1]):
-            node = _weight_op(graphs[0], module)
-            if node is not None:
-                return Source(graphs[0], (Anchor("", node),))
+            weight = module._parameters.get("weight")
+            # Of a weight that no arithmetic can be done with, a call of the module is all that can be adapted.
+            if weight is not None and weight.is_floating_point() and weight.itemsize > 1:
+                return Source(graphs[0], (Anchor("", _weight_op(graphs[0]), "weight", "bias"),))
     return opaque_source(parameters)
 
 
@@ -180,26 +149,27 @@ def _trace_in_mode(module: nn.Module, training: bool) -> fx.Graph | None:
     return graph
 
 
-def _weight_op(graph: fx.Graph, module: nn.Module) -> str | None:
+def _weight_op(graph: fx.Graph) -> str | None:
     """The name of the one op that uses the parameter `weight`, if nothing else depends on the weight's values."""
-    if module._parameters.get("weight") is None:
-        return None
-    ops: list[fx.Node] = []
+    found: list[fx.Node] = []
     for node in graph.nodes:
         if node.op == "get_attr" and node.target == "weight":
-            for user in [u for n in node.users for u in (n.users if _is_turned(n, module) else [n])]:
-                if weight_of(user) is node:
-                    ops.append(user)
+            for user in [u for n in node.users for u in (n.users if is_turn(n) else [n])]:
+                use = use_of(user)
+                if use is not None and use.weight is node:
+                    found.append(user)
                 elif not (user.target is getattr and user.args[1] in ("dtype", "device", "shape")):
                     return None
-    return ops[0].name if len(ops) == 1 else None
+    has_bias = any(node.op == "get_attr" and node.target == "bias" for node in graph.nodes)
+    if len(found) != 1 or (has_bias and not _takes_bias(found[0])):
+        return None
+    return found[0].name
 
 
-def _is_turned(node: fx.Node, module: nn.Module) -> bool:
-    """Whether `node` is `weight.T` for nothing but matrix products, in a module without bias."""
-    return module._parameters.get("bias") is None and all(
-        user.target in MATMULS and weight_of(user) is node.args[0] for user in node.users
-    )
+def _takes_bias(node: fx.Node) -> bool:
+    """Whether the op itself adds the bias; else the output of the op is not the site's."""
+    use = use_of(node)
+    return use is not None and use.form.bias is not None
 
 
 def opaque_source(parameters: list[inspect.Parameter]) -> Source:
@@ -207,7 +177,7 @@ def opaque_source(parameters: list[inspect.Parameter]) -> Source:
     graph = fx.Graph()
     node = call(graph, OPAQUE, parameters)
     graph.output(node)
-    return Source(graph, (Anchor("", node.name),), opaque=True)
+    return Source(graph, (Anchor("", node.name, "weight", "bias"),), opaque=True)
 
 
 def weight_source(names: tuple[str, ...]) -> Source:
@@ -216,7 +186,7 @@ def weight_source(names: tuple[str, ...]) -> Source:
     # A call of `invoke`, which the rewriter can turn into one with other weights.
     node = call(graph, OPAQUE, parameters_of(lambda *args, **kwargs: None))
     graph.output(node)
-    return Source(graph, tuple(Anchor(name, node.name) for name in names), opaque=True)
+    return Source(graph, tuple(Anchor(name, node.name, name) for name in names), opaque=True)
 
 
 def call(graph: fx.Graph, target: str, parameters: list[inspect.Parameter]) -> fx.Node:

@@ -1,73 +1,87 @@
 """The site index: every place of a model that a rule may rewrite, read without touching a weight."""
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from peftc.graph.lending import Lending, lending
-
-Kind = Literal["linear", "embedding", "conv1d", "conv2d", "conv3d", "parameter", "attention", "module", "call"]
-Layout = Literal["out_in", "in_out"]
-
-
-@dataclass(frozen=True)
-class Stack:
-    """What a prompt method must know of the model around a call.
-
-    `token_dim` is the width of a token embedded by module `embedding` (fqn relative to the site). `num_layers` have a
-    cache, whose keys and values have `key_value_heads` heads of `head_dim`. `no_past` is the reason why no prefix can be
-    cached.
-    """
-
-    token_dim: int
-    embedding: str
-    num_layers: int
-    num_attention_heads: int
-    key_value_heads: int
-    head_dim: int
-    is_encoder_decoder: bool
-    no_past: str | None = None
+from peftc.graph.ops import Layout, Shape, ops
 
 
 @dataclass(frozen=True)
 class Site:
-    """A place a rule may rewrite.
+    """A place a rule may rewrite: what all kinds have in common. `op` is the name of a row of the table of ops.
 
-    `out_features` × `in_features` is the canonical weight; `layout` says how the stored weight lies (`in_out`:
-    transposed, as in transformers' Conv1D and in embeddings, whose "input" is the one-hot token). For convolutions the
-    features are channels and `kernel_size` the rest of the weight's shape. `dtype` and `device` are those of the weight.
-    `refusal` is the reason why the site can't be adapted, `no_fold` one why nothing can be merged into its weight,
-    `caution` one why it may not do what is expected.
-    A `call` is that of a whole model or of its encoder or decoder, which `stack` describes.
-
-    A `parameter` is a weight that module `host` uses in its own ways: (groups, out, in) of `groups` experts, or (out, in).
-    Patterns match it by the name `known_as`. An `attention` module stands for the parameters it computes with.
+    `module` is the class of the module that computes it. `dtype` and `device` are those of its tensors, `layer` the first
+    number in its fqn, `role` its meaning, if the architecture is known (`attention.query`). `refusal` is the reason why
+    the site can't be adapted, `caution` one why it may not do what is expected.
     """
 
     fqn: str
-    kind: Kind
+    op: str
     module: str
-    in_features: int
-    out_features: int
-    layout: Layout = "out_in"
-    kernel_size: tuple[int, ...] = ()
-    groups: int = 1
-    weight: str | None = None
-    bias: str | None = None
     dtype: str = "float32"
     device: str = "cpu"
     layer: int | None = None
     role: str | None = None
-    tied: tuple[str, ...] = ()
     refusal: str | None = None
     caution: str | None = None
-    stack: Stack | None = None
+
+    @property
+    def name(self) -> str:
+        """What patterns match."""
+        return self.fqn
+
+    @property
+    def owner(self) -> str:
+        """The fqn of the module that computes it."""
+        return self.fqn
+
+    @property
+    def added(self) -> str | None:
+        """The name of a child that the owner is given to hold what adapters add, if they don't go on the owner itself."""
+        return None
+
+    @property
+    def holder(self) -> str:
+        """The fqn of the module whose children hold what adapters add."""
+        return self.owner if self.added is None else parameter_name(self.owner, self.added)
+
+
+@dataclass(frozen=True)
+class ModuleSite(Site):
+    """A module as a whole, of which an adapter trains a copy."""
+
+
+@dataclass(frozen=True)
+class WeightSite(Site):
+    """A weight and the op that uses it.
+
+    `out_features` × `in_features` is the canonical weight; `layout` says how the stored weight lies (`in_out`:
+    transposed, as in transformers' Conv1D and in embeddings, whose "input" is the one-hot token). For convolutions the
+    features are channels, `kernel_size` the rest of the weight's shape and `groups` theirs. `experts`: how many matrices
+    the weight stacks, (experts, out, in). `weight` and `bias` are their fqns, None where there is no plain parameter;
+    `tied` the names of the weight, if it has several. `no_fold` is the reason why nothing can be merged into the weight.
+
+    Of an op that a module is, the site has the module's fqn. Other weights are sites by their own names: `host` is the
+    module that computes with one, and patterns match it by `known_as`.
+    """
+
+    in_features: int = 0
+    out_features: int = 0
+    layout: Layout = "out_in"
+    kernel_size: tuple[int, ...] = ()
+    groups: int = 1
+    experts: int | None = None
+    weight: str | None = None
+    bias: str | None = None
+    tied: tuple[str, ...] = ()
     host: str | None = None
     known_as: str | None = None
     no_fold: str | None = None
@@ -76,6 +90,24 @@ class Site:
     def name(self) -> str:
         """What patterns match."""
         return self.fqn if self.known_as is None else self.known_as
+
+    @property
+    def owner(self) -> str:
+        """The fqn of the module that computes with the weight."""
+        return self.fqn if self.host is None else self.host
+
+    @property
+    def added(self) -> str | None:
+        """A child of the owner for this weight, which is one of several."""
+        if self.host is None:
+            return None
+        leaf = self.fqn.removeprefix(f"{self.host}.") if self.host else self.fqn
+        return f"adapted_{leaf.replace('.', '_')}"
+
+
+def canonical(weight: Tensor, site: WeightSite) -> Tensor:
+    """`weight` as rules see it, (out, in, *kernel) or (experts, out, in): a view, turned where it is stored otherwise."""
+    return weight.mT if site.layout == "in_out" else weight
 
 
 @dataclass(frozen=True)
@@ -88,14 +120,14 @@ class SiteIndex:
     `hosted` has their fqns by those modules.
     """
 
-    sites: Mapping[str, Site]
+    sites: Mapping[str, WeightSite]
     modules: Mapping[str, str]
     aliases: Mapping[str, str]
     parameters: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
     ties: tuple[tuple[str, ...], ...]
     model_type: str | None
     output_embedding: str | None
-    inner: Mapping[str, Site]
+    inner: Mapping[str, WeightSite]
     hosted: Mapping[str, tuple[str, ...]]
 
 
@@ -134,8 +166,10 @@ def modules_at(model: nn.Module, fqns: Iterable[str]) -> dict[str, nn.Module]:
     return {fqn: at(fqn) for fqn in fqns}
 
 
-def index_sites(model: nn.Module) -> SiteIndex:
-    """All sites of `model`. Reads structure only: a model on the meta device is as good as any."""
+def index_sites(model: nn.Module, role_of: Callable[[str], str | None]) -> SiteIndex:
+    """All sites of `model`; `role_of` gives the role of a name. Reads structure only: a model on the meta device is as good
+    as any.
+    """
     first: dict[int, str] = {}
     modules: dict[str, str] = {}
     aliases: dict[str, str] = {}
@@ -156,15 +190,15 @@ def index_sites(model: nn.Module) -> SiteIndex:
     ]
     ties = _ties(named)
     tied = {name: group for group in ties for name in group}
-    sites: dict[str, Site] = {}
-    inner: dict[str, Site] = {}
+    sites: dict[str, WeightSite] = {}
+    inner: dict[str, WeightSite] = {}
     hosted: dict[str, tuple[str, ...]] = {}
     for fqn, module, parent in found:
-        site = _site(fqn, module, parent, tied)
+        site = _site(fqn, module, parent, tied, role_of)
         if site is not None:
             sites[fqn] = site
-        if site is None or site.kind == "attention":
-            own = parameter_sites(fqn, module, tied)
+        if site is None or site.op == "attention":
+            own = parameter_sites(fqn, module, tied, role_of)
             inner |= {parameter.fqn: parameter for parameter in own}
             hosted[fqn] = tuple(parameter.fqn for parameter in own)
     parameters = {id(p): (name, _shape(p), p.dtype) for name, p in reversed(named)}
@@ -250,29 +284,45 @@ def _identity(parameter: nn.Parameter) -> Any:
     return parameter.untyped_storage()._cdata, parameter.storage_offset(), parameter.shape, parameter.stride()
 
 
-def _site(fqn: str, module: nn.Module, parent: nn.Module | None, tied: Mapping[str, tuple[str, ...]]) -> Site | None:
-    form = _form(module)
-    if form is None:
+def _shaped(module: nn.Module) -> tuple[str, Shape] | None:
+    """The op that `module` is, and the sizes of its weight."""
+    for op in ops().values():
+        shape = op.shape_of(module)
+        if shape is not None:
+            return op.name, shape
+    return None
+
+
+def _site(
+    fqn: str,
+    module: nn.Module,
+    parent: nn.Module | None,
+    tied: Mapping[str, tuple[str, ...]],
+    role_of: Callable[[str], str | None],
+) -> WeightSite | None:
+    found = _shaped(module)
+    if found is None:
         return None
-    kind, features, layout, kernel_size, groups = form
+    op, shape = found
     weight = module._parameters.get("weight")
     bias = module._parameters.get("bias")
     reference = weight if weight is not None else next(iter([*module.parameters(), *module.buffers()]), None)
     lent = lending(type(parent), fqn.rpartition(".")[2]) if parent is not None else Lending.NO
-    return Site(
+    return WeightSite(
         fqn=fqn,
-        kind=kind,
+        op=op,
         module=type(module).__name__,
-        in_features=features[0],
-        out_features=features[1],
-        layout=layout,
-        kernel_size=kernel_size,
-        groups=groups,
+        in_features=shape.in_features,
+        out_features=shape.out_features,
+        layout=shape.layout,
+        kernel_size=shape.kernel_size,
+        groups=shape.groups,
         weight=parameter_name(fqn, "weight") if weight is not None else None,
         bias=parameter_name(fqn, "bias") if bias is not None else None,
         dtype=dtype_name(reference.dtype) if reference is not None else "float32",
         device=str(reference.device) if reference is not None else "cpu",
         layer=layer_index(fqn),
+        role=role_of(fqn),
         tied=tied.get(parameter_name(fqn, "weight"), ()) if weight is not None else (),
         refusal=_refusal(module, weight, lent, parent),
         caution=_caution(lent, parent, fqn),
@@ -310,7 +360,9 @@ def _caution(lent: Lending, parent: nn.Module | None, fqn: str) -> str | None:
     return f"{type(parent).__name__} also reads self.{name}.weight directly; on that path the adapter has no effect"
 
 
-def parameter_sites(fqn: str, module: nn.Module, tied: Mapping[str, tuple[str, ...]]) -> list[Site]:
+def parameter_sites(
+    fqn: str, module: nn.Module, tied: Mapping[str, tuple[str, ...]], role_of: Callable[[str], str | None]
+) -> list[WeightSite]:
     """The weights that `module` computes with itself: matrices, one for each expert where there are three dimensions.
 
     Of nn.MultiheadAttention also the weight of `out_proj`, which it never calls.
@@ -321,70 +373,29 @@ def parameter_sites(fqn: str, module: nn.Module, tied: Mapping[str, tuple[str, .
         names = [name for name in names if name.endswith("_weight")]
     # Experts say in which order they store theirs; (experts, out, in) if they don't, as in PEFT.
     turned = bool(module.__dict__.get("is_transposed", False))
-    sites: list[Site] = []
+    sites: list[WeightSite] = []
     for name in [*names, *(["out_proj.weight"] if attention else [])]:
         weight = module.get_parameter(name)
         layout: Layout = "in_out" if turned and weight.dim() == 3 else "out_in"
         rows, columns = weight.shape[-2:] if layout == "out_in" else weight.shape[:-3:-1]
         own = parameter_name(fqn, name)
         sites.append(
-            Site(
+            WeightSite(
                 fqn=own,
-                kind="parameter",
+                op="parameter",
                 module=type(module).__name__,
                 in_features=columns,
                 out_features=rows,
                 layout=layout,
-                groups=weight.shape[0] if weight.dim() == 3 else 1,
+                experts=weight.shape[0] if weight.dim() == 3 else None,
                 weight=own,
                 dtype=dtype_name(weight.dtype),
                 device=str(weight.device),
                 layer=layer_index(fqn),
+                role=role_of(own),
                 tied=tied.get(own, ()),
                 host=fqn,
                 known_as=fqn if attention else None,
             )
         )
     return sites
-
-
-_Form = tuple[Kind, tuple[int, int], Layout, tuple[int, ...], int]
-
-
-def _form(module: nn.Module) -> _Form | None:
-    """Kind, (in, out) features, layout, kernel size and groups of a module that is a site."""
-    if isinstance(module, nn.Linear):
-        return "linear", (module.in_features, module.out_features), "out_in", (), 1
-    if isinstance(module, nn.MultiheadAttention):
-        return "attention", (module.embed_dim, module.embed_dim), "out_in", (), 1
-    if isinstance(module, nn.Embedding):
-        return "embedding", (module.num_embeddings, module.embedding_dim), "in_out", (), 1
-    for cls, kind in _CONVS:
-        if isinstance(module, cls):
-            return kind, (module.in_channels, module.out_channels), "out_in", module.kernel_size, module.groups
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
-    if pytorch_utils is not None and isinstance(module, pytorch_utils.Conv1D):
-        rows, columns = cast("tuple[int, int]", module.get_parameter("weight").shape)
-        return "linear", (rows, columns), "in_out", (), 1
-    return _quantised(module)
-
-
-_CONVS: tuple[tuple[type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d], Kind], ...] = (
-    (nn.Conv1d, "conv1d"),
-    (nn.Conv2d, "conv2d"),
-    (nn.Conv3d, "conv3d"),
-)
-
-
-def is_quantised(module: nn.Module) -> bool:
-    """Whether `module` is a linear of another library, whose integer buffers are its weight."""
-    return _quantised(module) is not None and not isinstance(module, nn.Linear)
-
-
-def _quantised(module: nn.Module) -> _Form | None:
-    """A linear of another library: a leaf that names its in_features and out_features (GPTQ, AWQ, HQQ, torch.ao …)."""
-    features = (module.__dict__.get("in_features"), module.__dict__.get("out_features"))
-    holds_tensors = any(tensor is not None for tensor in [*module._parameters.values(), *module._buffers.values()])
-    if module._modules or not holds_tensors or not all(type(size) is int for size in features):
-        return None
-    return "linear", cast("tuple[int, int]", features), "out_in", (), 1

@@ -1,27 +1,30 @@
 """Symbolic capture: the whole model as one flat graph, hosted by the model itself."""
 
 import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
 
 from peftc.errors import CaptureError
-from peftc.graph.region import MATMULS, Anchor, Region, Source, SourceCache, parameters_of, weight_of
+from peftc.graph.ops import Use, operand, use_of
+from peftc.graph.region import Anchor, Region, Source, SourceCache, parameters_of
+from peftc.graph.sites import SiteIndex, WeightSite
 
 
-def trace_model(model: nn.Module, sites: Collection[str], saved: Collection[str]) -> Region:
+def trace_model(model: nn.Module, sites: Mapping[str, WeightSite], saved: Collection[str]) -> Region:
     """Trace `model` in which the modules of `sites` are inlined and those of `saved`, and torch.nn's, stay calls.
 
     The model is traced in train and in eval mode, on the structure given (a copy); forward parameters whose default is
     None are fixed at None. Raises CaptureError if it does not trace, or traces differently in the two modes.
     """
     cache = SourceCache()
-    opaque = {fqn for fqn in sites if cache.get(model.get_submodule(fqn)).opaque}
-    leaves = opaque | set(saved)
-    graphs = [_trace(model.train(training), set(sites) - leaves, leaves) for training in (True, False)]
-    _require_equal(model, *graphs)
-    anchors = tuple(_anchors(graphs[0], model, set(sites), leaves))
+    modules = [fqn for fqn, site in sites.items() if site.host is None]
+    called = {fqn for fqn in modules if cache.get(model.get_submodule(fqn)).opaque}
+    leaves = called | set(saved)
+    graph = _traced(model, set(modules) - leaves, leaves)
+    anchors = tuple(_anchors(graph, model, sites, leaves))
     missing = (set(sites) | set(saved)) - {anchor.site for anchor in anchors}
     if missing:
         fqn = min(missing)
@@ -29,7 +32,48 @@ def trace_model(model: nn.Module, sites: Collection[str], saved: Collection[str]
             f"capture='symbolic': {type(model).__name__} never calls {fqn!r} in the graph traced from it, so it can't be"
             " adapted. Leave it out (exclude_modules), or use capture='modules'."
         )
-    return Region("", Source(graphs[0], anchors))
+    return Region("", Source(graph, anchors))
+
+
+def with_ops(model: nn.Module, index: SiteIndex) -> SiteIndex:
+    """`index` with the parameters that the traced `model` uses in an op of the table, as sites of that op.
+
+    So `F.linear(x, self.query)` is a linear site `query`, with all that such a site can have.
+    """
+    graph = _traced(model, set(), set())
+    found: dict[str, WeightSite] = {}
+    for use in _uses(graph, model):
+        name = str(use.weight.target)
+        known = index.inner.get(name)
+        if known is not None and known.experts is None and known.known_as is None:
+            found[name] = _as_site(known, use, model)
+    return replace(index, inner={name: found.get(name, site) for name, site in index.inner.items()})
+
+
+def _as_site(known: WeightSite, use: Use, model: nn.Module) -> WeightSite:
+    rows, columns = model.get_parameter(known.fqn).shape[:2]
+    if use.layout == "in_out":
+        rows, columns = columns, rows
+    place = use.form.bias
+    bias = operand(use.node, place) if place is not None else None
+    named = str(bias.target) if isinstance(bias, fx.Node) and bias.op == "get_attr" else None
+    return replace(known, op=use.op.name, in_features=columns, out_features=rows, layout=use.layout, bias=named)
+
+
+def _uses(graph: fx.Graph, model: nn.Module) -> Iterator[Use]:
+    def dims(weight: fx.Node) -> int:
+        return model.get_parameter(str(weight.target)).dim()
+
+    for node in list(graph.nodes):
+        use = use_of(node, dims)
+        if use is not None:
+            yield use
+
+
+def _traced(model: nn.Module, inlined: Collection[str], leaves: Collection[str]) -> fx.Graph:
+    graphs = [_trace(model.train(training), inlined, leaves) for training in (True, False)]
+    _require_equal(model, *graphs)
+    return graphs[0]
 
 
 class _ModelTracer(fx.Tracer):
@@ -98,26 +142,34 @@ def _require_equal(model: nn.Module, train: fx.Graph, evaluate: fx.Graph) -> Non
     )
 
 
-def _anchors(graph: fx.Graph, model: nn.Module, sites: Collection[str], leaves: Collection[str]) -> list[Anchor]:
+def _anchors(
+    graph: fx.Graph, model: nn.Module, sites: Mapping[str, WeightSite], leaves: Collection[str]
+) -> list[Anchor]:
     found: list[Anchor] = []
     for node in list(graph.nodes):
         if node.op == "call_module" and node.target in leaves:
-            found.append(Anchor(str(node.target), node.name))
+            found.append(Anchor(str(node.target), node.name, f"{node.target}.weight", f"{node.target}.bias"))
             continue
-        weight, fqn = weight_of(node), _module_of(node)
-        if weight is None or fqn not in sites:
+        use = use_of(node, lambda weight: model.get_parameter(str(weight.target)).dim())
+        site = _site_of(use, model, sites) if use is not None else None
+        if use is None or site is None:
             continue
-        own = f"{fqn}.weight"
-        if model.get_parameter(str(weight.target)) is not model.get_parameter(own):
-            continue
-        if weight.target != own:
+        own = str(site.weight)
+        if use.weight.target != own:
             # A tied weight is traced under its first name; at this site it goes by the site's own.
-            user = node if node.target not in MATMULS else node.args[1]
-            assert isinstance(user, fx.Node), "weight_of has looked at it"
+            user = next(user for user in (node, *node.all_input_nodes) if use.weight in user.all_input_nodes)
             with graph.inserting_before(user):
-                user.replace_input_with(weight, graph.get_attr(own))
-        found.append(Anchor(fqn, node.name))
+                user.replace_input_with(use.weight, graph.get_attr(own))
+        found.append(Anchor(site.fqn, node.name, own, str(site.bias)))
     return found
+
+
+def _site_of(use: Use, model: nn.Module, sites: Mapping[str, WeightSite]) -> WeightSite | None:
+    """The site whose op this is: that of the module it was traced from, or a weight's own."""
+    weight = model.get_parameter(str(use.weight.target))
+    names = (_module_of(use.node), str(use.weight.target))
+    site = next((sites[name] for name in names if name in sites), None)
+    return site if site is not None and model.get_parameter(str(site.weight)) is weight else None
 
 
 def _module_of(node: fx.Node) -> str:

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from peftc.errors import AdapterError
 from peftc.merge.fold import is_finite
-from peftc.plan import MODULES_TO_SAVE, Edit
-from peftc.registry import find_rule
+from peftc.plan import Edit
 from peftc.rewrite.program import Program
 from peftc.rule import Bound, Combination, Part, Rule
 from peftc.specs import AdapterSpec
@@ -52,8 +51,8 @@ def _require_apart(program: Program, weights: Mapping[str, float]) -> None:
     """Modules that are saved whole can't be added up."""
     savers: dict[str, str] = {}
     for name in weights:
-        for edit in program.edits[name]:
-            if edit.rule == MODULES_TO_SAVE and savers.setdefault(edit.site, name) != name:
+        for edit in program.adapters[name].edits:
+            if edit.whole and savers.setdefault(edit.site, name) != name:
                 raise AdapterError(
                     f"{_WHAT}: {savers[edit.site]!r} and {name!r} both save {edit.site} whole (modules_to_save), and whole"
                     " modules can't be combined"
@@ -65,34 +64,13 @@ def _resolved(rule: Rule[Any], how: Combination, single: bool) -> Combination:
     if kind not in rule.combinations:
         known = ", ".join(rule.combinations) or "none"
         raise AdapterError(f"{_WHAT}: combination_type={kind!r}: {rule.name} has {known}")
-    if single and "cat" in rule.combinations and how.svd_rank is None:
-        return replace(how, combination_type="cat")  # Nothing to combine: the adapter itself, scaled.
-    pruned = kind.removesuffix("_svd") not in ("svd", "linear", "cat")
-    if pruned and (not _is_share(how.density) or (how.density == 0 and "dare" in kind)):
-        raise AdapterError(f"{_WHAT}: {kind!r} needs a density in [0, 1] (dare: above 0), got {how.density!r}")
-    if how.majority_sign_method not in ("total", "frequency"):
-        raise AdapterError(
-            f"{_WHAT}: majority_sign_method={how.majority_sign_method!r}: valid are 'total' and 'frequency'"
-        )
-    if how.svd_rank is not None and (type(how.svd_rank) is not int or how.svd_rank < 1):
-        raise AdapterError(f"{_WHAT}: svd_rank={how.svd_rank!r} is no positive integer")
-    if how.svd_clamp is not None and not _is_share(how.svd_clamp):
-        raise AdapterError(f"{_WHAT}: svd_clamp={how.svd_clamp} is a quantile, so in [0, 1]")
-    if how.svd_driver is not None and not torch.cuda.is_available():
-        raise AdapterError(
-            f"{_WHAT}: svd_driver={how.svd_driver!r} chooses a CUDA solver, and there is no CUDA device here"
-        )
-    return replace(how, combination_type=kind)
-
-
-def _is_share(number: Any) -> bool:
-    return isinstance(number, int | float) and 0 <= number <= 1
+    return rule.combination(replace(how, combination_type=kind), single)
 
 
 def combined_spec(program: Program, weights: Mapping[str, float], how: Combination) -> AdapterSpec:
     """The spec of the combination: exactly the sites and saved modules of its parts."""
-    groups = _groups(program, weights, lambda edit: edit.rule != MODULES_TO_SAVE)
-    saved = tuple(_groups(program, weights, lambda edit: edit.rule == MODULES_TO_SAVE))
+    groups = _groups(program, weights, lambda edit: not edit.whole)
+    saved = tuple(_groups(program, weights, lambda edit: edit.whole))
     selectors = ("exclude_modules", "layers_to_transform", "layers_pattern")
     update: dict[str, Any] = {
         "target_modules": target_names(program.base, list(groups)),
@@ -109,16 +87,20 @@ def combined_spec(program: Program, weights: Mapping[str, float], how: Combinati
 
 def fill(program: Program, adapter: str, weights: Mapping[str, float], how: Combination) -> None:
     """Give the fresh `adapter` the values of the combination."""
-    for edit in program.edits[adapter]:
-        sources = [(e, weights[name]) for name in weights for e in program.edits[name] if e.site == edit.site]
-        if edit.rule == MODULES_TO_SAVE:
-            values = {param.name: program.tensor(sources[0][0], param.key).detach() for param in edit.params}
+    for edit in program.adapters[adapter].edits:
+        sources = [
+            (e, weights[name])
+            for name in weights
+            for e in program.adapters[name].edits
+            if e.site == edit.site and e.rule == edit.rule
+        ]
+        if edit.whole:
+            values = {name: tensor.detach() for name, tensor in _tensors(program, sources[0][0]).items()}
         else:
-            site, rule = program.plan.sites[edit.site], _rule(program, adapter, edit)
             parts = [Part(weight, _bound(program, source)) for source, weight in sources]
-            values = rule.combine(site, parts, how)
+            values = edit.rule.combine(program.plan.sites[edit.site], parts, how)
         for param in edit.params:
-            target = program.tensor(edit, param.key)
+            target = program.adapters[adapter].tensor(edit, param.key)
             _require_result(edit, target, values[param.name])
             with torch.no_grad():
                 target.copy_(values[param.name])
@@ -133,9 +115,12 @@ def _require_result(edit: Edit, target: Tensor, value: Tensor) -> None:
         raise AdapterError(f"{edit.site}: combining gives NaN or Inf (a broken adapter, or weights too large)")
 
 
+def _tensors(program: Program, edit: Edit) -> dict[str, Tensor]:
+    return program.adapters[edit.adapter].part(edit).tensors()
+
+
 def _bound(program: Program, edit: Edit) -> Bound:
-    values = {param.name: program.tensor(edit, param.key).detach() for param in edit.params}
-    return Bound({**values, **edit.constants})
+    return Bound({**{name: tensor.detach() for name, tensor in _tensors(program, edit).items()}, **edit.constants})
 
 
 def _groups(program: Program, weights: Mapping[str, float], wanted: Callable[[Edit], bool]) -> dict[str, list[str]]:
@@ -148,10 +133,9 @@ def _groups(program: Program, weights: Mapping[str, float], wanted: Callable[[Ed
     return {site: sorted(names, key=order.index) for site, names in groups.items()}
 
 
-def _rule(program: Program, adapter: str, edit: Edit | None = None) -> Rule[Any]:
-    """The rule of `edit`, or of the first edit of `adapter` that has one."""
-    own = [edit] if edit is not None else [e for e in program.edits[adapter] if e.rule != MODULES_TO_SAVE]
-    rule = find_rule(program.plan.adapters[adapter], program.plan.sites[own[0].site]) if own else None
+def _rule(program: Program, adapter: str) -> Rule[Any]:
+    """The rule of the first edit of `adapter` that changes a site."""
+    rule = next((edit.rule for edit in program.adapters[adapter].edits if not edit.whole), None)
     if rule is None:
         raise AdapterError(f"{_WHAT}: {adapter!r} adapts no module, so there is nothing to combine")
     return rule

@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from peftc.errors import MergeError, RuleError
-from peftc.graph.sites import Site, parameter_name
+from peftc.graph.sites import WeightSite, canonical, parameter_name
 from peftc.merge.threads import side_by_side
-from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
-from peftc.registry import find_rule
-from peftc.rewrite.attach import canonical
+from peftc.plan import Edit, PlannedParam
 from peftc.rewrite.program import Program
-from peftc.rule import Bound, Param, Rule
+from peftc.rewrite.sharding import whole
+from peftc.rule import Bound, Rule
 
 # What gives the tensor of a parameter.
 Value = Callable[[Edit, PlannedParam], Tensor]
@@ -30,19 +29,29 @@ TILE = 2**18
 
 @dataclass(frozen=True)
 class Step:
-    """One edit, ready to fold: its rule, constants, and parameters with the axes they run along."""
+    """One edit, ready to fold: its rule and constants, its tensors by name and the axes these run along."""
 
-    rule: Rule[Any]
-    constants: Mapping[str, Any]
+    edit: Edit
     values: Mapping[str, Tensor]
-    params: Mapping[str, Param]
 
-    def at(self, axis: str, start: int, stop: int) -> Bound:
-        """What the rule gets as `p` for the part from `start` to `stop` of the weight along `axis`."""
-        cut = {
-            name: _cut(value, self.params[name].axes or "", axis, start, stop) for name, value in self.values.items()
-        }
-        return Bound({**cut, **self.constants})
+    @property
+    def rule(self) -> Rule[Any]:
+        """The edit's."""
+        return self.edit.rule
+
+    @property
+    def axes(self) -> Mapping[str, str | None]:
+        """By name of a parameter, along which axes of the canonical weight it runs."""
+        return {param.name: param.axes for param in self.edit.params}
+
+    def at(self, axis: str, start: int, stop: int, weight: Tensor, bias: Tensor | None = None) -> Bound:
+        """What the rule gets as `p` for the part from `start` to `stop` of the weight along `axis`; `weight` is that part
+        as it is before this edit.
+        """
+        axes = self.axes
+        cut = {name: _cut(value, axes[name] or "", axis, start, stop) for name, value in self.values.items()}
+        lazy: dict[str, Callable[[], Any]] = {"weight": lambda: weight, "bias": lambda: bias}
+        return Bound({**cut, **self.edit.constants}, lazy)
 
 
 @dataclass(frozen=True)
@@ -58,36 +67,37 @@ def edits_by_site(program: Program, names: Sequence[str]) -> dict[str, list[Edit
     """The edits of the adapters `names` by site, in load order."""
     groups: dict[str, list[Edit]] = {}
     for name in program.plan.adapters:
-        for edit in program.edits[name] if name in names else ():
+        for edit in program.adapters[name].edits if name in names else ():
             groups.setdefault(edit.site, []).append(edit)
     return groups
 
 
 def value_in(program: Program) -> Value:
     """The live tensors of adapters, for `steps_of`."""
-    return lambda edit, param: program.tensor(edit, param.key)
+    return lambda edit, param: whole(program.adapters[edit.adapter].tensor(edit, param.key))
 
 
-def steps_of(program: Program, edits: Sequence[Edit], dtype: torch.dtype, value: Value) -> list[Step]:
-    """The steps of a site's `edits` in `dtype`; `value` gives the tensor of a parameter."""
-    steps: list[Step] = []
-    for edit in edits:
-        site, spec = program.plan.sites[edit.site], program.plan.adapters[edit.adapter]
-        rule = find_rule(spec, site)
-        assert rule is not None, "the plan was made with it"
-        values = {param.name: value(edit, param).detach().to(dtype) for param in edit.params}
-        steps.append(Step(rule, edit.constants, values, rule.params(spec, site)))
-    return steps
+def steps_of(edits: Sequence[Edit], dtype: torch.dtype, value: Value) -> list[Step]:
+    """The steps of a site's `edits` in `dtype`; `value` gives the tensor of a parameter. Integers stay what they are."""
+    return [
+        Step(edit, {param.name: _as(value(edit, param).detach(), dtype) for param in edit.params}) for edit in edits
+    ]
 
 
-def tiles(site: Site, weight: Tensor, steps: Sequence[Step], size: int | None = None) -> Iterator[tuple[slice, str]]:
+def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def tiles(
+    site: WeightSite, weight: Tensor, steps: Sequence[Step], size: int | None = None
+) -> Iterator[tuple[slice, str]]:
     """Slices of about `size` elements (TILE) of the first dimension of a stored weight, and which axis of the canonical one
     that is ("": it is whole). The bits of a product depend on its shape, so whoever folds takes the same slices.
     """
     size = TILE if size is None else size
     length, axis = weight.shape[0], "i" if site.layout == "in_out" else "o"
-    experts = site.kind == "parameter" and weight.dim() > 2
-    if experts or any(param.axes is None for step in steps for param in step.params.values()):
+    whole = any(axis not in step.rule.local or None in step.axes.values() for step in steps)
+    if site.experts is not None or whole:
         yield slice(0, length), ""
         return
     rows = max(1, size * length // max(1, weight.numel()))
@@ -95,11 +105,11 @@ def tiles(site: Site, weight: Tensor, steps: Sequence[Step], size: int | None = 
         yield slice(start, min(length, start + rows)), axis
 
 
-def fold_tile(site: Site, tile: Tensor, steps: Sequence[Step], axis: str, part: slice) -> Tensor:
+def fold_tile(site: WeightSite, tile: Tensor, steps: Sequence[Step], axis: str, part: slice) -> Tensor:
     """The new value of `tile`, the `part` of a stored weight, rounded to its dtype."""
     new = canonical(tile.to(fold_dtype(tile), copy=True), site)
     for step in steps:
-        new = step.rule.fold(new, step.at(axis, part.start, part.stop))
+        new = step.rule.weight(new, step.at(axis, part.start, part.stop, new))
     stored = canonical(new, site)
     if stored.shape != tile.shape:
         raise RuleError(
@@ -109,9 +119,10 @@ def fold_tile(site: Site, tile: Tensor, steps: Sequence[Step], axis: str, part: 
     return stored.to(tile.dtype)
 
 
-def fold_weight(program: Program, site: Site, edits: Sequence[Edit], weight: Tensor) -> Tensor:
+def fold_weight(program: Program, site: WeightSite, edits: Sequence[Edit], weight: Tensor) -> Tensor:
     """The folded value of the whole weight of `site`. Raises MergeError if it is not finite."""
-    steps = steps_of(program, edits, fold_dtype(weight), value_in(program))
+    weight = whole(weight)
+    steps = steps_of(edits, fold_dtype(weight), value_in(program))
     new = torch.empty_like(weight)
 
     def fold(part: slice, axis: str) -> slice:
@@ -125,23 +136,23 @@ def fold_weight(program: Program, site: Site, edits: Sequence[Edit], weight: Ten
     return new
 
 
-def fold_bias(program: Program, site: Site, edits: Sequence[Edit], bias: Tensor, value: Value) -> Tensor | None:
+def fold_bias(site: WeightSite, edits: Sequence[Edit], bias: Tensor, value: Value) -> Tensor | None:
     """The folded bias of `site`, or None if no edit changes it. Raises MergeError if it is not finite."""
     start = new = bias.to(fold_dtype(bias), copy=True)
-    for step in steps_of(program, edits, start.dtype, value):
-        new = step.rule.fold_bias(new, Bound({**step.values, **step.constants}))
+    for step in steps_of(edits, start.dtype, value):
+        new = step.rule.bias(new, Bound({**step.values, **step.edit.constants}, {"bias": lambda b=new: b}))
     if new is start:
         return None
-    require_finite(new.to(bias.dtype), parameter_name(site.fqn, "bias"), edits)
+    require_finite(new.to(bias.dtype), str(site.bias), edits)
     return new.to(bias.dtype)
 
 
 def fold_copies(program: Program, edit: Edit) -> list[Folded]:
     """The trained copy's own tensors, in the place of the base module's. A buffer may hold an infinite mask."""
-    assert edit.rule == MODULES_TO_SAVE
+    assert edit.whole, "others have a fold"
     found: list[Folded] = []
     for param in edit.params:
-        value = program.tensor(edit, param.key).detach().clone()
+        value = whole(program.adapters[edit.adapter].tensor(edit, param.key)).detach().clone()
         path, _, leaf = param.key.rpartition(".")
         if param.trainable:
             require_finite(value, parameter_name(edit.site, param.key), [edit])
@@ -149,31 +160,26 @@ def fold_copies(program: Program, edit: Edit) -> list[Folded]:
     return found
 
 
-def unfold_tile(site: Site, tile: Tensor, steps: Sequence[Step], axis: str, part: slice) -> Tensor:
+def unfold_tile(site: WeightSite, tile: Tensor, steps: Sequence[Step], axis: str, part: slice) -> Tensor:
     """An estimate of what `fold_tile` made `tile` from: the same bits on any device, with any number of threads."""
     old = canonical(tile.to(torch.float64, copy=True), site)
     for step in reversed(steps):
-        old = step.rule.unfold(old, step.at(axis, part.start, part.stop))
+        old = step.rule.unfold(old, step.at(axis, part.start, part.stop, old))
     return canonical(old, site).to(tile.dtype)
 
 
-def steps_back(program: Program, edits: Sequence[Edit], value: Value) -> list[Step]:
+def steps_back(edits: Sequence[Edit], value: Value) -> list[Step]:
     """The steps by which `unfold_tile` estimates, whatever the order in which products are summed."""
-
-    def on_grid(edit: Edit, param: PlannedParam) -> Tensor:
-        site, spec = program.plan.sites[edit.site], program.plan.adapters[edit.adapter]
-        rule = find_rule(spec, site)
-        assert rule is not None, "the plan was made with it"
-        return exact(value(edit, param), rule.params(spec, site)[param.name])
-
-    return steps_of(program, edits, torch.float64, on_grid)
+    return steps_of(edits, torch.float64, lambda edit, param: exact(value(edit, param), param))
 
 
-def exact(value: Tensor, param: Param) -> Tensor:
+def exact(value: Tensor, param: PlannedParam) -> Tensor:
     """`value` in float64; a factor of matrix products on a grid so coarse that these, and their sums, are exact.
 
     So every order of summation gives the same bits. With n terms of b-bit factors that needs 2b + log2 n ≤ 53.
     """
+    if not value.is_floating_point():
+        return value
     value = value.double()
     if param.use == "vector" or not value.numel():
         return value

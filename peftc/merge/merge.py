@@ -12,16 +12,17 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import AdapterError, MergeError
-from peftc.graph.sites import parameter_name
+from peftc.graph.sites import WeightSite, parameter_name
 from peftc.merge import ties
 from peftc.merge.fold import Folded, edits_by_site, fold_bias, fold_copies, fold_weight, value_in
 from peftc.merge.ownership import require_own
 from peftc.merge.undo import fold_in_place, owner_of, require_intact, restore, tensor_of
 from peftc.merge.undo_log import checksum, require_zstandard
-from peftc.plan import MODULES_TO_SAVE, Edit
-from peftc.registry import find_rule
-from peftc.rewrite.program import Program, Replaced, tensor_slots
-from peftc.rewrite.switch import emit, layout, require_idle, require_unwrapped, train
+from peftc.plan import Edit
+from peftc.rewrite.parts import tensor_slots
+from peftc.rewrite.program import Merged, Program, Replaced, require_idle
+from peftc.rewrite.sharding import is_sharded, own, put, reshard, whole
+from peftc.rewrite.switch import emit, train
 
 Undo = Literal["keep", "residual", "none"]
 
@@ -35,18 +36,19 @@ def merge(program: Program, names: Sequence[str], untie: bool, undo: str) -> Non
     _require_state(program, names, undo)
     groups = edits_by_site(program, names)
     require_mergeable(program, names, groups)
-    inside = _in_place(program, groups) if undo == "residual" else []
+    inside = _in_place(program, groups) if undo == "residual" else {}
+    reshard(program.base)
     with _quiet(program):
         outside = [item for site, edits in groups.items() for item in _fold(program, site, edits, site in inside)]
         if not untie:
             ties.require_untied(program, [(item.owner, item.leaf) for item in outside])
         # The rest would be too much to keep twice; what fails here is undone.
-        program.merged = tuple(names)
-        program.journal.paused = tuple(name for name in program.learning if name in names)
+        program.merge.names = tuple(names)
+        program.merge.paused = tuple(name for name in program.learning if name in names)
         try:
             emit(program)
             for site in inside:
-                fold_in_place(program, program.plan.sites[site], groups[site])
+                fold_in_place(program, inside[site], groups[site])
             for item in outside:
                 _exchange(program, item, keep=undo != "none")
             train(program, [name for name in program.learning if name not in names])
@@ -63,21 +65,19 @@ def unmerge(program: Program, check: bool = True) -> None:
     require_idle(program)
     if not program.merged:
         raise MergeError("no adapter is merged")
-    gone = [parameter_name(item.owner, item.leaf) for item in program.journal.merged if _is_gone(item)]
+    reshard(program.base)
+    gone = [parameter_name(item.owner, item.leaf) for item in program.merge.replaced if _is_gone(item)]
     if gone:
         raise MergeError(f"{', '.join(program.merged)} merged with undo='none': the original {gone[0]}, … is gone")
-    for item in program.journal.merged:
+    for item in program.merge.replaced:
         require_intact(program, item, check)
-    require_unwrapped(program, layout(program, program.active))
     with _quiet(program):
         restore(program, check)
 
 
 def forget(program: Program) -> None:
     """Make the merge final: the folded weights become the base's, and the merged adapters are done with."""
-    program.journal.merged.clear()
-    program.journal.factors.clear()
-    program.merged = ()
+    program.merge = Merged()
 
 
 @contextmanager
@@ -116,44 +116,40 @@ def require_mergeable(program: Program, names: Sequence[str], groups: Mapping[st
 
 def _require_order(program: Program, names: Sequence[str], fqn: str, edits: Sequence[Edit]) -> None:
     """An adapter that stays unmerged may come before a merged one only if both are additive."""
-    staying = [edit for name in program.active if name not in names for edit in program.edits[name] if edit.site == fqn]
+    staying = program.edits_at(fqn, [name for name in program.active if name not in names])
     order = list(program.plan.adapters)
     for edit in edits:
         for other in staying:
             earlier = order.index(other.adapter) < order.index(edit.adapter)
-            if earlier and not (_additive(program, edit) and _additive(program, other)):
+            if earlier and not (edit.rule.additive and other.rule.additive):
                 raise MergeError(
                     f"{fqn}: {edit.adapter!r} was loaded after {other.adapter!r}, which would stay unmerged, and the two"
                     " do not commute. Merge both, or deactivate one."
                 )
 
 
-def _additive(program: Program, edit: Edit) -> bool:
-    rule = find_rule(program.plan.adapters[edit.adapter], program.plan.sites[edit.site])
-    return rule is not None and rule.additive
-
-
 def _fold(program: Program, fqn: str, edits: Sequence[Edit], weight_in_place: bool) -> list[Folded]:
     """New values for the tensors of a site, but for a weight that is to be folded in place."""
-    if edits[-1].rule == MODULES_TO_SAVE:
-        return fold_copies(program, edits[-1])
     site = program.plan.sites[fqn]
+    if not isinstance(site, WeightSite):
+        return fold_copies(program, edits[-1])
     found: list[Folded] = []
     if not weight_in_place:
         owner, leaf = owner_of(site)
         found.append(Folded(owner, leaf, fold_weight(program, site, edits, tensor_of(program, owner, leaf).detach())))
-    bias = program.owners[fqn]._parameters.get("bias") if site.bias is not None else None
-    folded = None if bias is None else fold_bias(program, site, edits, bias.detach(), value_in(program))
-    return found if folded is None else [*found, Folded(fqn, "bias", folded)]
+    if site.bias is None:
+        return found
+    owner, _, leaf = site.bias.rpartition(".")
+    folded = fold_bias(site, edits, whole(tensor_of(program, owner, leaf)).detach(), value_in(program))
+    return found if folded is None else [*found, Folded(owner, leaf, folded)]
 
 
-def _in_place(program: Program, groups: dict[str, list[Edit]]) -> list[str]:
+def _in_place(program: Program, groups: dict[str, list[Edit]]) -> dict[str, WeightSite]:
     """The sites whose weights are folded in place. Raises MergeError if the model does not own them."""
     weights: dict[str, Tensor] = {}
-    for fqn, edits in groups.items():
-        if edits[-1].rule == MODULES_TO_SAVE:
-            continue
-        owner, leaf = owner_of(program.plan.sites[fqn])
+    sites = {fqn: site for fqn in groups if isinstance(site := program.plan.sites[fqn], WeightSite)}
+    for fqn, site in sites.items():
+        owner, leaf = owner_of(site)
         weight = tensor_of(program, owner, leaf)
         if ties.partner(program, owner, leaf) is not None:
             continue  # The other end keeps the original.
@@ -163,17 +159,24 @@ def _in_place(program: Program, groups: dict[str, list[Edit]]) -> list[str]:
                 " use undo='keep'"
             )
         weights[fqn] = weight
-    require_own(program, {str(program.plan.sites[fqn].weight): weight for fqn, weight in weights.items()})
-    return list(weights)
+    require_own(program, {str(sites[fqn].weight): weight for fqn, weight in weights.items()})
+    return {fqn: sites[fqn] for fqn in weights}
 
 
 def _exchange(program: Program, item: Folded, keep: bool) -> None:
     """Put the new tensor in the place of the old one, which the journal keeps as it is: the same object, ties and all."""
     slots = tensor_slots(program.base.get_submodule(item.owner), item.leaf)
     old: Tensor = slots[item.leaf]
+    if is_sharded(old):
+        # Whoever shards it holds the parameter itself, so the values change and the object stays.
+        original = own(old).clone() if keep else None
+        put(old, item.value)
+        sums = (checksum(original), checksum(old)) if original is not None else (None, None)
+        program.merge.replaced.append(Replaced(item.owner, item.leaf, sums[0], original, sums[1]))
+        return
     ties.cut(program, item.owner, item.leaf)
     original, crc, new = (old, checksum(old), checksum(item.value)) if keep else (None, None, None)
-    program.journal.merged.append(Replaced(item.owner, item.leaf, crc, original, new))
+    program.merge.replaced.append(Replaced(item.owner, item.leaf, crc, original, new))
     slots[item.leaf] = nn.Parameter(item.value, requires_grad=False) if isinstance(old, nn.Parameter) else item.value
 
 

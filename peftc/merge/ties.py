@@ -37,17 +37,17 @@ def cut(program: Program, owner: str, leaf: str) -> None:
     config = transformers_config(program.base)
     if config is not None and config.tie_word_embeddings:
         config.tie_word_embeddings = False
-        program.journal.tie_word_embeddings = True
+        program.merge.tie_word_embeddings = True
     warnings.warn(f"{parameter_name(owner, leaf)} is no longer tied to {other} (untie=True)", stacklevel=6)
 
 
 def mend(program: Program) -> None:
     """Say again that the embeddings are tied, if a cut has said they are not."""
-    if program.journal.tie_word_embeddings:
+    if program.merge.tie_word_embeddings:
         config = transformers_config(program.base)
         assert config is not None, "it was there when the tie was cut"
         config.tie_word_embeddings = True
-        program.journal.tie_word_embeddings = False
+        program.merge.tie_word_embeddings = False
 
 
 def _parameter(program: Program, name: str) -> nn.Parameter | None:

@@ -6,7 +6,7 @@ from functools import partial
 from torch import Tensor
 
 from peftc.errors import MergeError
-from peftc.graph.sites import Site, dtype_name, parameter_name
+from peftc.graph.sites import WeightSite, dtype_name, parameter_name
 from peftc.merge import ties
 from peftc.merge.fold import (
     Step,
@@ -23,11 +23,13 @@ from peftc.merge.fold import (
 from peftc.merge.threads import side_by_side
 from peftc.merge.undo_log import Chunk, checksum, decode, encode
 from peftc.plan import Edit
-from peftc.rewrite.program import Program, Replaced, tensor_slots
+from peftc.rewrite.parts import tensor_slots
+from peftc.rewrite.program import Program, Replaced
+from peftc.rewrite.sharding import is_sharded, own
 from peftc.rewrite.switch import emit, train
 
 
-def owner_of(site: Site) -> tuple[str, str]:
+def owner_of(site: WeightSite) -> tuple[str, str]:
     """The fqn of the module that holds the weight of `site`, and its name there."""
     assert site.weight is not None, "without one no edit is mergeable"
     owner, _, leaf = site.weight.rpartition(".")
@@ -39,16 +41,15 @@ def tensor_of(program: Program, owner: str, leaf: str) -> Tensor:
     return tensor_slots(program.base.get_submodule(owner), leaf)[leaf]
 
 
-def fold_in_place(program: Program, site: Site, edits: Sequence[Edit]) -> None:
+def fold_in_place(program: Program, site: WeightSite, edits: Sequence[Edit]) -> None:
     """Fold into the weight itself, tile by tile; the journal gets the log of what undoing can't compute."""
     owner, leaf = owner_of(site)
     weight = tensor_of(program, owner, leaf).detach()
     for edit in edits:
         for param in edit.params:
-            program.journal.factors[edit.adapter, edit.site, param.name] = (
-                program.tensor(edit, param.key).detach().clone()
-            )
-    steps = steps_of(program, edits, fold_dtype(weight), value_in(program))
+            value = program.adapters[edit.adapter].tensor(edit, param.key).detach().clone()
+            program.merge.factors[edit.adapter, edit.site, param.name] = value
+    steps = steps_of(edits, fold_dtype(weight), value_in(program))
     back = _steps_back(program, edits, weight)
     crc, log = checksum(weight), list[Chunk]()
 
@@ -64,7 +65,7 @@ def fold_in_place(program: Program, site: Site, edits: Sequence[Edit]) -> None:
                 _write_tile(weight[part], old, new, log, chunk)
     finally:
         # Also what was done of it before something failed.
-        program.journal.merged.append(Replaced(owner, leaf, crc, merged=checksum(weight), log=tuple(log)))
+        program.merge.replaced.append(Replaced(owner, leaf, crc, merged=checksum(weight), log=tuple(log)))
 
 
 def _write_tile(tile: Tensor, old: Tensor, new: Tensor, log: list[Chunk], chunk: Chunk) -> None:
@@ -81,10 +82,8 @@ def _write_tile(tile: Tensor, old: Tensor, new: Tensor, log: list[Chunk], chunk:
 
 def _steps_back(program: Program, edits: Sequence[Edit], weight: Tensor) -> list[Step]:
     """The steps back; from the factors as they were when merged."""
-    factors = program.journal.factors
-    return steps_back(
-        program, edits, lambda edit, param: factors[edit.adapter, edit.site, param.name].to(weight.device)
-    )
+    factors = program.merge.factors
+    return steps_back(edits, lambda edit, param: factors[edit.adapter, edit.site, param.name].to(weight.device))
 
 
 def require_intact(program: Program, item: Replaced, check: bool) -> None:
@@ -92,6 +91,7 @@ def require_intact(program: Program, item: Replaced, check: bool) -> None:
     name = parameter_name(item.owner, item.leaf)
     now = tensor_of(program, item.owner, item.leaf)
     if item.original is not None:
+        now = own(now)
         if now.shape != item.original.shape:
             raise MergeError(
                 f"{name}: was resized from {tuple(item.original.shape)} to {tuple(now.shape)} while merged; the original"
@@ -108,7 +108,8 @@ def require_intact(program: Program, item: Replaced, check: bool) -> None:
                 " unmerge_adapter(check=False) does; merge_and_unload() keeps it."
             )
         return
-    dtype = next(site.dtype for site in program.plan.sites.values() if site.weight == name)
+    sites = (site for site in program.plan.sites.values() if isinstance(site, WeightSite))
+    dtype = next(site.dtype for site in sites if site.weight == name)
     if dtype_name(now.dtype) != dtype:
         raise MergeError(
             f"{name}: was {dtype} when merged and is {dtype_name(now.dtype)} now; cast the model back first"
@@ -122,15 +123,19 @@ def require_intact(program: Program, item: Replaced, check: bool) -> None:
 
 def restore(program: Program, check: bool) -> None:
     """Undo what the journal holds, last first. An entry is dropped when it is done, so an interrupted undo can go on."""
-    journal = program.journal
+    merge = program.merge
     groups = {
-        str(program.plan.sites[fqn].weight): edits for fqn, edits in edits_by_site(program, program.merged).items()
+        str(site.weight): edits
+        for fqn, edits in edits_by_site(program, program.merged).items()
+        if isinstance(site := program.plan.sites[fqn], WeightSite)
     }
-    while journal.merged:
-        item = journal.merged[-1]
+    while merge.replaced:
+        item = merge.replaced[-1]
         slots = tensor_slots(program.base.get_submodule(item.owner), item.leaf)
         now = slots[item.leaf]
-        if item.original is not None:
+        if item.original is not None and is_sharded(now):
+            own(now).copy_(item.original)
+        elif item.original is not None:
             # Moved or cast since: the original goes along.
             item.original.data = item.original.data.to(device=now.device, dtype=now.dtype)
             slots[item.leaf] = item.original
@@ -138,10 +143,10 @@ def restore(program: Program, check: bool) -> None:
             now.detach().copy_(
                 _unfolded(program, groups[parameter_name(item.owner, item.leaf)], now.detach(), item, check)
             )
-        journal.merged.pop()
-    journal.factors.clear()
+        merge.replaced.pop()
+    merge.factors.clear()
     ties.mend(program)
-    paused, journal.paused, program.merged = journal.paused, (), ()
+    paused, merge.paused, merge.names = merge.paused, (), ()
     emit(program)
     train(program, [name for name in program.plan.adapters if name in (*program.learning, *paused)])
 
@@ -149,6 +154,7 @@ def restore(program: Program, check: bool) -> None:
 def _unfolded(program: Program, edits: Sequence[Edit], merged: Tensor, item: Replaced, check: bool) -> Tensor:
     """The original of an in-place fold, from the merged tensor and its log."""
     site = program.plan.sites[edits[0].site]
+    assert isinstance(site, WeightSite), "only weights are folded in place"
     steps = _steps_back(program, edits, merged)
     old = merged.clone()
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from peftc.errors import MergeError
+from peftc.rewrite.sharding import own
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # In which differences are taken: of 64 bits they wrap around, and back.
@@ -84,7 +85,8 @@ def kept(chunk: Chunk) -> bytes:
 
 
 def checksum(tensor: Tensor) -> int | None:
-    """CRC-32 of the bytes of a dense tensor; None where there are none to read (meta, sharded)."""
+    """CRC-32 of the bytes of a dense tensor, or of this process's shard; None where there are none to read (meta)."""
+    tensor = own(tensor)
     if tensor.is_meta or type(tensor.data) is not Tensor:
         return None
     return zlib.crc32(_bytes(tensor))

@@ -2,7 +2,8 @@
 
 from peftc.plan.join import without
 from peftc.plan.make import make_plan, require_same
-from peftc.plan.plan import MODULES_TO_SAVE, Conflict, Costs, Edit, Miss, Plan, PlannedParam, TrainedTensor
+from peftc.plan.plan import Conflict, Costs, Edit, Miss, Plan, PlannedParam, TrainedTensor
+from peftc.plan.saved import MODULES_TO_SAVE
 
 __all__ = [
     "MODULES_TO_SAVE",

@@ -5,8 +5,8 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from peftc.graph.sites import Site, dtype_of
-from peftc.plan.plan import MODULES_TO_SAVE, Conflict, Costs, Edit, Plan, TrainedTensor
+from peftc.graph.sites import Site, WeightSite, dtype_of
+from peftc.plan.plan import Conflict, Costs, Edit, Plan, TrainedTensor
 from peftc.specs import AdapterSpec
 
 
@@ -19,7 +19,7 @@ def joined(among: Plan | None, new: Plan, order: Sequence[str]) -> Plan:
     edits = sorted(
         (*old.edits, *new.edits),
         # By site, copies last (what they copy is the module before any rewrite), by adapter: as one number, for speed.
-        key=lambda edit: (2 * position[edit.site] + (edit.rule == MODULES_TO_SAVE)) * count + loaded[edit.adapter],
+        key=lambda edit: (2 * position[edit.site] + edit.whole) * count + loaded[edit.adapter],
     )
     sites = {**old.sites, **new.sites}
     trained = (*old.trained, *new.trained)
@@ -61,9 +61,9 @@ def _conflicts(
     """Between each of `new` and the adapters before it."""
     saved: dict[str, list[str]] = {name: [] for name in adapters}
     adapted: dict[str, list[str]] = {name: [] for name in adapters}
-    if any(edit.rule == MODULES_TO_SAVE for edit in edits):
+    if any(edit.whole for edit in edits):
         for edit in edits:
-            (saved if edit.rule == MODULES_TO_SAVE else adapted)[edit.adapter].append(edit.site)
+            (saved if edit.whole else adapted)[edit.adapter].append(edit.site)
     found: list[Conflict] = []
     names = list(adapters)
     for position, second in enumerate(names):
@@ -93,17 +93,20 @@ def _cautions(sites: Sequence[Site], edits: Sequence[Edit]) -> tuple[str, ...]:
     for site in sites:
         if site.caution:
             found.setdefault(site.caution, []).append(site.fqn)
-        others = [name for name in site.tied if name != site.weight]
+        others = [name for name in site.tied if name != site.weight] if isinstance(site, WeightSite) else []
         if others:
             text = f"is tied to {', '.join(others)}: that end keeps its weight; merging here needs untie=True"
             found.setdefault(text, []).append(site.fqn)
     for edit in edits:
-        if edit.slot == "weight":
+        if "weight" in edit.slots:
             found.setdefault("is adapted as a weight, computed anew in every call", []).append(edit.site)
-        if edit.unmergeable and edit.slot != "memory":
+            dropped = [name for name, probability in edit.dropouts.items() if probability > 0]
+            if dropped:
+                text = f"is adapted as a weight, to which {', '.join(dropped)} of its input can't apply"
+                found.setdefault(text, []).append(edit.site)
+        if edit.unmergeable and edit.params:
             found.setdefault(f"can't be merged: {edit.unmergeable}", []).append(edit.site or "the model")
-        if edit.slot == "embeds" and edit.constants["rows"] != edit.constants["num_virtual_tokens"]:
-            text = "stores rows for the decoder too, as PEFT does; like there they have no effect"
+        for text in edit.rule.cautions(edit.constants, edit.slots):
             found.setdefault(text, []).append(edit.site or "the model")
     return tuple(
         f"{fqns[0]}{f' (and {len(fqns) - 1} more)' if len(fqns) > 1 else ''} {text}" for text, fqns in found.items()
@@ -112,7 +115,9 @@ def _cautions(sites: Sequence[Site], edits: Sequence[Edit]) -> tuple[str, ...]:
 
 def added_costs(edits: Sequence[Edit], trained: Sequence[TrainedTensor]) -> Costs:
     """What edits and trained biases add to the costs of the model itself."""
-    added = [param for edit in edits for param in edit.params]
+    pairs = [(edit, param) for edit in edits for param in edit.params]
+    shared = {(edit.adapter, param.key): param for edit, param in pairs if param.shared}
+    added = [*(param for _, param in pairs if not param.shared), *shared.values()]
     biases = [(math.prod(tensor.shape), dtype_of(tensor.dtype).itemsize) for tensor in trained]
     trainable = [(param.numel, dtype_of(param.dtype).itemsize) for param in added if param.trainable] + biases
     count = sum(numel for numel, _ in trainable)

@@ -1,26 +1,31 @@
 """Making a plan: match every adapter's spec, let the rules declare, add up."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from peftc.architectures import families
-from peftc.errors import CaptureError, PlanError
+from peftc.errors import CaptureError, PlanError, RuleError
 from peftc.graph.capture import capture
+from peftc.graph.copying import structural_copy
 from peftc.graph.fingerprint import fingerprint
+from peftc.graph.ops import op_named
 from peftc.graph.region import Capture, Region
-from peftc.graph.sites import Site, SiteIndex, dtype_name, dtype_of, index_sites
-from peftc.plan.calls import call_edits, match_call
+from peftc.graph.rows import is_known_linear
+from peftc.graph.sites import SiteIndex, WeightSite, dtype_name, index_sites, modules_at, transformers_config
+from peftc.graph.symbolic import with_ops
+from peftc.plan.claims import Access, adapter_dtype, weight_edit
 from peftc.plan.join import add_costs, added_costs, joined
-from peftc.plan.match import Match, match
-from peftc.plan.plan import MODULES_TO_SAVE, Costs, Edit, Plan, PlannedParam, TrainedTensor
-from peftc.registry import find_prompt_rule, find_rule
-from peftc.rule import Param, Rule, flops_per_token, validate
-from peftc.specs import AdapterSpec, PromptSpec
+from peftc.plan.match import Match, match, match_saved
+from peftc.plan.plan import Costs, Edit, Miss, Plan, PlannedParam, TrainedTensor
+from peftc.plan.saved import SAVED, saved_site
+from peftc.registry import find_rule, rules_of
+from peftc.rule import Param, Rule
+from peftc.specs import AdapterSpec, ParameterSelection
 
 
 def make_plan(
@@ -37,29 +42,26 @@ def make_plan(
     for the model type), CaptureError.
     """
     _require_capturable(model, level)
-    index = index_sites(model)
-    matches = {name: _match(name, spec, model, level, index) for name, spec in specs.items()}
-    touched = {site.fqn for found in matches.values() for site in found.sites}
-    calls = {call.site.fqn: call.site for found in matches.values() for call in found.calls}
-    saved = {fqn for found in matches.values() for fqn in found.saved}
-    sites = {fqn: site for fqn, site in (*index.sites.items(), *index.inner.items()) if fqn in touched}
+    dtype_for = partial(adapter_dtype, autocast=autocast_adapter_dtype)
+    index = _indexed(model, level, specs)
+    matches = {name: _match(name, spec, model, level, index, dtype_for) for name, spec in specs.items()}
+    touched = {site.fqn: site for found in matches.values() for site in found.sites}
+    sites = {fqn: touched[fqn] for fqn in (*index.sites, *index.inner) if fqn in touched}
     # A site inside a module that another adapter saves is a conflict; it is captured as the site it also is.
-    whole = saved - touched
-    hosts = {site.host: _weights(index, site.host) for site in sites.values() if site.host is not None}
-    if hosts and level != "modules":
-        raise CaptureError(f"{next(iter(hosts))}: its weights can be adapted with capture='modules' only")
-    own = [fqn for fqn, site in sites.items() if site.host is None]
-    inlined, called = _captured(among if level == "symbolic" else None, own, sorted(whole | set(calls)))
-    regions = capture(model, level, inlined, called, hosts)
-    opaque = _opaque(level, regions)
-    edits = _edits(matches, model, opaque, partial(_adapter_dtype, autocast=autocast_adapter_dtype))
+    whole = {fqn for found in matches.values() for fqn in found.saved} - sites.keys()
+    calls = {claim.site.fqn: claim.site for found in matches.values() for claim in found.claims}
+    regions = _captured(model, level, sites, {*whole, *calls}, index, among)
+    access = _access(level, regions, sites, model)
+    edits = [edit for name, found in matches.items() for edit in _edits(name, found, access, dtype_for)]
+    # Copies come last: what they copy is the module before any rewrite.
+    edits += [_save(name, model, fqn) for name, found in matches.items() for fqn in found.saved]
     trained = tuple(t for name, found in matches.items() for t in _trained(name, found, index))
     plan = Plan(
         model=type(model).__name__,
         capture=level,
         fingerprint=fingerprint(model, index),
         adapters={name: found.spec for name, found in matches.items()},
-        sites=_with_roles({**sites, **{fqn: _whole(model, fqn) for fqn in whole}, **calls}, index),
+        sites={**sites, **{fqn: saved_site(model, fqn, _role_of(model)(fqn)) for fqn in whole}, **calls},
         edits=tuple(edits),
         trained=trained,
         misses=tuple(miss for found in matches.values() for miss in found.misses),
@@ -80,42 +82,123 @@ def _require_capturable(model: Any, level: str) -> None:
         raise CaptureError(f"capture={level!r}: valid are 'modules' and 'symbolic'")
 
 
+def _indexed(model: nn.Module, level: Capture, specs: Mapping[str, AdapterSpec]) -> SiteIndex:
+    index = index_sites(model, _role_of(model))
+    by_weight = any(isinstance(spec, ParameterSelection) and spec.target_parameters for spec in specs.values())
+    return with_ops(structural_copy(model), index) if level == "symbolic" and by_weight else index
+
+
+def _role_of(model: nn.Module) -> Callable[[str], str | None]:
+    family = families().get(getattr(transformers_config(model), "model_type", None) or "")
+    return (lambda fqn: None) if family is None else family.role_of
+
+
+def _match(
+    adapter: str,
+    spec: AdapterSpec,
+    model: nn.Module,
+    level: Capture,
+    index: SiteIndex,
+    dtype_for: Callable[[str], str],
+) -> Match:
+    for rule in rules_of(spec):
+        find = next((row.find for row in map(op_named, rule.ops) if row.find is not None), None)
+        if find is not None:
+            saved, misses = match_saved(adapter, spec, index)
+            found = find(model, spec, rule, index, level, dtype_for)
+            if isinstance(found, Miss):
+                return Match(spec, (), saved, (*misses, replace(found, adapter=adapter)))
+            spec, claims = found
+            return Match(spec, (), saved, tuple(misses), claims)
+    return match(adapter, spec, index)
+
+
+def _captured(
+    model: nn.Module,
+    level: Capture,
+    sites: Mapping[str, WeightSite],
+    called: set[str],
+    index: SiteIndex,
+    among: Plan | None,
+) -> tuple[Region, ...]:
+    """The regions of sites and modules that are called as they are; with `symbolic`, of those that are there too."""
+    hosts = {
+        site.host: _weights(index, site.host)
+        for site in sites.values()
+        if site.op == "parameter" and site.host is not None
+    }
+    if hosts and level != "modules":
+        raise CaptureError(f"{next(iter(hosts))}: its weights can be adapted with capture='modules' only")
+    if among is not None and level == "symbolic":
+        before = {fqn: site for fqn, site in among.sites.items() if isinstance(site, WeightSite)}
+        called |= among.sites.keys() - before.keys()
+        sites = {**before, **sites}
+    return capture(model, level, sites, sorted(called - sites.keys()), hosts)
+
+
 def _weights(index: SiteIndex, host: str) -> tuple[str, ...]:
     """The names, relative to `host`, of the parameters that it computes with and that could be adapted."""
     prefix = f"{host}." if host else ""
     return tuple(fqn.removeprefix(prefix) for fqn in index.hosted.get(host, ()))
 
 
-def _captured(among: Plan | None, sites: list[str], saved: list[str]) -> tuple[list[str], list[str]]:
-    """The sites to inline and the modules to leave as calls, with those of the plan that is there."""
-    if among is None:
-        return sites, saved
-    before = {fqn: site.kind in ("module", "call") for fqn, site in among.sites.items()}
-    inlined = dict.fromkeys([*(fqn for fqn, whole in before.items() if not whole), *sites])
-    called = {*saved, *(fqn for fqn, whole in before.items() if whole)}
-    return list(inlined), sorted(called - set(inlined))
+def _access(
+    level: Capture, regions: Sequence[Region], sites: Mapping[str, WeightSite], model: nn.Module
+) -> dict[str, Access]:
+    """How every site can be reached in the regions."""
+    if level == "symbolic":
+        nodes = {node.name: node for region in regions for node in region.source.graph.nodes}
+        anchors = [anchor for region in regions for anchor in region.source.anchors if anchor.site in sites]
+        opaque = {a.site for a in anchors if a.node is not None and nodes[a.node].op == "call_module"}
+        modules = modules_at(model, opaque)
+        known = {fqn: is_known_linear(module) for fqn, module in modules.items()}
+        return {fqn: Access(fqn not in opaque, fqn in opaque, known.get(fqn, False), weights=False) for fqn in sites}
+    sources = {region.host: region.source for region in regions}
+    found: dict[str, Access] = {}
+    modules = modules_at(model, [fqn for fqn, site in sites.items() if site.host is None and sources[fqn].opaque])
+    for fqn, site in sites.items():
+        if site.host is not None:
+            found[fqn] = Access(operands=False)
+            continue
+        source = sources[fqn]
+        operands = not source.opaque and source.anchors[0].node is not None
+        found[fqn] = Access(operands, source.opaque, source.opaque and is_known_linear(modules[fqn]))
+    return found
 
 
-def _edits(
-    matches: Mapping[str, Match], model: nn.Module, opaque: Collection[str], adapted: Callable[[str], str]
-) -> list[Edit]:
+def _edits(adapter: str, found: Match, access: Mapping[str, Access], dtype_for: Callable[[str], str]) -> list[Edit]:
+    paths, shared = _saved_as(found.sites), _shared(found.spec, found.sites)
     edits: list[Edit] = []
-    for name, found in matches.items():
-        paths = _saved_as(found.sites)
-        for site in found.sites:
-            path = paths.get(site.fqn)
-            edits.append(_edit(name, found.spec, site, site.fqn in opaque, adapted(site.dtype), path))
-        edits += call_edits(name, found, adapted)
-    # Copies come last: what they copy is the module before any rewrite.
-    return edits + [_save(name, model, fqn) for name, found in matches.items() for fqn in found.saved]
+    for site in found.sites:
+        rule = _rule_of(found.spec, site)
+        own, dtype = access[site.fqn], dtype_for(site.dtype)
+        edits.append(
+            weight_edit(adapter, found.spec, rule, site, own, dtype, shared.get(rule, {}), paths.get(site.fqn))
+        )
+    return edits + [claim.edit(adapter) for claim in found.claims]
 
 
-def _saved_as(sites: Sequence[Site]) -> dict[str, str]:
+def _rule_of(spec: AdapterSpec, site: WeightSite) -> Rule[Any]:
+    rule = find_rule(spec, site)
+    if rule is None:
+        raise RuleError(f"{site.fqn}: no rule of {spec.peft_type} serves {site.op}")
+    return rule
+
+
+def _shared(spec: AdapterSpec, sites: Sequence[WeightSite]) -> dict[Rule[Any], dict[str, Param]]:
+    """The parameters that all sites of a rule share."""
+    groups: dict[Rule[Any], list[WeightSite]] = {}
+    for site in sites:
+        groups.setdefault(_rule_of(spec, site), []).append(site)
+    return {rule: rule.shared(spec, own) for rule, own in groups.items()}
+
+
+def _saved_as(sites: Sequence[WeightSite]) -> dict[str, str]:
     """What PEFT's keys have for sites that are parameters: it wraps their host once for each, the first innermost."""
     paths: dict[str, str] = {}
-    hosts: dict[str, list[Site]] = {}
+    hosts: dict[str, list[WeightSite]] = {}
     for site in sites:
-        if site.host is not None:
+        if site.host is not None and site.op == "parameter":
             hosts.setdefault(site.host, []).append(site)
     for host, own in hosts.items():
         if own[0].known_as is not None:
@@ -124,13 +207,6 @@ def _saved_as(sites: Sequence[Site]) -> dict[str, str]:
         for depth, site in enumerate(reversed(own)):
             paths[site.fqn] = host + ".base_layer" * depth
     return paths
-
-
-def _match(adapter: str, spec: AdapterSpec, model: nn.Module, level: Capture, index: SiteIndex) -> Match:
-    rule = find_prompt_rule(spec)
-    if rule is None:
-        return match(adapter, spec, index)
-    return match_call(adapter, cast(PromptSpec, spec), rule, model, level, index)
 
 
 def require_same(planned: Plan, made: Plan) -> None:
@@ -148,59 +224,6 @@ def require_same(planned: Plan, made: Plan) -> None:
             )
 
 
-def _opaque(level: Capture, regions: Sequence[Region]) -> set[str]:
-    """Sites whose own forward is called as it is."""
-    if level == "modules":
-        return {region.host for region in regions if region.source.opaque}
-    nodes = {node.name: node for region in regions for node in region.source.graph.nodes}
-    return {a.site for region in regions for a in region.source.anchors if nodes[a.node].op == "call_module"}
-
-
-def _edit(adapter: str, spec: AdapterSpec, site: Site, opaque: bool, dtype: str, saved_as: str | None) -> Edit:
-    rule = find_rule(spec, site)
-    assert rule is not None  # match() keeps only sites that have a rule
-    if opaque and site.kind != "linear":
-        raise CaptureError(
-            f"{site.fqn}: torch.fx can't trace the forward of this {site.module}, or it uses its weight in other ways"
-            f" than one {site.kind} op, so there is no op to adapt. Leave it out (exclude_modules)."
-        )
-    params, constants, dropouts = rule.params(spec, site), rule.constants(spec, site), rule.dropouts(spec, site)
-    slot = rule.slot(spec, site)
-    validate(rule, slot, params, constants, dropouts)
-    return Edit(
-        site=site.fqn,
-        adapter=adapter,
-        rule=rule.name,
-        slot=slot,
-        params=tuple(_planned(name, param, dtype) for name, param in params.items()),
-        constants=constants,
-        dropouts=dropouts,
-        flops_per_token=0 if slot == "weight" else flops_per_token(params),
-        opaque=opaque,
-        unmergeable=_unmergeable(rule, spec, site, opaque),
-        saved_as=saved_as,
-    )
-
-
-def _adapter_dtype(weight: str, autocast: bool) -> str:
-    """float32 for half precision (if `autocast`) and for everything that is no dtype to train in (int8, float8)."""
-    dtype = dtype_of(weight)
-    trainable = dtype.is_floating_point and dtype.itemsize > 1
-    return "float32" if not trainable or (autocast and dtype.itemsize == 2) else weight
-
-
-def _planned(name: str, param: Param, dtype: str) -> PlannedParam:
-    return PlannedParam(name, param.key or name, param.shape, dtype, param.init, param.trainable)
-
-
-def _unmergeable(rule: Rule[AdapterSpec], spec: AdapterSpec, site: Site, opaque: bool) -> str | None:
-    if opaque:
-        return f"the forward of {site.module} can't be traced, so what it does with its weight is not known"
-    if site.weight is None or not dtype_of(site.dtype).is_floating_point or dtype_of(site.dtype).itemsize == 1:
-        return f"its weight is {'no plain parameter' if site.weight is None else site.dtype}"
-    return site.no_fold or rule.cannot_fold(spec, site)
-
-
 def _save(adapter: str, model: nn.Module, fqn: str) -> Edit:
     """modules_to_save: a copy of every parameter of module `fqn`, trained, and of every persistent buffer."""
     module = model.get_submodule(fqn)
@@ -212,22 +235,7 @@ def _save(adapter: str, model: nn.Module, fqn: str) -> Edit:
         for name, t in tensors.items()
         if name in persistent
     )
-    return Edit(fqn, adapter, MODULES_TO_SAVE, "module", params, {}, {})
-
-
-def _whole(model: nn.Module, fqn: str) -> Site:
-    """A module saved whole, as a site."""
-    module = model.get_submodule(fqn)
-    first = next(module.parameters(), None)
-    return Site(
-        fqn=fqn,
-        kind="module",
-        module=type(module).__name__,
-        in_features=0,
-        out_features=0,
-        dtype=dtype_name(first.dtype) if first is not None else "float32",
-        device=str(first.device) if first is not None else "cpu",
-    )
+    return Edit(fqn, adapter, SAVED, ("module",), params, {}, {})
 
 
 def _trained(adapter: str, found: Match, index: SiteIndex) -> list[TrainedTensor]:
@@ -246,13 +254,6 @@ def _trained(adapter: str, found: Match, index: SiteIndex) -> list[TrainedTensor
             key = name.removesuffix("bias") + "base_layer.bias" if name in adapted else name
             biases.append(TrainedTensor(name, adapter, shape, dtype_name(dtype), key))
     return biases
-
-
-def _with_roles(sites: dict[str, Site], index: SiteIndex) -> dict[str, Site]:
-    family = families().get(index.model_type or "")
-    if family is None:
-        return sites
-    return {fqn: replace(site, role=family.role_of(fqn)) for fqn, site in sites.items()}
 
 
 def _base_costs(index: SiteIndex) -> Costs:

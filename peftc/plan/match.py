@@ -8,25 +8,28 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from peftc.architectures import Defaults, families
+from peftc.architectures import Family, families
 from peftc.errors import NoMatchError, describe_nearest, nearest
-from peftc.graph.calls import CallSite
-from peftc.graph.sites import Site, SiteIndex
+from peftc.graph.sites import SiteIndex, WeightSite
+from peftc.plan.claims import Claim
 from peftc.plan.plan import Miss
-from peftc.registry import find_rule, kinds_of
-from peftc.specs import AdapterSpec, IA3Config, LoraConfig
-from peftc.specs.lora import LAYERS_PATTERN, pattern_matches
+from peftc.registry import find_rule, ops_of
+from peftc.specs import AdapterSpec, LayerSelection, ParameterSelection
+from peftc.specs.selection import LAYERS_PATTERN, pattern_matches, patterns_of
 
 
 @dataclass(frozen=True)
 class Match:
-    """A spec with its defaults resolved, the sites, whole modules and calls it selects, and its misses."""
+    """A spec with its defaults resolved, the sites and whole modules it selects, and its misses.
+
+    `claims`: of ops that are found for a spec (a model's call), what is asked for there.
+    """
 
     spec: AdapterSpec
-    sites: tuple[Site, ...]
+    sites: tuple[WeightSite, ...]
     saved: tuple[str, ...]
     misses: tuple[Miss, ...]
-    calls: tuple[CallSite, ...] = ()
+    claims: tuple[Claim, ...] = ()
 
 
 def match(adapter: str, spec: AdapterSpec, index: SiteIndex) -> Match:
@@ -38,7 +41,7 @@ def match(adapter: str, spec: AdapterSpec, index: SiteIndex) -> Match:
     unwanted = _excluded(adapter, spec, index, misses) | _inside(names, saved)
     names = [name for name in names if name not in unwanted]
     names = _in_layers(adapter, spec, names, misses)
-    unique: dict[str, Site] = {}  # An attention, and one of its parameters by name, may both be given.
+    unique: dict[str, WeightSite] = {}  # An attention, and one of its parameters by name, may both be given.
     chosen = [("target_modules", name, site) for name in names for site in _expanded(spec, index.sites[name], index)]
     chosen += [("target_parameters", name, index.inner[name]) for name in _parameters(adapter, spec, index, misses)]
     for field, name, site in chosen:
@@ -70,33 +73,24 @@ def selects(selector: str | Sequence[str], fqn: str) -> bool:
 
 
 def _with_defaults(spec: AdapterSpec, index: SiteIndex) -> AdapterSpec:
-    """`target_modules` (and (IA)³'s `feedforward_modules`) None: by model type."""
-    feedforward_open = isinstance(spec, IA3Config) and spec.feedforward_modules is None
-    if spec.target_modules is not None and not feedforward_open:
+    """Selectors that are None, by model type."""
+    open_fields = [field for field in spec.defaulted if getattr(spec, field) is None]
+    if not open_fields:
         return spec
-    family = families().get(index.model_type or "")
+    family: Family | None = families().get(index.model_type or "")
     defaults = family.defaults.get(spec.peft_type) if family else None
-    if defaults is None and isinstance(spec, LoraConfig) and spec.target_parameters:
+    if defaults is None and isinstance(spec, ParameterSelection) and spec.target_parameters:
         return spec.model_copy(update={"target_modules": ()})
     if defaults is None:
         raise NoMatchError(_no_defaults(spec, index))
-    return spec.model_copy(update=_open_fields(spec, defaults))
-
-
-def _open_fields(spec: AdapterSpec, defaults: Defaults) -> dict[str, str | tuple[str, ...]]:
-    update: dict[str, str | tuple[str, ...]] = {}
-    if spec.target_modules is None:
-        update["target_modules"] = defaults.target_modules
-    if isinstance(spec, IA3Config) and spec.feedforward_modules is None:
-        update["feedforward_modules"] = defaults.feedforward_modules or ()
-    return update
+    return spec.model_copy(update={field: defaults.get(field, ()) for field in open_fields})
 
 
 def _no_defaults(spec: AdapterSpec, index: SiteIndex) -> str:
-    counts = Counter(fqn.rpartition(".")[2] for fqn, site in index.sites.items() if site.kind == "linear")
+    counts = Counter(fqn.rpartition(".")[2] for fqn, site in index.sites.items() if site.op == "linear")
     linears = ", ".join(f"{name} ({count})" for name, count in counts.most_common(12)) or "none"
     kind = f"model_type {index.model_type!r}" if index.model_type else "a model that is not of transformers"
-    field = "target_modules" if spec.target_modules is None else "feedforward_modules"
+    field = next(field for field in spec.defaulted if getattr(spec, field) is None)
     hint = "" if field == "target_modules" else " (use [] if no target is feed-forward)"
     return (
         f"{type(spec).__name__}.{field}: there is no default for {kind}; name them{hint}."
@@ -106,24 +100,30 @@ def _no_defaults(spec: AdapterSpec, index: SiteIndex) -> str:
 
 def _targets(adapter: str, spec: AdapterSpec, index: SiteIndex, misses: list[Miss]) -> list[str]:
     """The fqns that `target_modules` selects, in module order."""
-    selector = spec.target_modules or ()
+    selector, adapted = spec.target_modules or (), _adaptable(spec, index)
     if isinstance(selector, str):
         if selector.lower() == "all-linear":
             return _all_linear(adapter, spec, index, misses)
         names = [fqn for fqn in index.modules if re.fullmatch(selector, fqn)]
-        if not any(name in index.sites for name in names):
+        if not any(name in adapted for name in names):
             misses.append(Miss(adapter, "target_modules", selector, _no_match(selector, spec, index)))
         # A regular expression may take in containers on its way to the sites.
-        return [name for name in names if name in index.sites]
+        return [name for name in names if name in adapted]
     found: set[str] = set()
     for name in selector:
         end = f".{name}"
         hits = [fqn for fqn in index.modules if fqn == name or fqn.endswith(end)]
-        fit = [fqn for fqn in hits if fqn in index.sites]
+        fit = [fqn for fqn in hits if fqn in adapted]
         if not fit:
             misses.append(Miss(adapter, "target_modules", name, _no_match(name, spec, index, hits)))
         found.update(fit)
     return [fqn for fqn in index.sites if fqn in found]
+
+
+def _adaptable(spec: AdapterSpec, index: SiteIndex) -> set[str]:
+    """The sites that a spec may name: those of the ops of its method, and others that it is told about by op."""
+    own = ops_of(spec)
+    return {fqn for fqn, site in index.sites.items() if site.op in own or site.op != "norm"}
 
 
 def _all_linear(adapter: str, spec: AdapterSpec, index: SiteIndex, misses: list[Miss]) -> list[str]:
@@ -133,7 +133,7 @@ def _all_linear(adapter: str, spec: AdapterSpec, index: SiteIndex, misses: list[
         left_out.add(next((head for head in spec.heads if head in index.modules), None))
     names: list[str] = []
     for fqn, site in index.sites.items():
-        if site.kind != "linear":
+        if site.op != "linear":
             continue
         if fqn in left_out:
             misses.append(Miss(adapter, "target_modules", fqn, "is the output layer, not in 'all-linear'", error=False))
@@ -145,12 +145,12 @@ def _all_linear(adapter: str, spec: AdapterSpec, index: SiteIndex, misses: list[
 
 
 def _no_match(name: str, spec: AdapterSpec, index: SiteIndex, hits: Sequence[str] = ()) -> str:
-    kinds = kinds_of(spec)
-    fit = [fqn for fqn, site in index.sites.items() if site.kind in kinds]
+    ops = ops_of(spec)
+    fit = [fqn for fqn, site in index.sites.items() if site.op in ops]
     if hits:
         inside = Counter(fqn.rpartition(".")[2] for fqn in fit if fqn.startswith(f"{hits[0]}."))
         hint = f" Inside {hits[0]}: {', '.join(inside)}." if inside else ""
-        return f"is a {index.modules[hits[0]]}, not one of {spec.peft_type}'s kinds ({', '.join(kinds)}).{hint}"
+        return f"is a {index.modules[hits[0]]}, not one of {spec.peft_type}'s kinds ({', '.join(ops)}).{hint}"
     alias = next((alias for alias in index.aliases if selects((name,), alias)), None)
     if alias is not None:
         return f"is another name of {index.aliases[alias]!r}; use that one"
@@ -205,7 +205,7 @@ def _inside(names: Iterable[str], saved: Sequence[str]) -> set[str]:
 
 def _in_layers(adapter: str, spec: AdapterSpec, names: list[str], misses: list[Miss]) -> list[str]:
     """Those in the layers that `layers_to_transform` names; `layers_pattern` says which list is meant."""
-    if not isinstance(spec, LoraConfig) or spec.layers_to_transform is None:
+    if not isinstance(spec, LayerSelection) or spec.layers_to_transform is None:
         return names
     layer_of = {name: _layer(name, spec.layers_pattern) for name in names}
     known = sorted({layer for layer in layer_of.values() if layer is not None})
@@ -227,16 +227,16 @@ def _layer(fqn: str, patterns: Sequence[str] | None) -> int | None:
     return None
 
 
-def _expanded(spec: AdapterSpec, site: Site, index: SiteIndex) -> list[Site]:
+def _expanded(spec: AdapterSpec, site: WeightSite, index: SiteIndex) -> list[WeightSite]:
     """The site, or the parameters it stands for, if the method adapts such."""
-    if site.kind != "attention" or "parameter" not in kinds_of(spec):
+    if site.op != "attention" or "parameter" not in ops_of(spec):
         return [site]
     return [index.inner[fqn] for fqn in index.hosted[site.fqn]]
 
 
 def _parameters(adapter: str, spec: AdapterSpec, index: SiteIndex, misses: list[Miss]) -> list[str]:
     """The parameters that `target_parameters` names (a name matches an fqn's end, as in PEFT), in module order."""
-    wanted = spec.target_parameters or () if isinstance(spec, LoraConfig) else ()
+    wanted = spec.target_parameters or () if isinstance(spec, ParameterSelection) else ()
     found: set[str] = set()
     for name in wanted:
         hits = {fqn: shape for fqn, shape, _ in index.parameters if fqn == name or fqn.endswith(f".{name}")}
@@ -251,36 +251,34 @@ def _no_parameter(name: str, hits: Mapping[str, tuple[int, ...]], index: SiteInd
     for fqn, shape in hits.items():
         module = fqn.rpartition(".")[0]
         if module in index.sites and len(shape) > 1:
-            return f"is the weight of {index.sites[module].kind} {module!r}: name that in target_modules"
+            return f"is the weight of {index.sites[module].op} {module!r}: name that in target_modules"
         return f"is of shape {shape}; a matrix is expected, or one for each expert in three dimensions"
     counts = Counter(fqn.rpartition(".")[2] for fqn in index.inner)
     near = describe_nearest(nearest(name.rpartition(".")[2], counts), counts, "parameter")
     return f"matches no parameter.{near}"
 
 
-def _unfit(spec: AdapterSpec, site: Site) -> str | None:
+def _unfit(spec: AdapterSpec, site: WeightSite) -> str | None:
     """The reason why `site` can't be adapted."""
     if site.refusal is not None:
         return f"can't be adapted: {site.refusal}"
     rule = find_rule(spec, site)
     if rule is None:
-        return f"is {site.kind}; {spec.peft_type} adapts {', '.join(kinds_of(spec))}"
+        return f"is {site.op}; {spec.peft_type} adapts {', '.join(ops_of(spec))}"
     reason = rule.check(spec, site)
     return f"can't be adapted: {reason}" if reason else None
 
 
-def _unused_patterns(adapter: str, spec: AdapterSpec, sites: Sequence[Site]) -> list[Miss]:
-    if not isinstance(spec, LoraConfig):
-        return []
+def _unused_patterns(adapter: str, spec: AdapterSpec, sites: Sequence[WeightSite]) -> list[Miss]:
     return [
         Miss(adapter, field, key, f"matches none of the {len(sites)} adapted sites")
-        for field in ("rank_pattern", "alpha_pattern")
-        for key in getattr(spec, field)
+        for field, patterns in patterns_of(spec).items()
+        for key in patterns
         if not any(pattern_matches(key, site.name) for site in sites)
     ]
 
 
-def _resolved(spec: AdapterSpec, sites: Sequence[Site], index: SiteIndex) -> AdapterSpec:
+def _resolved(spec: AdapterSpec, sites: Sequence[WeightSite], index: SiteIndex) -> AdapterSpec:
     """`all-linear` as the names it stands for here: last parts where they select the same sites, else whole fqns."""
     if not (isinstance(spec.target_modules, str) and spec.target_modules.lower() == "all-linear"):
         return spec

@@ -1,33 +1,29 @@
-"""The plan's data, its JSON, and how two plans differ."""
+"""The plan's data: what will change, in order, and what does not match."""
 
-import dataclasses
-import functools
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, get_type_hints
+from typing import Any, Literal
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import InstanceOf
 
-from peftc.errors import PeftcError, PlanError
 from peftc.graph.region import Capture
 from peftc.graph.sites import Site
-from peftc.registry import spec_classes
-from peftc.rule import Constant, Slot
-from peftc.specs import AdapterSpec, load_spec
+from peftc.plan.saved import SAVED
+from peftc.rule import Constant, Rule
+from peftc.specs import AdapterSpec
 from peftc.view.diff import difference
 from peftc.view.network import Network, network
 from peftc.view.text import render
 
-VERSION = 1
-# The rule name of edits that put a trained copy in a module's place.
-MODULES_TO_SAVE = "modules_to_save"
+VERSION = 2
 
 
 @dataclass(frozen=True)
 class PlannedParam:
-    """A tensor that an edit adds: name in the rule, checkpoint key at the site, shape, dtype and start."""
+    """A tensor that an edit adds: name in the rule, checkpoint key at the site, shape, dtype and start; the rest as in
+    `Param`. `shared`: all sites of the adapter have this one.
+    """
 
     name: str
     key: str
@@ -35,6 +31,11 @@ class PlannedParam:
     dtype: str
     init: str
     trainable: bool = True
+    use: Literal["matrix", "vector", "lookup"] = "matrix"
+    axes: str | None = None
+    seed: int | None = None
+    stored: float = 1.0
+    shared: bool = False
 
     @property
     def saved(self) -> bool:
@@ -49,17 +50,16 @@ class PlannedParam:
 
 @dataclass(frozen=True)
 class Edit:
-    """One change: adapter `adapter` takes slot `slot` of site `site` by rule `rule`.
+    """One change: adapter `adapter` replaces the operands `slots` of site `site` by rule `rule`.
 
-    Slot `module` puts a trained copy in the module's place (modules_to_save). `opaque`: the site's own forward can't be
-    traced and is called as it is. `unmergeable` is the reason why the edit can't be folded, if there is one. `saved_as`:
-    what checkpoint keys have for the site, if not its fqn.
+    `opaque`: the site's own forward can't be traced and is called as it is. `unmergeable` is the reason why the edit can't
+    be folded, if there is one. `saved_as`: what checkpoint keys have for the site, if not its fqn.
     """
 
     site: str
     adapter: str
-    rule: str
-    slot: Slot
+    rule: InstanceOf[Rule[Any]]
+    slots: tuple[str, ...]
     params: tuple[PlannedParam, ...]
     constants: dict[str, Constant]
     dropouts: dict[str, float]
@@ -69,9 +69,9 @@ class Edit:
     saved_as: str | None = None
 
     @property
-    def virtual(self) -> bool:
-        """Whether virtual tokens enter here, from an encoder of its own."""
-        return self.slot in ("embeds", "past")
+    def whole(self) -> bool:
+        """Whether a trained copy stands in the place of the whole module (modules_to_save)."""
+        return self.rule == SAVED
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,17 @@ class TrainedTensor:
 
 @dataclass(frozen=True)
 class Miss:
-    """A selector, pattern, index or site that leads to no edit, with the reason. `error`: compile refuses it."""
+    """A selector, pattern, index or site that leads to no edit, with the reason. `error`: compile refuses it.
+
+    `fatal`: nothing of the adapter would be left without what is missing.
+    """
 
     adapter: str
     field: str
     value: str
     reason: str
     error: bool = True
+    fatal: bool = False
 
     def __str__(self) -> str:
         return f"{self.field}: {self.value!r} {self.reason}"
@@ -129,6 +133,8 @@ class Plan:
 
     `adapters` holds the specs with defaults and shorthands resolved. `sites` describes every site an edit touches.
     `ties` are all groups of parameters that are one tensor. `cautions` are facts worth reading before applying.
+
+    Example: print(peftc.plan(model, peftc.LoraConfig(target_modules="all-linear")))
     """
 
     model: str
@@ -154,27 +160,16 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text, which `from_json` reads back."""
-        data = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        data["adapters"] = {name: spec.to_dict() for name, spec in self.adapters.items()}
-        return json.dumps(data, default=dataclasses.asdict, indent=1)
+        from peftc.plan.json import to_json
+
+        return to_json(self)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """The plan that `to_json` wrote. Raises PlanError if the text is no plan of this version."""
-        try:
-            data: Any = json.loads(text)
-            if not isinstance(data, dict) or data.get("version") != VERSION:
-                raise PlanError(f"plan: version {VERSION} expected; print a new plan with this peftc")
-            known = spec_classes()
-            data["adapters"] = {name: load_spec(spec, known) for name, spec in data["adapters"].items()}
-            fields = _fields()
-            return cls(**{name: fields[name].validate_python(value) for name, value in data.items()})
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValidationError) as error:
-            raise PlanError(f"plan: not a plan that peftc wrote: {type(error).__name__}: {error}") from None
-        except PlanError:
-            raise
-        except PeftcError as error:
-            raise PlanError(f"plan: {error}") from None
+        """A plan from the text of `to_json`, of this version or an earlier one. Raises PlanError if it is none."""
+        from peftc.plan.json import from_json
+
+        return from_json(text)
 
     def diff(self, other: "Plan") -> str:
         """What `other` has and this plan lacks (`+`), the reverse (`-`), what differs (`~`); empty if they are equal."""
@@ -183,9 +178,3 @@ class Plan:
     def to_networkx(self) -> Network:
         """Sites and the modules that contain them as nodes, with edges of `relation` contains, tie and conflict."""
         return network(self)
-
-
-@functools.cache
-def _fields() -> dict[str, TypeAdapter[Any]]:
-    """How to read each field; the specs are read before."""
-    return {name: TypeAdapter(Any if name == "adapters" else kind) for name, kind in get_type_hints(Plan).items()}

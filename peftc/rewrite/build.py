@@ -1,21 +1,24 @@
 """The one mutator of models: build, extend, remove, undo; and the base by itself for a while."""
 
+import re
 import warnings
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
-from peftc.errors import ConflictError, NoMatchError
+from peftc.errors import AdapterError, ConflictError, NoMatchError
 from peftc.graph.copying import structural_copy
+from peftc.graph.ops import op_named
 from peftc.graph.region import Region
-from peftc.graph.sites import is_lazy, modules_at
+from peftc.graph.sites import is_lazy, modules_at, parameter_name
 from peftc.plan import Edit, Plan, PlannedParam, without
-from peftc.rewrite.attach import attach, check_names, container_of, containers, detach, start
-from peftc.rewrite.host import install, uninstall
-from peftc.rewrite.program import Journal, Program
-from peftc.rewrite.switch import activate, brings, place, set_bias
+from peftc.rewrite.hosts import BOUND, Unbound, install, is_host, original_class, reads, uninstall
+from peftc.rewrite.parts import Adapter, attach, containers, detach, start, weight_of
+from peftc.rewrite.passes import Pass
+from peftc.rewrite.program import Program
+from peftc.rewrite.switch import activate
 
 
 def require_applicable(plan: Plan, on_unmatched: str) -> None:
@@ -30,15 +33,42 @@ def require_applicable(plan: Plan, on_unmatched: str) -> None:
         return
     lines = " ".join(f"{type(plan.adapters[miss.adapter]).__name__}.{miss}" for miss in errors[:8])
     more = f" (and {len(errors) - 8} more)" if len(errors) > 8 else ""
-    # A prompt method has one place to go; without it nothing of the adapter would be left.
-    if any(miss.field in ("peft_type", "task_type") for miss in errors):
+    if any(miss.fatal for miss in errors):
         raise NoMatchError(f"{lines.rstrip('.')}{more}. Nothing of the adapter would be left.")
     if on_unmatched == "error":
         raise NoMatchError(f"{lines}{more} Mend the spec, or pass on_unmatched='warn' to go on without them.")
     warnings.warn(f"{lines}{more}", stacklevel=4)
 
 
-def build(model: nn.Module, plan: Plan, regions: tuple[Region, ...], inplace: bool, fresh: bool) -> Program:
+def check_names(model: nn.Module, plan: Plan, adapters: Collection[str]) -> None:
+    """Refuse adapter names that can't be part of a parameter's name, and sites that have such a child already."""
+    taken = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
+    for name in adapters:
+        if not isinstance(cast(Any, name), str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", name) or name in taken:
+            raise AdapterError(
+                f"adapter name {name!r}: it becomes part of parameter names; use letters, digits, '_' and '-'"
+                " (and no method name of nn.ModuleDict)"
+            )
+    owners = {fqn: site.owner for fqn, site in plan.sites.items()}
+    modules = modules_at(model, owners.values())
+    for edit in (edit for edit in plan.edits if edit.adapter in adapters):
+        site, module = plan.sites[edit.site], modules[owners[edit.site]]
+        for first in containers(edit) if site.added is None else [site.added]:
+            if first in module._modules or first in module._parameters or first in module.__dict__:
+                raise AdapterError(
+                    f"{edit.site}: has a child {first!r} already. A compiled or PEFT model can't be compiled again:"
+                    " use add_adapter, or unload it first."
+                )
+
+
+def build(
+    model: nn.Module,
+    plan: Plan,
+    regions: tuple[Region, ...],
+    inplace: bool,
+    fresh: bool,
+    passes: Sequence[Pass] = (),
+) -> Program:
     """Attach every adapter of `plan` to a structural copy of `model` (or to itself) and activate the first.
 
     `fresh=False`: their values are about to be loaded, and `start_alone` is for the rest. The model given is not changed
@@ -46,8 +76,8 @@ def build(model: nn.Module, plan: Plan, regions: tuple[Region, ...], inplace: bo
     """
     check_names(model, plan, plan.adapters)
     base = model if inplace else structural_copy(model)
-    program = Program(base, plan, regions, inplace=inplace)
-    program.journal.requires_grad = {
+    program = Program(base, plan, regions, inplace=inplace, passes=tuple(passes))
+    program.given.requires_grad = {
         name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False) if not is_lazy(p)
     }
     for parameter in base.parameters():
@@ -67,97 +97,140 @@ def extend(
     program: Program, plan: Plan, regions: tuple[Region, ...], adapters: Collection[str], fresh: bool = True
 ) -> None:
     """Attach the parameters of `adapters`, which are new in `plan`. They start inactive. `fresh` as in `build`."""
+    kept = {region.host for region in regions}
+    for region in program.regions:
+        if region.host not in kept:
+            _uninstall(program, region)
     program.plan, program.regions = plan, regions
-    program.layouts.clear()
+    program.made.layouts.clear()
+    program.made.mixed.clear()
     for site in plan.sites.values():
-        if site.kind == "parameter":
-            host, child = container_of(site)
-            module = program.base.get_submodule(host)
-            module._modules.setdefault(child, nn.Module().train(module.training))
+        if site.added is not None:
+            owner = program.base.get_submodule(site.owner)
+            owner._modules.setdefault(site.added, nn.Module().train(owner.training))
     program.look_up()
     _close_fast_paths(program)
     for name in adapters:
-        for edit in program.edits[name]:
-            attach(program.owners[edit.site], edit, plan, _weight(program, edit), fresh)
-            program.children |= dict.fromkeys(containers(edit))
+        adapter = program.adapters[name] = Adapter(name, plan.adapters[name])
+        for edit in plan.edits:
+            if edit.adapter == name:
+                _attach(program, adapter, edit, fresh)
+    for region in regions:
+        _install(program, region)
     for tensor in plan.trained:
         if tensor.adapter in adapters:
-            program.journal.trained[tensor.name] = program.base.get_parameter(tensor.name).data.clone()
+            program.overlay.bring(program.base, tensor.name, tensor.adapter)
+
+
+def _attach(program: Program, adapter: Adapter, edit: Edit, fresh: bool) -> None:
+    site = program.plan.sites[edit.site]
+    holder, weight = program.modules[site.holder], weight_of(program.base, site)
+    known = {param.key for other in adapter.edits for param in other.params if param.shared}
+    part = attach(edit, site, holder, program.base, adapter.spec, weight)
+    adapter.parts[edit.site, edit.rule.name] = part
+    if fresh:
+        start(part, adapter.spec, [param for param in edit.params if param.key not in known], holder, weight)
+
+
+def _install(program: Program, region: Region) -> None:
+    """Make the module of `region` a host, and let its weights be stood in for where it is called as it is."""
+    module = program.modules[region.host]
+    names = (parameter_name(region.host, a.site) if a.site else region.host for a in region.source.anchors)
+    rows = (op_named(program.plan.sites[name].op) for name in names if name in program.plan.sites)
+    methods = next((row.methods for row in rows if row.methods is not None), None)
+    paths = [path for a in region.source.anchors for path in (a.weight, a.bias)] if region.source.opaque else []
+    leaves: dict[str, list[str]] = {"": []}
+    for path in paths:
+        prefix, _, leaf = path.rpartition(".")
+        leaves.setdefault(prefix, []).append(leaf)
+    base = Unbound(module)
+    for prefix, names in leaves.items():
+        reader = module.get_submodule(prefix)
+        own = [name for name in names if reader._parameters.get(name) is not None]
+        if prefix == "" or own:
+            install(reader, own, methods(original_class(module)) if methods is not None and prefix == "" else {})
+        if own:
+            reads(reader, base, f"{prefix}." if prefix else "")
+
+
+def _uninstall(program: Program, region: Region) -> None:
+    """Let the module of `region`, and those whose weights it lent, be what they were, if no other region needs them."""
+    hosts = {id(program.base.get_submodule(other.host)) for other in program.regions if other is not region}
+    module = program.base.get_submodule(region.host)
+    prefixes = {anchor.weight.rpartition(".")[0] for anchor in region.source.anchors} if region.source.opaque else set()
+    for reader in (module.get_submodule(prefix) for prefix in {"", *prefixes}):
+        if id(reader) not in hosts:
+            uninstall(reader)
 
 
 def start_alone(program: Program, edit: Edit, params: Collection[PlannedParam]) -> None:
     """Initialise these parameters of an edit that was attached with `fresh=False`."""
-    tensors = {param.name: program.tensor(edit, param.key) for param in params}
-    start(edit, tensors, _weight(program, edit), program.plan)
-
-
-def _weight(program: Program, edit: Edit) -> nn.Parameter | None:
-    site = program.plan.sites[edit.site]
-    if site.kind == "parameter":
-        return program.base.get_parameter(str(site.weight))
-    return program.owners[edit.site]._parameters.get("weight")
+    adapter, site = program.adapters[edit.adapter], program.plan.sites[edit.site]
+    holder = program.modules[site.holder]
+    start(adapter.part(edit), adapter.spec, list(params), holder, weight_of(program.base, site))
 
 
 def remove(program: Program, adapter: str) -> None:
-    """Take an adapter off: its parameters, and the biases it trained."""
-    program.journal.encoders.pop(adapter, None)
-    for edit in program.edits.get(adapter, ()):
-        detach(program.owners[edit.site], edit)
-        if edit.slot == "weight" and not program.owners[edit.site]._modules:
-            host, child = container_of(program.plan.sites[edit.site])
-            program.base.get_submodule(host)._modules.pop(child, None)
-    for tensor in program.plan.trained:
-        if tensor.adapter == adapter:
-            set_bias(program, tensor.name, False)
-            program.journal.trained.pop(tensor.name, None)
-    for name in [name for name in program.journal.present if brings(program, name, adapter)]:
-        if program.journal.present[name] == adapter:
-            place(program, name, None)
-        program.journal.brought.pop((name, adapter), None)
+    """Take an adapter off: its tensors, and those that it brought in the place of the base's."""
+    gone = program.adapters.pop(adapter, None)
+    for edit in gone.edits if gone is not None else ():
+        site = program.plan.sites[edit.site]
+        detach(edit, program.modules[site.holder], program.base)
+        if site.added is not None and not program.modules[site.holder]._modules:
+            program.modules[site.owner]._modules.pop(site.added, None)
+    program.overlay.drop(program.base, adapter)
 
 
 def undo(program: Program) -> nn.Module:
     """The base model as it was: classes, tensors, flags and attributes. The program is spent afterwards."""
-    for host in program.installed:
-        uninstall(program.owners[host])
-    program.installed = {}
-    for adapter in program.plan.adapters:
+    for adapter in list(program.adapters):
         remove(program, adapter)
-    for (fqn, flag), value in program.journal.fast_paths.items():
+    for module in program.base.modules():
+        uninstall(module)
+    for (fqn, flag), value in program.given.fast_paths.items():
         setattr(program.base.get_submodule(fqn), flag, value)
-    for name, flag in program.journal.requires_grad.items():
+    for name, flag in program.given.requires_grad.items():
         program.base.get_parameter(name).requires_grad_(flag)
     for adapter in program.plan.adapters:
         program.plan = without(program.plan, adapter)
-    program.regions, program.active, program.learning, program.journal = (), (), (), Journal()
-    program.look_up()
-    program.unloaded = True
+    fresh = Program(program.base, program.plan, (), inplace=program.inplace, unloaded=True)
+    program.__dict__.update(fresh.__dict__)
     return program.base
 
 
 @contextmanager
 def parked(program: Program) -> Generator[nn.Module]:
     """The base model without its adapters for a while, to be planned on: no rewritten class, no added child."""
-    base = program.base
-    for host in program.installed:
-        uninstall(program.owners[host])
-    children = [(module, first, module._modules.pop(first)) for module, first in _added(program)]
+    hosts = [(module, type(module), _state(module)) for module in program.base.modules() if is_host(module)]
+    children = [(module, name, module._modules.pop(name)) for module, name in _added(program)]
+    for module, _, _ in hosts:
+        uninstall(module)
     try:
-        yield base
+        yield program.base
     finally:
-        for module, first, child in children:
-            module._modules[first] = child
-        for host, code in program.installed.items():
-            install(program.owners[host], code)
+        for module, cls, state in hosts:
+            module.__dict__.pop("forward", None)
+            module.__dict__.update(state)
+            object.__setattr__(module, "__class__", cls)
+        for module, name, child in children:
+            module._modules[name] = child
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in module.__dict__.items() if name.startswith(BOUND) or name == "forward"}
 
 
 def _added(program: Program) -> list[tuple[nn.Module, str]]:
     """(module, name) of the children that adapters have added."""
-    sites = program.plan.sites
-    places = [container_of(site) for site in sites.values() if site.kind == "parameter"]
-    held = [(program.base.get_submodule(host), child) for host, child in places]
-    owners = [program.owners[fqn] for fqn, site in sites.items() if site.kind != "parameter"]
-    return [*held, *((module, name) for module in owners for name in program.children if name in module._modules)]
+    found: dict[tuple[int, str], tuple[nn.Module, str]] = {}
+    for edit in (edit for adapter in program.adapters.values() for edit in adapter.edits):
+        site = program.plan.sites[edit.site]
+        module = program.modules[site.owner]
+        names = containers(edit) if site.added is None else [site.added]
+        pairs = [(module, name) for name in names]
+        pairs += [(program.base, param.key.partition(".")[0]) for param in edit.params if param.shared]
+        found |= {(id(module), name): (module, name) for module, name in pairs if name in module._modules}
+    return list(found.values())
 
 
 # Flags that these classes ask before taking their fused inference path, which reads weights and skips spliced ops.
@@ -173,7 +246,7 @@ def _close_fast_paths(program: Program) -> None:
     for fqn, module in modules_at(program.base, around).items():
         for cls, (flag, off) in _FAST_PATHS.items():
             if isinstance(module, cls):
-                program.journal.fast_paths.setdefault((fqn, flag), getattr(module, flag))
+                program.given.fast_paths.setdefault((fqn, flag), getattr(module, flag))
                 setattr(module, flag, off)
 
 

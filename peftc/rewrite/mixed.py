@@ -1,34 +1,39 @@
 """Mixed batches: several adapters in one batch, one per row.
 
-For the time of a call every host of these adapters runs a code that serves all of them. Where they are of one kind whose
-term is made of matrix products (LoRA on linear sites), the rule's own function is traced on stacked parameters and its
-products become batched ones; elsewhere the code of every adapter runs on its rows (see peftc.rewrite.route).
+For the time of a call every host asks which call it is in. Where the adapters' term is a product (`Rule.factors`), the
+products of all of them become two batched ones; elsewhere the code of every adapter runs on its own rows (see
+peftc.rewrite.route). Calls in several threads, each with its own names, do not meet.
 """
 
 import re
+import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
-from torch.fx.proxy import GraphAppendingTracer, TraceError
-from torch.nn import functional as F
+from torch import fx, nn
 
 from peftc.errors import AdapterError, MergeError
-from peftc.graph.region import OPAQUE, Region, Source, call, form_of, operand, parameters_of
-from peftc.graph.sites import transformers_config
-from peftc.plan import MODULES_TO_SAVE, Edit
-from peftc.registry import find_rule
+from peftc.graph.ops import op_named, operand, use_of
+from peftc.graph.region import HOST, Region, Source
+from peftc.graph.sites import parameter_name, transformers_config
 from peftc.rewrite import route as ops
-from peftc.rewrite.host import Code, original_class
+from peftc.rewrite.hosts import BOUND, Binding, Code, install, is_host, uninstall
+from peftc.rewrite.parts import Part
 from peftc.rewrite.program import Program
-from peftc.rewrite.route import BASE, Route, current
-from peftc.rewrite.switch import brings, install_layout, layout
+from peftc.rewrite.route import BASE, ByRow, Route, Routed, current
+from peftc.rewrite.splice import follow
+from peftc.rewrite.switch import at, binding_of, install_layout, layout
 from peftc.rule import Bound, Rule
 
-_KEPT = 64  # Layouts of sets of names that are remembered.
+_KEPT = 64  # Sets of names whose runs are remembered.
+_LOCK = threading.RLock()
+# Parts of models with several inputs, of which the batch is that of the text.
+_SEEN = re.compile(r"(^|[._])(vision|visual|image|audio|video|multi_modal)")
+# Architectures that turn (rows, positions) around inside.
+_TURNING = ("longformer", "led", "xlnet", "fsmt")
 
 
 @contextmanager
@@ -38,23 +43,21 @@ def mixed(program: Program, names: Any, several: bool = False) -> Generator[None
     Raises AdapterError or MergeError before anything runs.
     """
     rows = _checked(program, names)
-    hosts = _mixed_layout(program, frozenset(rows) - {BASE})
-    route = Route(rows, _codes(program, hosts, rows), torch.is_grad_enabled(), _is_rows_first(program))
-    with _entered(program, hosts, route), _watched(program.base, route, several), _bound(program, hosts, route):
+    route = Route(
+        rows, _runs(program, frozenset(rows) - {BASE}), torch.is_grad_enabled(), _rows_first(program), several
+    )
+    with _entered(program, route):
         yield
 
 
 def _checked(program: Program, names: Any) -> tuple[str, ...]:
-    if (
-        not isinstance(names, list | tuple)
-        or not all(isinstance(n, str) for n in cast("list[Any]", names))
-        or not names
-    ):
+    given = cast("list[Any]", names) if isinstance(names, list | tuple) else []
+    if not given or not all(isinstance(name, str) for name in given):
         raise AdapterError(f"adapter_names: expected a list with one adapter name per row, got {names!r}")
     rows = tuple(cast("list[str]", names))
     for name in dict.fromkeys(rows):
-        if name != BASE and name not in program.plan.adapters:
-            known = ", ".join([*program.plan.adapters, BASE])
+        if name != BASE and name not in program.adapters:
+            known = ", ".join([*program.adapters, BASE])
             raise AdapterError(f"adapter_names: no adapter {name!r}; there are {known}")
         reason = _unmixable(program, name) if name != BASE else None
         if reason is not None:
@@ -67,7 +70,7 @@ def _checked(program: Program, names: Any) -> tuple[str, ...]:
         raise MergeError(f"adapter_names: {', '.join(program.merged)} merged; call unmerge_adapter() first")
     if not program.enabled:
         raise AdapterError("adapter_names: adapters are disabled; call enable_adapters(), or leave disable_adapter()")
-    if program.journal.training or any(program.journal.present.values()):
+    if any(program.overlay.present.values()):
         raise AdapterError(
             "adapter_names: an active adapter has put biases or embeddings of its own into the base; set_adapter([]) first"
         )
@@ -80,24 +83,17 @@ def _unmixable(program: Program, name: str) -> str | None:
     several = config is not None and config.get_text_config() is not config
     if any(tensor.adapter == name for tensor in program.plan.trained):
         return "it trains biases of the base model, which all rows share"
-    if any(brings(program, tensor, name) for tensor in program.journal.present):
+    if any(program.overlay.brings(tensor, name) for tensor in program.overlay.present):
         return "it brings embeddings of its own, in the place of those that all rows share"
-    for edit in program.edits[name]:
-        if program.plan.sites[edit.site].kind == "call":
-            return "a prompt method changes the length of every row"
-        if program.plan.sites[edit.site].kind == "parameter":
-            return f"{edit.site} is adapted as a weight, which all rows share"
+    for edit in program.adapters[name].edits:
+        row = op_named(program.plan.sites[edit.site].op)
+        if row.unmixable is not None:
+            return row.unmixable.format(edit.site)
         if ".experts." in edit.site:
             return f"{edit.site} gets the tokens that were routed to it, whichever sequence they are of"
         if several and _SEEN.search(edit.site):
             return f"{edit.site} gets images or sounds, and each may belong to any row"
     return None
-
-
-# Parts of models with several inputs, of which the batch is that of the text.
-_SEEN = re.compile(r"(^|[._])(vision|visual|image|audio|video|multi_modal)")
-# Architectures that turn (rows, positions) around inside.
-_TURNING = ("longformer", "led", "xlnet", "fsmt")
 
 
 def _sequence_first(program: Program) -> bool:
@@ -108,237 +104,151 @@ def _sequence_first(program: Program) -> bool:
     return any(not module.batch_first for module in ordered)
 
 
-def _is_rows_first(program: Program) -> bool:
+def _rows_first(program: Program) -> bool:
     """Whether all modules are known to take rows first: those of transformers do, but for a few."""
     return transformers_config(program.base) is not None
 
 
 @contextmanager
-def _entered(program: Program, hosts: dict[str, Code], route: Route) -> Generator[None]:
-    """Run the hosts' mixed codes under `route`; what they ran before, afterwards."""
-    if program.routed:
-        raise AdapterError("adapter_names: another such call of this model is running; one at a time")
-    program.routed = True
+def _entered(program: Program, route: Route) -> Generator[None]:
+    """Let this thread's calls of the model run under `route`. The hosts ask for it as long as there is any such call."""
+    with _LOCK:
+        if program.calls == 0:
+            _open(program)
+        program.calls += 1
     token = current.set(route)
     try:
-        install_layout(program, hosts)
         yield
     finally:
         current.reset(token)
-        program.routed = False
-        install_layout(program, layout(program, program.spliced))
+        with _LOCK:
+            program.calls -= 1
+            if program.calls == 0:
+                _close(program)
 
 
-@contextmanager
-def _watched(base: nn.Module, route: Route, several: bool) -> Generator[None]:
-    """Note the length of the sequences of every call of the model, and refuse a batch of another size."""
+def _open(program: Program) -> None:
+    """Let every host, and the model's own call, ask which call it is in; others go on as they did."""
+    root = program.base
+    program.made.mixed["root"] = not is_host(root)
+    install(root, (), {})
+    for region in program.regions:
+        module = program.modules[region.host]
+        module.__dict__[BOUND] = Routed(module, program.installed.get(region.host), module is root)
+    if not isinstance(root.__dict__[BOUND], Routed):
+        root.__dict__[BOUND] = Routed(root, None, True)
+    again = partial(_again, program)
+    for layer in root.modules():
+        function = layer.__dict__.get(_CHECKPOINT)
+        if function is not None:
+            layer.__dict__[_CHECKPOINT] = _Carried(function, again)
 
-    def note(_: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values()]
-        first = next((value for value in given if isinstance(value, Tensor) and value.dim()), None)
-        rows, count = (0 if first is None else first.shape[0]), len(route.names)
-        if first is None or rows % count or (rows != count and not several):
-            raise AdapterError(f"adapter_names: {count} names for a batch of {rows}")
-        tensors = [value for value in given if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows]
-        route.rows, route.lengths = rows, frozenset(tensor.shape[1] for tensor in tensors)
-        route.inputs = frozenset(tensor.data_ptr() for tensor in tensors)
 
-    handle = base.register_forward_pre_hook(note, with_kwargs=True)
+def _close(program: Program) -> None:
+    for layer in program.base.modules():
+        function = layer.__dict__.get(_CHECKPOINT)
+        if isinstance(function, _Carried):
+            layer.__dict__[_CHECKPOINT] = function.function
+    for region in program.regions:
+        program.modules[region.host].__dict__[BOUND] = None
+    if program.made.mixed.pop("root"):
+        uninstall(program.base)
+    install_layout(program, layout(program, program.spliced))
+
+
+# The attribute of transformers' layers that runs them under gradient checkpointing.
+_CHECKPOINT = "_gradient_checkpointing_func"
+
+
+class _Carried:
+    """A checkpointing function that takes the route along to the backward pass, where layers run again."""
+
+    def __init__(self, function: Callable[..., Any], again: Callable[..., Any]) -> None:
+        self.function, self.again = function, again
+
+    def __call__(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        route = current.get(None)
+        return self.function(run if route is None else partial(self.again, route, run), *args, **kwargs)
+
+
+def _again(program: Program, route: Route, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    before, route.bound = route.bound, True
     try:
-        yield
+        if current.get(None) is route:
+            return run(*args, **kwargs)
+        with _entered(program, route):
+            return run(*args, **kwargs)
     finally:
-        handle.remove()
+        route.bound = before
 
 
-@contextmanager
-def _bound(program: Program, hosts: dict[str, Code], route: Route) -> Generator[None]:
-    """Let checkpointed layers of transformers take the route along to the backward pass, where they run again."""
-    name = "_gradient_checkpointing_func"
-    layers = [module for module in program.base.modules() if name in module.__dict__]
-
-    def again(run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        before, route.bound = route.bound, True
-        try:
-            if current.get(None) is route:
-                return run(*args, **kwargs)
-            with _entered(program, hosts, route):
-                return run(*args, **kwargs)
-        finally:
-            route.bound = before
-
-    def checkpoint(function: Callable[..., Any], run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return function(partial(again, run), *args, **kwargs)
-
-    functions = [layer.__dict__[name] for layer in layers]
-    for layer, function in zip(layers, functions, strict=True):
-        layer.__dict__[name] = partial(checkpoint, function)
-    try:
-        yield
-    finally:
-        for layer, function in zip(layers, functions, strict=True):
-            layer.__dict__[name] = function
-
-
-def _mixed_layout(program: Program, names: frozenset[str]) -> dict[str, Code]:
-    """The code of every host that one of the adapters `names` changes, for batches of any of them."""
-    if names not in program.layouts:
-        sets = [key for key in program.layouts if isinstance(key, frozenset)]
+def _runs(program: Program, names: frozenset[str]) -> Mapping[int, Any]:
+    """What every host runs, by its id, that one of the adapters `names` changes, for batches of any of them."""
+    kept = program.made.mixed
+    if names not in kept:
+        sets = [key for key in kept if isinstance(key, frozenset)]
         for key in sets if len(sets) >= _KEPT else ():
-            del program.layouts[key]
-        touched = {edit.site for name in names for edit in program.edits[name]}
-        program.layouts[names] = {
-            region.host: _mixed_code(program, region, names) for region in program.regions if region.host in touched
-        }
-    return program.layouts[names]
+            del kept[key]
+        parts: dict[str, dict[str, list[Part]]] = {}
+        for name in sorted(names, key=list(program.adapters).index):
+            for part in program.adapters[name].parts.values():
+                parts.setdefault(part.edit.site, {}).setdefault(name, []).append(part)
+        pairs = ((region, _parts_in(region, parts)) for region in program.regions)
+        kept[names] = {id(program.modules[region.host]): _run(program, region, own) for region, own in pairs if own}
+    return kept[names]
 
 
-def _mixed_code(program: Program, region: Region, names: frozenset[str]) -> Code:
-    """Fused, if all `names` that are at the host are of one family, else one that calls their own codes."""
-    families = _families(program).get(region.host, {})
-    here = {families[name] for name in names if name in families}
-    family = here.pop() if len(here) == 1 else None
-    cls = original_class(program.owners[region.host])
-    if family is not None:
-        edits = tuple(edit for edit in _edits_at(program, region.host) if families[edit.adapter] == family)
-        key = (region.source, cls, tuple((edit.adapter, *edit.constants.items()) for edit in edits), family)
-        if key not in program.codes:
-            rule = find_rule(program.plan.adapters[edits[0].adapter], program.plan.sites[region.host])
-            assert rule is not None, "the family has one"
-            graph = _fused(region.source, rule, edits)
-            program.codes[key] = Code(cls, graph, False, {}) if graph is not None else _split_code(program, cls)
-        return program.codes[key]
-    return _split_code(program, cls)
+def _parts_in(region: Region, parts: Mapping[str, Mapping[str, list[Part]]]) -> dict[str, dict[str, list[Part]]]:
+    """By adapter, its parts at the sites of `region`."""
+    found: dict[str, dict[str, list[Part]]] = {}
+    sites = {parameter_name(region.host, a.site) if a.site else region.host for a in region.source.anchors}
+    for site in parts.keys() & sites:
+        for name, own in parts[site].items():
+            found.setdefault(name, {})[site] = own
+    return found
 
 
-def _split_code(program: Program, cls: type[nn.Module]) -> Code:
-    if cls not in program.codes:
+def _run(program: Program, region: Region, own: Mapping[str, Mapping[str, list[Part]]]) -> Any:
+    """Batched products, if all adapters here are of one family, else each adapter's code on its rows."""
+    flat = {name: [part for group in sites.values() for part in group] for name, sites in own.items()}
+    families = {_family(parts) for parts in flat.values()}
+    host = program.modules[region.host]
+    if len(families) == 1 and None not in families:
+        binding = Binding(_grouped(program, region.source), host, ())
+        binding.__dict__["parts_by_name"] = {name: parts[0] for name, parts in flat.items()}
+        return binding
+    bindings = {name: binding_of(program, region, at(region, dict(sites))) for name, sites in own.items()}
+    return ByRow(host, bindings)
+
+
+def _family(parts: Sequence[Part]) -> Any | None:
+    """What parts of several adapters must have in common for their products to be batched; None if they can't be."""
+    edit = parts[0].edit
+    if len(parts) > 1 or edit.slots != ("output",) or edit.opaque or parts[0].site.op != "linear":
+        return None
+    if not edit.rule.additive or type(edit.rule).factors is Rule.factors:
+        return None
+    if edit.rule.factors(Bound({**parts[0].tensors(), **edit.constants})) is None:
+        return None
+    return edit.rule, {param.dtype for param in edit.params}.pop(), tuple(edit.dropouts.items())
+
+
+def _grouped(program: Program, source: Source) -> Code:
+    """The source's graph with the term of all adapters, on grouped rows, on its output."""
+    key = ("grouped", source)
+    if key not in program.made.codes:
         graph = fx.Graph()
-        node = call(graph, OPAQUE, parameters_of(lambda *args, **kwargs: None))
-        node.target = ops.by_row
-        graph.output(node)
-        program.codes[cls] = Code(cls, graph, True, {})
-    return program.codes[cls]
-
-
-def _codes(program: Program, hosts: Mapping[str, Code], rows: Sequence[str]) -> dict[int, dict[str, Code]]:
-    """What runs on the rows of each adapter at the hosts that are not fused."""
-    split = [host for host, code in hosts.items() if code.opaque]
-    own = {name: layout(program, [name]) for name in set(rows) - {BASE}} if split else {}
-    return {id(program.owners[h]): {name: codes[h] for name, codes in own.items() if h in codes} for h in split}
-
-
-def _edits_at(program: Program, host: str) -> list[Edit]:
-    return [edit for edits in program.edits.values() for edit in edits if edit.site == host]
-
-
-def _families(program: Program) -> dict[str, dict[str, Any]]:
-    """By host and adapter: what edits must have in common to be fused, or None for one that can't be."""
-    if not program.families:
-        for name, edits in program.edits.items():
-            for edit in edits:
-                program.families.setdefault(edit.site, {})[name] = _family(program, edit)
-    return program.families
-
-
-def _family(program: Program, edit: Edit) -> Any | None:
-    site = program.plan.sites[edit.site]
-    if edit.rule == MODULES_TO_SAVE or edit.slot != "output" or edit.opaque or site.kind != "linear":
-        return None
-    rule = find_rule(program.plan.adapters[edit.adapter], site)
-    if rule is None or not rule.additive:
-        return None
-    if any(len(param.shape) != 2 for param in edit.params):
-        return None
-    flags = tuple((name, value) for name, value in edit.constants.items() if isinstance(value, bool | str))
-    params = tuple((param.name, param.key, param.dtype) for param in edit.params)
-    return edit.rule, flags, params, tuple(edit.dropouts.items())
-
-
-class _Nothing:
-    """The output before any adapter, in tracing: an additive rule adds its term to it."""
-
-    def __add__(self, term: Any) -> Any:
-        return term
-
-    __radd__ = __add__
-
-
-class _Factor(fx.Proxy):
-    """A stacked parameter in tracing, which is good for one thing: a linear op, as a batched matrix product."""
-
-    def __init__(self, stacked: fx.Proxy) -> None:
-        self.stacked, self.tracer = stacked, stacked.tracer
-
-    @property
-    def node(self) -> fx.Node:  # pyright: ignore[reportIncompatibleVariableOverride]
-        raise TraceError("only F.linear(x, parameter) has a batched form")
-
-    @classmethod
-    def __torch_function__(cls, orig_method: Any, types: Any, args: Any = None, kwargs: Any = None) -> Any:
-        if orig_method is not F.linear or len(args) != 2 or kwargs or isinstance(args[0], _Factor):
-            raise TraceError(f"{orig_method} of a parameter has no batched form")
-        x, factor = args
-        return torch.bmm(x, factor.stacked.mT)
-
-
-def _fused(source: Source, rule: Rule[Any], edits: Sequence[Edit]) -> fx.Graph | None:
-    """A copy of the source's graph with the term of `rule` for all `edits`, on grouped rows; None if it can't be."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(source.graph, copies))
-    node = next(new for old, new in copies.items() if old.name == source.anchors[0].node)
-    form = form_of(node)
-    assert form is not None, "a site that is not opaque has an op"
-    tracer = GraphAppendingTracer(graph)
-    users = list(node.users)
-    with graph.inserting_before(node.next):
-        x = fx.Proxy(operand(node, form.x), tracer)
-        names = [edit.adapter for edit in edits]
-        part = fx.Proxy(graph.call_function(ops.partition, (x.node, names)), tracer)
-        try:
-            y = _term(graph, tracer, part, x, rule, edits)
-        except (TypeError, AttributeError, TraceError, NotImplementedError):
-            return None
-        own = fx.Proxy(node, tracer)
-        y = fx.Proxy(graph.call_function(ops.add_groups, (part.node, node, y.node)), tracer).to(own.dtype)
-    for user in users:
-        user.replace_input_with(node, y.node)
-    for unused in reversed(graph.nodes):
-        if unused.target is ops.constants and not unused.users:
-            graph.erase_node(unused)
-    graph.lint()
-    return graph
-
-
-def _term(
-    graph: fx.Graph, tracer: GraphAppendingTracer, part: fx.Proxy, x: fx.Proxy, rule: Rule[Any], edits: Sequence[Edit]
-) -> fx.Proxy:
-    """What `rule` adds to the output, for groups of rows (groups, tokens, features)."""
-
-    def made(function: Any, *args: Any) -> fx.Proxy:
-        return fx.Proxy(graph.call_function(function, args), tracer)
-
-    first, values = edits[0], dict[str, Any]()
-    for param in first.params:
-        container, _, leaf = param.key.partition(".")
-        values[param.name] = _Factor(made(ops.stack, part.node, graph.get_attr(container), leaf))
-    dtype = values[first.params[0].name].stacked.dtype
-    grouped = made(ops.group, part.node, x.node).to(dtype)
-    for name, value in first.constants.items():
-        numbers = {edit.adapter: edit.constants[name] for edit in edits}
-        same = len(set(numbers.values())) == 1
-        values[name] = value if same else made(ops.constants, part.node, numbers, grouped.node)
-    for name, probability in first.dropouts.items():
-        values[name] = partial(_dropped, made, graph, name) if probability else _same
-    term = rule.output(cast(Tensor, grouped), cast(Tensor, _Nothing()), Bound(values))
-    if not isinstance(term, fx.Proxy):
-        raise TypeError("the rule returns no tensor")
-    return term
-
-
-def _dropped(made: Callable[..., fx.Proxy], graph: fx.Graph, name: str, x: fx.Proxy) -> fx.Proxy:
-    return made(ops.drop, x.node, graph.get_attr(name))
-
-
-def _same(x: fx.Proxy) -> fx.Proxy:
-    return x
+        copies: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(source.graph, copies))
+        for copy in copies.values():
+            if copy.op in ("get_attr", "call_module"):
+                copy.target = f"{HOST}.{copy.target}"
+        node = next(new for old, new in copies.items() if old.name == source.anchors[0].node)
+        use = use_of(node)
+        assert use is not None, "a site that is not opaque has an op"
+        with graph.inserting_before(node):
+            parts = graph.get_attr("parts_by_name")
+        follow(graph, node, ops.add_products, operand(node, use.form.x), parts)
+        graph.lint()
+        program.made.codes[key] = (Code(graph), ())
+    return program.made.codes[key][0]

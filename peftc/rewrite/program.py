@@ -1,18 +1,20 @@
-"""The rewritten model and its journal: what is attached, active, learning and merged."""
+"""The rewritten model: what is attached to it, what of that is active, and what it takes to give the base back."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from peftc.errors import AdapterError
 from peftc.graph.region import Region
 from peftc.graph.sites import modules_at
-from peftc.plan import MODULES_TO_SAVE, Edit, Plan
-from peftc.rewrite.attach import owner_name
-from peftc.rewrite.host import Code, code_of
-from peftc.rule import live_name
+from peftc.plan import Edit, Plan
+from peftc.rewrite.hosts import BOUND, Binding
+from peftc.rewrite.overlay import Overlay
+from peftc.rewrite.parts import Adapter
+from peftc.rewrite.passes import Pass, Ran
 
 
 @dataclass(frozen=True)
@@ -32,125 +34,114 @@ class Replaced:
 
 
 @dataclass
-class Journal:
-    """What it takes to give the base model back exactly.
-
-    `brought`: by (name, adapter), tensors that a checkpoint brought its own of and that are not in the model now; with None
-    for the adapter, the original. `present`: whose are in the model. `trained`: for a bias that an adapter trains, the
-    value that is not in the model now: the original while its name is in `training`, else the trained one. `merged`: what
-    merging put something else in the place of, `factors` the adapters' tensors that undo logs go by, `paused` who was
-    learning. `tie_word_embeddings`: whether a merge cut that tie. `fast_paths`: (fqn, attribute) → value. `encoders`: for a
-    prompt loaded for inference, its rows and the encoder they came from, to be saved with them again.
+class Merged:
+    """What is merged now: `names` of the adapters, what was `replaced`, the adapters' tensors that undo logs go by
+    (`factors`), who was learning before (`paused`), and whether the tie of embeddings was cut.
     """
 
-    requires_grad: dict[str, bool] = field(default_factory=dict)
-    brought: dict[tuple[str, str | None], Tensor] = field(default_factory=dict)
-    present: dict[str, str | None] = field(default_factory=dict)
-    trained: dict[str, Tensor] = field(default_factory=dict)
-    training: set[str] = field(default_factory=set)
-    merged: list[Replaced] = field(default_factory=list)
-    factors: dict[tuple[str, str, str], Tensor] = field(default_factory=dict)
+    names: tuple[str, ...] = ()
+    replaced: list[Replaced] = field(default_factory=list[Replaced])
+    factors: dict[tuple[str, str, str], Tensor] = field(default_factory=dict[tuple[str, str, str], Tensor])
     paused: tuple[str, ...] = ()
     tie_word_embeddings: bool = False
-    fast_paths: dict[tuple[str, str], Any] = field(default_factory=dict)
-    encoders: dict[str, tuple[Tensor, dict[str, Tensor]]] = field(default_factory=dict)
+
+
+@dataclass
+class Given:
+    """What was changed of the model as it was given: which parameters trained, and flags `fast_paths` by (fqn, name)."""
+
+    requires_grad: dict[str, bool] = field(default_factory=dict[str, bool])
+    fast_paths: dict[tuple[str, str], Any] = field(default_factory=dict[tuple[str, str], Any])
+
+
+@dataclass
+class Made:
+    """What was made so far and can be made again: `codes` by what they are made of, with what every pass did to each;
+    `layouts`, what all hosts run, by the names that are active; `families`, which edits mixed batches run together.
+    """
+
+    codes: dict[Any, tuple[Any, tuple[Ran, ...]]] = field(default_factory=dict[Any, tuple[Any, tuple[Ran, ...]]])
+    layouts: dict[Any, dict[str, Binding]] = field(default_factory=dict[Any, dict[str, Binding]])
+    mixed: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
 
 @dataclass
 class Program:
-    """A base model with adapters, and what has been made for it so far.
+    """A base model with adapters.
 
-    `active`: what is spliced in, in load order, unless it is `merged` or the program is not `enabled`. `learning`: whose
-    parameters train. `routed`: in a call with adapter_names. `inplace`: the base is the very model that was given.
-    `installed`: the code that every host runs now. `children`: the names of the modules that adapters, of now or before,
-    add to their sites, as keys. The rest is looked up from these and can be made again: `owners`, the
-    modules of sites and hosts by fqn; `edits`, by adapter; `slots`, where the trainable parameters of an adapter live;
-    `codes`, by what they are made of, so equal hosts share one; `layouts`, the codes of all hosts by what is active;
-    `families`, which edits mixed batches fuse.
+    `plan` and `regions` are of all `adapters`. `active`: which are spliced in, in load order, unless merged or the program
+    is not `enabled`; `learning`: whose parameters train. `calls`: how many calls with adapter_names are running.
+    `inplace`: the base is the very model that was given; `unloaded`: it has been given back. `passes` run over every graph.
+    `modules`: those of sites, holders and hosts by fqn, looked up once; `installed`: what every host runs now.
     """
 
     base: nn.Module
     plan: Plan
     regions: tuple[Region, ...]
+    adapters: dict[str, Adapter] = field(default_factory=dict[str, Adapter])
     active: tuple[str, ...] = ()
     learning: tuple[str, ...] = ()
-    merged: tuple[str, ...] = ()
     enabled: bool = True
-    routed: bool = False
+    calls: int = 0
     inplace: bool = False
     unloaded: bool = False
-    journal: Journal = field(default_factory=Journal)
-    installed: dict[str, Code] = field(default_factory=dict)
-    children: dict[str, None] = field(default_factory=dict)
-    owners: dict[str, nn.Module] = field(default_factory=dict)
-    edits: dict[str, list[Edit]] = field(default_factory=dict)
-    slots: dict[str, list[tuple[dict[str, Any], str]]] = field(default_factory=dict)
-    codes: dict[Any, Code] = field(default_factory=dict)
-    layouts: dict[Any, dict[str, Code]] = field(default_factory=dict)
-    families: dict[str, dict[str, Any]] = field(default_factory=dict)
+    passes: tuple[Pass, ...] = ()
+    overlay: Overlay = field(default_factory=Overlay)
+    merge: Merged = field(default_factory=Merged)
+    given: Given = field(default_factory=Given)
+    made: Made = field(default_factory=Made)
+    modules: dict[str, nn.Module] = field(default_factory=dict[str, nn.Module])
+    installed: dict[str, Binding] = field(default_factory=dict[str, Binding])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Program":
-        self._require_own_codes()
-        base, journal = copy.deepcopy(self.base, memo), copy.deepcopy(self.journal, memo)
-        new = replace(
-            self, base=base, journal=journal, codes=dict(self.codes), slots={}, families={}, layouts=dict(self.layouts)
-        )
+        require_no_call(self)
+        own = ("base", "adapters", "overlay", "merge", "given")
+        new = replace(self, **{name: copy.deepcopy(getattr(self, name), memo) for name in own}, made=Made())
         new.look_up()
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        self._require_own_codes()
-        # Codes are keyed by identity, which a pickle does not keep; they are made again on the next switch.
-        made = {"installed", "owners", "edits", "slots", "codes", "layouts", "families"}
-        return {**self.__dict__, **{name: {} for name in made}}
-
-    def _require_own_codes(self) -> None:
-        if self.routed:
-            raise AdapterError("the model is in a call with adapter_names and can't be copied before it is over")
+        require_no_call(self)
+        return {**self.__dict__, "made": Made(), "modules": {}, "installed": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.look_up()
 
     def look_up(self) -> None:
-        """Look up the modules of all sites and hosts, their codes and the edits."""
-        places = {region.host: region.host for region in self.regions}
-        places |= {fqn: owner_name(site) for fqn, site in self.plan.sites.items()}
-        modules = modules_at(self.base, places.values())
-        self.owners = {fqn: modules[place] for fqn, place in places.items()}
-        codes = ((region.host, code_of(self.owners[region.host])) for region in self.regions)
-        self.installed = {host: code for host, code in codes if code is not None}
-        self.edits = {name: [] for name in self.plan.adapters}
-        for edit in self.plan.edits:
-            self.edits[edit.adapter].append(edit)
-        self.slots.clear()
-        self.families.clear()
+        """Look up the modules of all sites, holders and hosts, and what the hosts run."""
+        names = {region.host for region in self.regions}
+        names |= {name for site in self.plan.sites.values() for name in (site.holder, site.owner)}
+        self.modules = modules_at(self.base, names)
+        bound = ((host, self.modules[host].__dict__.get(BOUND)) for host in (region.host for region in self.regions))
+        self.installed = {host: binding for host, binding in bound if binding is not None}
+
+    @property
+    def merged(self) -> tuple[str, ...]:
+        """The names of the adapters that are merged."""
+        return self.merge.names
 
     @property
     def spliced(self) -> tuple[str, ...]:
         """The adapters whose ops are in the graphs."""
-        return tuple(name for name in self.active if name not in self.merged) if self.enabled else ()
+        return tuple(name for name in self.active if name not in self.merge.names) if self.enabled else ()
 
-    def tensor(self, edit: Edit, key: str) -> Tensor:
-        """The live tensor of `edit` with checkpoint key `key`: a parameter, or a buffer of a module saved whole."""
-        slots, leaf = self.slot(edit, key)
-        return slots[leaf]
-
-    def slot(self, edit: Edit, key: str) -> tuple[dict[str, Any], str]:
-        """The dict that holds that tensor, and its name there."""
-        *path, leaf = live_path(edit, key)
-        module = self.owners[edit.site]
-        for name in path:
-            module = cast(nn.Module, module._modules[name])
-        return tensor_slots(module, leaf), leaf
+    def edits_at(self, site: str, names: Sequence[str]) -> list[Edit]:
+        """The edits of the adapters `names` at `site`, in load order."""
+        return [
+            edit for name in self.adapters if name in names for edit in self.adapters[name].edits if edit.site == site
+        ]
 
 
-def tensor_slots(module: nn.Module, leaf: str) -> dict[str, Any]:
-    """The dict of `module` that holds its own tensor `leaf`: `_parameters` or `_buffers`."""
-    return module._parameters if leaf in module._parameters else module._buffers
+def require_no_call(program: Program) -> None:
+    """Raise AdapterError inside a call with adapter_names."""
+    if program.calls:
+        raise AdapterError("the model is in a call with adapter_names and can't be copied before it is over")
 
 
-def live_path(edit: Edit, key: str) -> list[str]:
-    """The path from the site to the live tensor of `edit` with checkpoint key `key`."""
-    name = f"{MODULES_TO_SAVE}.{edit.adapter}.{key}" if edit.rule == MODULES_TO_SAVE else live_name(key, edit.adapter)
-    return name.split(".")
+def require_idle(program: Program) -> None:
+    """Raise AdapterError inside a call with adapter_names, or if the model was unloaded."""
+    if program.calls:
+        raise AdapterError("the model is in a call with adapter_names; adapters can't be changed before it is over")
+    if program.unloaded:
+        raise AdapterError("the model was unloaded; compile it again to give it adapters")

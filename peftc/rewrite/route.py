@@ -1,14 +1,14 @@
-"""Mixed batches at run time: which rows use which adapter, and the ops that generated code calls for it.
+"""Mixed batches at run time: which rows use which adapter, and what hosts and generated code call for it.
 
-A call with `adapter_names` enters a Route. Sites that were fused sort their rows into groups of one adapter each, so that
-all groups take two batched matrix products; at all other sites every adapter's own code runs on its own rows.
+A call with `adapter_names` enters a Route. Sites whose terms are products sort their rows into groups of one adapter each,
+so that all groups take two batched products; at all other sites every adapter's own code runs on its own rows.
 """
 
 import sys
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,9 @@ from torch.utils import checkpoint as checkpoint_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from peftc.errors import AdapterError
-from peftc.rewrite.host import Code, Opaque
+from peftc.rewrite.hosts import Binding, Unbound
+from peftc.rewrite.parts import Part
+from peftc.rule import Bound
 
 BASE = "__base__"
 
@@ -26,22 +28,34 @@ BASE = "__base__"
 class Route:
     """The adapters of a batch, one name per row (`__base__`: none), while the call they were given to lasts.
 
-    `codes`: by module and name, what runs on that adapter's rows at sites that are not fused. `learns`: whether gradients
-    are wanted. `rows_first`: whether all modules are known to have the batch first. `rows`, `lengths` and `inputs` are of
-    the model's present call: its batch, the lengths of its sequences, the addresses of its tensors. `bound`: in
-    checkpointed layers whose second run is given this route too. The rest is computed once per route.
+    `runs`: by the id of a host, what runs there. `learns`: whether gradients are wanted. `rows_first`: whether all modules
+    are known to have the batch first; `several`: whether a call may have several rows for each name. `rows`, `lengths`
+    and `inputs` are of the model's present call: its batch, the lengths of its sequences, the addresses of its tensors.
+    `bound`: in checkpointed layers whose second run is given this route too. The rest is computed once per route.
     """
 
     names: tuple[str, ...]
-    codes: Mapping[int, Mapping[str, Code]]
+    runs: Mapping[int, Any]
     learns: bool
     rows_first: bool
+    several: bool
     rows: int = 0
     lengths: frozenset[int] = frozenset()
     inputs: frozenset[int] = frozenset()
     bound: bool = False
-    partitions: dict[Any, "Partition"] = field(default_factory=dict)
-    stacks: dict[Any, Tensor] = field(default_factory=dict)
+    partitions: dict[Any, "Partition"] = field(default_factory=dict[Any, "Partition"])
+    stacks: dict[Any, Any] = field(default_factory=dict[Any, Any])
+
+    def note(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Note the batch and the lengths of a call of the model. Raises AdapterError for a batch of another size."""
+        given = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args, *kwargs.values()]
+        first = next((value for value in given if isinstance(value, Tensor) and value.dim()), None)
+        rows, count = (0 if first is None else first.shape[0]), len(self.names)
+        if first is None or rows % count or (rows != count and not self.several):
+            raise AdapterError(f"adapter_names: {count} names for a batch of {rows}")
+        tensors = [value for value in given if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == rows]
+        self.rows, self.lengths = rows, frozenset(tensor.shape[1] for tensor in tensors)
+        self.inputs = frozenset(tensor.data_ptr() for tensor in tensors)
 
     def each(self, x: Tensor, rows_first: bool = False) -> int:
         """How many rows `x` has of every sequence in turn: one, several (beams), or all its tokens.
@@ -70,11 +84,26 @@ class Route:
 current: ContextVar[Route] = ContextVar("current")
 
 
-def _route() -> Route:
+class Routed:
+    """What a host is bound to while there are calls with adapter_names: in one, what its route says; else as before.
+
+    `plain`: what the host was bound to; `root`: it is the model itself, whose calls a route takes note of.
+    """
+
+    def __init__(self, host: nn.Module, plain: Binding | None, root: bool) -> None:
+        self.base, self.plain, self.root = Unbound(host), plain, root
+        self.run = _routed
+
+
+def _routed(self: Routed, *args: Any, **kwargs: Any) -> Any:
     route = current.get(None)
     if route is None:
-        raise AdapterError("the model is in a call with adapter_names in another thread; one at a time")
-    return route
+        bound: Any = self.plain
+    else:
+        if self.root:
+            route.note(args, kwargs)
+        bound = route.runs.get(id(self.base.host))
+    return self.base(*args, **kwargs) if bound is None else bound.run(bound, *args, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -93,7 +122,7 @@ class Partition:
 
 def partition(x: Tensor, present: Sequence[str]) -> Partition:
     """The groups of the rows of `x` at a site with the adapters `present`; rows of others are in none."""
-    route = _route()
+    route = current.get()
     each = route.each(x)
     key = (each, x.device, tuple(present))
     if key not in route.partitions:
@@ -123,36 +152,47 @@ def _partition(names: Sequence[str], present: frozenset[str], device: torch.devi
     return Partition(adapters, index(gather, len(names)), index(scatter, len(gather)), index(order, len(names)))
 
 
-def group(part: Partition, x: Tensor) -> Tensor:
-    """`x` (rows, …, features) → (groups, tokens, features)."""
+def add_products(y: Tensor, x: Tensor, parts: Mapping[str, Part]) -> Tensor:
+    """`y` (rows, …, out) with every row's own `scale · up @ down @ x` added, for x (rows, …, in)."""
+    part = partition(x, tuple(parts))
+    up, down, scale = _factors(part, parts)
     gathered = x if part.gather is None else x.index_select(0, part.gather)
-    return gathered.reshape(len(part.adapters), -1, x.shape[-1])
-
-
-def add_groups(part: Partition, y: Tensor, delta: Tensor) -> Tensor:
-    """`y` (rows, …, features) with `delta` (groups, tokens, features) added to the rows that have an adapter."""
-    delta = delta.reshape(-1, *y.shape[1:])
+    grouped = gathered.reshape(len(part.adapters), -1, x.shape[-1]).to(down.dtype)
+    first = parts[part.adapters[0]]
+    for name, probability in first.edit.dropouts.items():
+        if probability > 0:  # The same for all adapters here.
+            grouped = getattr(first, name)(grouped)
+    delta = torch.bmm(torch.bmm(grouped, down.mT) * scale, up.mT).reshape(-1, *y.shape[1:])
     delta = delta if part.scatter is None else delta.index_select(0, part.scatter)
-    return y + delta if part.rows is None else _promoted(y, delta).index_add(0, part.rows, _promoted(delta, y))
+    added = y + delta if part.rows is None else _promoted(y, delta).index_add(0, part.rows, _promoted(delta, y))
+    return added.to(y.dtype)
 
 
 def _promoted(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, other.dtype))
 
 
-def stack(part: Partition, container: nn.Module, leaf: str) -> Tensor:
-    """The parameters of every group's adapter, one above the other; lower ranks are filled up with zeros.
-
-    `container`: holds them by adapter name, as modules with a parameter `leaf` or, if that is empty, themselves.
-    """
-    stacks = _route().stacks
-    key = (id(container), leaf, id(part))
+def _factors(part: Partition, parts: Mapping[str, Part]) -> tuple[Tensor, Tensor, Tensor]:
+    """up (groups, out, r), down (groups, r, in) and scale (groups, 1, 1); lower ranks are filled up with zeros."""
+    stacks, key = current.get().stacks, (id(parts), id(part))
     if torch.is_grad_enabled() or key not in stacks:
-        made = _stack([_parameter(container, name, leaf) for name in part.adapters])
+        made = [_of(parts[name]) for name in part.adapters]
+        ups, downs, scales = zip(*made, strict=True)
+        scale = torch.tensor(scales, dtype=downs[0].dtype, device=downs[0].device)[:, None, None]
+        found = (_stack(ups), _stack(downs), scale)
         if torch.is_grad_enabled():
-            return made
-        stacks[key] = made
+            return found
+        stacks[key] = found
     return stacks[key]
+
+
+def _of(part: Part) -> tuple[Tensor, Tensor, float]:
+    numbers = {
+        name: getattr(part, name) if type(value) is float else value for name, value in part.edit.constants.items()
+    }
+    factors = part.edit.rule.factors(Bound({**part.tensors(), **numbers}))
+    assert factors is not None, "that decides which parts come here"
+    return factors.up, factors.down, factors.scale
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -165,41 +205,18 @@ def _stack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(padded)
 
 
-def _parameter(container: nn.Module, name: str, leaf: str) -> Tensor:
-    if leaf:
-        holder = container._modules[name]
-        assert holder is not None, "the adapter is attached"
-        return cast(Tensor, holder._parameters[leaf])
-    return cast(nn.ParameterDict, container)[name]
+class ByRow:
+    """A host that is called for every adapter on its own rows, with that adapter's own code: `bindings` by name."""
+
+    def __init__(self, host: nn.Module, bindings: Mapping[str, Binding]) -> None:
+        self.base, self.bindings = Unbound(host), bindings
+        self.run = _by_row
 
 
-def constants(part: Partition, values: Mapping[str, float], like: Tensor) -> Tensor:
-    """The number of every group's adapter, (groups, 1, 1)."""
-    numbers = tuple(values[name] for name in part.adapters)
-    stacks, key = _route().stacks, (numbers, like.dtype, like.device)
-    if key not in stacks:
-        stacks[key] = torch.tensor(numbers, dtype=like.dtype, device=like.device)[:, None, None]
-    return stacks[key]
-
-
-def drop(x: Tensor, dropouts: nn.ModuleDict) -> Tensor:
-    """Dropout, which has one probability for all adapters here."""
-    return next(iter(dropouts.values()))(x)
-
-
-def by_row(
-    base: Opaque,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    more_args: tuple[Any, ...] = (),
-    more_kwargs: Any = None,
-) -> Any:
-    """The host that `base` stands for, called for every adapter on its own rows, with that adapter's own code.
-
-    Raises AdapterError if it is called with more than one tensor, or anything that holds tensors (a cache).
-    """
-    leaves, tree = tree_flatten(((*args, *more_args), {**kwargs, **(more_kwargs or {})}))
-    route, host = _route(), base.__dict__["host"]
+def _by_row(self: ByRow, *args: Any, **kwargs: Any) -> Any:
+    """Raises AdapterError if it is called with more than one tensor, or anything that holds tensors (a cache)."""
+    leaves, tree = tree_flatten((args, kwargs))
+    route, host = current.get(), self.base.host
     places = [position for position, leaf in enumerate(leaves) if not isinstance(leaf, _PLAIN)]
     if len(places) != 1 or not isinstance(leaves[places[0]], Tensor):
         raise AdapterError(
@@ -212,31 +229,23 @@ def by_row(
         each = 1
     else:
         each = route.each(x, rows_first=isinstance(host, _ConvNd))
-    codes, groups = route.codes[id(host)], dict[int, tuple[Code | None, list[int]]]()
+    groups: dict[str | None, list[int]] = {}
     for position, name in enumerate(route.names):
         rows = range(position * each, (position + 1) * each)
-        groups.setdefault(id(codes.get(name)), (codes.get(name), []))[1].extend(rows)
+        groups.setdefault(name if name in self.bindings else None, []).extend(rows)
     outputs: list[Any] = []
-    for code, rows in groups.values():
+    for name, rows in groups.items():
         leaves[places[0]] = x.index_select(0, torch.tensor(rows, device=x.device))
         own_args, own_kwargs = tree_unflatten(leaves, tree)
-        outputs.append(_run(base, host, code, own_args, own_kwargs))
-    return _joined(outputs, [rows for _, rows in groups.values()])
+        if name is None:
+            outputs.append(self.base(*own_args, **own_kwargs))
+        else:
+            binding = self.bindings[name]
+            outputs.append(binding.run(binding, *own_args, **own_kwargs))
+    return _joined(outputs, list(groups.values()))
 
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
-
-
-def _run(base: Opaque, host: nn.Module, code: Code | None, args: Any, kwargs: Any) -> Any:
-    """The forward of `host` as it is with `code`, or as it was before any rewrite."""
-    if code is None:
-        return base(*args, **kwargs)
-    mixed = type(host)
-    object.__setattr__(host, "__class__", code.cls)
-    try:
-        return code.cls.forward(host, *args, **kwargs)
-    finally:
-        object.__setattr__(host, "__class__", mixed)
 
 
 def _joined(outputs: Sequence[Any], rows: Sequence[Sequence[int]]) -> Any:

@@ -1,53 +1,77 @@
 """Splicing: a region's graph and the active edits of its sites → a new graph.
 
-Edits compose in load order, each around what was there before, so that folding them into the weight in the same order
-gives the same function: with f₀ the site's op, edit k makes fₖ(x) = output(x, fₖ₋₁(x)) or fₖ₋₁(input(x)).
+An edit replaces operands of its site's op. Edits compose in load order, each around what was there before, so that folding
+them into the weight in the same order gives the same function: with f₀ the site's op, edit k makes
+fₖ(x) = output(x, fₖ₋₁(x)) or fₖ₋₁(input(x)), or it gives f₀ another weight. What comes before such an edit must then be in
+the weight too, so it is taken in that form.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, get_args
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-from torch import Tensor, fx, nn
+import torch
+from torch import fx
 from torch.fx.proxy import GraphAppendingTracer, TraceError
 from torch.nn import functional as F
 
-from peftc.errors import RuleError
-from peftc.graph.calls import CallSlot
-from peftc.graph.region import Anchor, Source, call_input, form_of, invoke, operand
-from peftc.plan import MODULES_TO_SAVE, Edit
-from peftc.rewrite.call import splice_call
-from peftc.rewrite.host import Opaque
-from peftc.rule import Bound, Rule, live_name
+from peftc.errors import AdapterError, RuleError
+from peftc.graph.ops import Use, op_named, operand, replace_operand, use_of
+from peftc.graph.region import HOST, Anchor, Source, call_input
+from peftc.graph.rows import POINTWISE, dequantised
+from peftc.graph.sites import Site, WeightSite, dtype_of
+from peftc.plan import Edit, PlannedParam
+from peftc.rewrite.hosts import with_weights
+from peftc.rewrite.parts import code_path
+from peftc.rule import Bound, Rule, source_of
 
-_POINTWISE: Mapping[str, Any] = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
-_CONV_ARGS = ("stride", "padding", "dilation", "groups")
+# The key of node.meta under which an inserted node says where it is from.
+ORIGIN = "peftc"
+
+
+class Origin(NamedTuple):
+    """Where an inserted node is from: the part (`a0`) whose rule's function made it."""
+
+    part: str
+    rule: str
+    function: str
 
 
 @dataclass(frozen=True)
 class Active:
-    """An edit to splice, with its rule (None for modules_to_save). `turned`: the site stores its weight transposed."""
+    """An edit to splice, its site, and the name by which code finds its part."""
 
     edit: Edit
-    rule: Rule[Any] | None
-    turned: bool = False
+    site: Site
+    name: str
 
 
 def splice(source: Source, active: Mapping[str, Sequence[Active]]) -> fx.Graph:
     """A copy of the source's graph with the edits in `active` (by the site's fqn relative to the host) spliced in.
 
-    Raises RuleError, naming the rule, if one of its functions does not trace; the source is never changed.
+    Raises RuleError, naming the rule, if one of its functions does not trace; AdapterError if edits of one site exclude
+    each other. The source is never changed.
     """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(source.graph, copies)
-    graph.output(output)
+    graph.output(graph.graph_copy(source.graph, copies))
     by_name = {old.name: new for old, new in copies.items()}
+    if not source.opaque:
+        for node in copies.values():
+            if node.op in ("get_attr", "call_module"):
+                node.target = f"{HOST}.{node.target}"
     for anchor in source.anchors:
         edits = active.get(anchor.site, ())
         if edits:
-            _splice_site(graph, by_name[anchor.node], anchor, edits)
+            node = by_name[anchor.node] if anchor.node is not None else None
+            own = op_named(edits[0].site.op).splice
+            if own is None:
+                _splice_weight_site(graph, node, anchor, edits)
+            else:
+                assert node is not None, "only weights have anchors without a node"
+                with marked(graph, edits[0], "splice"):
+                    own(graph, node, edits)
     for node in reversed(graph.nodes):
         if node.op == "get_attr" and not node.users:
             graph.erase_node(node)
@@ -55,116 +79,177 @@ def splice(source: Source, active: Mapping[str, Sequence[Active]]) -> fx.Graph:
     return graph
 
 
-def _splice_site(graph: fx.Graph, node: fx.Node, anchor: Anchor, edits: Sequence[Active]) -> None:
-    saved = [active for active in edits if active.edit.rule == MODULES_TO_SAVE]
-    if saved:
-        _retarget(graph, node, _path(anchor.site, f"{MODULES_TO_SAVE}.{saved[-1].edit.adapter}"))
-        return
-    if edits[0].edit.slot in get_args(CallSlot):
-        splice_call(graph, node, [active.edit for active in edits])
-        return
-    if edits[0].edit.slot == "weight":
-        splice_weight(graph, node, anchor, edits)
-        return
-    form = form_of(node)
-    place = form.x if form is not None else None
-    first: fx.Node = operand(node, place) if place is not None else call_input(graph, node)
-    tracer = GraphAppendingTracer(graph)
+@contextmanager
+def marked(graph: fx.Graph, active: Active, function: str) -> Generator[None]:
+    """Let the nodes that are added in it say where they are from."""
+    before = set(graph.nodes)
+    yield
+    rule = active.edit.rule
+    place = type(rule).__name__ if function == "splice" else source_of(rule, function)
+    for node in graph.nodes:
+        if node not in before:
+            node.meta.setdefault(ORIGIN, Origin(active.name, rule.name, place))
+
+
+def follow(graph: fx.Graph, node: fx.Node, function: Any, *more: Any) -> fx.Node:
+    """Put `function` on the output of `node`, in front of everything that used it."""
+    users = list(node.users)
+    with graph.inserting_before(node.next):
+        new = graph.call_function(function, (node, *more))
+    for user in users:
+        user.replace_input_with(node, new)
+    return new
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A weight's site in a graph: the node of its op (or of a call of its module), and what that is as an op."""
+
+    graph: fx.Graph
+    node: fx.Node | None
+    anchor: Anchor
+    site: WeightSite
+    use: Use | None
+    tracer: GraphAppendingTracer
+
+    @property
+    def is_call(self) -> bool:
+        """Whether the site's module is called as it is."""
+        return self.node is not None and self.use is None
+
+
+def _splice_weight_site(graph: fx.Graph, node: fx.Node | None, anchor: Anchor, edits: Sequence[Active]) -> None:
+    site = edits[0].site
+    assert isinstance(site, WeightSite), "other ops have a splice of their own"
+    use = use_of(node, lambda _: len(site.kernel_size) + 2) if node is not None else None
+    place = _Place(graph, node, anchor, site, use, GraphAppendingTracer(graph))
+    by_weight = [number for number, active in enumerate(edits) if "weight" in active.edit.slots]
+    cut = by_weight[-1] + 1 if by_weight else 0
+    if cut:
+        place = _replace_weight(place, edits[:cut])
+    if cut < len(edits):
+        assert place.node is not None, "the planner asks for operands that can be reached"
+        _replace_input_and_output(place, place.node, edits[cut:], edits[:cut])
+
+
+def _replace_weight(place: _Place, edits: Sequence[Active]) -> _Place:
+    """Let the op, or the module that is called as it is, have another weight and bias."""
+    for active in edits:
+        if active.edit.unmergeable:
+            raise AdapterError(
+                f"{place.site.fqn}: {active.edit.adapter!r} can't be active together with {edits[-1].edit.adapter!r}, which"
+                f" was loaded after it and is adapted as a weight: {active.edit.unmergeable}"
+            )
+    paths = [place.anchor.weight]
+    if place.site.bias is not None and any(type(a.edit.rule).bias is not Rule.bias for a in edits):
+        paths.append(place.anchor.bias)
+    new: dict[str, fx.Node] = {}
+    for path, function in zip(paths, ("weight", "bias"), strict=False):
+        readers = [node for node in place.graph.nodes if node.op == "get_attr" and node.target == f"{HOST}.{path}"]
+        first = readers[0] if readers else place.node
+        assert first is not None, "a traced weight is read"
+        with place.graph.inserting_before(first):
+            new[path] = _folded(place, edits, function, path)
+        for reader in readers:
+            reader.replace_all_uses_with(new[path])
+    return _with_weights(place, new) if place.is_call else place
+
+
+def _folded(place: _Place, edits: Sequence[Active], function: str, path: str) -> fx.Node:
+    """The weight (or bias) at `path` as the edits make it, stored as it was."""
+    stored = fx.Proxy(place.graph.get_attr(f"{HOST}.{path}"), place.tracer)
+    turned = function == "weight" and place.site.layout == "in_out"
+    value = stored.mT if turned else stored
+    for active in edits:
+        with marked(place.graph, active, function):
+            value = _traced(active, function, value, _bound(place, active, {"weight": lambda v=value: v}, wide=True))
+    return (value.mT if turned else value).to(stored.dtype).node
+
+
+def _with_weights(place: _Place, new: Mapping[str, fx.Node]) -> _Place:
+    """The call of a module as one in which `new` stand for its weights, by their paths."""
+    node, graph = place.node, place.graph
+    assert node is not None, "it is a call"
+    if node.op == "call_module":
+        with graph.inserting_before(node):
+            base = graph.get_attr(str(node.target))
+            call = graph.call_function(with_weights, (base, node.args, dict(node.kwargs)))
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+        node = call
+    node.target = with_weights
+    given = node.kwargs.get("weights")
+    node.kwargs = {**node.kwargs, "weights": {**(given if isinstance(given, dict) else {}), **new}}
+    return replace(place, node=node)
+
+
+def _replace_input_and_output(place: _Place, node: fx.Node, edits: Sequence[Active], before: Sequence[Active]) -> None:
+    graph, use = place.graph, place.use
+    first: fx.Node = operand(node, use.form.x) if use is not None else call_input(graph, node)
     # Inputs from the outside in: the last edit sees the raw x, the op what all of them have made of it.
     seen: list[fx.Node] = []
     x = first
-    for active in reversed(edits):
+    for number, active in reversed([*enumerate(edits)]):
         seen.append(x)
-        if active.edit.slot == "input":
+        if "input" in active.edit.slots:
             with graph.inserting_before(node):
-                x = _apply(active, "input", tracer, node, anchor.site, x)
+                x = _apply(place, active, [*before, *edits[:number]], "input", x)
     seen.reverse()
     if x is not first:
-        node.replace_input_with(first, x)
-    y = node
-    users = list(node.users)
-    for active, own_x in zip(edits, seen, strict=True):
-        if active.edit.slot == "output":
+        if use is not None:
+            replace_operand(node, use.form.x, x)
+        else:
+            node.replace_input_with(first, x)
+    users, y = list(node.users), node
+    for number, (active, own_x) in enumerate(zip(edits, seen, strict=True)):
+        if "output" in active.edit.slots:
             with graph.inserting_before(y.next):
-                y = _apply(active, "output", tracer, node, anchor.site, own_x, y)
+                y = _apply(place, active, [*before, *edits[:number]], "output", own_x, y)
     if y is not node:
         with graph.inserting_before(y.next):
-            y = _cast(tracer, y, node)
+            # In the dtype of the op's own output, whatever the adapter's.
+            y = fx.Proxy(y, place.tracer).to(fx.Proxy(node, place.tracer).dtype).node
         for user in users:
             user.replace_input_with(node, y)
 
 
-def splice_weight(graph: fx.Graph, node: fx.Node, anchor: Anchor, edits: Sequence[Active]) -> None:
-    """Let the call of an opaque host compute with a weight into which the edits are folded."""
-    tracer = GraphAppendingTracer(graph)
-    container = f"adapted_{anchor.site.replace('.', '_')}"
-    before = node.args[0]
-    assert isinstance(before, fx.Node), "invoke calls a module"
-    with graph.inserting_before(before):
-        stored = fx.Proxy(graph.get_attr(anchor.site), tracer)
-        turned = edits[0].turned
-        weight = stored.mT if turned else stored
-        for active in edits:
-            weight = _traced(active, "fold", weight, _bind(active, tracer, node, container)[0])
-        weight = (weight.mT if turned else weight).to(stored.dtype)
-    node.target = with_weights
-    given = node.kwargs.get("weights")
-    weights = {**given, anchor.site: weight.node} if isinstance(given, dict) else {anchor.site: weight.node}
-    node.kwargs = {**node.kwargs, "weights": weights}
-
-
-def with_weights(
-    base: Opaque,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    more_args: tuple[Any, ...] = (),
-    more_kwargs: Mapping[str, Any] | None = None,
-    weights: Mapping[str, Tensor] | None = None,
-) -> Any:
-    """The call of `base`, while attributes of its host are these `weights` (by fqn relative to the host)."""
-    host: nn.Module = base.__dict__["host"]
-    places = [(host.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in weights or {}]
-    for (module, leaf), weight in zip(places, (weights or {}).values(), strict=True):
-        module.__dict__[leaf] = weight  # Found before the parameter of that name.
-    try:
-        return base(*args, *more_args, **kwargs, **(more_kwargs or {}))
-    finally:
-        for module, leaf in places:
-            module.__dict__.pop(leaf, None)
-
-
-def _retarget(graph: fx.Graph, node: fx.Node, target: str) -> None:
-    """Let a call of a module call another one."""
-    if node.target is invoke:
-        with graph.inserting_before(node):
-            node.update_arg(0, graph.get_attr(target))
-    else:
-        node.target = target
-
-
-def _path(site: str, name: str) -> str:
-    return f"{site}.{name}" if site else name
-
-
-def _apply(
-    active: Active, slot: str, tracer: GraphAppendingTracer, node: fx.Node, site: str, x: fx.Node, *y: fx.Node
-) -> fx.Node:
+def _apply(place: _Place, active: Active, before: Sequence[Active], slot: str, x: fx.Node, *y: fx.Node) -> fx.Node:
     """Trace one slot function into the graph at the insertion point, with x in the adapter's dtype."""
-    p, dtype = _bind(active, tracer, node, site)
-    own = fx.Proxy(x, tracer)
-    form = form_of(node)
-    if form is None or form.kind != "embedding":  # token ids are no numbers to cast
-        own = own.to(dtype)
-    result = _traced(active, slot, own, *(fx.Proxy(node, tracer) for node in y), p)
-    if slot == "input":
-        result = result.to(fx.Proxy(x, tracer).dtype)
+    with marked(place.graph, active, slot):
+        p = _bound(place, active, _lazy(place, before))
+        own = fx.Proxy(x, place.tracer)
+        if not op_named(place.site.op).indices:  # Indices are no numbers to cast.
+            own = own.to(getattr(p, active.edit.params[0].name).dtype)
+        result = _traced(active, slot, own, *(fx.Proxy(node, place.tracer) for node in y), p)
+        if slot == "input":
+            result = result.to(fx.Proxy(x, place.tracer).dtype)
     return result.node
+
+
+def _lazy(place: _Place, before: Sequence[Active]) -> dict[str, Callable[[], Any]]:
+    """The base's own weight and bias as they are after the edits `before`, canonical; read if a rule asks."""
+
+    def weight() -> Any:
+        if place.site.weight is None or not dtype_of(place.site.dtype).is_floating_point:
+            value: Any = fx.Proxy(place.graph.call_function(dequantised, (place.graph.get_attr(HOST),)), place.tracer)
+        else:
+            value = fx.Proxy(place.graph.get_attr(f"{HOST}.{place.anchor.weight}"), place.tracer)
+            value = value.mT if place.site.layout == "in_out" else value
+        for active in before:
+            value = _traced(active, "weight", value, _bound(place, active, {"weight": lambda v=value: v}, wide=True))
+        return value
+
+    def bias() -> Any:
+        if place.site.bias is None:
+            return None
+        return fx.Proxy(place.graph.get_attr(f"{HOST}.{place.anchor.bias}"), place.tracer)
+
+    return {"weight": weight, "bias": bias}
 
 
 def _traced(active: Active, function: str, *args: Any) -> fx.Proxy:
     """What a function of the rule gives for proxies. Raises RuleError if it does not trace."""
-    rule = active.rule
-    assert rule is not None, "only modules_to_save has none"
+    rule = active.edit.rule
     where = f"rule {rule.name!r} ({type(rule).__name__}.{function})"
     try:
         result = getattr(rule, function)(*args)
@@ -175,52 +260,43 @@ def _traced(active: Active, function: str, *args: Any) -> fx.Proxy:
     return result
 
 
-def _cast(tracer: GraphAppendingTracer, y: fx.Node, like: fx.Node) -> fx.Node:
-    """y in the dtype of the op's own output, whatever the adapter's."""
-    return fx.Proxy(y, tracer).to(fx.Proxy(like, tracer).dtype).node
+def _param(place: _Place, active: Active, param: PlannedParam) -> fx.Proxy:
+    return fx.Proxy(place.graph.get_attr(f"{active.name}.{code_path(param.key)}"), place.tracer)
 
 
-def _bind(active: Active, tracer: GraphAppendingTracer, node: fx.Node, site: str) -> tuple[Bound, Any]:
-    """The rule's `p` for tracing, and the dtype of the adapter."""
-    edit, graph = active.edit, node.graph
+def _bound(place: _Place, active: Active, lazy: Mapping[str, Callable[[], Any]], wide: bool = False) -> Bound:
+    """The rule's `p` for tracing. `wide`: with half-precision parameters as float32, as a fold wants them.
 
-    def attribute(key: str) -> fx.Proxy:
-        return fx.Proxy(graph.get_attr(_path(site, live_name(key, edit.adapter))), tracer)
+    Floats are read from the part, so that the code is the same for adapters that differ in them alone.
+    """
+    edit, graph = active.edit, place.graph
 
     def dropout(name: str, probability: float) -> Any:
         if probability == 0:
             return _same
-        target = _path(site, f"{name}.{edit.adapter}")
 
-        def call(x: fx.Proxy) -> fx.Proxy:
-            return fx.Proxy(graph.call_module(target, (x.node,)), tracer)
+        def drop(x: fx.Proxy) -> fx.Proxy:
+            return fx.Proxy(graph.call_module(f"{active.name}.{name}", (x.node,)), place.tracer)
 
-        return call
+        return drop
 
-    values: dict[str, Any] = {param.name: attribute(param.key) for param in edit.params}
-    dtype = values[edit.params[0].name].dtype
-    values.update(edit.constants)
+    values: dict[str, Any] = {}
+    for param in edit.params:
+        own = _param(place, active, param)
+        half = wide and dtype_of(param.dtype).is_floating_point and dtype_of(param.dtype).itemsize == 2
+        values[param.name] = own.to(torch.float32) if half else own
+    for name, constant in edit.constants.items():
+        number = type(constant) is float
+        values[name] = fx.Proxy(graph.get_attr(f"{active.name}.{name}"), place.tracer) if number else constant
     values.update({name: dropout(name, probability) for name, probability in edit.dropouts.items()})
-    values["op"] = _site_op(node)
-    form = form_of(node)
-    if form is not None and form.kind in _POINTWISE:
-        values["pointwise"] = _POINTWISE[form.kind]
-    return Bound(values), dtype
-
-
-def _site_op(node: fx.Node) -> Any:
-    """`p.op`: the op at `node` on another weight, in canonical layout, without bias."""
-    form = form_of(node)
-    if form is None or form.kind == "linear":
-        return F.linear
-    if form.kind == "embedding":
-        # max_norm would renormalise the adapter's weight in place.
-        options: dict[str, Any] = {name: value for name, value in node.kwargs.items() if name != "max_norm"}
-        return partial(F.embedding, **options)
-    conv = _POINTWISE[form.kind]
-    geometry = dict(zip(_CONV_ARGS, node.args[3:], strict=False))
-    geometry.update({name: node.kwargs[name] for name in _CONV_ARGS if name in node.kwargs})
-    return partial(conv, **geometry)
+    row = op_named(place.site.op)
+    if place.use is not None and row.apply is not None:
+        values["op"] = row.apply(place.use.node)
+    elif row.name == "linear":
+        values["op"] = F.linear
+    if row.name in POINTWISE:
+        values["pointwise"] = POINTWISE[row.name]
+    return Bound(values, lazy)
 
 
 def _same(x: fx.Proxy) -> fx.Proxy:

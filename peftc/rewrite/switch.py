@@ -5,25 +5,22 @@ that go and come, and one per parameter that starts or stops training; other ada
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
-from torch import nn
-
-from peftc.errors import AdapterError
 from peftc.graph.region import Anchor, Region
-from peftc.graph.sites import parameter_name
-from peftc.plan import MODULES_TO_SAVE, Edit, Plan
-from peftc.registry import find_rule
-from peftc.rewrite.generation import call_methods
-from peftc.rewrite.host import Code, install, original_class, uninstall
-from peftc.rewrite.program import Program
-from peftc.rewrite.splice import Active, splice
+from peftc.graph.sites import WeightSite, parameter_name
+from peftc.rewrite.hosts import BOUND, Binding, Code
+from peftc.rewrite.parts import Part
+from peftc.rewrite.passes import rewritten
+from peftc.rewrite.program import Program, require_idle
+from peftc.rewrite.sharding import follow_flags, reshard
+from peftc.rewrite.splice import Active
+from peftc.rewrite.verify import example_for
 
 
 def activate(program: Program, names: Iterable[str], learning: Iterable[str]) -> None:
     """Make `names` the active adapters, spliced in load order; parameters of those in `learning` train, others do not.
 
-    Raises RuleError (a rule does not trace) or AdapterError (a forward was wrapped); nothing is changed then.
+    Raises RuleError (a rule does not trace) or AdapterError (edits exclude each other); nothing is changed then.
     """
     chosen, before = set(names), program.active
     program.active = tuple(name for name in program.plan.adapters if name in chosen)
@@ -38,102 +35,59 @@ def activate(program: Program, names: Iterable[str], learning: Iterable[str]) ->
 def train(program: Program, names: Iterable[str]) -> None:
     """Let the parameters of `names` train, and those that were training before stop."""
     chosen = tuple(dict.fromkeys(names))
+    reshard(program.base)
     for name in (*(name for name in program.learning if name not in chosen), *chosen):
         on = name in chosen
-        for slots, leaf in _trainable(program, name):
-            if slots[leaf].requires_grad is not on:
-                slots[leaf].requires_grad_(on)
+        for part in program.adapters[name].parts.values() if name in program.adapters else ():
+            for module, leaf in part.trained():
+                parameter = module._parameters[leaf]
+                if parameter is not None and parameter.requires_grad is not on:
+                    parameter.requires_grad_(on)
         for tensor in program.plan.trained:
             if tensor.adapter == name:
                 program.base.get_parameter(tensor.name).requires_grad_(on)
+    follow_flags(program.base)
     program.learning = chosen
 
 
-def _trainable(program: Program, adapter: str) -> list[tuple[dict[str, Any], str]]:
-    if adapter not in program.slots:
-        program.slots[adapter] = [
-            program.slot(edit, param.key)
-            for edit in program.edits.get(adapter, ())
-            for param in edit.params
-            if param.trainable
-        ]
-    return program.slots[adapter]
-
-
 def emit(program: Program) -> None:
-    """Let every host run its region with the edits of the spliced adapters; without any it is its old self again.
-
-    All codes are made before the first host is changed, so a rule that does not trace changes nothing. The biases that
-    spliced adapters train are put in, those of others taken out. Raises AdapterError inside a call with adapter_names.
-    """
+    """Let the model run what its state says: the graphs of the spliced adapters, and the tensors that they brought."""
     require_idle(program)
     install_layout(program, layout(program, program.spliced))
-    for tensor in program.plan.trained:
-        set_bias(program, tensor.name, program.enabled and tensor.adapter in program.active)
-    for name in program.journal.present:
-        owners = [a for a in program.active if program.enabled and brings(program, name, a)]
-        place(program, name, owners[-1] if owners else None)
+    program.overlay.show(program.base, program.active if program.enabled else ())
 
 
-def brings(program: Program, name: str, adapter: str) -> bool:
-    """Whether `adapter` came with a tensor `name` of its own."""
-    return program.journal.present.get(name) == adapter or (name, adapter) in program.journal.brought
+def install_layout(program: Program, new: Mapping[str, Binding]) -> None:
+    """Let the hosts run the bindings `new`, and all others be their old selves."""
+    old, modules = program.installed, program.modules
+    for host in old.keys() - new.keys():
+        modules[host].__dict__[BOUND] = None
+    for host, binding in new.items():
+        modules[host].__dict__[BOUND] = binding
+    program.installed = dict(new)
 
 
-def place(program: Program, name: str, adapter: str | None) -> None:
-    """Put the tensor `name` that `adapter` brought into the model, or with None the original."""
-    brought, present = program.journal.brought, program.journal.present
-    if present[name] != adapter:
-        parameter = program.base.get_parameter(name)
-        value = brought.pop((name, adapter)).to(device=parameter.device, dtype=parameter.dtype)
-        brought[name, present[name]], parameter.data = parameter.data, value
-        present[name] = adapter
-
-
-def require_idle(program: Program) -> None:
-    """Raise AdapterError inside a call with adapter_names, or if the model was unloaded."""
-    if program.routed:
-        raise AdapterError("the model is in a call with adapter_names; adapters can't be changed before it is over")
-    if program.unloaded:
-        raise AdapterError("the model was unloaded; compile it again to give it adapters")
-
-
-def install_layout(program: Program, new: dict[str, Code]) -> None:
-    """Let the hosts run the codes `new`, and all others be their old selves."""
-    old, owners = program.installed, program.owners
-    gone = old.keys() - new.keys()
-    require_unwrapped(program, (*gone, *new))
-    try:
-        for host in gone:
-            uninstall(owners[host])
-        for host, code in new.items():
-            if old.get(host) is not code:
-                install(owners[host], code)
-    except BaseException:
-        for host in new:
-            uninstall(owners[host])
-        for host, code in old.items():
-            install(owners[host], code)
-        raise
-    program.installed = new
-
-
-def layout(program: Program, names: Sequence[str]) -> dict[str, Code]:
-    """The code of every host that the adapters `names` change, spliced in this order."""
+def layout(program: Program, names: Sequence[str]) -> dict[str, Binding]:
+    """What every host runs that the adapters `names` change, spliced in this order."""
     key = tuple(names)
-    if key not in program.layouts:
-        groups: dict[str, list[Active]] = {}
+    layouts = program.made.layouts
+    if key not in layouts:
+        parts: dict[str, list[Part]] = {}
         for name in key:
-            for edit in program.edits[name]:
-                groups.setdefault(edit.site, []).append(_active(program.plan, edit))
-        pairs = ((region, _at(region, groups)) for region in program.regions)
-        program.layouts[key] = {region.host: _code(program, region, active) for region, active in pairs if active}
-    return program.layouts[key]
+            for part in program.adapters[name].parts.values():
+                parts.setdefault(part.edit.site, []).append(part)
+        pairs = ((region, at(region, parts)) for region in program.regions)
+        layouts[key] = {region.host: binding_of(program, region, here) for region, here in pairs if here}
+    return layouts[key]
 
 
-def _at(region: Region, groups: Mapping[str, list[Active]]) -> dict[str, list[Active]]:
-    """The edits at the anchors of `region`, by the site's fqn relative to the host."""
-    found = {anchor.site: groups.get(_site_of(region, anchor)) for anchor in region.source.anchors}
+def at(region: Region, parts: Mapping[str, list[Part]]) -> dict[str, list[Part]]:
+    """The parts at the anchors of `region`, by the site's fqn relative to the host."""
+    if len(region.source.anchors) == 1:  # By far the most.
+        anchor = region.source.anchors[0]
+        here = parts.get(_site_of(region, anchor))
+        return {anchor.site: here} if here else {}
+    found = {anchor.site: parts.get(_site_of(region, anchor)) for anchor in region.source.anchors}
     return {site: group for site, group in found.items() if group}
 
 
@@ -141,56 +95,23 @@ def _site_of(region: Region, anchor: Anchor) -> str:
     return parameter_name(region.host, anchor.site) if anchor.site else region.host
 
 
-def _code(program: Program, region: Region, active: Mapping[str, Sequence[Active]]) -> Code:
-    """The code of `region` with the edits `active`; equal hosts get the same one."""
-    cls = original_class(program.owners[region.host])
-    signature = tuple((site, tuple((a.turned, *_signature(a.edit)) for a in group)) for site, group in active.items())
-    key = (region.source, cls, signature)
-    if key not in program.codes:
-        methods = call_methods(cls, [item.edit for item in active.get("", ())])
-        program.codes[key] = Code(cls, splice(region.source, active), region.source.opaque, methods)
-    return program.codes[key]
-
-
-def _active(plan: Plan, edit: Edit) -> Active:
-    site = plan.sites[edit.site]
-    rule = None if edit.rule == MODULES_TO_SAVE else find_rule(plan.adapters[edit.adapter], site)
-    return Active(edit, rule, turned=site.layout == "in_out")
-
-
-def _signature(edit: Edit) -> Any:
-    """What the spliced code depends on."""
-    dropouts = tuple((name, probability > 0) for name, probability in edit.dropouts.items())
-    params = tuple((param.name, param.key) for param in edit.params)
-    return edit.adapter, edit.rule, edit.slot, params, tuple(edit.constants.items()), dropouts
-
-
-def set_bias(program: Program, name: str, on: bool) -> None:
-    """Exchange the value of a bias that an adapter trains for its original one, or back."""
-    journal = program.journal
-    if name in journal.trained and on != (name in journal.training):
-        parameter = program.base.get_parameter(name)
-        other = journal.trained[name].to(device=parameter.device, dtype=parameter.dtype)
-        journal.trained[name], parameter.data = parameter.data, other
-        journal.training.symmetric_difference_update([name])
-
-
-def require_unwrapped(program: Program, hosts: Iterable[str]) -> None:
-    """Raise AdapterError if the forward of one of `hosts` was replaced on the instance after compiling.
-
-    The wrapper holds the code of that moment, which exchanging the class would not reach.
-    """
-    for host in hosts:
-        if "forward" in program.owners[host].__dict__:
-            _refuse_wrapped(program, host)
-
-
-def _refuse_wrapped(program: Program, host: str) -> None:
-    module: nn.Module = program.owners[host]
-    opaque = next(region.source.opaque for region in program.regions if region.host == host)
-    if opaque and original_class(module) is type(module):
-        return  # A patched forward from before compiling, which opaque hosts may have.
-    raise AdapterError(
-        f"{host or 'the model'}: its forward was replaced after compiling (an accelerate hook?), so it can't be switched."
-        " Take the replacement off (accelerate.hooks.remove_hook_from_module), switch, and put it on again."
-    )
+def binding_of(program: Program, region: Region, parts: Mapping[str, Sequence[Part]]) -> Binding:
+    """What the host of `region` runs with `parts` active; equal hosts share the code."""
+    host, flat = program.modules[region.host], [part for group in parts.values() for part in group]
+    key = (region.source, tuple((site, tuple(part.form for part in group)) for site, group in parts.items()))
+    found = program.made.codes.get(key)
+    if found is not None:
+        return Binding(found[0], host, flat)
+    numbered = iter(range(len(flat)))
+    active = {
+        site: [Active(part.edit, part.site, f"a{next(numbered)}") for part in group] for site, group in parts.items()
+    }
+    # A binding without code is what the verifier looks attributes up on.
+    root = Binding.__new__(Binding)
+    root.__dict__.update(host=host, **{f"a{number}": part for number, part in enumerate(flat)})
+    single = flat[0].site if len(region.source.anchors) == 1 and not region.source.opaque else None
+    example = example_for(single) if isinstance(single, WeightSite) else None
+    graph, ran = rewritten(region.source, active, program.passes, root, example)
+    code = Code(graph)
+    program.made.codes[key] = (code, ran)
+    return Binding(code, host, flat)

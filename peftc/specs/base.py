@@ -10,7 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from peftc.errors import SpecError, nearest
 
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
-BiasMode = Literal["none", "all", "lora_only"]
+# Which biases of the base an adapter trains: those of its sites, or all.
+TrainedBiases = Literal["none", "all", "adapted"]
 
 # The heads that a task trains beside the adapter, as PEFT's task models do.
 TASK_HEADS: Mapping[str, tuple[str, ...]] = {
@@ -77,6 +78,11 @@ class AdapterSpec(BaseModel):
     not_implemented: ClassVar[Mapping[str, Any]] = {}
     # Fields PEFT writes that only inform.
     informative: ClassVar[frozenset[str]] = frozenset({"peft_version"})
+    # Fields that select modules; one that is None has a default for the model's architecture, if it is in `defaulted`.
+    selectors: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules")
+    defaulted: ClassVar[tuple[str, ...]] = ("target_modules",)
+    # What the keys of files begin with.
+    key_prefix: ClassVar[str] = "base_model.model."
 
     peft_type: Any
     task_type: TaskType | None = None
@@ -121,8 +127,8 @@ class AdapterSpec(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        for field in ("target_modules", "exclude_modules", "feedforward_modules"):
-            selector = getattr(self, field, None)
+        for field in self.selectors:
+            selector = getattr(self, field)
             if isinstance(selector, str):
                 require_regex(field, selector)
         for key, off in self.not_implemented.items():
@@ -134,9 +140,20 @@ class AdapterSpec(BaseModel):
         return self
 
     @property
-    def trained_biases(self) -> BiasMode:
+    def trained_biases(self) -> TrainedBiases:
         """Which biases of the base model are trained with this adapter."""
         return "none"
+
+    def respelled(self, names: Mapping[str, str]) -> Self:
+        """The spec for a model that calls the adapted modules otherwise: `names` has the new names by the old ones."""
+        update: dict[str, Any] = {"target_modules": tuple(names.values()), "exclude_modules": None}
+        return self.model_copy(update=update)
+
+    @property
+    def goes_by_plain_names(self) -> bool:
+        """Whether nothing but the ends of names decides what is adapted, and how."""
+        targets = self.target_modules
+        return not self.exclude_modules and (isinstance(targets, tuple) or targets == "all-linear")
 
     @property
     def heads(self) -> tuple[str, ...]:

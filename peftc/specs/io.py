@@ -11,22 +11,12 @@ import yaml
 
 from peftc.errors import SpecError, nearest
 from peftc.specs.base import AdapterSpec, plain
-from peftc.specs.ia3 import IA3Config
-from peftc.specs.lora import LoraConfig
-from peftc.specs.prompts import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 
 CONFIG_NAME = "adapter_config.json"
 _MAX_BYTES = 16 << 20
-BUILTIN_SPECS: Mapping[str, type[AdapterSpec]] = {
-    "LORA": LoraConfig,
-    "IA3": IA3Config,
-    "PREFIX_TUNING": PrefixTuningConfig,
-    "PROMPT_TUNING": PromptTuningConfig,
-    "P_TUNING": PromptEncoderConfig,
-}
 
 
-def load_spec(source: Any, known: Mapping[str, type[AdapterSpec]] = BUILTIN_SPECS) -> AdapterSpec:
+def load_spec(source: Any, known: Mapping[str, type[AdapterSpec]]) -> AdapterSpec:
     """A spec from a spec, a dict, a path (a JSON or YAML file, or a folder with `adapter_config.json`), or an object
     with PEFT's `to_dict()`. `known` maps a `peft_type` to its spec class.
 

@@ -14,19 +14,17 @@ from peftc.checkpoint.base import places, require_base, sample_from
 from peftc.checkpoint.files import open_folder
 from peftc.checkpoint.keys import require_fit
 from peftc.checkpoint.lazy import FileTensors, outline
-from peftc.checkpoint.spelling import key_prefix, respelled_spec
-from peftc.checkpoint.state import Fit, fit_of, key_of, loaded_value, report, require_values
+from peftc.checkpoint.spelling import respelled_spec
+from peftc.checkpoint.state import Fit, fit_of, key_of, report, require_values
 from peftc.checkpoint.tensor_file import DTYPES
 from peftc.errors import CheckpointError
-from peftc.graph.sites import dtype_of, parameter_name
+from peftc.graph.sites import WeightSite, canonical, dtype_of, parameter_name
 from peftc.merge import fold, ties
 from peftc.merge.combine import checked
-from peftc.merge.fold import Value, edits_by_site, fold_bias
+from peftc.merge.fold import Value, edits_by_site, fold_bias, value_in
 from peftc.merge.merge import require_mergeable
 from peftc.merge.undo import owner_of
-from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
-from peftc.registry import find_rule
-from peftc.rewrite.attach import canonical
+from peftc.plan import Edit, PlannedParam
 from peftc.rewrite.build import build, require_applicable
 from peftc.rewrite.program import Program
 from peftc.rewrite.switch import activate
@@ -168,26 +166,27 @@ def _loaded(work: Work, edit: Edit, param: PlannedParam) -> Tensor:
     source, dtype = work.sources[edit.adapter], dtype_of(param.dtype)
     key = _key(work, edit, param)
     if key in source.fit.sources:
-        return loaded_value(key, source.tensors[source.fit.sources[key]]).to(dtype)
+        return (source.tensors[source.fit.sources[key]] / param.stored).to(dtype)
     # What training started from, and the file does not say: it follows from the weight.
-    site, spec = work.program.plan.sites[edit.site], work.program.plan.adapters[edit.adapter]
-    rule, stored = find_rule(spec, site), stored_name(work, str(site.weight))
-    assert rule is not None, "the plan was made with it"
+    site = weight_site(work, edit)
+    stored = stored_name(work, str(site.weight))
     assert stored is not None, "required before"
     weight = file_of(work, stored)[stored]
     shapes = {own.name: own.shape for own in edit.params if own.init == "rule"}
-    return rule.initialise(canonical(weight, site).float(), shapes, Bound(edit.constants))[param.name].to(dtype)
+    return edit.rule.initialise(canonical(weight, site).float(), shapes, Bound(edit.constants))[param.name].to(dtype)
 
 
 def _require_starts(work: Work) -> None:
     """Refuse what `_loaded` can't compute: a start from a weight that is stored in parts, or will be merged into."""
     for name, source in work.sources.items():
-        for edit in work.program.edits[name]:
+        for edit in work.program.adapters[name].edits:
             lost = [
                 param.key for param in edit.params if param.saved and _key(work, edit, param) not in source.fit.sources
             ]
-            site = work.program.plan.sites[edit.site]
-            if lost and not edit.virtual and (work.options.undo or stored_name(work, str(site.weight)) is None):
+            if not lost or edit.rule.container is not None:
+                continue
+            site = weight_site(work, edit)
+            if work.options.undo or stored_name(work, str(site.weight)) is None:
                 raise CheckpointError(
                     f"{source.files.where}: lacks what {site.fqn} was trained from ({lost[0]}). That follows from a weight"
                     " stored in parts, or that undo=True would need again. Load the adapter with peftc, save it, and merge"
@@ -195,8 +194,15 @@ def _require_starts(work: Work) -> None:
                 )
 
 
+def weight_site(work: Work, edit: Edit) -> WeightSite:
+    """The site of an edit that is folded."""
+    site = work.program.plan.sites[edit.site]
+    assert isinstance(site, WeightSite), "others hold modules"
+    return site
+
+
 def _key(work: Work, edit: Edit, param: PlannedParam) -> str:
-    return key_prefix(work.program.plan.adapters[edit.adapter]) + key_of(edit, param)
+    return key_of(work.program.adapters[edit.adapter].spec, edit, param)
 
 
 def _combined(work: Work, numbers: Sequence[float]) -> Work:
@@ -209,26 +215,20 @@ def _combined(work: Work, numbers: Sequence[float]) -> Work:
 
     def value(edit: Edit, param: PlannedParam) -> Tensor:
         site = program.plan.sites[edit.site]
-        rule = find_rule(program.plan.adapters[_COMBINED], site)
-        assert rule is not None, "the plan was made with it"
         parts = [
             Part(weight, Bound({**{p.name: work.value(own, p) for p in own.params}, **own.constants}))
             for name, weight in weights.items()
-            for own in program.edits[name]
+            for own in program.adapters[name].edits
             if own.site == edit.site
         ]
-        return rule.combine(site, parts, how)[param.name].to(dtype_of(param.dtype))
+        return edit.rule.combine(site, parts, how)[param.name].to(dtype_of(param.dtype))
 
     return replace(work, value=value)
 
 
 def _exactly(program: Program) -> str:
-    """The combination that is the weighted sum itself: of LoRA `cat`, else the first that the method has."""
-    for edit in program.plan.edits:
-        rule = find_rule(program.plan.adapters[edit.adapter], program.plan.sites[edit.site])
-        if rule is not None and "cat" in rule.combinations:
-            return "cat"
-    return ""
+    """The combination that is the weighted sum itself, or else the first that the method has."""
+    return next((edit.rule.exact for edit in program.plan.edits if edit.rule.exact), "")
 
 
 def _with_changes(work: Work) -> Work:
@@ -240,8 +240,8 @@ def _with_changes(work: Work) -> Work:
     require_mergeable(program, names, groups)
     changes = {} if combined else _starts(work)
     targets: list[tuple[str, str]] = []
-    for fqn, edits in groups.items():
-        folds = _copies(work, edits[-1]) if edits[-1].rule == MODULES_TO_SAVE else _folds(work, fqn, edits, changes)
+    for edits in groups.values():
+        folds = _copies(work, edits[-1]) if edits[-1].whole else _folds(work, edits, changes)
         changes |= {change.parameter: change for change in folds}
         targets += [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in (c.parameter for c in folds)]
     if not work.options.untie:
@@ -260,7 +260,7 @@ def _starts(work: Work) -> dict[str, Change]:
     """What adapters bring in the place of the base's: biases that they trained, embeddings of their own."""
     found: dict[str, Change] = {}
     for tensor in work.program.plan.trained:
-        prefix = key_prefix(work.program.plan.adapters[tensor.adapter])
+        prefix = work.program.adapters[tensor.adapter].spec.key_prefix
         source = work.sources[tensor.adapter].fit.sources[prefix + tensor.key]
         found[tensor.name] = Change(tensor.name, start=(tensor.adapter, source))
     for adapter, source in work.sources.items():
@@ -296,17 +296,13 @@ def _copies(work: Work, edit: Edit) -> list[Change]:
     ]
 
 
-def _folds(work: Work, fqn: str, edits: Sequence[Edit], starts: Mapping[str, Change]) -> list[Change]:
+def _folds(work: Work, edits: Sequence[Edit], starts: Mapping[str, Change]) -> list[Change]:
     """The weight of a site, and its bias if a rule changes it."""
-    site = work.program.plan.sites[fqn]
+    site = weight_site(work, edits[0])
     weight = parameter_name(*owner_of(site))
     found = [replace(starts.get(weight, Change(weight)), edits=tuple(edits))]
-    bias = work.program.owners[fqn]._parameters.get("bias") if site.bias is not None else None
-    if bias is not None and fold_bias(work.program, site, edits, bias, _outlined(work.program)) is not None:
-        name = parameter_name(fqn, "bias")
+    name = str(site.bias)
+    bias = work.program.base.get_parameter(name) if site.bias is not None else None
+    if bias is not None and fold_bias(site, edits, bias, value_in(work.program)) is not None:
         found.append(replace(starts.get(name, Change(name)), edits=tuple(edits), is_bias=True))
     return found
-
-
-def _outlined(program: Program) -> Value:
-    return lambda edit, param: program.tensor(edit, param.key)

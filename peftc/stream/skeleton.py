@@ -1,7 +1,7 @@
 """The structure of a checkpoint's model, without its weights: from its config, or from names and shapes."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from peftc.checkpoint.lazy import outline
 from peftc.checkpoint.tensor_file import read_json
 from peftc.errors import CheckpointError
 from peftc.graph.copying import structural_copy
+from peftc.registry import rules
+from peftc.specs import AdapterSpec
 from peftc.stream.names import Names, names_of
 from peftc.stream.sharded import Checkpoint
 
@@ -124,41 +126,53 @@ def _at(root: nn.Module, path: str) -> nn.Module:
 
 
 def _sites(stored: Mapping[str, Tensor], keys: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-    shapes = {key.removeprefix("base_model.model."): tuple(tensor.shape) for key, tensor in keys.items()}
-    # A square weight does not show which way it lies; those beside it do.
-    turned = any(_lies_turned(shapes, name.removesuffix(".weight"), tuple(t.shape)) for name, t in stored.items())
-    found: dict[str, nn.Module] = {}
-    for key, shape in shapes.items():
-        for end in (".lora_A.weight", ".lora_embedding_A", ".ia3_l"):
-            path = key.removesuffix(end)
-            weight = stored.get(f"{path}.weight")
-            if path != key and weight is not None:
-                square = len(weight.shape) == 2 and weight.shape[0] == weight.shape[1]
-                lies = turned if square else _lies_turned(shapes, path, tuple(weight.shape))
-                found[path] = _module(end, tuple(weight.shape), shape, lies, f"{path}.bias" in stored)
-    return found
+    """The modules that adapters' keys show, by path: what their rules make of the tensors that lie at each."""
+    groups: dict[str, dict[str, tuple[int, ...]]] = {}
+    for key, tensor in keys.items():
+        name = key.removeprefix(AdapterSpec.key_prefix)
+        path = next((path for path in _paths(name) if f"{path}.weight" in stored), None)
+        if path is not None:
+            groups.setdefault(path, {})[name.removeprefix(f"{path}.")] = tuple(tensor.shape)
+    known = {path: _read(tensors, tuple(stored[f"{path}.weight"].shape)) for path, tensors in groups.items()}
+    # What does not show by itself lies as those beside it do.
+    turned = any(layout == "in_out" and op == "linear" for op, layout, _ in filter(None, known.values()))
+    return {
+        path: _module(
+            op,
+            tuple(stored[f"{path}.weight"].shape),
+            layout or ("in_out" if turned else "out_in"),
+            groups_,
+            f"{path}.bias" in stored,
+        )
+        for path, (op, layout, groups_) in ((path, found) for path, found in known.items() if found is not None)
+    }
 
 
-def _lies_turned(shapes: Mapping[str, tuple[int, ...]], path: str, weight: tuple[int, ...]) -> bool:
-    """Whether a weight of two dimensions is (in, out), as LoRA's factors show: not a square one."""
-    a, b = shapes.get(f"{path}.lora_A.weight", (0, 0)), shapes.get(f"{path}.lora_B.weight", (0, 0))
-    return len(weight) == 2 and weight[0] != weight[1] and (b[0], a[1]) == weight[::-1]
+def _paths(name: str) -> Iterator[str]:
+    """What a key may have for its module, the longest first."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
 
 
-_CONVOLUTIONS: Mapping[int, Any] = {3: nn.Conv1d, 4: nn.Conv2d, 5: nn.Conv3d}
+def _read(
+    tensors: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
+) -> tuple[str, Literal["out_in", "in_out"] | None, int] | None:
+    return next((found for rule in rules() if (found := rule.read_shape(tensors, weight)) is not None), None)
 
 
-def _module(end: str, weight: tuple[int, ...], shape: tuple[int, ...], turned: bool, bias: bool) -> nn.Module:
-    """The module with this weight that an adapter with a key ending in `end`, of `shape`, is for."""
+_CONVOLUTIONS: Mapping[str, Any] = {"conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
+
+
+def _module(op: str, weight: tuple[int, ...], layout: str, groups: int, bias: bool) -> nn.Module:
+    """The module that is `op` with a weight of this shape."""
     from transformers.pytorch_utils import Conv1D
 
     with torch.device("meta"):
-        if end == ".lora_embedding_A":
+        if op == "embedding":
             return nn.Embedding(weight[0], weight[1])
-        if len(weight) in _CONVOLUTIONS:
-            groups = shape[1] // weight[1] if end == ".lora_A.weight" else 1
-            convolution = _CONVOLUTIONS[len(weight)]
-            return convolution(weight[1] * groups, weight[0], weight[2:], groups=groups, bias=bias)
-        if turned:
+        if op in _CONVOLUTIONS:
+            return _CONVOLUTIONS[op](weight[1] * groups, weight[0], weight[2:], groups=groups, bias=bias)
+        if layout == "in_out":
             return Conv1D(weight[1], weight[0])
         return nn.Linear(weight[1], weight[0], bias=bias)

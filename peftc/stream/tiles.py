@@ -19,7 +19,7 @@ from peftc.merge.fold import (
     tiles,
     unfold_tile,
 )
-from peftc.stream.changes import Change, Work, file_of
+from peftc.stream.changes import Change, Work, file_of, weight_site
 from peftc.stream.names import Fusion
 
 # What reads rows of the merged tensors, where they are there already.
@@ -47,10 +47,10 @@ def recipe(work: Work, change: Change, stored: str, undo: bool, merged: Merged |
     start = _start(work, change, file, stored)
     if change.is_bias or not change.edits:
         return _taken(work, change, stored, start, merged)
-    site, like = work.program.plan.sites[change.edits[0].site], _like(file.header.entries[stored])
-    steps = steps_of(work.program, change.edits, fold_dtype(like), work.value)
+    site, like = weight_site(work, change.edits[0]), _like(file.header.entries[stored])
+    steps = steps_of(change.edits, fold_dtype(like), work.value)
     known = undo and change.start is None and like.itemsize > 1
-    back = steps_back(work.program, change.edits, work.value) if known else []
+    back = steps_back(change.edits, work.value) if known else []
     pieces = {part.start: (part, axis) for part, axis in tiles(site, like, steps, work.options.tile)}
 
     def make(parts: Sequence[slice]) -> tuple[Tensor, Sequence[Tensor | None]]:
@@ -94,8 +94,7 @@ def _taken(work: Work, change: Change, stored: str, start: Callable[[slice], Ten
             return merged(stored, together(parts)), unknown
         new = start(together(parts))
         if change.is_bias:
-            site = work.program.plan.sites[change.edits[0].site]
-            folded = fold_bias(work.program, site, change.edits, new, work.value)
+            folded = fold_bias(weight_site(work, change.edits[0]), change.edits, new, work.value)
             new = new if folded is None else folded
         return new, unknown
 
@@ -139,13 +138,13 @@ def _fused(
                 new[change.parameter] = work.sources[adapter].tensors[key].to(value.dtype)
             old[change.parameter] = new[change.parameter]
             continue
-        site, everything = work.program.plan.sites[change.edits[0].site], slice(0, value.shape[0])
+        site, everything = weight_site(work, change.edits[0]), slice(0, value.shape[0])
         if merged is None:
-            steps = steps_of(work.program, change.edits, fold_dtype(value), work.value)
+            steps = steps_of(change.edits, fold_dtype(value), work.value)
             new[change.parameter] = value = fold_tile(site, value, steps, "", everything)
             require_finite(value, change.parameter, change.edits)
         if undo:
-            back = steps_back(work.program, change.edits, work.value)
+            back = steps_back(change.edits, work.value)
             old[change.parameter] = unfold_tile(site, value, back, "", everything)
     made = fusion.split(new, work.program.base) if merged is None else stored
     estimate = fusion.split(old, work.program.base) if undo else None

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from peftc.rule import Rule
 from peftc.specs import AdapterSpec
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def _places(plan: "Plan") -> list[tuple[str, Mapping[str, Any]]]:
     return [
         ("spec", plan.adapters),
         ("site", plan.sites),
-        ("edit", {f"{edit.site} {edit.adapter} {edit.rule}": edit for edit in plan.edits}),
+        ("edit", {f"{edit.site} {edit.adapter} {edit.rule.name}": edit for edit in plan.edits}),
         ("trained", {tensor.name: tensor for tensor in plan.trained}),
         ("miss", {str(miss): miss for miss in plan.misses}),
         ("conflict", {str(conflict): conflict for conflict in plan.conflicts}),
@@ -44,4 +45,11 @@ def _compare(label: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> 
 
 
 def _as_dict(value: Any) -> dict[str, Any]:
-    return value.to_dict() if isinstance(value, AdapterSpec) else dataclasses.asdict(value)
+    if isinstance(value, AdapterSpec):
+        return value.to_dict()
+    return {field.name: _shown(getattr(value, field.name)) for field in dataclasses.fields(value)}
+
+
+def _shown(value: Any) -> Any:
+    """A rule by its name, all else as it is."""
+    return value.name if isinstance(value, Rule) else value

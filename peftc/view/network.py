@@ -12,7 +12,7 @@ Network: TypeAlias = "nx.MultiDiGraph[str]"
 
 
 def network(plan: "Plan") -> Network:
-    """Nodes: modules by fqn, down to the sites (`site=True`, `kind`, `role`, `layer`, `edits`).
+    """Nodes: modules by fqn, down to the sites (`site=True`, `op`, `role`, `layer`, `edits`).
 
     Edges, by their `relation`: `contains` (module to child), `tie` (between modules that share a tensor, `parameters`
     names it) and `conflict` (from the contested module to itself, with the `reason`).
@@ -20,10 +20,10 @@ def network(plan: "Plan") -> Network:
     graph: Network = nx.MultiDiGraph(model=plan.model, fingerprint=plan.fingerprint)
     edits: dict[str, list[str]] = {}
     for edit in plan.edits:
-        edits.setdefault(edit.site, []).append(f"{edit.adapter}:{edit.rule}")
+        edits.setdefault(edit.site, []).append(f"{edit.adapter}:{edit.rule.name}")
     for fqn, site in plan.sites.items():
         _contain(graph, fqn)
-        facts = {"kind": site.kind, "role": site.role, "layer": site.layer, "edits": edits.get(fqn, [])}
+        facts = {"op": site.op, "role": site.role, "layer": site.layer, "edits": edits.get(fqn, [])}
         graph.add_node(fqn, site=True, **facts)
     for group in plan.ties:
         owners = [name.rpartition(".")[0] for name in group]

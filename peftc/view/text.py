@@ -5,7 +5,7 @@ import re
 import shutil
 from collections.abc import Iterable, Sequence
 from math import prod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -53,8 +53,8 @@ def _table(plan: "Plan") -> Table:
     if several:
         table.add_column("adapter", overflow="fold")
     table.add_column("insert", no_wrap=True)
-    table.add_column("r", justify="right", no_wrap=True)
-    table.add_column("alpha", justify="right", no_wrap=True)
+    for column in _columns(plan):
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("parameters", overflow="fold")
     table.add_column("trained", justify="right", no_wrap=True)
     around = ""
@@ -81,15 +81,24 @@ def _cells(plan: "Plan", edits: Sequence["Edit"], several: bool) -> list[str]:
     site = plan.sites[edit.site]
     return [
         str(len(edits)),
-        f"{site.kind}*" if edit.opaque else site.kind,
-        f"{site.in_features} → {site.out_features}" if site.in_features else "–",
+        f"{site.op}*" if edit.opaque else site.op,
+        _sizes(site),
         *([edit.adapter] if several else []),
-        f"{edit.rule} @{edit.slot}" if edit.slot != "module" else "trained copy",
-        str(edit.constants.get("r", "–")),
-        _number(edit.constants.get("lora_alpha")),
+        f"{edit.rule.name} @{'+'.join(edit.slots)}" if not edit.whole else "trained copy",
+        *(_number(edit.constants.get(edit.rule.columns.get(column, ""))) for column in _columns(plan)),
         _params(edit),
         f"{sum(p.numel for e in edits for p in e.params if p.trainable):,}",
     ]
+
+
+def _sizes(site: Any) -> str:
+    """`in → out` of a site with a weight."""
+    return f"{site.in_features} → {site.out_features}" if getattr(site, "in_features", 0) else "–"
+
+
+def _columns(plan: "Plan") -> list[str]:
+    """What the rules of the plan want shown of their edits."""
+    return list(dict.fromkeys(column for edit in plan.edits for column in edit.rule.columns))
 
 
 def _params(edit: "Edit") -> str:
@@ -108,8 +117,8 @@ def _groups(plan: "Plan") -> list[tuple[str, list["Edit"]]]:
         site = plan.sites[edit.site]
         key = (
             re.sub(r"(?<![^.])[0-9]+(?![^.])", "#", edit.site),
-            (site.kind, site.in_features, site.out_features, site.module),
-            (edit.adapter, edit.rule, edit.slot, edit.params, edit.opaque),
+            (site.op, _sizes(site), site.module),
+            (edit.adapter, edit.rule, edit.slots, edit.params, edit.opaque),
             tuple(edit.constants.items()),
             tuple(edit.dropouts.items()),
         )
@@ -156,7 +165,7 @@ def _sections(plan: "Plan") -> list[tuple[str, list[str]]]:
             ],
         ),
         ("compute", _compute(plan)),
-        ("virtual", _virtual(plan)),
+        ("virtual", _added(plan)),
         ("biases", _biases(plan)),
         ("ties", [" = ".join(group) for group in plan.ties]),
         ("caution", list(plan.cautions)),
@@ -176,7 +185,7 @@ def _compute(plan: "Plan") -> list[str]:
 
 def _unit(plan: "Plan") -> str:
     """What the FLOPs are counted per: a convolution has output positions where others have tokens."""
-    convolutions = any(site.kind.startswith("conv") for site in plan.sites.values())
+    convolutions = any(site.op.startswith("conv") for site in plan.sites.values())
     return "token or output position" if convolutions else "token"
 
 
@@ -184,19 +193,9 @@ def _dtypes(plan: "Plan") -> str:
     return ", ".join(dict.fromkeys(param.dtype for edit in plan.edits for param in edit.params)) or "no dtype"
 
 
-def _virtual(plan: "Plan") -> list[str]:
-    """What prompt methods put in front of every sequence."""
-    lines: list[str] = []
-    for edit in plan.edits:
-        number, layers = edit.constants.get("num_virtual_tokens"), edit.constants.get("num_layers")
-        if edit.slot == "embeds":
-            dropped = "; dropped again from the hidden states" if edit.constants["drop"] else ""
-            lines.append(f"{number} tokens ({edit.adapter}) before the embedded ones of every sequence{dropped}")
-        elif edit.slot == "past":
-            lines.append(
-                f"{number} keys and values ({edit.adapter}) before those of every sequence, in {layers} layers"
-            )
-    return lines
+def _added(plan: "Plan") -> list[str]:
+    """What edits add beside operands of ops, in the words of their rules."""
+    return [line for edit in plan.edits for line in edit.rule.summary(edit.adapter, edit.constants, edit.slots)]
 
 
 def _biases(plan: "Plan") -> list[str]:

@@ -169,7 +169,7 @@ def test_both_captures_give_the_same_function(case: Case) -> None:
 @given(cases((torch.float32,), ("LORA",)), st.integers(1, 3), st.permutations(["first", "scaled", "last", "outer"]))
 def test_adapters_compose_in_load_order(case: Case, rank: int, order: list[str]) -> None:
     """LoRA and IA3 on one site, in any order: folding in load order gives the spliced function."""
-    if case.compile().plan.sites["inner.site"].kind == "embedding":
+    if case.compile().plan.sites["inner.site"].op == "embedding":
         return
     specs = {
         "first": case.spec,

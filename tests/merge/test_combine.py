@@ -21,8 +21,8 @@ LINEARS = ["linear", "transposed", "embed", "conv1d", "conv2d", "conv3d"]
 def deltas(compiled: peftc.CompiledModel, name: str) -> dict[str, Tensor]:
     """What adapter `name` adds to every weight, in float64, from its own parameters."""
     found: dict[str, Tensor] = {}
-    for edit in compiled.program.edits[name]:
-        values = {p.name: compiled.program.tensor(edit, p.key).detach().double() for p in edit.params}
+    for edit in compiled.program.adapters[name].edits:
+        values = {p.name: compiled.program.adapters[name].tensor(edit, p.key).detach().double() for p in edit.params}
         a = values.get("lora_A", values.get("lora_embedding_A"))
         b = values.get("lora_B", values.get("lora_embedding_B"))
         assert a is not None
@@ -90,9 +90,9 @@ def test_a_rank_for_every_site() -> None:
     }
     compiled = perturb(peftc.compile(Everything(), specs))
     compiled.add_weighted_adapter(["a", "b"], [1, 2], "sum", "cat")
-    ranks = {edit.site: edit.constants["r"] for edit in compiled.program.edits["sum"]}
+    ranks = {edit.site: edit.constants["r"] for edit in compiled.program.adapters["sum"].edits}
     assert ranks == {"linear": 8, "conv1d": 3, "conv2d": 2}
-    assert {edit.constants["scaling"] for edit in compiled.program.edits["sum"]} == {1.0}
+    assert {edit.constants["scaling"] for edit in compiled.program.adapters["sum"].edits} == {1.0}
     assert_exact_sum(compiled, {"a": 1, "b": 2})
 
 
@@ -106,7 +106,7 @@ def test_ranks_of_sites_with_names_inside_each_other() -> None:
     spec = peftc.LoraConfig(target_modules=["fc", "other"], r=8, rank_pattern={"block.fc": 8, "fc": 3})
     compiled = perturb(peftc.compile(Nested(), {"a": spec, "b": peftc.LoraConfig(target_modules=["other"], r=8)}))
     compiled.add_weighted_adapter(["a"], [1], "sum")
-    assert {e.site: e.constants["r"] for e in compiled.program.edits["sum"]} == {**ranks, "block.other": 8}
+    assert {e.site: e.constants["r"] for e in compiled.program.adapters["sum"].edits} == {**ranks, "block.other": 8}
     assert_exact_sum(compiled, {"a": 1})
 
 
@@ -153,7 +153,7 @@ def test_the_combination_is_an_adapter_like_any(tmp_path: Path) -> None:
     compiled.save_pretrained(tmp_path, selected_adapters=["sum"])
     assert torch.equal(peftc.load(model, tmp_path / "sum")(token_ids()), y)
     biases = {n: compiled.adapter_state_dict(n)["base_model.model.linear.lora_B.bias"] for n in ("a", "b", "sum")}
-    scale = {n: compiled.program.edits[n][0].constants["scaling"] for n in ("a", "b")}
+    scale = {n: compiled.program.adapters[n].edits[0].constants["scaling"] for n in ("a", "b")}
     expected = 0.5 * scale["a"] * biases["a"] + 2 * scale["b"] * biases["b"]
     torch.testing.assert_close(biases["sum"], expected)
 

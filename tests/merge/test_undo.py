@@ -58,7 +58,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, at: int) 
 
 
 def log_bytes(compiled: peftc.CompiledModel) -> int:
-    return sum(chunk.nbytes for item in compiled.program.journal.merged for chunk in item.log)
+    return sum(chunk.nbytes for item in compiled.program.merge.replaced for chunk in item.log)
 
 
 @laws
@@ -308,7 +308,7 @@ def test_a_tensor_that_was_changed_is_noticed(mode: Any) -> None:
     compiled = everything(inplace=True)
     before = snapshot(compiled)
     compiled.merge_adapter(undo=mode)
-    kept = next(item for item in compiled.program.journal.merged if item.leaf == "weight" and item.owner == "linear")
+    kept = next(item for item in compiled.program.merge.replaced if item.leaf == "weight" and item.owner == "linear")
     tensor = compiled.base.linear.weight if mode == "residual" else kept.original
     with torch.no_grad():
         tensor[0, 0] += 1
@@ -355,7 +355,7 @@ def test_with_undo_none_there_is_no_way_back() -> None:
     compiled = everything()
     y = compiled(token_ids())
     compiled.merge_adapter(undo="none")
-    assert all(item.original is None for item in compiled.program.journal.merged)
+    assert all(item.original is None for item in compiled.program.merge.replaced)
     for call in (compiled.unmerge_adapter, compiled.unload):
         with pytest.raises(peftc.MergeError, match="undo='none': the original"):
             call()
@@ -414,10 +414,10 @@ def test_the_tied_end_keeps_the_original_in_place_too() -> None:
 def test_a_flat_graph_has_the_nodes_of_the_bare_one() -> None:
     model = Net().eval()
     compiled = perturb(peftc.compile(model, peftc.LoraConfig(target_modules=["fc", "conv"], r=2), capture="symbolic"))
-    spliced = len(compiled.base.graph.nodes)
+    spliced = len(compiled.graph_of("").nodes)
     assert spliced > len(torch.fx.symbolic_trace(model).graph.nodes)
     compiled.merge_adapter()
-    assert type(compiled.base) is Net
+    assert compiled.site_code() == {}
     assert len(torch.fx.symbolic_trace(compiled.base).graph.nodes) == len(torch.fx.symbolic_trace(model).graph.nodes)
 
 
@@ -461,10 +461,10 @@ def test_a_log_that_does_not_give_the_original_is_noticed() -> None:
     compiled = everything(inplace=True)
     compiled.merge_adapter(undo="residual")
     merged = snapshot(compiled)
-    journal = compiled.program.journal
-    place = next(i for i, item in enumerate(journal.merged) if item.log and item.owner == "linear")
+    replaced = compiled.program.merge.replaced
+    place = next(i for i, item in enumerate(replaced) if item.log and item.owner == "linear")
     zeros = torch.zeros_like(compiled.base.linear.weight)
-    journal.merged[place] = dataclasses.replace(journal.merged[place], log=(undo.encode(zeros, zeros),))
+    replaced[place] = dataclasses.replace(replaced[place], log=(undo.encode(zeros, zeros),))
     with pytest.raises(peftc.MergeError, match=r"linear\.weight: undoing the merge did not give the original"):
         compiled.unmerge_adapter()
     assert torch.equal(compiled.base.linear.weight, merged["tensors"]["base.linear.weight"])

@@ -101,7 +101,7 @@ def test_filters_equal_peft(fields: dict[str, Any]) -> None:
     model = tiny("llama")
     common = {"target_modules": ["q_proj", "up_proj"], **fields}
     plan = peftc.plan(model, peftc.LoraConfig(**common))
-    assert {e.site for e in plan.edits if e.rule == "lora"} == _matched_by_peft(model, peft.LoraConfig(**common))
+    assert {e.site for e in plan.edits if e.rule.name == "lora"} == _matched_by_peft(model, peft.LoraConfig(**common))
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
@@ -149,10 +149,10 @@ def test_defaults_of_every_model_type_equal_peft() -> None:
         expected = {"LORA": lora.get(model_type), "IA3": ia3.get(model_type)}
         for method, targets in expected.items():
             default = family.defaults.get(method)
-            found = None if default is None else default.target_modules
+            found = None if default is None else default["target_modules"]
             assert (list(found) if isinstance(found, tuple) else found) == targets, (model_type, method)
         if "IA3" in family.defaults:
-            assert list(family.defaults["IA3"].feedforward_modules or ()) == feedforward[model_type]
+            assert list(family.defaults["IA3"].get("feedforward_modules", ())) == feedforward[model_type]
 
 
 def test_architecture_files_are_small() -> None:

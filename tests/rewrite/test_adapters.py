@@ -1,6 +1,7 @@
 """Several adapters: adding, switching, deleting, and that a refused call changes nothing."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def test_the_first_is_active_and_trains() -> None:
 def test_without_an_active_adapter_the_graph_is_the_base_graph() -> None:
     compiled = two()
     with compiled.disable_adapter():
-        assert not [m for m in compiled.base.modules() if isinstance(m, torch.fx.GraphModule)]
+        assert compiled.site_code() == {}
     compiled.set_adapter([])
     assert compiled.site_code() == {}
 
@@ -139,11 +140,11 @@ def test_an_addition_that_fails_half_way_changes_nothing(monkeypatch: pytest.Mon
     before, y = snapshot(compiled), compiled(token_ids())
     real, calls = build.attach, []
 
-    def failing(*args: object) -> None:
+    def failing(*args: Any) -> Any:
         calls.append(args)
         if len(calls) == 3:
             raise MemoryError("half way")
-        real(*args)  # pyright: ignore
+        return real(*args)
 
     monkeypatch.setattr(build, "attach", failing)
     with pytest.raises(MemoryError):

@@ -97,16 +97,12 @@ def test_rows_are_what_they_are_alone(model_type: str) -> None:
 
 
 def test_lora_sites_take_two_batched_products_and_no_loop() -> None:
-    compiled, seen = three(tiny("llama"), TARGETS["llama"]), dict[str, str]()
-
-    def note(module: nn.Module, *_: Any) -> None:
-        seen["code"] = module.code
-
-    compiled.base.model.layers[0].self_attn.v_proj.register_forward_hook(note)
-    compiled(input_ids=token_ids(3, 4, 60), adapter_names=["a", "b", "c"])
-    assert seen["code"].count("torch.bmm") == 2
-    assert "by_row" not in seen["code"]
-    assert "partition(input_1, ['a', 'b', 'c'])" in seen["code"]
+    compiled = three(tiny("llama"), TARGETS["llama"])
+    with torch.profiler.profile() as profile:
+        compiled(input_ids=token_ids(3, 4, 60), adapter_names=["a", "b", "c"])
+    calls = {event.key: event.count for event in profile.key_averages()}
+    sites = len({edit.site for edit in compiled.plan.edits})
+    assert calls["aten::bmm"] == 2 * sites
 
 
 @pytest.mark.parametrize(
@@ -355,7 +351,7 @@ def test_a_module_whose_rows_cannot_be_told_is_refused(case: str) -> None:
     compiled = perturb(peftc.compile(model, {n: lora(targets, r=2) for n in "ab"}))
     with pytest.raises(peftc.AdapterError, match=r"can't be told|positions before rows"):
         compiled(torch.randn(shape), adapter_names=["a", "b", "a"] if shape[0] == 3 else ["a", "b"] * 3)
-    assert not compiled.program.routed
+    assert compiled.program.calls == 0
 
 
 def test_one_row_of_positions_is_for_all() -> None:
@@ -421,7 +417,6 @@ def test_nothing_is_switched_inside_a_call() -> None:
         lambda: compiled.set_adapter("b"),
         lambda: compiled.enable_adapters(False),
         lambda: compiled.merge_adapter(),
-        lambda: compiled(input_ids=ids, adapter_names=["a", "a"]),
         lambda: copy.deepcopy(compiled),
         lambda: compiled.add_adapter("d", lora(["q_proj"])),
         lambda: compiled.delete_adapter("c"),
@@ -443,28 +438,39 @@ def test_nothing_is_switched_inside_a_call() -> None:
     assert_unchanged(compiled, before)
 
 
-def test_other_threads_are_refused_while_a_call_runs() -> None:
-    compiled, errors = three(tiny("llama"), TARGETS["llama"]), []
+def test_calls_in_other_threads_do_not_meet() -> None:
+    """Each thread has its own names, or none; all run at once, and one even in the middle of another's call."""
+    compiled = three(tiny("llama"), TARGETS["llama"])
     ids = token_ids(2, 5, 60)
-    expected = compiled(input_ids=ids).logits
+    choices: list[list[str] | None] = [["a", "b"], ["c", "__base__"], None, ["b", "b"]]
 
-    def plain() -> None:
-        try:
-            compiled(input_ids=ids)
-        except peftc.AdapterError as error:
-            errors.append(str(error))
+    def run(names: list[str] | None) -> Tensor:
+        with torch.no_grad():
+            return compiled(input_ids=ids, **({} if names is None else {"adapter_names": names})).logits
+
+    expected = [run(names) for names in choices]
+    wrong: list[int] = []
+
+    def often(number: int) -> None:
+        for _ in range(15):
+            if not torch.allclose(run(choices[number]), expected[number], atol=1e-5):
+                wrong.append(number)
 
     def hook(*_: Any) -> None:
         handle.remove()
-        thread = threading.Thread(target=plain)
-        thread.start()
-        thread.join()
+        inside = threading.Thread(target=often, args=(2,))
+        inside.start()
+        inside.join()
 
     handle = compiled.base.model.embed_tokens.register_forward_hook(hook)
-    compiled(input_ids=ids, adapter_names=["a", "b"])
-    assert len(errors) == 1
-    assert "in another thread" in errors[0]
-    assert torch.equal(compiled(input_ids=ids).logits, expected)
+    run(choices[0])
+    threads = [threading.Thread(target=often, args=(number,)) for number in range(len(choices))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert torch.equal(run(None), expected[2])
 
 
 def test_forward_does_not_pass_names_over() -> None:
@@ -489,7 +495,7 @@ def test_deep_copies_and_many_sets_of_names() -> None:
     ids = token_ids(3, 4, 60)
     for i in range(80):
         compiled(input_ids=ids, adapter_names=[f"n{i % 12}", f"n{i * 5 % 12}", f"n{(i // 12 + 1) % 12}"])
-    assert len(compiled.program.layouts) < 80
+    assert len(compiled.program.made.mixed) < 80
     other = copy.deepcopy(compiled)
     names = ["n1", "n2", "n11"]
     assert torch.equal(

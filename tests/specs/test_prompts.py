@@ -130,6 +130,6 @@ def test_no_prefix_where_layers_differ() -> None:
 
 def test_prompts_need_the_model_s_own_call() -> None:
     plan = peftc.plan(tiny("llama"), METHODS["prompt"]("CAUSAL_LM"))
-    assert [edit.slot for edit in plan.edits] == ["embeds"]
+    assert [edit.slots for edit in plan.edits] == [("embeds",)]
     with pytest.raises(peftc.PeftcError):
         peftc.compile(tiny("llama"), METHODS["prompt"]("CAUSAL_LM"), capture="symbolic")

@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftc.graph.sites import Site
-from peftc.rule import Param
-from peftc.specs import LoraConfig
+from peftc.graph.sites import WeightSite
+from peftc.rule import Factors, Param
 
-from .lora_base import Lora
-from .lora_factors import factors, from_weight, init_names, no_special_init, orthogonal, starts_from_weight
-from .lora_parameter import LoraParameter
+from .base import Lora
+from .config import LoraConfig
+from .factors import factors, from_weight, init_names, no_special_init, orthogonal, starts_from_weight
 
 
 class LoraLinear(Lora):
@@ -23,9 +22,9 @@ class LoraLinear(Lora):
     theirs on the residual weight, but the weight stays as it is.
     """
 
-    kinds = ("linear",)
+    ops = ("linear",)
 
-    def params(self, spec: LoraConfig, site: Site) -> dict[str, Param]:
+    def params(self, spec: LoraConfig, site: WeightSite) -> dict[str, Param]:
         r = spec.rank_for(site.name)
         a, b = (r, site.in_features), (site.out_features, r)
         params = factors(spec, site, a, b)
@@ -34,7 +33,7 @@ class LoraLinear(Lora):
         params["lora_A0"] = Param(a, "rule", trainable=False, axes="ri")
         return params | {"lora_B0": Param(b, "rule", trainable=False, axes="or")}
 
-    def check(self, spec: LoraConfig, site: Site) -> str | None:
+    def check(self, spec: LoraConfig, site: WeightSite) -> str | None:
         r = spec.rank_for(site.name)
         if spec.init_lora_weights == "orthogonal" and r % 2:
             return f"orthogonal initialisation needs an even rank, got r={r}"
@@ -52,11 +51,16 @@ class LoraLinear(Lora):
             delta = delta - F.linear(F.linear(dropped, p.lora_A0) * p.scaling, p.lora_B0)
         return y + (delta + p.lora_B_bias * p.scaling if p.biased else delta)
 
-    def fold(self, weight: Tensor, p: Any) -> Tensor:
+    def weight(self, weight: Tensor, p: Any) -> Tensor:
         delta = p.lora_B @ p.lora_A
         if p.residual:
             delta = delta - p.lora_B0 @ p.lora_A0
         return weight + p.scaling * delta
+
+    def factors(self, p: Any) -> Factors:
+        if not p.residual:
+            return Factors(p.lora_B, p.lora_A, p.scaling)
+        return Factors(torch.cat([p.lora_B, p.lora_B0], 1), torch.cat([p.lora_A, -p.lora_A0]), p.scaling)
 
     def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
         if p.init == "orthogonal":
@@ -69,20 +73,20 @@ class LoraLinear(Lora):
 class LoraEmbedding(Lora):
     """y + s·B(A[token]): the same algebra with the one-hot token as input."""
 
-    kinds = ("embedding",)
+    ops = ("embedding",)
     names = ("lora_embedding_A", "lora_embedding_B")
 
-    def params(self, spec: LoraConfig, site: Site) -> dict[str, Param]:
+    def params(self, spec: LoraConfig, site: WeightSite) -> dict[str, Param]:
         r, random = spec.rank_for(site.name), spec.init_lora_weights is False
         return {
             "lora_embedding_A": Param((r, site.in_features), "normal" if random else "zeros", use="lookup", axes="ri"),
             "lora_embedding_B": Param((site.out_features, r), "normal", axes="or"),
         }
 
-    def dropouts(self, spec: LoraConfig, site: Site) -> dict[str, float]:
+    def dropouts(self, spec: LoraConfig, site: WeightSite) -> dict[str, float]:
         return {}  # token ids can't be dropped; PEFT has none here either
 
-    def check(self, spec: LoraConfig, site: Site) -> str | None:
+    def check(self, spec: LoraConfig, site: WeightSite) -> str | None:
         if spec.lora_bias:
             return "lora_bias is for linear and convolution sites; an embedding has no bias"
         return no_special_init(spec, site)
@@ -90,27 +94,30 @@ class LoraEmbedding(Lora):
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         return y + F.linear(p.op(x, p.lora_embedding_A.T) * p.scaling, p.lora_embedding_B)
 
-    def fold(self, weight: Tensor, p: Any) -> Tensor:
+    def weight(self, weight: Tensor, p: Any) -> Tensor:
         return weight + p.scaling * (p.lora_embedding_B @ p.lora_embedding_A)
+
+    def factors(self, p: Any) -> Factors:
+        return Factors(p.lora_embedding_B, p.lora_embedding_A, p.scaling)
 
 
 class LoraConv(Lora):
     """y + s·B(A(drop(x))): A has the site's kernel over all input channels, B is 1×1 in the site's groups."""
 
-    kinds = ("conv1d", "conv2d", "conv3d")
+    ops = ("conv1d", "conv2d", "conv3d")
 
-    def params(self, spec: LoraConfig, site: Site) -> dict[str, Param]:
+    def params(self, spec: LoraConfig, site: WeightSite) -> dict[str, Param]:
         r, ones = spec.rank_for(site.name), (1,) * len(site.kernel_size)
         a, b = (r, site.in_features, *site.kernel_size), (site.out_features, r // site.groups, *ones)
         return factors(spec, site, a, b)
 
-    def check(self, spec: LoraConfig, site: Site) -> str | None:
+    def check(self, spec: LoraConfig, site: WeightSite) -> str | None:
         r = spec.rank_for(site.name)
         if r % site.groups:
             return f"r={r} is not divisible by its {site.groups} groups"
         return no_special_init(spec, site)
 
-    def cannot_fold(self, spec: LoraConfig, site: Site) -> str | None:
+    def cannot_fold(self, spec: LoraConfig, site: WeightSite) -> str | None:
         if site.groups > 1:
             return f"A mixes all channels, which a convolution in {site.groups} groups can't express"
         return super().cannot_fold(spec, site)
@@ -120,8 +127,5 @@ class LoraConv(Lora):
         bias = p.lora_B_bias * p.scaling if p.biased else None
         return y + p.pointwise(inner, p.lora_B, bias, groups=p.groups)
 
-    def fold(self, weight: Tensor, p: Any) -> Tensor:
+    def weight(self, weight: Tensor, p: Any) -> Tensor:
         return weight + p.scaling * torch.einsum("or,ri...->oi...", p.lora_B.flatten(1), p.lora_A)
-
-
-RULES = (LoraLinear(), LoraEmbedding(), LoraConv(), LoraParameter())

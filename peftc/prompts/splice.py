@@ -9,42 +9,49 @@ from typing import Any
 
 from torch import fx
 
-from peftc.graph.region import OPAQUE, invoke
-from peftc.plan import Edit
-from peftc.plan.calls import PROMPT_ENCODER
-from peftc.rewrite import virtual
+from peftc.graph.region import HOST, OPAQUE, invoke
+from peftc.prompts import virtual
+from peftc.prompts.find import is_virtual
+from peftc.rewrite.splice import Active, follow
 
 # Arguments with one entry per token, and what they say of virtual tokens.
 _PER_TOKEN: Mapping[str, int] = {"token_type_ids": 0, "mm_token_type_ids": 0}
 
 
-def splice_call(graph: fx.Graph, node: fx.Node, edits: Sequence[Edit]) -> None:
+def splice_call(graph: fx.Graph, node: fx.Node, active: Sequence[Active]) -> None:
     """Rewrite the arguments, and if need be the output, of the call `node` of an opaque host."""
+    edits = [one.edit for one in active]
     given = {str(n.target).lstrip("*"): n for n in graph.nodes if n.op == "placeholder"}
     before = node.args[0] if node.target is invoke else node
     assert isinstance(before, fx.Node), "invoke calls a module"
     with graph.inserting_before(before):
-        if not any(edit.virtual for edit in edits):
+        if not any(is_virtual(edit) for edit in edits):
             mask, memory = given["encoder_attention_mask"], given["encoder_hidden_states"]
             _replace(node, given, {"encoder_attention_mask": graph.call_function(virtual.widen_memory, (mask, memory))})
             return
-        at, changed = _arguments(graph, given, edits)
+        at, changed = _arguments(graph, given, active)
     _replace(node, given, changed)
-    if any(edit.slot == "past" for edit in edits):
+    if any(edit.slots == ("past",) for edit in edits):
         node = _with_prefix(graph, node, given)
     elif "past_key_values" in given:
-        node = _follow(graph, node, virtual.remember, at)
+        node = follow(graph, node, virtual.remember, at)
     if any(edit.constants["drop"] for edit in edits):
-        _follow(graph, node, virtual.drop, at)
+        follow(graph, node, virtual.drop, at)
 
 
-def _arguments(graph: fx.Graph, given: Mapping[str, fx.Node], edits: Sequence[Edit]) -> tuple[fx.Node, dict[str, Any]]:
+def _arguments(
+    graph: fx.Graph, given: Mapping[str, fx.Node], active: Sequence[Active]
+) -> tuple[fx.Node, dict[str, Any]]:
     """The call's progress, and its new arguments by name."""
-    embeds = [edit for edit in edits if edit.slot == "embeds"]
-    prefixes = [edit for edit in edits if edit.slot == "past"]
+    embeds = [one for one in active if one.edit.slots == ("embeds",)]
+    prefixes = [one for one in active if one.edit.slots == ("past",)]
+    held = tuple(
+        (graph.get_attr(f"{one.name}.edit.adapter"), one.edit.slots[0], one.edit.constants["num_virtual_tokens"])
+        for one in active
+        if is_virtual(one.edit)
+    )
     half = "decoder_" if prefixes and "decoder_input_ids" in given else ""
     inputs = [f"{half}input_ids", f"{half}inputs_embeds", *(["labels", "input_ids", "inputs_embeds"] if half else [])]
-    held = tuple((edit.adapter, edit.slot, edit.constants["num_virtual_tokens"]) for edit in edits if edit.virtual)
     past = given.get("past_key_values")
     at = graph.call_function(virtual.progress, (held, past, *(given[n] for n in inputs if n in given)))
     changed: dict[str, Any] = {}
@@ -60,13 +67,15 @@ def _arguments(graph: fx.Graph, given: Mapping[str, fx.Node], edits: Sequence[Ed
     return at, changed
 
 
-def _embedded(graph: fx.Graph, at: fx.Node, given: Mapping[str, fx.Node], edits: Sequence[Edit]) -> dict[str, fx.Node]:
-    embedding = graph.get_attr(str(edits[0].constants["embedding"]))
+def _embedded(
+    graph: fx.Graph, at: fx.Node, given: Mapping[str, fx.Node], active: Sequence[Active]
+) -> dict[str, fx.Node]:
+    embedding = graph.get_attr(f"{HOST}.{active[0].edit.constants['embedding']}")
     encoders = tuple(
-        (_encoder(graph, edit), edit.constants["rows"], edit.constants["num_virtual_tokens"]) for edit in edits
+        (_encoder(graph, one), one.edit.constants["rows"], one.edit.constants["num_virtual_tokens"]) for one in active
     )
     ids, fills = given["input_ids"], dict(_PER_TOKEN)
-    if any(edit.constants["task_type"] == "CAUSAL_LM" for edit in edits):
+    if any(one.edit.constants["task_type"] == "CAUSAL_LM" for one in active):
         fills["labels"] = virtual.IGNORED
     changed = {
         "input_ids": graph.call_function(virtual.unless_first, (at, ids)),
@@ -81,17 +90,17 @@ def _embedded(graph: fx.Graph, at: fx.Node, given: Mapping[str, fx.Node], edits:
 
 
 def _prefixed(
-    graph: fx.Graph, at: fx.Node, given: Mapping[str, fx.Node], edits: Sequence[Edit], double: bool
+    graph: fx.Graph, at: fx.Node, given: Mapping[str, fx.Node], active: Sequence[Active], double: bool
 ) -> fx.Node:
-    from peftc.rewrite.prefix_cache import prefix_cache
+    from peftc.prompts.prefix_cache import prefix_cache
 
     fields = ("num_virtual_tokens", "num_layers", "num_attention_heads", "num_transformer_submodules")
-    prefixes = tuple((_encoder(graph, edit), *(edit.constants[field] for field in fields)) for edit in edits)
+    prefixes = tuple((_encoder(graph, one), *(one.edit.constants[field] for field in fields)) for one in active)
     return graph.call_function(prefix_cache, (at, graph.get_attr(OPAQUE), given["past_key_values"], double, prefixes))
 
 
-def _encoder(graph: fx.Graph, edit: Edit) -> fx.Node:
-    return graph.get_attr(f"{PROMPT_ENCODER}.{edit.adapter}")
+def _encoder(graph: fx.Graph, active: Active) -> fx.Node:
+    return graph.get_attr(f"{active.name}.own")
 
 
 def _replace(node: fx.Node, given: Mapping[str, fx.Node], changed: Mapping[str, Any]) -> None:
@@ -107,7 +116,7 @@ def _replace(node: fx.Node, given: Mapping[str, fx.Node], changed: Mapping[str, 
 
 def _with_prefix(graph: fx.Graph, node: fx.Node, given: Mapping[str, fx.Node]) -> fx.Node:
     """The call as one that gradient checkpointing leaves the cache to, and that gives it only to who wants it."""
-    from peftc.rewrite.prefix_cache import call_with_prefix, withhold
+    from peftc.prompts.prefix_cache import call_with_prefix, withhold
 
     with graph.inserting_before(node):
         base = graph.get_attr(OPAQUE)
@@ -119,14 +128,4 @@ def _with_prefix(graph: fx.Graph, node: fx.Node, given: Mapping[str, fx.Node]) -
         else:
             node.target = call_with_prefix
     rest = next((n for n in given.values() if str(n.target).startswith("**")), None)
-    return _follow(graph, node, withhold, base, given["past_key_values"], given.get("use_cache"), rest)
-
-
-def _follow(graph: fx.Graph, node: fx.Node, op: Any, *more: Any) -> fx.Node:
-    """Put `op` on the output of `node`, in front of everything that used it."""
-    users = list(node.users)
-    with graph.inserting_before(node.next):
-        new = graph.call_function(op, (node, *more))
-    for user in users:
-        user.replace_input_with(node, new)
-    return new
+    return follow(graph, node, withhold, base, given["past_key_values"], given.get("use_cache"), rest)

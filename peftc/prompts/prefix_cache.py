@@ -13,7 +13,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from peftc.errors import AdapterError
 from peftc.graph.region import invoke
-from peftc.rewrite.virtual import Progress, mark, rows
+from peftc.prompts.virtual import Progress, mark, rows
+from peftc.rewrite.hosts import Unbound
 
 
 class Prefix(NamedTuple):
@@ -26,13 +27,13 @@ class Prefix(NamedTuple):
     halves: int
 
 
-def prefix_cache(at: Progress, base: nn.Module, past: Any, double: bool, prefixes: Sequence[tuple[Any, ...]]) -> Any:
+def prefix_cache(at: Progress, base: Unbound, past: Any, double: bool, prefixes: Sequence[tuple[Any, ...]]) -> Any:
     """The cache that a model goes on with: on a first call, the given one (or a new one) with the prefixes in it.
 
     Under gradient checkpointing it is one that is only read, since layers run twice. Raises AdapterError where such a
     call would go on from a cache.
     """
-    host = _host(base)
+    host = base.host
     recomputed = bool(_checkpointed(host)) and torch.is_grad_enabled()
     if not at.first:
         if recomputed:
@@ -55,11 +56,11 @@ def prefix_cache(at: Progress, base: nn.Module, past: Any, double: bool, prefixe
     return past
 
 
-def withhold(output: Any, base: nn.Module, past: Any, use_cache: bool | None, more: Mapping[str, Any] | None) -> Any:
+def withhold(output: Any, base: Unbound, past: Any, use_cache: bool | None, more: Mapping[str, Any] | None) -> Any:
     """The model output without the cache that a prefix needed, where the caller neither gave one nor wants one."""
     wanted = (more or {}).get("use_cache") if use_cache is None else use_cache
     if wanted is None:
-        wanted = getattr(getattr(_host(base), "config", None), "use_cache", True)
+        wanted = getattr(getattr(base.host, "config", None), "use_cache", True)
     if past is not None or wanted:
         return output
     if isinstance(output, tuple):
@@ -115,11 +116,6 @@ def _read_only(pairs: Sequence[tuple[Tensor, Tensor]], double: bool) -> Any:
     return both
 
 
-def _host(base: nn.Module) -> nn.Module:
-    """The module that `base` calls as it was before the rewrite (see peftc.rewrite.host.Opaque)."""
-    return base.__dict__["host"]
-
-
 def _checkpointed(host: nn.Module) -> list[nn.Module]:
     """The modules of `host` that take gradient checkpointing to be on in this call, with gradients or without."""
     if not host.training:
@@ -128,7 +124,7 @@ def _checkpointed(host: nn.Module) -> list[nn.Module]:
 
 
 def call_with_prefix(
-    base: nn.Module,
+    base: Unbound,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     more_args: tuple[Any, ...] = (),
@@ -138,7 +134,7 @@ def call_with_prefix(
 
     Raises AdapterError where checkpointing can't carry a prefix: reentrant, or of layers that are not transformers' own.
     """
-    with _kept_by(_checkpointed(_host(base))):
+    with _kept_by(_checkpointed(base.host)):
         return invoke(base, args, kwargs, more_args, more_kwargs)
 
 

@@ -1,28 +1,32 @@
 """What LoRA's rules have in common: constants, dropout, bias, and how adapters are combined."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from peftc.graph.sites import Site
+from peftc.graph.sites import WeightSite
 from peftc.rule import Combination, Constant, Part, Rule
-from peftc.specs import LoraConfig
 
-from .lora_combination import COMBINATIONS, combined_factors, combined_spec
-from .lora_factors import init_names, starts_from_weight
+from .combination import COMBINATIONS, checked, combined_factors, combined_spec
+from .config import LoraConfig
+from .factors import init_names, starts_from_weight
 
 
 class Lora(Rule[LoraConfig]):
     name = "lora"
     spec = LoraConfig
     additive = True
+    local = "oi"
+    keys = ("lora_A", "lora_B", "lora_A0", "lora_B0", "lora_embedding_A", "lora_embedding_B")
+    columns: ClassVar[Mapping[str, str]] = {"r": "r", "alpha": "lora_alpha"}
     combinations = COMBINATIONS
+    exact = "cat"
     # The two factors: (r, in, …) and (out, r, …).
     names: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
 
-    def constants(self, spec: LoraConfig, site: Site) -> dict[str, Constant]:
+    def constants(self, spec: LoraConfig, site: WeightSite) -> dict[str, Constant]:
         fqn, init = site.name, spec.init_lora_weights
         return {
             "r": spec.rank_for(fqn),
@@ -34,23 +38,40 @@ class Lora(Rule[LoraConfig]):
             **({"init": str(init)} if init_names(spec, site)[0] == "rule" else {}),
         }
 
-    def dropouts(self, spec: LoraConfig, site: Site) -> dict[str, float]:
+    def dropouts(self, spec: LoraConfig, site: WeightSite) -> dict[str, float]:
         return {"lora_dropout": spec.lora_dropout}
 
-    def cannot_fold(self, spec: LoraConfig, site: Site) -> str | None:
+    def cannot_fold(self, spec: LoraConfig, site: WeightSite) -> str | None:
         return (
             "lora_bias=True needs a bias to fold into; the site has none" if spec.lora_bias and not site.bias else None
         )
 
-    def fold_bias(self, bias: Tensor, p: Any) -> Tensor:
+    def bias(self, bias: Tensor, p: Any) -> Tensor:
         return bias + p.scaling * p.lora_B_bias if p.biased else bias
+
+    def read_shape(
+        self, tensors: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
+    ) -> tuple[str, Literal["out_in", "in_out"] | None, int] | None:
+        if "lora_embedding_A" in tensors:
+            return "embedding", "in_out", 1
+        a, b = tensors.get("lora_A.weight"), tensors.get("lora_B.weight")
+        if a is None or b is None:
+            return None
+        if len(weight) > 2:
+            return f"conv{len(weight) - 2}d", "out_in", a[1] // weight[1]
+        # A square weight does not show which way it lies.
+        layout = "in_out" if (b[0], a[1]) == weight[::-1] else "out_in"
+        return "linear", layout if len(set(weight)) > 1 else None, 1
+
+    def combination(self, how: Combination, single: bool) -> Combination:
+        return checked(how, single)
 
     def combined(
         self, specs: Mapping[str, LoraConfig], where: Mapping[str, Sequence[str]], how: Combination
     ) -> LoraConfig:
         return combined_spec(specs, where, how)
 
-    def combine(self, site: Site, parts: Sequence[Part], how: Combination) -> dict[str, Tensor]:
+    def combine(self, site: WeightSite, parts: Sequence[Part], how: Combination) -> dict[str, Tensor]:
         a, b = self.names
         values = dict(zip(self.names, combined_factors(a, b, site, parts, how), strict=True))
         if parts[0].p.biased:

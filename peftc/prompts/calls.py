@@ -3,15 +3,42 @@
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from torch import nn
 
 from peftc.graph.region import parameters_of
-from peftc.graph.sites import Site, SiteIndex, Stack, dtype_name
+from peftc.graph.sites import Site, SiteIndex, dtype_name
 
 # `memory`: where a decoder looks at the output of an encoder, which virtual tokens have made longer.
 CallSlot = Literal["embeds", "past", "memory"]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What a prompt method must know of the model around a call.
+
+    `token_dim` is the width of a token embedded by module `embedding` (fqn relative to the site). `num_layers` have a
+    cache, whose keys and values have `key_value_heads` heads of `head_dim`. `no_past` is the reason why no prefix can be
+    cached.
+    """
+
+    token_dim: int
+    embedding: str
+    num_layers: int
+    num_attention_heads: int
+    key_value_heads: int
+    head_dim: int
+    is_encoder_decoder: bool
+    no_past: str | None = None
+
+
+@dataclass(frozen=True)
+class CallSite(Site):
+    """The call of a whole model or of its encoder or decoder, which `stack` describes."""
+
+    stack: Stack | None = None
+
 
 # Heads that answer for every token, and so must not see the virtual ones.
 _TOKEN_TASKS = ("TOKEN_CLS", "QUESTION_ANS")
@@ -21,16 +48,15 @@ _KEYS = (".k_proj", ".key", ".k", ".k_lin")
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention", "attention"})
 
 
-@dataclass(frozen=True)
-class CallSite:
+class Call(NamedTuple):
     """A call to rewrite: the site, what happens there, and whether the virtual tokens are dropped from its output."""
 
-    site: Site
+    site: CallSite
     slot: CallSlot
     drop: bool = False
 
 
-def find_calls(model: nn.Module, slot: str, task: str, index: SiteIndex) -> list[CallSite] | str:
+def find_calls(model: nn.Module, slot: str, task: str, index: SiteIndex) -> list[Call] | str:
     """The calls at which a method with `slot` (`embeds` or `past`) enters `model` for `task`, or why there are none.
 
     `embeds`: the call of the model; of its backbone, with the virtual tokens dropped again, where a head answers per
@@ -59,7 +85,7 @@ def find_calls(model: nn.Module, slot: str, task: str, index: SiteIndex) -> list
         if host is None:
             hint = " Prompt tuning or p-tuning would do." if "inputs_embeds" in _arguments(model) else ""
             return f"{_name(model)} takes no past_key_values: there is no cache to put a prefix into.{hint}"
-        return [CallSite(_site(host, names[id(host)], known, index), "past")]
+        return [Call(_site(host, names[id(host)], known, index), "past")]
     host = cast(nn.Module, known.get_encoder()) if double else outer
     arguments = _arguments(host)
     if "inputs_embeds" not in arguments or not isinstance(host, transformers.PreTrainedModel):
@@ -69,12 +95,12 @@ def find_calls(model: nn.Module, slot: str, task: str, index: SiteIndex) -> list
     other = next((name for name in _OTHER_CACHES if name in arguments), None)
     if task == "CAUSAL_LM" and other is not None and "past_key_values" not in arguments:
         return f"{_name(host)} keeps its past in {other}, which does not tell that virtual tokens have entered"
-    calls = [CallSite(_site(host, names[id(host)], known, index), "embeds", drop)]
+    calls = [Call(_site(host, names[id(host)], known, index), "embeds", drop)]
     if double:
         decoder = cast(nn.Module, known.get_decoder())
         if "encoder_attention_mask" not in _arguments(decoder):
             return f"{_name(decoder)} takes no encoder_attention_mask, which would have to cover the virtual tokens"
-        calls.append(CallSite(_site(decoder, names[id(decoder)], known, index), "memory"))
+        calls.append(Call(_site(decoder, names[id(decoder)], known, index), "memory"))
     return calls
 
 
@@ -86,10 +112,10 @@ def _arguments(module: nn.Module) -> Collection[str]:
     return [parameter.name for parameter in parameters_of(module.forward)]
 
 
-def _site(host: nn.Module, fqn: str, model: Any, index: SiteIndex) -> Site:
+def _site(host: nn.Module, fqn: str, model: Any, index: SiteIndex) -> CallSite:
     first = next(host.parameters())
     stack = _stack(host, model, index)
-    return Site(fqn, "call", _name(host), 0, 0, dtype=dtype_name(first.dtype), device=str(first.device), stack=stack)
+    return CallSite(fqn, "call", _name(host), dtype_name(first.dtype), str(first.device), stack=stack)
 
 
 def _stack(host: Any, model: Any, index: SiteIndex) -> Stack:

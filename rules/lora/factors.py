@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
-from peftc.graph.sites import Site
+from peftc.graph.sites import WeightSite
 from peftc.rule import Param
-from peftc.specs import LoraConfig
+
+from .config import LoraConfig
 
 
-def factors(spec: LoraConfig, site: Site, a: tuple[int, ...], b: tuple[int, ...]) -> dict[str, Param]:
+def factors(spec: LoraConfig, site: WeightSite, a: tuple[int, ...], b: tuple[int, ...]) -> dict[str, Param]:
     """A and B of these shapes, and B's bias if the spec wants one."""
     init = init_names(spec, site)
     kernel = "." * len(site.kernel_size)
@@ -21,7 +22,7 @@ def factors(spec: LoraConfig, site: Site, a: tuple[int, ...], b: tuple[int, ...]
     return params
 
 
-def init_names(spec: LoraConfig, site: Site) -> tuple[str, str]:
+def init_names(spec: LoraConfig, site: WeightSite) -> tuple[str, str]:
     """How A and B start, for linear and convolution sites (Hu et al. 2021, section 4.1; B = 0 makes the identity)."""
     match spec.init_lora_weights:
         case True:
@@ -65,7 +66,7 @@ def orthogonal(a: tuple[int, ...], b: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     return (torch.randn(in_features, r // 2) @ q[0::2]).T / 10, torch.randn(b[0], r // 2) @ q[1::2] / 10
 
 
-def no_special_init(spec: LoraConfig, site: Site) -> str | None:
+def no_special_init(spec: LoraConfig, site: WeightSite) -> str | None:
     if isinstance(spec.init_lora_weights, str) and spec.init_lora_weights != "gaussian":
-        return f"init_lora_weights={spec.init_lora_weights!r} is for linear sites, this is {site.kind}"
+        return f"init_lora_weights={spec.init_lora_weights!r} is for linear sites, this is {site.op}"
     return None

@@ -1,20 +1,17 @@
 """What transformers' `generate` must be told of virtual tokens: it takes the length of a cache for that of its tokens."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from peftc.errors import AdapterError
-from peftc.plan import Edit
-from peftc.rewrite.virtual import held_by
+from peftc.prompts.virtual import held_by
 
 
-def call_methods(cls: type[nn.Module], edits: Sequence[Edit]) -> dict[str, Callable[[Any], Any]]:
-    """The methods of `cls` to replace while `edits` are active at its call (see peftc.rewrite.host.Code)."""
-    if not any(edit.virtual for edit in edits):
-        return {}
+def call_methods(cls: type[nn.Module]) -> dict[str, Callable[[Any], Any]]:
+    """What makes the methods of a host of class `cls` from its own. They change nothing where no virtual token is."""
     return {name: make for name, make in _METHODS.items() if callable(getattr(cls, name, None))}
 
 

@@ -8,38 +8,39 @@ from torch import Tensor, nn
 
 from peftc.errors import CheckpointError
 from peftc.plan import Edit
-from peftc.plan.calls import PROMPT_ENCODER
-from peftc.registry import find_prompt_rule
+from peftc.prompts.find import is_virtual
+from peftc.prompts.rule import PromptRule
+from peftc.prompts.virtual import rows
+from peftc.registry import rules_of
 from peftc.rewrite.program import Program
-from peftc.rewrite.virtual import rows
 from peftc.specs import AdapterSpec
 
 # The one tensor of a prompt adapter's file.
 PROMPT_KEY = "prompt_embeddings"
-_ROWS = f"{PROMPT_ENCODER}.embedding.weight"
+_ROWS = "embedding.weight"
+# Where an adapter keeps the rows that it was loaded with, and the encoder they came from, to be saved with them again.
+_FIRST = "prompt_encoder"
 
 
 def prompt_edit(program: Program, adapter: str) -> Edit | None:
     """The edit of `adapter` that holds virtual tokens, or None."""
-    own = [edit for edit in program.plan.edits if edit.adapter == adapter]
-    return next((edit for edit in own if edit.virtual), None)
+    return next((edit for edit in program.adapters[adapter].edits if is_virtual(edit)), None)
 
 
 def prompt_encoder(program: Program, edit: Edit) -> nn.Module:
     """The live encoder of a prompt edit."""
-    encoders = cast(nn.ModuleDict, program.owners[edit.site]._modules[PROMPT_ENCODER])
-    return encoders[edit.adapter]
+    return program.adapters[edit.adapter].part(edit).module
 
 
 def prompt_embeddings(program: Program, edit: Edit) -> Tensor:
     """The rows (rows, width) of a prompt edit, without dropout; the parameter itself if nothing makes it."""
     encoder = prompt_encoder(program, edit)
     if not is_reparameterised(edit):
-        return program.tensor(edit, _ROWS)
+        return program.adapters[edit.adapter].tensor(edit, _ROWS)
     training = encoder.training
     try:
         with torch.no_grad():
-            return rows(encoder.eval(), int(edit.constants["rows"]))
+            return rows(encoder.eval(), cast(int, edit.constants["rows"]))
     finally:
         encoder.train(training)
 
@@ -52,15 +53,15 @@ def is_reparameterised(edit: Edit) -> bool:
 def encoder_state(program: Program, edit: Edit) -> dict[str, Tensor]:
     """The tensors of the encoder that makes the rows, or that made them: `prompt_encoder.safetensors`."""
     if is_reparameterised(edit):
-        return {param.name: program.tensor(edit, param.key) for param in edit.params}
-    loaded, encoder = program.journal.encoders.get(edit.adapter, (None, {}))
-    rows_now = program.tensor(edit, _ROWS)
+        return program.adapters[edit.adapter].part(edit).tensors()
+    loaded, encoder = program.adapters[edit.adapter].extras.get(_FIRST, (None, {}))
+    rows_now = program.adapters[edit.adapter].tensor(edit, _ROWS)
     return encoder if loaded is not None and torch.equal(rows_now.detach().cpu(), loaded) else {}
 
 
 def trainable_spec(spec: AdapterSpec, encoder: Mapping[str, Tensor]) -> tuple[AdapterSpec, str | None]:
     """The spec to train a loaded adapter on with, and a warning if its file lacks the encoder (PEFT's files do)."""
-    rule = find_prompt_rule(spec)
+    rule = next((rule for rule in rules_of(spec) if isinstance(rule, PromptRule)), None)
     if rule is None or encoder:
         return spec, None
     folded = rule.folded(spec)
@@ -79,10 +80,10 @@ def load_prompt(program: Program, edit: Edit, value: Tensor, encoder: Mapping[st
     adapter is to be dropped, if it does not make the rows that are saved beside it.
     """
     if not is_reparameterised(edit):
-        target = program.tensor(edit, _ROWS)
+        target = program.adapters[edit.adapter].tensor(edit, _ROWS)
         target.copy_(value)
         if encoder:
-            program.journal.encoders[edit.adapter] = (value.to("cpu", target.dtype, copy=True), dict(encoder))
+            program.adapters[edit.adapter].extras[_FIRST] = (value.to("cpu", target.dtype, copy=True), dict(encoder))
         return
     targets = encoder_state(program, edit)
     wrong = [name for name in targets if name not in encoder or encoder[name].shape != targets[name].shape]

@@ -1,4 +1,4 @@
-"""Prompt methods in the plan: which calls they enter, and what is added there."""
+"""How prompt methods are planned: which calls they enter, and what is added there."""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -7,27 +7,34 @@ import torch
 from torch import nn
 
 from peftc.errors import RuleError
-from peftc.graph.calls import CallSite, find_calls
 from peftc.graph.sites import SiteIndex
-from peftc.plan.match import Match, match_saved
+from peftc.plan.claims import Claim
 from peftc.plan.plan import Edit, Miss, PlannedParam
-from peftc.registry import find_prompt_rule
-from peftc.rule import Constant, PromptRule
-from peftc.specs import PromptSpec
+from peftc.prompts.calls import Call, find_calls
+from peftc.prompts.rule import PromptRule
+from peftc.prompts.specs import PromptSpec
+from peftc.rule import Constant
 
-# The child of a call's module that holds the encoders, by adapter name, as in PEFT.
-PROMPT_ENCODER = "prompt_encoder"
+_NO_FOLD = "virtual tokens are no part of a weight, so there is nothing to fold"
 
 
-def match_call(
-    adapter: str, spec: PromptSpec, rule: PromptRule[Any], model: nn.Module, level: str, index: SiteIndex
-) -> Match:
-    """Resolve `spec` against the calls of `model`; a reason why there is none is a miss."""
-    saved, misses = match_saved(adapter, spec, index)
+def is_virtual(edit: Edit) -> bool:
+    """Whether virtual tokens enter at `edit`, from an encoder of its own."""
+    return isinstance(edit.rule, PromptRule) and edit.slots[0] in ("embeds", "past")
 
-    def missed(reason: str, field: str = "peft_type") -> Match:
-        miss = Miss(adapter, field, str(getattr(spec, field)), reason)
-        return Match(spec, (), saved, (*misses, miss))
+
+def find(
+    model: nn.Module,
+    spec: PromptSpec,
+    rule: PromptRule[Any],
+    index: SiteIndex,
+    level: str,
+    dtype_for: Callable[[str], str],
+) -> Miss | tuple[PromptSpec, tuple[Claim, ...]]:
+    """What `rule` asks for at the calls of `model`, and the spec with what it leaves open; a miss if there is no place."""
+
+    def missed(reason: str, field: str = "peft_type") -> Miss:
+        return Miss("", field, str(getattr(spec, field)), reason, fatal=True)
 
     if spec.task_type is None:
         tasks = "CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS, QUESTION_ANS or FEATURE_EXTRACTION"
@@ -39,22 +46,15 @@ def match_call(
         return missed(f"can't be used here: {calls}")
     stack = calls[0].site.stack
     assert stack is not None, "a call has one"
-    spec = rule.resolve(spec, stack)
-    reason = rule.disagreement(spec, stack)
-    return missed(f"can't be used here: {reason}") if reason else Match(spec, (), saved, tuple(misses), tuple(calls))
+    resolved = cast(PromptSpec, rule.resolve(spec, stack))
+    reason = rule.disagreement(resolved, stack)
+    if reason:
+        return missed(f"can't be used here: {reason}")
+    return resolved, tuple(_claim(resolved, rule, call, dtype_for(call.site.dtype)) for call in calls)
 
 
-def call_edits(adapter: str, found: Match, dtype_of: Callable[[str], str]) -> list[Edit]:
-    """The edits of a prompt adapter at its calls; `dtype_of` gives the adapter's dtype for that of a model."""
-    rule = find_prompt_rule(found.spec)
-    if rule is None:
-        return []
-    spec = cast(PromptSpec, found.spec)
-    return [_call_edit(adapter, spec, rule, call, dtype_of(call.site.dtype)) for call in found.calls]
-
-
-def _call_edit(adapter: str, spec: PromptSpec, rule: PromptRule[Any], call: CallSite, dtype: str) -> Edit:
-    """The edit that `rule` makes at `call`. Raises RuleError if its encoder does not return what the contract says."""
+def _claim(spec: PromptSpec, rule: PromptRule[Any], call: Call, dtype: str) -> Claim:
+    """What `rule` asks for at `call`. Raises RuleError if its encoder does not return what the contract says."""
     constants: dict[str, Constant] = {
         "num_virtual_tokens": spec.num_virtual_tokens,
         "task_type": str(spec.task_type),
@@ -69,16 +69,7 @@ def _call_edit(adapter: str, spec: PromptSpec, rule: PromptRule[Any], call: Call
     if call.slot != "memory":
         constants["rows"] = spec.rows
         params = _encoder_params(spec, rule, dtype)
-    return Edit(
-        site=call.site.fqn,
-        adapter=adapter,
-        rule=rule.name,
-        slot=call.slot,
-        params=params,
-        constants=constants,
-        dropouts={},
-        unmergeable=rule.cannot_fold(spec, call.site),
-    )
+    return Claim(call.site, rule, (call.slot,), params, constants, _NO_FOLD)
 
 
 def _encoder_params(spec: PromptSpec, rule: PromptRule[Any], dtype: str) -> tuple[PlannedParam, ...]:
@@ -98,6 +89,6 @@ def _encoder_params(spec: PromptSpec, rule: PromptRule[Any], dtype: str) -> tupl
     if next(encoder.buffers(), None) is not None:
         raise RuleError(f"{where}: the encoder has buffers, which are not saved")
     return tuple(
-        PlannedParam(name, f"{PROMPT_ENCODER}.{name}", tuple(parameter.shape), dtype, "encoder")
+        PlannedParam(name, name, tuple(parameter.shape), dtype, "encoder")
         for name, parameter in encoder.named_parameters()
     )

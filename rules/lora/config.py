@@ -3,17 +3,14 @@
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
-from peftc.specs.base import AdapterSpec, BiasMode, LayerIndices, Names, OneOrMoreNames, require_regex
+from peftc.specs import LayerSelection, ParameterSelection, PatternedAlpha, PatternedRank
+from peftc.specs.base import AdapterSpec, TrainedBiases
+from peftc.specs.selection import first_match
 
-T = TypeVar("T")
-Rank = Annotated[int, Field(gt=0)]
-# How the keys of rank_pattern and alpha_pattern, and layers_pattern, are set into regular expressions, as in PEFT.
-_PATTERN = r"(.*\.)?({})$"
-LAYERS_PATTERN = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 INITS = ("gaussian", "olora", "pissa", "orthogonal")
 
 
@@ -28,7 +25,7 @@ def _init_name(value: Any) -> Any:
     return name
 
 
-class LoraConfig(AdapterSpec):
+class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlpha):
     """Low-rank adaptation, y + s·B(A(x)). Hu et al. 2021, arXiv:2106.09685.
 
     `r` is the rank and s = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora` (Kalajdzievski 2023,
@@ -68,60 +65,44 @@ class LoraConfig(AdapterSpec):
     }
 
     peft_type: Literal["LORA"] = "LORA"
-    r: Rank = 8
     lora_alpha: float | int = 8
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     fan_in_fan_out: bool = False
-    bias: BiasMode = "none"
+    bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     lora_bias: bool = False
     init_lora_weights: Annotated[bool | str, BeforeValidator(_init_name)] = True
-    layers_to_transform: LayerIndices | None = None
-    layers_pattern: OneOrMoreNames | None = None
-    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
-    alpha_pattern: dict[str, float | int] = Field(default_factory=dict)
-    target_parameters: Names | None = None
-
-    @model_validator(mode="after")
-    def _check_lora(self) -> Self:
-        if isinstance(self.target_modules, str):
-            for field in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, field) is not None:
-                    raise ValueError(
-                        f"{field} contradicts target_modules={self.target_modules!r}: it applies to a list of names;"
-                        " give target_modules as a list, or put the layers into the regular expression"
-                    )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern needs layers_to_transform")
-        for field in ("rank_pattern", "alpha_pattern"):
-            for key in getattr(self, field):
-                require_regex(field, key, _PATTERN)
-        for pattern in self.layers_pattern or ():
-            require_regex("layers_pattern", pattern, LAYERS_PATTERN)
-        return self
 
     @property
-    def trained_biases(self) -> BiasMode:
-        return self.bias
-
-    def rank_for(self, fqn: str) -> int:
-        """The rank at module `fqn`, after `rank_pattern`."""
-        return _first_match(self.rank_pattern, fqn, self.r)
+    def trained_biases(self) -> TrainedBiases:
+        return "adapted" if self.bias == "lora_only" else self.bias
 
     def alpha_for(self, fqn: str) -> float:
         """lora_alpha at module `fqn`, after `alpha_pattern`."""
-        return _first_match(self.alpha_pattern, fqn, self.lora_alpha)
+        return first_match(self.alpha_pattern, fqn, self.lora_alpha)
 
     def scaling_for(self, fqn: str) -> float:
         """s = alpha / r, or alpha / sqrt(r) with `use_rslora`."""
         rank = self.rank_for(fqn)
         return self.alpha_for(fqn) / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def respelled(self, names: Mapping[str, str]) -> Self:
+        ranks = {re.escape(new): self.rank_for(old) for old, new in names.items()}
+        alphas = {re.escape(new): self.alpha_for(old) for old, new in names.items()}
+        return (
+            super()
+            .respelled(names)
+            .model_copy(
+                update={
+                    "layers_to_transform": None,
+                    "layers_pattern": None,
+                    "rank_pattern": {name: rank for name, rank in ranks.items() if rank != self.r},
+                    "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != self.lora_alpha},
+                }
+            )
+        )
 
-def pattern_matches(key: str, fqn: str) -> bool:
-    """Whether a key of `rank_pattern` or `alpha_pattern` applies to module `fqn`."""
-    return re.match(_PATTERN.format(key), fqn) is not None
-
-
-def _first_match(patterns: Mapping[str, T], fqn: str, default: T) -> T:
-    return next((value for key, value in patterns.items() if pattern_matches(key, fqn)), default)
+    @property
+    def goes_by_plain_names(self) -> bool:
+        patterned = self.rank_pattern or self.alpha_pattern or self.layers_pattern
+        return super().goes_by_plain_names and not patterned

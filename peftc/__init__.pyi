@@ -1,0 +1,74 @@
+"""peftc: a declarative graph-rewriting compiler for parameter-efficient fine-tuning."""
+
+from peftc.api import compile, get_peft_model_state_dict, load, load_spec, plan, set_peft_model_state_dict
+from peftc.checkpoint import LoadResult
+from peftc.compiled import CompiledModel
+from peftc.errors import (
+    AdapterError,
+    CaptureError,
+    CheckpointError,
+    ConflictError,
+    MergeError,
+    NoMatchError,
+    PeftcError,
+    PlanError,
+    RuleError,
+    SpecError,
+)
+from peftc.graph.ops import Form, Op, Shape, register_op, unregister_op
+from peftc.plan import Plan
+from peftc.prompts.rule import PromptRule
+from peftc.prompts.specs import PromptSpec
+from peftc.registry import register, spec_class_named, spec_classes, unregister
+from peftc.rewrite.passes import Pass
+from peftc.rule import Param, Rule
+from peftc.specs import AdapterSpec
+from peftc.stream import merge_checkpoint, unmerge_checkpoint
+
+from peftc_rules.ia3 import IA3Config
+from peftc_rules.lora.config import LoraConfig
+from peftc_rules.p_tuning import PromptEncoderConfig
+from peftc_rules.prefix_tuning import PrefixTuningConfig
+from peftc_rules.prompt_tuning import PromptTuningConfig
+
+__all__ = [
+    "AdapterError",
+    "AdapterSpec",
+    "CaptureError",
+    "CheckpointError",
+    "CompiledModel",
+    "ConflictError",
+    "Form",
+    "IA3Config",
+    "LoadResult",
+    "LoraConfig",
+    "MergeError",
+    "NoMatchError",
+    "Op",
+    "Param",
+    "Pass",
+    "PeftcError",
+    "Plan",
+    "PlanError",
+    "PrefixTuningConfig",
+    "PromptEncoderConfig",
+    "PromptRule",
+    "PromptSpec",
+    "PromptTuningConfig",
+    "Rule",
+    "RuleError",
+    "Shape",
+    "SpecError",
+    "compile",
+    "get_peft_model_state_dict",
+    "load",
+    "load_spec",
+    "merge_checkpoint",
+    "plan",
+    "register",
+    "register_op",
+    "set_peft_model_state_dict",
+    "unmerge_checkpoint",
+    "unregister",
+    "unregister_op",
+]

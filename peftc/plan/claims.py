@@ -1,0 +1,131 @@
+"""What a rule asks for at a site, and the edit that it becomes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peftc.errors import CaptureError
+from peftc.graph.sites import Site, WeightSite, dtype_of
+from peftc.plan.plan import Edit, PlannedParam
+from peftc.rule import Constant, Param, Rule, flops_per_token, validate
+from peftc.specs import AdapterSpec
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A rule at a site: the operands it replaces, and the constants and parameters it brings. As in `Edit`."""
+
+    site: Site
+    rule: Rule[Any]
+    slots: tuple[str, ...]
+    params: tuple[PlannedParam, ...]
+    constants: dict[str, Constant]
+    unmergeable: str | None = None
+
+    def edit(self, adapter: str) -> Edit:
+        """The edit that this is for `adapter`."""
+        return Edit(
+            self.site.fqn, adapter, self.rule, self.slots, self.params, self.constants, {}, unmergeable=self.unmergeable
+        )
+
+
+@dataclass(frozen=True)
+class Access:
+    """What of a site can be reached. `operands`: input and output of its op, in a graph. `opaque`: its module is called as
+    it is; `known`: it is a linear map all the same (its class is torch's own, or another library's). `weights`: a weight
+    that no op in a graph uses can be replaced too.
+    """
+
+    operands: bool = True
+    opaque: bool = False
+    known: bool = False
+    weights: bool = True
+
+
+def weight_edit(
+    adapter: str,
+    spec: AdapterSpec,
+    rule: Rule[Any],
+    site: WeightSite,
+    access: Access,
+    dtype: str,
+    shared: Mapping[str, Param],
+    saved_as: str | None,
+) -> Edit:
+    """The edit that `rule` makes at a weight's site; `shared` are parameters that it has in common with others.
+
+    Raises CaptureError if the rule needs an operand that can't be reached, RuleError if it breaks the contract.
+    """
+    params, constants, dropouts = rule.params(spec, site), rule.constants(spec, site), rule.dropouts(spec, site)
+    slots = _reachable(rule, spec, site, access)
+    validate(rule, slots, {**params, **shared}, constants, dropouts)
+    planned = [_planned(name, param, dtype) for name, param in params.items()]
+    planned += [_planned(name, param, dtype, shared=True) for name, param in shared.items()]
+    return Edit(
+        site=site.fqn,
+        adapter=adapter,
+        rule=rule,
+        slots=slots,
+        params=tuple(planned),
+        constants=constants,
+        dropouts=dropouts,
+        flops_per_token=0 if slots == ("weight",) else flops_per_token({**params, **shared}),
+        opaque=access.opaque,
+        unmergeable=_unmergeable(rule, spec, site, slots, access),
+        saved_as=saved_as,
+    )
+
+
+def _reachable(rule: Rule[Any], spec: AdapterSpec, site: WeightSite, access: Access) -> tuple[str, ...]:
+    """The slots of `site` that the rule takes: those it wants, or the weight, if only that can be replaced."""
+    wanted = rule.slots(spec, site)
+    if "weight" not in wanted and (access.operands or (access.known and site.op == "linear")):
+        return wanted
+    reason = _no_weight(site) or rule.cannot_fold(spec, site) or site.no_fold
+    if reason is None and not access.operands and not access.weights:
+        raise CaptureError(f"{site.fqn}: its weights can be adapted with capture='modules' only")
+    if reason is None:
+        return ("weight",) if not access.operands else wanted
+    raise CaptureError(
+        f"{site.fqn}: this {site.module} can only be adapted through its weight, and that can't be: {reason}. Leave it"
+        " out (exclude_modules)."
+    )
+
+
+def _no_weight(site: WeightSite) -> str | None:
+    dtype = dtype_of(site.dtype)
+    if site.weight is None:
+        return "its weight is no plain parameter"
+    return None if dtype.is_floating_point and dtype.itemsize > 1 else f"its weight is {site.dtype}"
+
+
+def _unmergeable(
+    rule: Rule[Any], spec: AdapterSpec, site: WeightSite, slots: Sequence[str], access: Access
+) -> str | None:
+    if access.opaque and "weight" not in slots:
+        return f"the forward of {site.module} can't be traced, so what it does with its weight is not known"
+    return _no_weight(site) or site.no_fold or rule.cannot_fold(spec, site)
+
+
+def _planned(name: str, param: Param, dtype: str, shared: bool = False) -> PlannedParam:
+    own = param.dtype or dtype
+    return PlannedParam(
+        name=name,
+        key=param.key or name,
+        shape=param.shape,
+        dtype=own,
+        init=param.init,
+        trainable=param.trainable and dtype_of(own).is_floating_point,
+        use=param.use,
+        axes=param.axes,
+        seed=param.seed,
+        stored=param.stored,
+        shared=shared,
+    )
+
+
+def adapter_dtype(weight: str, autocast: bool) -> str:
+    """float32 for half precision (if `autocast`) and for everything that is no dtype to train in (int8, float8)."""
+    dtype = dtype_of(weight)
+    trainable = dtype.is_floating_point and dtype.itemsize > 1
+    return "float32" if not trainable or (autocast and dtype.itemsize == 2) else weight

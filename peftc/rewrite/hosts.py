@@ -1,0 +1,257 @@
+"""Hosts: modules that run a rewritten graph while an adapter is active.
+
+A host is the very module that was there. Its class is exchanged once for a subclass whose forward runs what is bound to
+the module, or else the old forward. So every name, reference, hook and isinstance check stays true, a switch assigns one
+attribute, and whoever exchanges the class too (FSDP2 does, before or after) finds and keeps it.
+"""
+
+import copy
+import functools
+import re
+import types
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+# The attribute of a host that holds what it runs now: a binding, or None.
+BOUND = "peftc"
+# The attribute that holds a forward which was patched on the instance before it became a host.
+_PATCHED = "peftc_patched"
+# The attribute of a module whose weights may be stood in for: the host that computes with them, as it was, and the
+# path from that host to the module.
+_READS = "peftc_reads"
+
+
+class Unbound:
+    """A host as it was before the rewrite: calls its own forward, without the hooks (those run around the new one).
+
+    `standing`: under torch.compile, which traces one call at a time, the weights that stand for the host's own in it.
+    """
+
+    def __init__(self, host: nn.Module) -> None:
+        self.host = host
+        self.standing: Mapping[str, Tensor] | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        patched = self.host.__dict__.get(_PATCHED)
+        if patched is not None:
+            return patched(*args, **kwargs)
+        return original_class(self.host).forward(self.host, *args, **kwargs)
+
+
+# By host, the weights that stand for its own in the call that this thread is in, by their paths from the host.
+_standing: ContextVar[Mapping[int, Mapping[str, Tensor]]] = ContextVar("standing")
+
+
+def with_weights(
+    base: Unbound,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    more_args: tuple[Any, ...] = (),
+    more_kwargs: Mapping[str, Any] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> Any:
+    """The call of `base`, in which these `weights`, by their paths from the host, stand for its own."""
+    if torch.compiler.is_compiling():
+        base.standing = weights
+        result = base(*args, *more_args, **kwargs, **(more_kwargs or {}))
+        base.standing = None
+        return result
+    token = _standing.set({**_standing.get({}), id(base.host): weights or {}})
+    try:
+        return base(*args, *more_args, **kwargs, **(more_kwargs or {}))
+    finally:
+        _standing.reset(token)
+
+
+def _reader(leaf: str) -> property:
+    """An attribute that is the module's own tensor, but inside a call of `with_weights` what stands for it there."""
+
+    def read(self: nn.Module) -> Any:
+        reads = self.__dict__.get(_READS)
+        if reads is not None:
+            base, prefix = reads
+            compiling = torch.compiler.is_compiling()
+            weights = base.standing if compiling else _standing.get({}).get(id(base.host))
+            if weights is not None and prefix + leaf in weights:
+                return weights[prefix + leaf]
+        return self._parameters[leaf]
+
+    return property(read)
+
+
+class Code:
+    """A rewritten graph and the function that runs it: `forward(binding, …)`. Equal hosts share it; it names no adapter."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        template = fx.GraphModule(nn.Module(), fx.Graph())
+        template.graph = graph
+        graph.owning_module = None  # The template is done with, and a pickled graph would take it along.
+        self.graph = graph
+        self.text = template.code
+        self.forward: Callable[..., Any] = type(template).forward
+
+    def __reduce__(self) -> Any:
+        return Code, (self.graph,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Code":
+        return self
+
+
+class Binding:
+    """What a host runs: a code, the host itself, the host as it was, and the parts `a0`, `a1`, … that the code reads."""
+
+    def __init__(self, code: Code, host: nn.Module, parts: Iterable[Any]) -> None:
+        self.code = code
+        self.run = code.forward
+        self.host = host
+        self.base = Unbound(host)
+        self.__dict__.update({f"a{number}": part for number, part in enumerate(parts)})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "run"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, run=state["code"].forward)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """The parts by name."""
+        return {name: part for name, part in self.__dict__.items() if re.fullmatch(r"a\d+", name)}
+
+
+@functools.cache
+def _host_class(original: type[nn.Module], leaves: tuple[str, ...], methods: tuple[tuple[str, Any], ...]) -> Any:
+    """The class of hosts of class `original`; `leaves` are parameters that may be stood in for, `methods` make the methods
+    of these names from those that `original` has.
+    """
+
+    @functools.wraps(original.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bound = getattr(self, BOUND, None)
+        if bound is not None:
+            return bound.run(bound, *args, **kwargs)
+        patched = self.__dict__.get(_PATCHED)
+        return original.forward(self, *args, **kwargs) if patched is None else patched(*args, **kwargs)
+
+    namespace: dict[str, Any] = {
+        "forward": forward,
+        "peftc_original": original,
+        "peftc_made": (original, leaves, methods),
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__copy__": _copy,
+        "__deepcopy__": _deepcopy,
+        "__reduce__": _reduce,
+        **{leaf: _reader(leaf) for leaf in leaves},
+        **{name: make(getattr(original, name)) for name, make in methods},
+    }
+    # Named as the class it stands in for: transformers looks up what it records of a model by the name of its class.
+    return types.new_class(original.__name__, (original,), {}, lambda body: body.update(namespace))
+
+
+def _copy(self: nn.Module) -> nn.Module:
+    return _restore(self, dict(self.__dict__))
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    new = _restore(self, {})
+    memo[id(self)] = new
+    state = {name: value for name, value in self.__dict__.items() if name != "_compiled_call_impl"}
+    new.__dict__.update(copy.deepcopy(state, memo))
+    return new
+
+
+def _restore(like: nn.Module, state: dict[str, Any]) -> nn.Module:
+    new: nn.Module = object.__new__(type(like))
+    new.__dict__.update(state)
+    return new
+
+
+def _reduce(self: nn.Module) -> Any:
+    return _new_host, vars(_made(type(self)))["peftc_made"], self.__getstate__()
+
+
+def _new_host(original: type[nn.Module], leaves: tuple[str, ...], methods: tuple[tuple[str, Any], ...]) -> nn.Module:
+    return object.__new__(_host_class(original, leaves, methods))
+
+
+def _made(cls: type[nn.Module]) -> type[nn.Module]:
+    """The host class that `cls` is, or was made from by others."""
+    return next(base for base in cls.__mro__ if "peftc_made" in vars(base))
+
+
+def is_host(module: nn.Module) -> bool:
+    """Whether `module` is a host now, whatever class others have made of it since."""
+    return original_class(module) is not type(module)
+
+
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class `module` had before it was made a host."""
+    return getattr(type(module), "peftc_original", type(module))
+
+
+def install(module: nn.Module, leaves: Iterable[str], methods: Mapping[str, Any]) -> None:
+    """Make `module` a host that runs its old forward until something is bound to it. Once more adds what is new."""
+    wanted = tuple(sorted(set(leaves)))
+    if is_host(module):
+        original, before, known = vars(_made(type(module)))["peftc_made"]
+        wanted = tuple(sorted({*wanted, *before}))
+        if wanted == before and set(methods) <= {name for name, _ in known}:
+            return
+        _exchange(module, _host_class(original, wanted, (*known, *methods.items())))
+        return
+    if "forward" in module.__dict__:
+        module.__dict__[_PATCHED] = module.__dict__.pop("forward")
+    module.__dict__[BOUND] = None
+    # nn.Module's own __setattr__ takes ten times as long.
+    object.__setattr__(module, "__class__", _host_class(type(module), wanted, tuple(methods.items())))
+
+
+def _exchange(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Put `cls` in the place of the host class of `module`, inside of what others have made of it."""
+    object.__setattr__(module, "__class__", _remade(type(module), cls))
+
+
+def _remade(outer: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+    if "peftc_made" in vars(outer):
+        return cls
+    bases = tuple(_remade(base, cls) if _is_made(base) else base for base in outer.__bases__)
+    namespace = {name: value for name, value in vars(outer).items() if name not in ("__dict__", "__weakref__")}
+    return types.new_class(outer.__name__, bases, {}, lambda body: body.update(namespace))
+
+
+def _is_made(cls: type) -> bool:
+    """Whether a host class is among the bases of `cls`."""
+    return any("peftc_made" in vars(base) for base in cls.__mro__)
+
+
+def reads(module: nn.Module, base: Unbound, prefix: str) -> None:
+    """Let the attributes of `module`, at path `prefix` of a host, be stood in for in the calls of that host."""
+    module.__dict__[_READS] = (base, prefix)
+
+
+def uninstall(module: nn.Module) -> None:
+    """Put the class back that `module` had, and its forward if that was patched."""
+    if not is_host(module):
+        return
+    for name in (BOUND, _READS):
+        module.__dict__.pop(name, None)
+    patched = module.__dict__.pop(_PATCHED, None)
+    if patched is not None:
+        module.__dict__["forward"] = patched
+    _exchange(module, original_class(module))
+
+
+def pristine_copy(module: nn.Module) -> nn.Module:
+    """A deep copy of `module` as it was before it was a host."""
+    state = {name: module.__dict__.pop(name) for name in (BOUND, _READS) if name in module.__dict__}
+    try:
+        new = copy.deepcopy(module)
+    finally:
+        module.__dict__.update(state)
+    uninstall(new)
+    return new

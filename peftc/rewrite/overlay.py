@@ -1,0 +1,62 @@
+"""Overlays: while an adapter is active, a tensor of its own stands for the base's.
+
+Biases that it trains, embeddings that its file brings. The two exchange their values, so that all who hold the parameter
+(ties, optimisers, graphs) see what stands there.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+
+@dataclass
+class Overlay:
+    """`present`: by name of a tensor of the base, whose value is in the model; None is the base's own. `aside`: the values
+    that are not, by name and owner.
+    """
+
+    present: dict[str, str | None] = field(default_factory=dict[str, str | None])
+    aside: dict[tuple[str, str | None], Tensor] = field(default_factory=dict[tuple[str, str | None], Tensor])
+
+    def brings(self, name: str, adapter: str) -> bool:
+        """Whether `adapter` came with a tensor `name` of its own."""
+        return self.present.get(name) == adapter or (name, adapter) in self.aside
+
+    def bring(self, base: nn.Module, name: str, adapter: str, value: Tensor | None = None) -> None:
+        """Give `adapter` a tensor `name` of its own: `value`, or a copy of the base's."""
+        parameter = base.get_parameter(name)
+        self.present.setdefault(name, None)
+        own = self.base_value(base, name) if value is None else value
+        self.aside[name, adapter] = own.to(device=parameter.device, dtype=parameter.dtype, copy=True)
+
+    def base_value(self, base: nn.Module, name: str) -> Tensor:
+        """The base's own tensor `name`."""
+        return base.get_parameter(name).detach() if self.present.get(name) is None else self.aside[name, None]
+
+    def place(self, base: nn.Module, name: str, adapter: str | None) -> None:
+        """Put the tensor `name` of `adapter` into the model, or with None the base's own."""
+        if self.present[name] != adapter:
+            parameter = base.get_parameter(name)
+            value = self.aside.pop((name, adapter)).to(device=parameter.device, dtype=parameter.dtype)
+            self.aside[name, self.present[name]], parameter.data = parameter.data, value
+            self.present[name] = adapter
+
+    def show(self, base: nn.Module, active: tuple[str, ...]) -> None:
+        """Let the tensors of the adapters `active` be in the model; of several for one, that of the last."""
+        for name in self.present:
+            owners = [adapter for adapter in active if self.brings(name, adapter)]
+            self.place(base, name, owners[-1] if owners else None)
+
+    def drop(self, base: nn.Module, adapter: str) -> None:
+        """Forget what `adapter` brought."""
+        for name in [name for name in self.present if self.brings(name, adapter)]:
+            if self.present[name] == adapter:
+                self.place(base, name, None)
+            del self.aside[name, adapter]
+            if not any(other is not None for key, other in self.aside if key == name):
+                del self.present[name]
+
+    def keep(self) -> None:
+        """Make what is in the model now the base's."""
+        self.present.clear()
+        self.aside.clear()

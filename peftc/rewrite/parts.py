@@ -1,0 +1,318 @@
+"""An adapter's live tensors: on the modules of its sites, under PEFT's names, and as generated code reads them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftc.errors import AdapterError, RuleError
+from peftc.graph.sites import Site, WeightSite, canonical, dtype_of
+from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
+from peftc.rewrite.hosts import pristine_copy
+from peftc.rule import Bound, fill
+from peftc.specs import AdapterSpec
+
+# The name of the one parameter of a leaf, see `Vectors`.
+VALUE = "value"
+
+
+class Holder(nn.Module):
+    """Holds parameters of one adapter under their PEFT names. The generated code reads them; it is never called.
+
+    So a hook on it would never run, and one of accelerate's that offloads would leave the code to compute with the
+    memory of nothing: that is refused, with AdapterError.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_hf_hook" and getattr(value, "offload", False):
+            raise AdapterError(
+                "accelerate can't offload the parameters of an adapter: generated code reads them past its hooks."
+                " Offloading has begun, so load the model again, and compile it without offloading."
+            )
+        super().__setattr__(name, value)
+
+
+class _Through(dict[str, Any]):
+    """Parameters by adapter name; each is also the one parameter of a module of its own, `leaves[name]`."""
+
+    leaves: dict[str, nn.Module]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.leaves = {}
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, value)
+        leaves = self.__dict__.setdefault("leaves", {})  # A pickle brings them later.
+        leaves.setdefault(name, Holder())._parameters[VALUE] = value
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        del self.leaves[name]
+
+    def pop(self, name: str, *default: Any) -> Any:
+        self.leaves.pop(name, None)
+        return super().pop(name, *default)
+
+
+class Vectors(nn.ParameterDict):
+    """Parameters whose names end in an adapter's (`ia3_l.default`), which no code may depend on.
+
+    So code reads each from a leaf, a module with one parameter `value`. Whatever exchanges the parameter here (loading
+    with assign, functional_call, sharding) exchanges it in the leaf.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["_parameters"] = _Through()
+
+    def leaf(self, adapter: str) -> nn.Module:
+        """The leaf of an adapter's parameter."""
+        return cast(_Through, self._parameters).leaves[adapter]
+
+
+def code_path(key: str) -> str:
+    """Where generated code finds the parameter with checkpoint key `key`, relative to its part."""
+    return key if "." in key else f"{key}.{VALUE}"
+
+
+@dataclass(eq=False, repr=False)
+class Part:
+    """What one edit has at its site. `owners`: by checkpoint key, the module and the name that a tensor has in it.
+
+    Its other attributes are what generated code reads: modules that own tensors (never the tensors, which others may
+    exchange), dropouts, and the edit's numbers.
+    """
+
+    edit: Edit
+    site: Site
+    owners: dict[str, tuple[nn.Module, str]] = field(default_factory=dict[str, tuple[nn.Module, str]])
+
+    def __post_init__(self) -> None:
+        self.form = form_of(self.edit, self.site)
+        self.__dict__.update({n: v for n, v in self.edit.constants.items() if type(v) is float})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "form"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, form=form_of(state["edit"], state["site"]))
+
+    def __repr__(self) -> str:
+        return f"<{self.edit.adapter}: {self.edit.rule.name} at {self.edit.site or 'the model'}>"
+
+    def tensor(self, key: str) -> Tensor:
+        """The live tensor with checkpoint key `key`: a parameter, or a buffer of a module saved whole."""
+        module, leaf = self.owners[key]
+        return tensor_slots(module, leaf)[leaf]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The live tensors by their names in the rule."""
+        return {param.name: self.tensor(param.key) for param in self.edit.params}
+
+    def trained(self) -> Iterator[tuple[nn.Module, str]]:
+        """Where the trainable tensors are."""
+        return (self.owners[param.key] for param in self.edit.params if param.trainable)
+
+    @property
+    def module(self) -> nn.Module:
+        """The adapter's module, of a rule whose adapters are modules."""
+        return self.__dict__["own"]
+
+
+@dataclass
+class Adapter:
+    """An adapter and its parts, by site and name of the rule. `extras`: what its files hold beside the tensors."""
+
+    name: str
+    spec: AdapterSpec
+    parts: dict[tuple[str, str], Part] = field(default_factory=dict[tuple[str, str], Part])
+    extras: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def edits(self) -> list[Edit]:
+        """Its edits, in the plan's order."""
+        return [part.edit for part in self.parts.values()]
+
+    def part(self, edit: Edit) -> Part:
+        """The part of one of its edits."""
+        return self.parts[edit.site, edit.rule.name]
+
+    def tensor(self, edit: Edit, key: str) -> Tensor:
+        """The live tensor of `edit` with checkpoint key `key`."""
+        return self.part(edit).tensor(key)
+
+
+def form_of(edit: Edit, site: Site) -> Any:
+    """What the spliced code depends on of an edit: all but its adapter, its sizes and its floating-point numbers."""
+    dropouts = tuple((name, probability > 0) for name, probability in edit.dropouts.items())
+    params = tuple((param.name, param.key, param.dtype) for param in edit.params)
+    constants = tuple((name, None if type(value) is float else value) for name, value in edit.constants.items())
+    layout = site.layout if isinstance(site, WeightSite) else ""
+    bias = site.bias is not None if isinstance(site, WeightSite) else False
+    key = (edit.rule, edit.slots, params, constants, dropouts, site.op, layout, bias, edit.unmergeable is None)
+    return _FORMS.setdefault(key, len(_FORMS))
+
+
+# Forms as numbers, which are compared a hundred times as fast.
+_FORMS: dict[Any, int] = {}
+
+
+def tensor_slots(module: nn.Module, leaf: str) -> dict[str, Any]:
+    """The dict of `module` that holds its own tensor `leaf`: `_parameters` or `_buffers`."""
+    return module._parameters if leaf in module._parameters else module._buffers
+
+
+def containers(edit: Edit) -> list[str]:
+    """The names of the children that an edit adds to the holder of its site."""
+    if edit.rule.container is not None:
+        return [edit.rule.container] if edit.whole or edit.params else []
+    used = [name for name, probability in edit.dropouts.items() if probability > 0]
+    own = [param.key.partition(".")[0] for param in edit.params if not param.shared]
+    return list(dict.fromkeys([*own, *used]))
+
+
+def attach(
+    edit: Edit, site: Site, holder: nn.Module, root: nn.Module, spec: AdapterSpec, weight: nn.Parameter | None
+) -> Part:
+    """Create what `edit` adds to `holder`, the module that holds adapters at `site`; not initialised yet.
+
+    `root` is the model, for tensors that all sites share; `weight` the site's, for the device.
+    """
+    part = Part(edit, site)
+    if edit.rule.container is not None:
+        if containers(edit):
+            _attach_module(part, holder, _copy_of(holder) if edit.whole else _encoder(part, holder, spec))
+        return part
+    device = weight.device if weight is not None else torch.device(site.device)
+    for param in edit.params:
+        _attach_tensor(part, param, root if param.shared else holder, device)
+    for name, probability in edit.dropouts.items():
+        if probability > 0:
+            dropouts = _child(holder, name, nn.ModuleDict)
+            dropouts[edit.adapter] = part.__dict__[name] = nn.Dropout(probability).train(holder.training)
+    return part
+
+
+def _attach_tensor(part: Part, param: PlannedParam, holder: nn.Module, device: torch.device) -> None:
+    adapter = part.edit.adapter
+    first, dot, rest = param.key.partition(".")
+    if dot:
+        holders = _child(holder, first, nn.ModuleDict)
+        # The names were checked before, so there is no need to look for them again in every module.
+        module = holders._modules.get(adapter)
+        if module is None:
+            module = holders._modules[adapter] = Holder()
+        part.owners[param.key] = (module, rest)
+    else:
+        vectors = _child(holder, first, Vectors)
+        module, rest = vectors, adapter
+        part.owners[param.key] = (vectors, adapter)
+    if rest not in module._parameters:
+        parameter = nn.Parameter(_allocated(part, param, device), requires_grad=False)
+        if dot:
+            module._parameters[rest] = parameter
+        else:
+            cast(Vectors, module)[rest] = parameter
+    part.__dict__[first] = module if dot else cast(Vectors, module).leaf(adapter)
+
+
+def _child(module: nn.Module, name: str, cls: type[Any]) -> Any:
+    return module._modules.setdefault(name, cls())
+
+
+def _attach_module(part: Part, holder: nn.Module, module: nn.Module) -> None:
+    container = str(part.edit.rule.container)
+    _child(holder, container, nn.ModuleDict)._modules[part.edit.adapter] = module
+    part.__dict__["own"] = module
+    for param in part.edit.params:
+        path, _, leaf = param.key.rpartition(".")
+        part.owners[param.key] = (module.get_submodule(path), leaf)
+
+
+def _copy_of(module: nn.Module) -> nn.Module:
+    """A real copy of `module`, as it was before any rewrite, for an adapter to train."""
+    others = module._modules.pop(MODULES_TO_SAVE, None)
+    try:
+        return pristine_copy(module)
+    finally:
+        if others is not None:
+            module._modules[MODULES_TO_SAVE] = others
+
+
+def _encoder(part: Part, holder: nn.Module, spec: AdapterSpec) -> nn.Module:
+    like = next(holder.parameters())
+    module = part.edit.rule.module(spec, part.site)
+    module = module.to(device=like.device, dtype=dtype_of(part.edit.params[0].dtype))
+    return module.train(holder.training).requires_grad_(False)
+
+
+def _allocated(part: Part, param: PlannedParam, device: torch.device) -> Tensor:
+    dtype = dtype_of(param.dtype)
+    try:
+        return torch.empty(param.shape, dtype=dtype, device=device)
+    except (RuntimeError, MemoryError) as error:
+        raise AdapterError(
+            f"{part.edit.site}: {param.key} of shape {list(param.shape)} ({param.numel * dtype.itemsize:,} bytes) can't be"
+            f" allocated on {device}; is its size in the spec of {part.edit.adapter!r} meant?"
+            f" ({str(error).splitlines()[0]})"
+        ) from None
+
+
+def start(
+    part: Part, spec: AdapterSpec, params: list[PlannedParam], host: nn.Module, weight: nn.Parameter | None
+) -> None:
+    """Initialise `params` of a part as a new adapter has them. `host`: the site's module, `weight` its weight."""
+    if part.edit.rule.container is not None:
+        if params and not part.edit.whole:
+            with torch.no_grad():
+                part.edit.rule.start_module(part.module, spec, part.edit.constants, host)
+        return
+    tensors = {param.name: part.tensor(param.key) for param in params}
+    given = [param for param in params if not tensors[param.name].is_meta]
+    own = [param for param in given if param.init == "rule"]
+    for param in given:
+        if param.init != "rule":
+            fill(tensors[param.name], param.init, param.seed)
+    if own:
+        _start_by_rule(part, own, tensors, weight)
+
+
+def _start_by_rule(
+    part: Part, own: list[PlannedParam], tensors: Mapping[str, Tensor], weight: nn.Parameter | None
+) -> None:
+    edit, rule = part.edit, part.edit.rule
+    assert weight is not None, "the rule's check() asks for a weight"
+    assert isinstance(part.site, WeightSite), "other rules declare modules"
+    shapes = {param.name: param.shape for param in edit.params if param.init == "rule"}
+    try:
+        with torch.no_grad():
+            base = canonical(weight.detach(), part.site).float()
+            values = rule.initialise(base, shapes, Bound(edit.constants))
+            for param in own:
+                tensors[param.name].copy_(values[param.name])
+    except (NotImplementedError, KeyError, RuntimeError, TypeError) as error:
+        raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}.initialise) at {edit.site}: {error!r}") from error
+
+
+def detach(edit: Edit, holder: nn.Module, root: nn.Module) -> None:
+    """Take what `edit` added off again."""
+    shared = [param.key.partition(".")[0] for param in edit.params if param.shared]
+    for module, names in ((holder, containers(edit)), (root, shared)):
+        for first in names:
+            container = module._modules.get(first)
+            if isinstance(container, nn.ModuleDict | nn.ParameterDict):
+                if edit.adapter in container:
+                    del container[edit.adapter]
+                if not len(container):
+                    del module._modules[first]
+
+
+def weight_of(base: nn.Module, site: Site) -> nn.Parameter | None:
+    """The weight of `site` in the model, if it has a plain one."""
+    if not isinstance(site, WeightSite) or site.weight is None:
+        return None
+    owner, _, leaf = site.weight.rpartition(".")
+    return base.get_submodule(owner)._parameters.get(leaf)

@@ -1,0 +1,107 @@
+"""Fields by which specs of several methods select sites, or sizes at them; the engine serves these and no others."""
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Self, TypeVar
+
+from pydantic import Field, model_validator
+
+from peftc.specs.base import AdapterSpec, LayerIndices, Names, OneOrMoreNames, require_regex
+
+T = TypeVar("T")
+Rank = Annotated[int, Field(gt=0)]
+# How the keys of patterns, and layers_pattern, are set into regular expressions, as in PEFT.
+_PATTERN = r"(.*\.)?({})$"
+LAYERS_PATTERN = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+
+
+class LayerSelection(AdapterSpec):
+    """A spec that can be kept to some layers.
+
+    `layers_to_transform` keeps the layers with these indices; `layers_pattern` names the list that holds them.
+    """
+
+    layers_to_transform: LayerIndices | None = None
+    layers_pattern: OneOrMoreNames | None = None
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> Self:
+        if isinstance(self.target_modules, str):
+            for field in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, field) is not None:
+                    raise ValueError(
+                        f"{field} contradicts target_modules={self.target_modules!r}: it applies to a list of names;"
+                        " give target_modules as a list, or put the layers into the regular expression"
+                    )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern needs layers_to_transform")
+        for pattern in self.layers_pattern or ():
+            require_regex("layers_pattern", pattern, LAYERS_PATTERN)
+        return self
+
+
+class ParameterSelection(AdapterSpec):
+    """A spec that can name parameters (`experts.gate_up_proj`) which no module that is an op holds."""
+
+    target_parameters: Names | None = None
+
+
+class PatternedRank(AdapterSpec):
+    """A spec with a rank, and others at some sites: the first key for which `re.match(rf"(.*\\.)?({key})$", fqn)` holds
+    wins.
+    """
+
+    r: Rank = 8
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_rank_pattern(self) -> Self:
+        for key in self.rank_pattern:
+            require_regex("rank_pattern", key, _PATTERN)
+        return self
+
+    def rank_for(self, fqn: str) -> int:
+        """The rank at module `fqn`, after `rank_pattern`."""
+        return first_match(self.rank_pattern, fqn, self.r)
+
+
+class PatternedAlpha(AdapterSpec):
+    """A spec with an alpha, and others at some sites, by the same patterns."""
+
+    alpha_pattern: dict[str, float | int] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check_alpha_pattern(self) -> Self:
+        for key in self.alpha_pattern:
+            require_regex("alpha_pattern", key, _PATTERN)
+        return self
+
+
+# The class that a spec must inherit for the engine to serve a field.
+SELECTIONS: Mapping[str, type[AdapterSpec]] = {
+    "layers_to_transform": LayerSelection,
+    "layers_pattern": LayerSelection,
+    "target_parameters": ParameterSelection,
+    "rank_pattern": PatternedRank,
+    "alpha_pattern": PatternedAlpha,
+}
+
+
+def patterns_of(spec: AdapterSpec) -> dict[str, Mapping[str, Any]]:
+    """The patterns of a spec by field."""
+    found: dict[str, Mapping[str, Any]] = {}
+    if isinstance(spec, PatternedRank):
+        found["rank_pattern"] = spec.rank_pattern
+    if isinstance(spec, PatternedAlpha):
+        found["alpha_pattern"] = spec.alpha_pattern
+    return found
+
+
+def pattern_matches(key: str, fqn: str) -> bool:
+    """Whether a key of a pattern applies to module `fqn`."""
+    return re.match(_PATTERN.format(key), fqn) is not None
+
+
+def first_match(patterns: Mapping[str, T], fqn: str, default: T) -> T:
+    """The value of the first key that applies to module `fqn`."""
+    return next((value for key, value in patterns.items() if pattern_matches(key, fqn)), default)

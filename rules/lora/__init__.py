@@ -1,0 +1,9 @@
+"""LoRA: y + s·B(A(x)).  Hu et al. 2021, arXiv:2106.09685."""
+
+from .config import LoraConfig
+from .linear import LoraConv, LoraEmbedding, LoraLinear
+from .parameter import LoraParameter
+
+__all__ = ["RULES", "LoraConfig"]
+
+RULES = (LoraLinear(), LoraEmbedding(), LoraConv(), LoraParameter())
