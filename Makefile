@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
 SETUP := pyproject.toml constraints.txt
+# Side by side on two cores; `make test WORKERS=8` where there are more.
+WORKERS ?= 2
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Waiting threads sleep instead of spinning, so that other work on the machine does not slow torch down tenfold.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -14,10 +17,10 @@ demo: $(VENV)/demo.done  ## The main job: fine-tune, save, load, merge and expor
 	$(BIN)/python examples/finetune_smollm2.py
 
 test: $(VENV)/test.done  ## All tests
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 quick: $(VENV)/test.done  ## The tests that take less than ten seconds each
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(VENV)/test.done  ## ruff, pyright strict, the layers
 	$(BIN)/ruff check .

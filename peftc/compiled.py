@@ -1,7 +1,7 @@
 """CompiledModel: a model with adapters."""
 
 import os
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack, cast
@@ -35,6 +35,7 @@ from peftc.prompts.files import prompt_edit, prompt_embeddings, prompt_encoder
 from peftc.prompts.virtual import rows
 from peftc.registry import spec_classes
 from peftc.rewrite.build import build, require_applicable, undo
+from peftc.rewrite.learning import calibrate, penalty
 from peftc.rewrite.program import require_idle
 from peftc.rewrite.switch import activate, emit, train
 from peftc.rule import Combination
@@ -171,6 +172,30 @@ class CompiledModel(CompiledGraph):
             combination_type, svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method
         )
         lifecycle.combine(self.program, adapter_name, adapters, weights, how)
+
+    def penalty(self) -> Tensor | None:
+        """What the methods of active adapters add to the loss (0-dim, differentiable), or None if they add nothing.
+
+        Example: loss = model(**batch).loss + (model.penalty() or 0)
+        """
+        return penalty(self.program)
+
+    def calibrate(self, batches: Iterable[Any], adapter_name: str = "default") -> None:
+        """Let an adapter start from data: its rules see the inputs of its sites in the base model, batch by batch.
+
+        A batch: a mapping of keyword arguments, a tuple of positional ones, or the one argument. Raises AdapterError if no
+        rule of the adapter learns so or no batch reaches one of its sites (nothing is changed then), MergeError while
+        merged.
+        """
+        lifecycle.require_known(self.program, [adapter_name])
+
+        def call(batch: Any) -> Any:
+            if isinstance(batch, Mapping):
+                return self.base(**batch)
+            return self.base(*batch) if isinstance(batch, tuple) else self.base(batch)
+
+        with self.disable_adapter():
+            calibrate(self.program, adapter_name, batches, call)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter off. If no other was active, the one loaded first becomes so.

@@ -8,9 +8,16 @@ from torch import fx, nn
 
 from peftc.errors import AdapterError, nearest
 from peftc.graph.region import call, parameters_of
+from peftc.graph.sites import index_sites
 from peftc.plan import Plan
+from peftc.plan.explain import site_lines
+from peftc.plan.make import role_of
+from peftc.rewrite.build import parked
+from peftc.rewrite.learning import watch_steps
 from peftc.rewrite.mixed import mixed
+from peftc.rewrite.passes import Ran
 from peftc.rewrite.program import Program
+from peftc.rewrite.provenance import annotated, inserted_lines
 from peftc.rewrite.route import refuse_names
 from peftc.specs import AdapterSpec
 from peftc.view.text import span
@@ -37,6 +44,7 @@ class CompiledGraph(fx.GraphModule):
         self.base = program.base
         self.__dict__["program"] = program
         self.training = program.base.training
+        watch_steps(program)
 
     @property
     def plan(self) -> Plan:
@@ -134,6 +142,11 @@ class CompiledGraph(fx.GraphModule):
             groups.setdefault(binding.code.text.strip(), {}).setdefault(shape, []).append(host)
         return {", ".join(span(hosts) for hosts in shapes.values()): code for code, shapes in groups.items()}
 
+    @property
+    def passes(self) -> dict[str, tuple[Ran, ...]]:
+        """By host, the passes that made the graph it runs now, in order, with the number of nodes before and after each."""
+        return {host: binding.code.ran for host, binding in self.program.installed.items()}
+
     def graph_of(self, fqn: str) -> fx.Graph:
         """A copy of the graph that host `fqn` runs now, to look at or to run passes on.
 
@@ -147,6 +160,24 @@ class CompiledGraph(fx.GraphModule):
         return copy.deepcopy(binding.code.graph)
 
     def print_code(self) -> None:
-        """Print `site_code`."""
+        """Print the code of every host, with what inserted its lines: the adapter, the rule and the rule's own line."""
+        bound = {binding.code.text.strip(): binding for binding in self.program.installed.values()}
         for where, code in self.site_code().items():
-            print(f"# {where or type(self.base).__name__}\n{code}\n")
+            print(f"# {where or type(self.base).__name__}\n{annotated(code, bound[code])}\n")
+
+    def explain(self, fqn: str) -> str:
+        """What is at module or parameter `fqn`: which adapters change it and how, which don't and why, and which nodes of
+        its graph came from what.
+
+        Raises AdapterError, with the nearest names, if there is no such place. Example: print(compiled.explain("lm_head"))
+        """
+        with parked(self.program) as base:
+            index = index_sites(base, role_of(base))
+        known = {**index.modules, **index.inner}
+        if fqn not in known:
+            near = nearest(fqn, known)
+            raise AdapterError(f"no module or parameter {fqn!r}.{f' Nearest: {near[0]!r}.' if near else ''}")
+        lines = site_lines(self.plan, index, fqn)
+        site = self.plan.sites.get(fqn)
+        binding = self.program.installed.get(site.owner if site is not None else fqn)
+        return "\n".join([*lines, *(inserted_lines(binding) if binding is not None else ())])

@@ -216,15 +216,21 @@ class Rule(Generic[S]):
         return None
 
     def penalty(self, p: Any) -> Tensor | None:
-        """A term of the loss, of this site's tensors."""
+        """A term of the loss, of one site's tensors: `compiled.penalty()` adds them up."""
         return None
 
-    def after_step(self, state: Mapping[str, Tensor], step: int) -> None:
-        """What happens to a site's tensors, by name, after the optimiser's step number `step`; in place."""
+    def after_step(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        """What happens to a site's tensors, by name, after the step number `step` (from 1) of an optimiser that holds
+        some; in place, without gradient.
+        """
 
-    def calibrate(self, x: Tensor, state: Any) -> Any:
-        """A pass over data before training starts: `state` after the site's input `x`, None before the first."""
+    def calibrate(self, x: Tensor, state: Any, p: Any) -> Any:
+        """A pass over data before training, `compiled.calibrate`: the site's `state` after its input `x`; None at first."""
         return None
+
+    def calibrated(self, weight: Tensor, state: Any, p: Any) -> dict[str, Tensor]:
+        """The parameters that the pass gives, by name, from its last `state` and the canonical `weight`."""
+        return {}
 
     def unfold(self, weight: Tensor, p: Any) -> Tensor:
         """An estimate of the weight that `weight` made this one from, by elementwise float64 arithmetic and products.
@@ -234,7 +240,7 @@ class Rule(Generic[S]):
         return weight - self.weight(torch.zeros_like(weight), p) if self.additive else weight
 
     def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
-        """Values of the parameters whose `init` is `rule`, from the canonical float32 `weight`."""
+        """Values of the parameters whose `init` is `rule`, from the canonical `weight` and `p.bias`, float32 at least."""
         raise NotImplementedError
 
     def module(self, spec: S, site: Any) -> nn.Module:

@@ -1,7 +1,8 @@
-"""Shared models. Everything is tiny, random and seeded; nothing is loaded from a hub."""
+"""What every test starts from: a seed, threads, no hub; and fixtures of more than one folder."""
 
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,18 @@ import torch
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    # Where pytest runs as several processes side by side, they are the parallelism.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """A group of this process only. It meets in a file: a port may be taken, by a test in the next process too."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    # The group's threads need Python's lock to let go of their last work, and its end waits for them with that lock held.
+    time.sleep(0.05)
+    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture

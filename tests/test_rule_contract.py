@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import peftc
 from peftc.rule import Bound
-from tests import made_up_method
-from tests.laws.strategies import snapshot
-from tests.made_up_method import Gated, GatedConfig
-from tests.models import Net, tiny
+from tests.support import made_up_method
+from tests.support.made_up_method import Gated, GatedConfig
+from tests.support.models import Net, tiny
+from tests.support.snapshots import snapshot
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 import peftc
-from tests.models import Everything, QuantisedLinear, tiny
-from tests.oracle.compare import to_peft
+from tests.support.compare import to_peft
+from tests.support.models import Everything, QuantisedLinear, tiny
 
 
 def test_the_status_equals_pefts(tmp_path: Path) -> None:

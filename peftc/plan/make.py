@@ -61,7 +61,7 @@ def make_plan(
         capture=level,
         fingerprint=fingerprint(model, index),
         adapters={name: found.spec for name, found in matches.items()},
-        sites={**sites, **{fqn: saved_site(model, fqn, _role_of(model)(fqn)) for fqn in whole}, **calls},
+        sites={**sites, **{fqn: saved_site(model, fqn, role_of(model)(fqn)) for fqn in whole}, **calls},
         edits=tuple(edits),
         trained=trained,
         misses=tuple(miss for found in matches.values() for miss in found.misses),
@@ -83,12 +83,13 @@ def _require_capturable(model: Any, level: str) -> None:
 
 
 def _indexed(model: nn.Module, level: Capture, specs: Mapping[str, AdapterSpec]) -> SiteIndex:
-    index = index_sites(model, _role_of(model))
+    index = index_sites(model, role_of(model))
     by_weight = any(isinstance(spec, ParameterSelection) and spec.target_parameters for spec in specs.values())
     return with_ops(structural_copy(model), index) if level == "symbolic" and by_weight else index
 
 
-def _role_of(model: nn.Module) -> Callable[[str], str | None]:
+def role_of(model: nn.Module) -> Callable[[str], str | None]:
+    """What gives the role of a name in `model`, if its architecture is known."""
     family = families().get(getattr(transformers_config(model), "model_type", None) or "")
     return (lambda fqn: None) if family is None else family.role_of
 

@@ -216,6 +216,11 @@ def _in_layers(adapter: str, spec: AdapterSpec, names: list[str], misses: list[M
     return [name for name in names if layer_of[name] in spec.layers_to_transform]
 
 
+def in_layer(spec: LayerSelection, fqn: str) -> bool:
+    """Whether `fqn` is in a layer that `spec` is for."""
+    return spec.layers_to_transform is None or _layer(fqn, spec.layers_pattern) in spec.layers_to_transform
+
+
 def _layer(fqn: str, patterns: Sequence[str] | None) -> int | None:
     if not patterns:
         found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", fqn)

@@ -14,7 +14,8 @@ from peftc.graph.ops import op_named
 from peftc.graph.region import Region
 from peftc.graph.sites import is_lazy, modules_at, parameter_name
 from peftc.plan import Edit, Plan, PlannedParam, without
-from peftc.rewrite.hosts import BOUND, Unbound, install, is_host, original_class, reads, uninstall
+from peftc.rewrite.hosts import BOUND, install, is_host, original_class, reads, uninstall
+from peftc.rewrite.learning import watch_steps
 from peftc.rewrite.parts import Adapter, attach, containers, detach, start, weight_of
 from peftc.rewrite.passes import Pass
 from peftc.rewrite.program import Program
@@ -117,6 +118,7 @@ def extend(
                 _attach(program, adapter, edit, fresh)
     for region in regions:
         _install(program, region)
+    watch_steps(program)
     for tensor in plan.trained:
         if tensor.adapter in adapters:
             program.overlay.bring(program.base, tensor.name, tensor.adapter)
@@ -143,14 +145,13 @@ def _install(program: Program, region: Region) -> None:
     for path in paths:
         prefix, _, leaf = path.rpartition(".")
         leaves.setdefault(prefix, []).append(leaf)
-    base = Unbound(module)
     for prefix, names in leaves.items():
         reader = module.get_submodule(prefix)
         own = [name for name in names if reader._parameters.get(name) is not None]
         if prefix == "" or own:
             install(reader, own, methods(original_class(module)) if methods is not None and prefix == "" else {})
         if own:
-            reads(reader, base, f"{prefix}." if prefix else "")
+            reads(reader, module, f"{prefix}." if prefix else "")
 
 
 def _uninstall(program: Program, region: Region) -> None:

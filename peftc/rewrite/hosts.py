@@ -18,6 +18,8 @@ from torch import Tensor, fx, nn
 
 # The attribute of a host that holds what it runs now: a binding, or None.
 BOUND = "peftc"
+# The attribute of a host that holds it as it was.
+_BASE = "peftc_base"
 # The attribute that holds a forward which was patched on the instance before it became a host.
 _PATCHED = "peftc_patched"
 # The attribute of a module whose weights may be stood in for: the host that computes with them, as it was, and the
@@ -86,16 +88,17 @@ def _reader(leaf: str) -> property:
 class Code:
     """A rewritten graph and the function that runs it: `forward(binding, …)`. Equal hosts share it; it names no adapter."""
 
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, ran: tuple[Any, ...] = ()) -> None:
         template = fx.GraphModule(nn.Module(), fx.Graph())
         template.graph = graph
         graph.owning_module = None  # The template is done with, and a pickled graph would take it along.
         self.graph = graph
+        self.ran = ran  # What every pass did to it.
         self.text = template.code
         self.forward: Callable[..., Any] = type(template).forward
 
     def __reduce__(self) -> Any:
-        return Code, (self.graph,)
+        return Code, (self.graph, self.ran)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Code":
         return self
@@ -108,7 +111,7 @@ class Binding:
         self.code = code
         self.run = code.forward
         self.host = host
-        self.base = Unbound(host)
+        self.base = base_of(host)
         self.__dict__.update({f"a{number}": part for number, part in enumerate(parts)})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -206,7 +209,7 @@ def install(module: nn.Module, leaves: Iterable[str], methods: Mapping[str, Any]
         return
     if "forward" in module.__dict__:
         module.__dict__[_PATCHED] = module.__dict__.pop("forward")
-    module.__dict__[BOUND] = None
+    module.__dict__.update({BOUND: None, _BASE: Unbound(module)})
     # nn.Module's own __setattr__ takes ten times as long.
     object.__setattr__(module, "__class__", _host_class(type(module), wanted, tuple(methods.items())))
 
@@ -229,16 +232,21 @@ def _is_made(cls: type) -> bool:
     return any("peftc_made" in vars(base) for base in cls.__mro__)
 
 
-def reads(module: nn.Module, base: Unbound, prefix: str) -> None:
+def base_of(host: nn.Module) -> Unbound:
+    """The host as it was before the rewrite."""
+    return host.__dict__[_BASE]
+
+
+def reads(module: nn.Module, host: nn.Module, prefix: str) -> None:
     """Let the attributes of `module`, at path `prefix` of a host, be stood in for in the calls of that host."""
-    module.__dict__[_READS] = (base, prefix)
+    module.__dict__[_READS] = (base_of(host), prefix)
 
 
 def uninstall(module: nn.Module) -> None:
     """Put the class back that `module` had, and its forward if that was patched."""
     if not is_host(module):
         return
-    for name in (BOUND, _READS):
+    for name in (BOUND, _BASE, _READS):
         module.__dict__.pop(name, None)
     patched = module.__dict__.pop(_PATCHED, None)
     if patched is not None:
@@ -248,7 +256,7 @@ def uninstall(module: nn.Module) -> None:
 
 def pristine_copy(module: nn.Module) -> nn.Module:
     """A deep copy of `module` as it was before it was a host."""
-    state = {name: module.__dict__.pop(name) for name in (BOUND, _READS) if name in module.__dict__}
+    state = {name: module.__dict__.pop(name) for name in (BOUND, _BASE, _READS) if name in module.__dict__}
     try:
         new = copy.deepcopy(module)
     finally:

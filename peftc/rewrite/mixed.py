@@ -250,5 +250,5 @@ def _grouped(program: Program, source: Source) -> Code:
             parts = graph.get_attr("parts_by_name")
         follow(graph, node, ops.add_products, operand(node, use.form.x), parts)
         graph.lint()
-        program.made.codes[key] = (Code(graph), ())
-    return program.made.codes[key][0]
+        program.made.codes[key] = Code(graph)
+    return program.made.codes[key]

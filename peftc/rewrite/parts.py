@@ -11,6 +11,7 @@ from peftc.errors import AdapterError, RuleError
 from peftc.graph.sites import Site, WeightSite, canonical, dtype_of
 from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
 from peftc.rewrite.hosts import pristine_copy
+from peftc.rewrite.sharding import is_sharded, whole
 from peftc.rule import Bound, fill
 from peftc.specs import AdapterSpec
 
@@ -92,7 +93,10 @@ class Part:
 
     def __post_init__(self) -> None:
         self.form = form_of(self.edit, self.site)
-        self.__dict__.update({n: v for n, v in self.edit.constants.items() if type(v) is float})
+        # As tensors without dimensions, which torch.compile does not look into; else it would compile anew for each value.
+        for name, value in self.edit.constants.items():
+            if type(value) is float:
+                self.__dict__[name] = torch.tensor(value, dtype=torch.float64, device="cpu")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "form"}
@@ -236,10 +240,19 @@ def _copy_of(module: nn.Module) -> nn.Module:
     """A real copy of `module`, as it was before any rewrite, for an adapter to train."""
     others = module._modules.pop(MODULES_TO_SAVE, None)
     try:
-        return pristine_copy(module)
+        return _gathered(pristine_copy(module))
     finally:
         if others is not None:
             module._modules[MODULES_TO_SAVE] = others
+
+
+def _gathered(module: nn.Module) -> nn.Module:
+    """`module` with whole tensors, where those that it was copied from are sharded: nobody gathers the copy's."""
+    for inner in module.modules():
+        for name, tensor in inner._parameters.items():
+            if tensor is not None and is_sharded(tensor):
+                inner._parameters[name] = nn.Parameter(whole(tensor), tensor.requires_grad)
+    return module
 
 
 def _encoder(part: Part, holder: nn.Module, spec: AdapterSpec) -> nn.Module:
@@ -277,11 +290,15 @@ def start(
         if param.init != "rule":
             fill(tensors[param.name], param.init, param.seed)
     if own:
-        _start_by_rule(part, own, tensors, weight)
+        _start_by_rule(part, own, tensors, weight, host._parameters.get("bias"))
 
 
 def _start_by_rule(
-    part: Part, own: list[PlannedParam], tensors: Mapping[str, Tensor], weight: nn.Parameter | None
+    part: Part,
+    own: list[PlannedParam],
+    tensors: Mapping[str, Tensor],
+    weight: nn.Parameter | None,
+    bias: nn.Parameter | None,
 ) -> None:
     edit, rule = part.edit, part.edit.rule
     assert weight is not None, "the rule's check() asks for a weight"
@@ -289,12 +306,18 @@ def _start_by_rule(
     shapes = {param.name: param.shape for param in edit.params if param.init == "rule"}
     try:
         with torch.no_grad():
-            base = canonical(weight.detach(), part.site).float()
-            values = rule.initialise(base, shapes, Bound(edit.constants))
+            base = wide(canonical(weight.detach(), part.site))
+            lazy = {"bias": lambda: None if bias is None else wide(bias.detach())}
+            values = rule.initialise(base, shapes, Bound(edit.constants, lazy))
             for param in own:
                 tensors[param.name].copy_(values[param.name])
     except (NotImplementedError, KeyError, RuntimeError, TypeError) as error:
         raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}.initialise) at {edit.site}: {error!r}") from error
+
+
+def wide(weight: Tensor) -> Tensor:
+    """`weight` in float32 at least, as rules get it to start from."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def detach(edit: Edit, holder: nn.Module, root: nn.Module) -> None:

@@ -11,10 +11,10 @@ from peftc.errors import AdapterError
 from peftc.graph.region import Region
 from peftc.graph.sites import modules_at
 from peftc.plan import Edit, Plan
-from peftc.rewrite.hosts import BOUND, Binding
+from peftc.rewrite.hosts import BOUND, Binding, Code
 from peftc.rewrite.overlay import Overlay
 from peftc.rewrite.parts import Adapter
-from peftc.rewrite.passes import Pass, Ran
+from peftc.rewrite.passes import Pass
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class Given:
 
 @dataclass
 class Made:
-    """What was made so far and can be made again: `codes` by what they are made of, with what every pass did to each;
-    `layouts`, what all hosts run, by the names that are active; `families`, which edits mixed batches run together.
+    """What was made so far and can be made again: `codes` by what they are made of; `layouts`, what all hosts run, by the
+    names that are active; `mixed`, what they run in batches of several, by the set of names.
     """
 
-    codes: dict[Any, tuple[Any, tuple[Ran, ...]]] = field(default_factory=dict[Any, tuple[Any, tuple[Ran, ...]]])
+    codes: dict[Any, Code] = field(default_factory=dict[Any, Code])
     layouts: dict[Any, dict[str, Binding]] = field(default_factory=dict[Any, dict[str, Binding]])
     mixed: dict[Any, Any] = field(default_factory=dict[Any, Any])
 
@@ -71,7 +71,8 @@ class Program:
 
     `plan` and `regions` are of all `adapters`. `active`: which are spliced in, in load order, unless merged or the program
     is not `enabled`; `learning`: whose parameters train. `calls`: how many calls with adapter_names are running.
-    `inplace`: the base is the very model that was given; `unloaded`: it has been given back. `passes` run over every graph.
+    `inplace`: the base is the very model that was given; `unloaded`: it has been given back; `watching`: its rules see the
+    steps of optimisers. `passes` run over every graph.
     `modules`: those of sites, holders and hosts by fqn, looked up once; `installed`: what every host runs now.
     """
 
@@ -85,6 +86,7 @@ class Program:
     calls: int = 0
     inplace: bool = False
     unloaded: bool = False
+    watching: bool = False
     passes: tuple[Pass, ...] = ()
     overlay: Overlay = field(default_factory=Overlay)
     merge: Merged = field(default_factory=Merged)
@@ -96,13 +98,15 @@ class Program:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Program":
         require_no_call(self)
         own = ("base", "adapters", "overlay", "merge", "given")
-        new = replace(self, **{name: copy.deepcopy(getattr(self, name), memo) for name in own}, made=Made())
+        new = replace(
+            self, **{name: copy.deepcopy(getattr(self, name), memo) for name in own}, made=Made(), watching=False
+        )
         new.look_up()
         return new
 
     def __getstate__(self) -> dict[str, Any]:
         require_no_call(self)
-        return {**self.__dict__, "made": Made(), "modules": {}, "installed": {}}
+        return {**self.__dict__, "made": Made(), "modules": {}, "installed": {}, "watching": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

@@ -17,7 +17,7 @@ from torch.utils import checkpoint as checkpoint_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from peftc.errors import AdapterError
-from peftc.rewrite.hosts import Binding, Unbound
+from peftc.rewrite.hosts import Binding, base_of
 from peftc.rewrite.parts import Part
 from peftc.rule import Bound
 
@@ -91,7 +91,7 @@ class Routed:
     """
 
     def __init__(self, host: nn.Module, plain: Binding | None, root: bool) -> None:
-        self.base, self.plain, self.root = Unbound(host), plain, root
+        self.base, self.plain, self.root = base_of(host), plain, root
         self.run = _routed
 
 
@@ -187,10 +187,7 @@ def _factors(part: Partition, parts: Mapping[str, Part]) -> tuple[Tensor, Tensor
 
 
 def _of(part: Part) -> tuple[Tensor, Tensor, float]:
-    numbers = {
-        name: getattr(part, name) if type(value) is float else value for name, value in part.edit.constants.items()
-    }
-    factors = part.edit.rule.factors(Bound({**part.tensors(), **numbers}))
+    factors = part.edit.rule.factors(Bound({**part.tensors(), **part.edit.constants}))
     assert factors is not None, "that decides which parts come here"
     return factors.up, factors.down, factors.scale
 
@@ -209,7 +206,7 @@ class ByRow:
     """A host that is called for every adapter on its own rows, with that adapter's own code: `bindings` by name."""
 
     def __init__(self, host: nn.Module, bindings: Mapping[str, Binding]) -> None:
-        self.base, self.bindings = Unbound(host), bindings
+        self.base, self.bindings = base_of(host), bindings
         self.run = _by_row
 
 

@@ -17,9 +17,9 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, detached; any other as it is."""
-    sharded: Any = tensor
-    return sharded.detach().full_tensor() if is_sharded(tensor) else tensor
+    """The whole of a tensor, detached: gathered, if it is sharded."""
+    sharded: Any = tensor.detach()
+    return sharded.full_tensor() if is_sharded(tensor) else sharded
 
 
 def own(tensor: Tensor) -> Tensor:

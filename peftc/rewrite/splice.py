@@ -73,7 +73,7 @@ def splice(source: Source, active: Mapping[str, Sequence[Active]]) -> fx.Graph:
                 with marked(graph, edits[0], "splice"):
                     own(graph, node, edits)
     for node in reversed(graph.nodes):
-        if node.op == "get_attr" and not node.users:
+        if not node.users and (node.op == "get_attr" or ORIGIN in node.meta) and node.op != "output":
             graph.erase_node(node)
     graph.lint()
     return graph
@@ -160,10 +160,13 @@ def _folded(place: _Place, edits: Sequence[Active], function: str, path: str) ->
     stored = fx.Proxy(place.graph.get_attr(f"{HOST}.{path}"), place.tracer)
     turned = function == "weight" and place.site.layout == "in_out"
     value = stored.mT if turned else stored
+    if dtype_of(place.site.dtype).itemsize == 2:
+        value = value.to(torch.float32)  # A fold is computed in float32 at least, and cast once.
     for active in edits:
         with marked(place.graph, active, function):
             value = _traced(active, function, value, _bound(place, active, {"weight": lambda v=value: v}, wide=True))
-    return (value.mT if turned else value).to(stored.dtype).node
+    # Stored as it was also in memory: the bits of a product depend on how its operands lie.
+    return (value.mT.contiguous() if turned else value).to(stored.dtype).node
 
 
 def _with_weights(place: _Place, new: Mapping[str, fx.Node]) -> _Place:
@@ -206,7 +209,8 @@ def _replace_input_and_output(place: _Place, node: fx.Node, edits: Sequence[Acti
             with graph.inserting_before(y.next):
                 y = _apply(place, active, [*before, *edits[:number]], "output", own_x, y)
     if y is not node:
-        with graph.inserting_before(y.next):
+        last = next(active for active in reversed(edits) if "output" in active.edit.slots)
+        with graph.inserting_before(y.next), marked(graph, last, "output"):
             # In the dtype of the op's own output, whatever the adapter's.
             y = fx.Proxy(y, place.tracer).to(fx.Proxy(node, place.tracer).dtype).node
         for user in users:

@@ -101,7 +101,7 @@ def binding_of(program: Program, region: Region, parts: Mapping[str, Sequence[Pa
     key = (region.source, tuple((site, tuple(part.form for part in group)) for site, group in parts.items()))
     found = program.made.codes.get(key)
     if found is not None:
-        return Binding(found[0], host, flat)
+        return Binding(found, host, flat)
     numbered = iter(range(len(flat)))
     active = {
         site: [Active(part.edit, part.site, f"a{next(numbered)}") for part in group] for site, group in parts.items()
@@ -112,6 +112,7 @@ def binding_of(program: Program, region: Region, parts: Mapping[str, Sequence[Pa
     single = flat[0].site if len(region.source.anchors) == 1 and not region.source.opaque else None
     example = example_for(single) if isinstance(single, WeightSite) else None
     graph, ran = rewritten(region.source, active, program.passes, root, example)
-    code = Code(graph)
-    program.made.codes[key] = (code, ran)
+    code = Code(graph, ran)
+    # Constants that the rule does not use, and names, make no other code.
+    code = program.made.codes[key] = program.made.codes.setdefault((region.source, code.text), code)
     return Binding(code, host, flat)

@@ -26,6 +26,7 @@ from peftc.merge.merge import require_mergeable
 from peftc.merge.undo import owner_of
 from peftc.plan import Edit, PlannedParam
 from peftc.rewrite.build import build, require_applicable
+from peftc.rewrite.parts import wide
 from peftc.rewrite.program import Program
 from peftc.rewrite.switch import activate
 from peftc.rule import Bound, Combination, Part
@@ -173,7 +174,7 @@ def _loaded(work: Work, edit: Edit, param: PlannedParam) -> Tensor:
     assert stored is not None, "required before"
     weight = file_of(work, stored)[stored]
     shapes = {own.name: own.shape for own in edit.params if own.init == "rule"}
-    return edit.rule.initialise(canonical(weight, site).float(), shapes, Bound(edit.constants))[param.name].to(dtype)
+    return edit.rule.initialise(wide(canonical(weight, site)), shapes, Bound(edit.constants))[param.name].to(dtype)
 
 
 def _require_starts(work: Work) -> None:

@@ -19,10 +19,10 @@ from torch import Tensor
 
 import peftc
 from peftc.checkpoint import atomic
-from tests.checkpoint.test_files import llama, saved
-from tests.laws.strategies import assert_unchanged, snapshot
-from tests.models import tiny
-from tests.stream.checkpoints import hashes
+from tests.support.adapters import saved
+from tests.support.checkpoints import hashes
+from tests.support.models import llama, tiny
+from tests.support.snapshots import assert_unchanged, snapshot
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Spoil = Callable[[Path], None]

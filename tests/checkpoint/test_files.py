@@ -12,23 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import peftc
-from tests.laws.strategies import assert_unchanged, snapshot
-from tests.models import Everything, tiny, token_ids
-from tests.rewrite.test_models import perturb
-
-
-def llama() -> Any:
-    """Always the same model: an adapter is refused on another base."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return tiny("llama")
-
-
-def saved(folder: Path, **fields: Any) -> peftc.CompiledModel:
-    spec = peftc.LoraConfig(**{"target_modules": ["q_proj", "v_proj"], "r": 2, "task_type": "CAUSAL_LM", **fields})
-    compiled = perturb(peftc.compile(llama(), spec))
-    compiled.save_pretrained(folder)
-    return compiled
+from tests.support.adapters import perturb, saved
+from tests.support.models import Everything, llama, tiny, token_ids
+from tests.support.snapshots import assert_unchanged, snapshot
 
 
 def test_the_files_are_those_of_peft(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from hypothesis import given, settings
 
 import peftc
 from peftc.checkpoint.tensor_file import read_tensors
-from tests.models import tiny
-from tests.rewrite.test_models import perturb
-from tests.stream.checkpoints import hashes
+from tests.support.adapters import perturb
+from tests.support.checkpoints import hashes
+from tests.support.models import tiny
 
 T = TypeVar("T")
 FILES = ("adapter_model.safetensors", "adapter_config.json", "prompt_encoder.safetensors")

@@ -14,10 +14,10 @@ from huggingface_hub import HfApi
 from torch import nn
 
 import peftc
-from tests.checkpoint.hub_server import TOKEN, Hub, hub
-from tests.laws.strategies import assert_unchanged, snapshot
-from tests.models import tiny, token_ids
-from tests.rewrite.test_models import perturb
+from tests.support.adapters import perturb
+from tests.support.hub_server import TOKEN, Hub, hub
+from tests.support.models import tiny, token_ids
+from tests.support.snapshots import assert_unchanged, snapshot
 
 REPO = "user/repo"
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors"}

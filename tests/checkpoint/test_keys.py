@@ -11,10 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peftc
-from tests.checkpoint.test_files import llama, saved
-from tests.models import inputs_for, tiny
-from tests.rewrite.test_models import perturb
-from tests.stream.checkpoints import model_of
+from tests.support.adapters import perturb, saved
+from tests.support.models import inputs_for, llama, model_of, tiny
 
 PREFIX = "base_model.model."
 

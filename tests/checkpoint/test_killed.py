@@ -13,10 +13,10 @@ import torch
 import peftc
 from peftc.checkpoint import read_adapter
 from peftc.checkpoint.atomic import settle
-from tests.killing import changes_made, kill_at, started
-from tests.models import tiny
-from tests.rewrite.test_models import perturb
-from tests.stream.checkpoints import hashes
+from tests.support.adapters import perturb
+from tests.support.checkpoints import hashes
+from tests.support.killing import changes_made, kill_at, started
+from tests.support.models import tiny
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "prompt_encoder.safetensors")
 

@@ -11,8 +11,9 @@ import torch
 
 import peftc
 from peftc.checkpoint import atomic
-from tests.checkpoint.test_files import llama, saved
-from tests.stream.checkpoints import hashes
+from tests.support.adapters import saved
+from tests.support.checkpoints import hashes
+from tests.support.models import llama
 
 
 def claim(folder: Path, order: Any) -> Path:

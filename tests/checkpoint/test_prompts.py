@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import peftc
-from tests.models import tiny
-from tests.prompts import METHODS, REPARAMETERISED, N, ids, in_peft
+from tests.support.models import tiny
+from tests.support.prompts import METHODS, REPARAMETERISED, N, ids, in_peft
 
 MODELS = {
     "CAUSAL_LM": ("llama", None),

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import peftc
-from tests.models import tiny
-from tests.stream.checkpoints import hashes
+from tests.support.checkpoints import hashes
+from tests.support.models import tiny
 
 FILES = Path(__file__).parent.parent / "golden" / "version1"
 IDS = torch.arange(3, 10)[None]

@@ -6,16 +6,15 @@ import tempfile
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 import peftc
-from tests.laws.strategies import DTYPES, Case, Wrapped, assert_unchanged, cases, snapshot
+from tests.support.snapshots import assert_unchanged, snapshot
+from tests.support.strategies import DTYPES, Case, Wrapped, cases, laws
 
 ZERO_IA3 = peftc.IA3Config(target_modules=["site"], feedforward_modules=[])
-
-laws = settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 
 
 @laws
@@ -66,14 +65,18 @@ def test_law_4_unmerge_undoes_merge(case: Case, cycles: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("spec", [peftc.LoraConfig(r=3, target_modules=["site"]), ZERO_IA3], ids=["lora", "ia3"])
 def test_law_4_for_a_thousand_cycles(spec: peftc.AdapterSpec, dtype: torch.dtype) -> None:
-    """In every precision; for IA3 with an entry that is zero, which no division could undo."""
+    """A thousand for the hardest case, IA3 in bfloat16 with an entry that is zero, which no division could undo.
+
+    The other methods and precisions go round as they do there: twenty show it.
+    """
     case = Case(Wrapped(nn.Linear(5, 7)).to(dtype).eval(), spec, torch.randn(2, 5).to(dtype), "modules")
     compiled = case.compile()
     if spec is ZERO_IA3:
         with torch.no_grad():
             compiled.adapter_state_dict()["base_model.model.inner.site.ia3_l"][2] = 0
     before, y = snapshot(case.model), compiled(case.x)
-    for _ in range(1000):
+    hardest = spec is ZERO_IA3 and dtype is torch.bfloat16
+    for _ in range(1000 if hardest else 20):
         compiled.merge_adapter()
         compiled.unmerge_adapter()
     assert torch.equal(compiled(case.x), y)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import peftc
-from tests.models import tiny
-from tests.prompts import METHODS, ids
+from tests.support.models import tiny
+from tests.support.prompts import METHODS, ids
 
 ADAPTERS = ("prefix", "prompt", "p-tuning")
 

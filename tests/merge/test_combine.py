@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import peftc
-from tests.laws.strategies import assert_unchanged, snapshot
-from tests.laws.test_laws import laws
-from tests.models import Everything, token_ids
-from tests.rewrite.test_models import perturb
+from tests.support.adapters import perturb
+from tests.support.models import Everything, token_ids
+from tests.support.snapshots import assert_unchanged, snapshot
+from tests.support.strategies import laws
 
 LINEARS = ["linear", "transposed", "embed", "conv1d", "conv2d", "conv3d"]
 
@@ -207,7 +207,7 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(case: str) -> None:
         "biased": peftc.LoraConfig(target_modules=["linear"], r=2, bias="lora_only"),
     }
     if case == "prompt":
-        from tests.models import tiny
+        from tests.support.models import tiny
 
         compiled = peftc.compile(
             tiny("llama"), {"p": peftc.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")}

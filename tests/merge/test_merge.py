@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 import peftc
 from peftc.merge.fold import is_finite
-from tests.laws.strategies import assert_unchanged, snapshot
-from tests.models import Everything, Net, tiny, token_ids
-from tests.rewrite.test_models import perturb
+from tests.support.adapters import perturb
+from tests.support.models import Everything, Net, tiny, token_ids
+from tests.support.snapshots import assert_unchanged, snapshot
 
 ALL = ["embed", "linear", "transposed", "conv1d", "conv2d", "conv3d"]
 

@@ -16,10 +16,10 @@ from torch import nn
 
 import peftc
 from peftc.merge import fold, undo
-from tests.laws.strategies import DTYPES, Case, assert_unchanged, cases, snapshot
-from tests.laws.test_laws import laws
-from tests.models import Everything, Net, tiny, token_ids
-from tests.rewrite.test_models import perturb
+from tests.support.adapters import perturb
+from tests.support.models import Everything, Net, tiny, token_ids
+from tests.support.snapshots import assert_unchanged, snapshot
+from tests.support.strategies import DTYPES, Case, cases, laws
 
 merging = sys.modules["peftc.merge.merge"]  # The package has a function of that name.
 ALL = ["embed", "linear", "transposed", "conv1d", "conv2d", "conv3d"]

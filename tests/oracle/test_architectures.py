@@ -12,8 +12,8 @@ from peft.utils import constants
 
 import peftc
 from peftc.architectures import families
-from tests.models import ARCHITECTURES, inputs_for, tiny
-from tests.oracle.compare import FLOAT64, SEVERAL_LAYERS, assert_same_function, randomise, to_peft
+from tests.support.compare import FLOAT64, SEVERAL_LAYERS, assert_same_function, randomise, to_peft
+from tests.support.models import ARCHITECTURES, inputs_for, tiny
 
 LISTS = {
     "llama": ["q_proj", "mlp.down_proj", "embed_tokens"],

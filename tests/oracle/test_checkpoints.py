@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import peftc
-from tests.models import tiny
-from tests.oracle.compare import assert_close
-from tests.oracle.interchange import ALL, CASES, PROMPTS, SERVED, Bench, config_in, lora, perturbed, quietly, write
-from tests.oracle.releases import EARLY, OLDEST, REFUSED, RELEASES, config_of
+from tests.support.compare import assert_close
+from tests.support.interchange import ALL, CASES, PROMPTS, SERVED, Bench, config_in, lora, perturbed, quietly, write
+from tests.support.models import tiny
+from tests.support.releases import EARLY, OLDEST, REFUSED, RELEASES, config_of
 
 
 def assert_equal_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

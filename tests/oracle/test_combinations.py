@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import peftc
-from tests.models import Everything, tiny
-from tests.oracle.compare import randomise, to_peft
+from tests.support.compare import randomise, to_peft
+from tests.support.models import Everything, tiny
 
 TARGETS = ["linear", "transposed", "conv2d", "embed"]
 PRUNED = {"density": 0.4}

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 import peftc
-from tests.models import Everything, Net, tiny, token_ids
-from tests.oracle.compare import (
+from tests.support.compare import (
     FLOAT64,
     SEVERAL_LAYERS,
     TOLERANCE,
@@ -21,6 +20,7 @@ from tests.oracle.compare import (
     randomise,
     to_peft,
 )
+from tests.support.models import Everything, Net, tiny, token_ids
 
 LAYERS = ["embed", "linear", "transposed", "conv1d", "conv2d", "conv3d"]
 

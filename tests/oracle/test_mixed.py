@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import peftc
-from tests.models import inputs_for, tiny
-from tests.oracle.compare import assert_close, first_tensor, randomise, to_peft
-from tests.prompts import generated
+from tests.support.compare import assert_close, first_tensor, randomise, to_peft
+from tests.support.models import inputs_for, tiny
+from tests.support.prompts import generated
 
 NAMES = ["first", "__base__", "second", "first", "third"]
 TARGETS = {

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import peftc
-from tests.models import CAUSAL, ENCODERS, SEQ2SEQ, tiny
-from tests.oracle.compare import assert_close
-from tests.prompts import IN_CACHE, METHODS, N, generated, ids, in_peft, padded
+from tests.support.compare import assert_close
+from tests.support.models import CAUSAL, ENCODERS, SEQ2SEQ, tiny
+from tests.support.prompts import IN_CACHE, METHODS, N, generated, ids, in_peft, padded
 
 TASKS = {
     "SEQ_CLS": "AutoModelForSequenceClassification",

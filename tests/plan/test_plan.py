@@ -11,9 +11,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftc
 from peftc.view.text import ranges, render, span
-from tests.laws.strategies import snapshot
-from tests.models import Everything, Net, tiny
-from tests.prompts import METHODS
+from tests.support.models import Everything, Net, tiny
+from tests.support.prompts import METHODS
+from tests.support.snapshots import snapshot
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import peftc
-from tests.laws.strategies import assert_unchanged, snapshot
-from tests.models import Everything, Net, tiny, token_ids
-from tests.rewrite.test_models import perturb
+from tests.support.adapters import perturb
+from tests.support.models import Everything, Net, tiny, token_ids
+from tests.support.snapshots import assert_unchanged, snapshot
 
 
 def two() -> peftc.CompiledModel:

@@ -13,9 +13,9 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_f
 from torch import Tensor, nn
 
 import peftc
-from tests.laws.strategies import assert_unchanged, snapshot
-from tests.models import Everything, QuantisedLinear, tiny, token_ids
-from tests.rewrite.test_models import lora, perturb
+from tests.support.adapters import lora, perturb
+from tests.support.models import Everything, QuantisedLinear, tiny, token_ids
+from tests.support.snapshots import assert_unchanged, snapshot
 
 
 class MLP(nn.Module):
@@ -432,7 +432,7 @@ DECLARATIONS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(("changes", "message"), DECLARATIONS.values(), ids=DECLARATIONS)
 def test_rules_that_declare_nonsense(changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.made_up_method import Gated, GatedConfig
+    from tests.support.made_up_method import Gated, GatedConfig
 
     rule = Gated()
     peftc.register(rule)
@@ -447,7 +447,7 @@ def test_rules_that_declare_nonsense(changes: dict[str, Any], message: str, monk
 
 @pytest.mark.parametrize("fault", ["shape", "in place"])
 def test_folds_that_misbehave(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests.made_up_method import Gated, GatedConfig
+    from tests.support.made_up_method import Gated, GatedConfig
 
     rule = Gated()
     monkeypatch.setattr(rule, "weight", lambda weight, p: weight[:1] if fault == "shape" else weight.mul_(2))

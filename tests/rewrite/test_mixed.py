@@ -12,10 +12,10 @@ import transformers
 from torch import Tensor, nn
 
 import peftc
-from tests.laws.strategies import assert_unchanged, snapshot
-from tests.models import Everything, Net, inputs_for, tiny, token_ids
-from tests.prompts import generated
-from tests.rewrite.test_models import perturb
+from tests.support.adapters import perturb
+from tests.support.models import Everything, Net, inputs_for, tiny, token_ids
+from tests.support.prompts import generated
+from tests.support.snapshots import assert_unchanged, snapshot
 
 ROWS = ["a", "__base__", "b", "c", "a", "b", "b"]
 TARGETS = {

@@ -11,21 +11,9 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 
 import peftc
-from tests.laws.strategies import assert_unchanged, snapshot
-from tests.models import Everything, Net, QuantisedLinear, tiny, token_ids
-
-
-def perturb(compiled: peftc.CompiledModel) -> peftc.CompiledModel:
-    with torch.no_grad():
-        for name in compiled.peft_config:
-            for tensor in compiled.adapter_state_dict(name).values():
-                if tensor.is_floating_point():
-                    tensor.add_(0.3 * torch.randn(tensor.shape).to(tensor.dtype))
-    return compiled
-
-
-def lora(*targets: str, **fields: Any) -> peftc.LoraConfig:
-    return peftc.LoraConfig(target_modules=list(targets), r=4, **fields)
+from tests.support.adapters import lora, perturb
+from tests.support.models import Everything, Net, QuantisedLinear, tiny, token_ids
+from tests.support.snapshots import assert_unchanged, snapshot
 
 
 class TestLentWeights:

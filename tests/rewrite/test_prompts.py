@@ -14,9 +14,9 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import DynamicCache, Trainer, TrainingArguments
 
 import peftc
-from tests.laws.strategies import assert_unchanged, snapshot
-from tests.models import CAUSAL, SEQ2SEQ, inputs_for, tiny
-from tests.prompts import IN_CACHE, METHODS, N, generated, ids, padded
+from tests.support.models import CAUSAL, SEQ2SEQ, inputs_for, tiny
+from tests.support.prompts import IN_CACHE, METHODS, N, generated, ids, padded
+from tests.support.snapshots import assert_unchanged, snapshot
 
 LORA = peftc.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
 IA3 = peftc.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False)
@@ -374,21 +374,16 @@ def test_dtypes(method: str, dtype: torch.dtype) -> None:
             assert torch.isfinite(compiled(input_ids=ids(), labels=ids()).loss)
 
 
+@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize("method", METHODS)
-def test_distributed_data_parallel(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_distributed_data_parallel(method: str) -> None:
     """Every parameter that learns takes part in every step, which DDP insists on."""
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", "29512")
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
-    try:
-        for model_type, task in (("llama", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM")):
-            compiled = peftc.compile(tiny(model_type), METHODS[method](task))
-            wrapped = DistributedDataParallel(compiled)
-            for _ in range(2):
-                wrapped(input_ids=ids(), labels=ids()).loss.backward()
-            assert all(p.grad is not None for p in compiled.parameters() if p.requires_grad)
-    finally:
-        torch.distributed.destroy_process_group()
+    for model_type, task in (("llama", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM")):
+        compiled = peftc.compile(tiny(model_type), METHODS[method](task))
+        wrapped = DistributedDataParallel(compiled)
+        for _ in range(2):
+            wrapped(input_ids=ids(), labels=ids()).loss.backward()
+        assert all(p.grad is not None for p in compiled.parameters() if p.requires_grad)
 
 
 def test_a_pipeline_labels_the_callers_tokens(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """What people do with a compiled model: train it, checkpoint gradients, torch.compile it, hand it to a Trainer, DDP."""
 
 import copy
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import peftc
-from tests.models import Everything, Net, inputs_for, tiny, token_ids
+from tests.support.models import Everything, Net, inputs_for, tiny, token_ids
 
 
 def compiled_llama(**fields: Any) -> peftc.CompiledModel:
@@ -129,16 +128,12 @@ def test_the_trainer_trains_it(tmp_path: Path) -> None:
     torch.testing.assert_close(again(ids).logits, compiled.eval()(ids).logits)
 
 
+@pytest.mark.usefixtures("process_group")
 def test_data_parallel_wrapping() -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="29511")
-    torch.distributed.init_process_group("gloo", rank=0, world_size=1)
-    try:
-        compiled, alone = compiled_llama(), compiled_llama()
-        alone.load_state_dict(compiled.state_dict())
-        alone.base.load_state_dict(compiled.base.state_dict())
-        assert train(DistributedDataParallel(compiled), 3) == pytest.approx(train(alone, 3), rel=1e-6)
-    finally:
-        torch.distributed.destroy_process_group()
+    compiled, alone = compiled_llama(), compiled_llama()
+    alone.load_state_dict(compiled.state_dict())
+    alone.base.load_state_dict(compiled.base.state_dict())
+    assert train(DistributedDataParallel(compiled), 3) == pytest.approx(train(alone, 3), rel=1e-6)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "bert", "t5", "vit", "whisper"])

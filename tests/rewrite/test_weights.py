@@ -12,9 +12,10 @@ import transformers
 from torch import Tensor, nn
 
 import peftc
-from tests.laws.strategies import assert_unchanged, snapshot
-from tests.oracle.compare import assert_close, first_tensor, randomise, to_peft
-from tests.rewrite.test_models import perturb
+from tests.support.adapters import perturb
+from tests.support.compare import assert_close, first_tensor, randomise, to_peft
+from tests.support.models import Attending
+from tests.support.snapshots import assert_unchanged, snapshot
 
 _SMALL: dict[str, Any] = {
     "vocab_size": 64,
@@ -23,19 +24,6 @@ _SMALL: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
-
-
-class Attending(nn.Module):
-    """An attention of torch's own, and a head."""
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__()
-        self.attn = nn.MultiheadAttention(16, 4, batch_first=True, **options)
-        self.head = nn.Linear(16, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        keys, values = (x[..., : self.attn.kdim or 16], x[..., : self.attn.vdim or 16])
-        return self.head(self.attn(x, keys, values, need_weights=False)[0])
 
 
 def mixtral() -> nn.Module:

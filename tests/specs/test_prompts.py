@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import peftc
-from tests.models import tiny
-from tests.prompts import METHODS, N
+from tests.support.models import tiny
+from tests.support.prompts import METHODS, N
 
 BOTH = (
     (peftc.PrefixTuningConfig, peft.PrefixTuningConfig),

@@ -11,8 +11,9 @@ import torch
 
 import peftc
 from peftc.stream import tiles, write
-from tests.killing import changes_made, finish, kill_at
-from tests.stream.checkpoints import adapter_on_disk, assert_same_files, base_on_disk, model_of
+from tests.support.checkpoints import adapter_on_disk, assert_same_files, base_on_disk
+from tests.support.killing import changes_made, finish, kill_at
+from tests.support.models import model_of
 
 MOMENTS = 200
 

@@ -12,15 +12,15 @@ from torch import nn
 import peftc
 from peftc.merge import fold
 from peftc.stream import tiles
-from tests.models import Everything, token_ids
-from tests.stream.checkpoints import (
+from tests.support.checkpoints import (
     adapter_on_disk,
     assert_same_files,
     base_on_disk,
     hashes,
     merged_in_memory,
-    model_of,
+    on_disk,
 )
+from tests.support.models import Everything, model_of, token_ids
 
 OURS = ("peftc_merge.json", "peftc_undo")
 
@@ -119,12 +119,6 @@ def test_a_tie_is_cut_on_request(kind: str, shard: str, tmp_path: Path) -> None:
         assert_same_files(tmp_path / "disk", tmp_path / "memory", OURS)
     peftc.unmerge_checkpoint(tmp_path / "disk", tmp_path / "back", progress=False)
     assert_same_files(tmp_path / "back", tmp_path / "base")
-
-
-def on_disk(model: nn.Module, folder: Path) -> Path:
-    folder.mkdir()
-    save_file(model.state_dict(), folder / "model.safetensors")
-    return folder
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["from names", "model="])

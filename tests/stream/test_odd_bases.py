@@ -14,15 +14,15 @@ from transformers.pytorch_utils import Conv1D
 
 import peftc
 from peftc.stream import changes, job, layout, merge
-from tests.stream.checkpoints import (
+from tests.support.checkpoints import (
     adapter_on_disk,
     assert_same_files,
     base_on_disk,
     hashes,
     merged_in_memory,
-    model_of,
+    on_disk,
 )
-from tests.stream.test_merge_checkpoint import on_disk
+from tests.support.models import model_of
 
 INDEX = "model.safetensors.index.json"
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import peftc
 from peftc.checkpoint.atomic import locked
 from peftc.stream import write
-from tests.stream.checkpoints import adapter_on_disk, assert_same_files, base_on_disk, hashes, model_of
+from tests.support.checkpoints import adapter_on_disk, assert_same_files, base_on_disk, hashes
+from tests.support.models import model_of
 
 INDEX = "model.safetensors.index.json"
 

@@ -74,6 +74,19 @@ class QuantisedLinear(nn.Module):
         return x @ (self.qweight * self.scale).T
 
 
+class Attending(nn.Module):
+    """An attention of torch's own, and a head."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(16, 4, batch_first=True, **options)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys, values = (x[..., : self.attn.kdim or 16], x[..., : self.attn.vdim or 16])
+        return self.head(self.attn(x, keys, values, need_weights=False)[0])
+
+
 _DECODER: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -217,6 +230,18 @@ def tiny(model_type: str, auto: str | None = None, **changes: Any) -> Any:
     """A tiny random transformers model in eval mode."""
     config = transformers.AutoConfig.for_model(model_type, **{**_SIZES[model_type], **changes})
     return getattr(transformers, auto or _CLASSES[model_type]).from_config(config).eval()
+
+
+def model_of(kind: str, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
+    """A seeded model in training's dtype."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return tiny(kind, **fields).to(dtype).eval()
+
+
+def llama() -> Any:
+    """Always the same model: an adapter is refused on another base."""
+    return model_of("llama")
 
 
 def inputs_for(model_type: str) -> dict[str, Tensor]:

@@ -13,9 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import peftc
-from tests.models import Everything, inputs_for, tiny, token_ids
-from tests.oracle.compare import FLOAT64, SEVERAL_LAYERS, assert_close, first_tensor
-from tests.rewrite.test_weights import Attending
+from tests.support.compare import FLOAT64, SEVERAL_LAYERS, assert_close, first_tensor
+from tests.support.models import Attending, Everything, inputs_for, tiny, token_ids
 
 CONFIGS = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING
 LAYERS = ["embed", "linear", "transposed", "conv1d", "conv2d", "conv3d"]

@@ -6,18 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import peftc
-from tests.models import tiny
-from tests.rewrite.test_models import perturb
-
-
-def model_of(kind: str, dtype: torch.dtype = torch.float32, **fields: Any) -> Any:
-    """A seeded model in training's dtype."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return tiny(kind, **fields).to(dtype).eval()
+from tests.support.adapters import perturb
 
 
 def base_on_disk(model: Any, folder: Path, shard: str = "60KB") -> Any:
@@ -26,6 +19,13 @@ def base_on_disk(model: Any, folder: Path, shard: str = "60KB") -> Any:
     loaded = type(model).from_pretrained(folder / "first", dtype=model.dtype)
     loaded.save_pretrained(folder / "base", max_shard_size=shard)
     return loaded
+
+
+def on_disk(model: nn.Module, folder: Path) -> Path:
+    """Save a model of no library, in one file."""
+    folder.mkdir()
+    save_file(model.state_dict(), folder / "model.safetensors")
+    return folder
 
 
 def adapter_on_disk(model: nn.Module, folder: Path, seed: int = 1, **fields: Any) -> Path:

@@ -1,0 +1,98 @@
+"""What rules do around training: a term of the loss, something after every step, a pass over data before it."""
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from peftc.errors import AdapterError
+from peftc.graph.sites import WeightSite, canonical
+from peftc.rewrite.parts import Part, weight_of, wide
+from peftc.rewrite.program import Program
+from peftc.rule import Bound, Rule
+
+
+def bound(part: Part) -> Bound:
+    """What the rule of `part` gets as `p` outside of a graph: live tensors and numbers."""
+    return Bound({**part.tensors(), **part.edit.constants})
+
+
+def penalty(program: Program) -> Tensor | None:
+    """The sum of what the rules of active adapters add to the loss, or None if they add nothing."""
+    parts = (part for name in program.spliced for part in program.adapters[name].parts.values())
+    terms = [part.edit.rule.penalty(bound(part)) for part in parts if _has(part, "penalty")]
+    given = [term for term in terms if term is not None]
+    return torch.stack([term.reshape(()) for term in given]).sum() if given else None
+
+
+def _has(part: Part, function: str) -> bool:
+    return getattr(type(part.edit.rule), function) is not getattr(Rule, function)
+
+
+def watch_steps(program: Program) -> None:
+    """Let the rules that want it act after every step of an optimiser that holds their parameters."""
+    if program.watching or not any(
+        _has(part, "after_step") for own in program.adapters.values() for part in own.parts.values()
+    ):
+        return
+    reference, steps = weakref.ref(program), weakref.WeakKeyDictionary[Optimizer, int]()
+
+    def stepped(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
+        alive = reference()
+        if alive is None:
+            return
+        held = {id(p) for group in optimiser.param_groups for p in group["params"]}
+        parts = [part for own in alive.adapters.values() for part in own.parts.values() if _has(part, "after_step")]
+        mine = [part for part in parts if any(id(tensor) in held for tensor in part.tensors().values())]
+        if mine:
+            steps[optimiser] = steps.get(optimiser, 0) + 1
+            with torch.no_grad():
+                for part in mine:
+                    part.edit.rule.after_step(part.tensors(), steps[optimiser])
+
+    weakref.finalize(program, register_optimizer_step_post_hook(stepped).remove)
+    program.watching = True
+
+
+def calibrate(program: Program, name: str, batches: Iterable[Any], call: Callable[[Any], Any]) -> None:
+    """Show the inputs of the adapter's sites to its rules, batch by batch, and take the parameters that they make of it.
+
+    `call` runs the base on a batch. Raises AdapterError if no rule of the adapter learns from data.
+    """
+    parts = [part for part in program.adapters[name].parts.values() if _has(part, "calibrate")]
+    if not parts:
+        raise AdapterError(f"calibrate: no rule of {name!r} ({program.adapters[name].spec.peft_type}) learns from data")
+    states: dict[int, Any] = {}
+    handles = [program.modules[part.site.owner].register_forward_pre_hook(_show(part, states)) for part in parts]
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                call(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    unseen = [part.site.fqn for part in parts if id(part) not in states]
+    if unseen:
+        raise AdapterError(f"calibrate: no batch reached {unseen[0]} (and {len(unseen) - 1} more); nothing was changed")
+    with torch.no_grad():
+        made = [(part, _made(program, part, states[id(part)])) for part in parts]
+        for part, values in made:
+            for own, value in values.items():
+                part.tensors()[own].copy_(value)
+
+
+def _show(part: Part, states: dict[int, Any]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def see(_: nn.Module, args: tuple[Any, ...]) -> None:
+        states[id(part)] = part.edit.rule.calibrate(args[0], states.get(id(part)), bound(part))
+
+    return see
+
+
+def _made(program: Program, part: Part, state: Any) -> Mapping[str, Tensor]:
+    weight = weight_of(program.base, part.site)
+    assert weight is not None, "the rule's check() asks for a weight"
+    assert isinstance(part.site, WeightSite), "others have no inputs"
+    return part.edit.rule.calibrated(wide(canonical(weight.detach(), part.site)), state, bound(part))

@@ -1,0 +1,138 @@
+"""What rules do around training: a term of the loss, something after every step, a pass over data before it."""
+
+import copy
+import gc
+import importlib
+import pickle
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peftc
+
+
+class SparseConfig(peftc.AdapterSpec):
+    peft_type: Any = "SPARSE"
+
+
+class Sparse(peftc.Rule[SparseConfig]):
+    """W + D with small D (its penalty), clamped after every step, that starts as the mean of the inputs seen."""
+
+    name, spec, ops, additive = "sparse", SparseConfig, ("linear",), True
+
+    def params(self, spec: SparseConfig, site: Any) -> dict[str, peftc.Param]:
+        return {"delta": peftc.Param((site.out_features, site.in_features))}
+
+    def constants(self, spec: SparseConfig, site: Any) -> dict[str, Any]:
+        return {"strength": 0.5}
+
+    def weight(self, weight: Tensor, p: Any) -> Tensor:
+        return weight + p.delta
+
+    def penalty(self, p: Any) -> Tensor:
+        return p.strength * p.delta.abs().sum()
+
+    def after_step(self, tensors: Mapping[str, Tensor], step: int) -> None:
+        tensors["delta"].clamp_(-0.01 * step, 0.01 * step)
+
+    def calibrate(self, x: Tensor, state: Any, p: Any) -> Any:
+        total, count = state or (0.0, 0)
+        return total + x.flatten(0, -2).sum(0), count + x.flatten(0, -2).shape[0]
+
+    def calibrated(self, weight: Tensor, state: Any, p: Any) -> dict[str, Tensor]:
+        total, count = state
+        return {"delta": (total / count).expand_as(weight)}
+
+
+@pytest.fixture(autouse=True)
+def _registered() -> Iterator[None]:
+    rule = Sparse()
+    peftc.register(rule)
+    yield
+    peftc.unregister(rule)
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3))
+
+
+SPEC = SparseConfig(target_modules=["0", "2"])
+
+
+def test_the_penalty_is_that_of_the_active_adapters_and_learns() -> None:
+    compiled = peftc.compile(model(), {"a": SPEC, "b": SPEC, "c": peftc.LoraConfig(r=1, target_modules=["0"])})
+    with torch.no_grad():
+        compiled.base[0].delta["a"].fill_(0.25)
+        compiled.base[2].delta["b"].fill_(-1.0)
+    assert float(compiled.penalty()) == pytest.approx(0.5 * 16 * 0.25)
+    compiled.penalty().backward()
+    torch.testing.assert_close(compiled.base[0].delta["a"].grad, torch.full((4, 4), 0.5))
+    compiled.set_adapter(["a", "b"])
+    assert float(compiled.penalty()) == pytest.approx(0.5 * (16 * 0.25 + 12))
+    compiled.set_adapter("c")
+    assert compiled.penalty() is None
+    with compiled.disable_adapter():
+        assert compiled.penalty() is None
+
+
+def test_steps_of_an_optimiser_that_holds_the_adapter_are_followed() -> None:
+    compiled = peftc.compile(model(), {"a": SPEC, "b": SPEC})
+    own = [p for p in compiled.parameters() if p.requires_grad]
+    optimiser, other = torch.optim.SGD(own, lr=10.0), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+    for step in (1, 2, 3):
+        compiled(torch.randn(8, 4)).square().sum().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        other.step()
+        assert float(compiled.base[0].delta["a"].detach().abs().max()) == pytest.approx(0.01 * step)
+    assert not compiled.base[0].delta["b"].any()
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "added"])
+def test_steps_of_copies_and_of_adapters_that_come_later_are_followed_too(how: str) -> None:
+    if how == "added":
+        compiled = peftc.compile(model(), peftc.LoraConfig(r=1, target_modules=["0"]))
+        compiled.add_adapter("a", SPEC)
+        compiled.set_adapter("a")
+    else:
+        first = peftc.compile(model(), {"a": SPEC})
+        compiled = copy.deepcopy(first) if how == "deepcopy" else pickle.loads(pickle.dumps(first))
+    optimiser = torch.optim.SGD([p for p in compiled.parameters() if p.requires_grad], lr=10.0)
+    compiled(torch.randn(8, 4)).square().sum().backward()
+    optimiser.step()
+    assert float(compiled.base[0].delta["a"].detach().abs().max()) == pytest.approx(0.01)
+
+
+def test_a_model_that_is_gone_is_not_followed() -> None:
+    hooks = importlib.import_module("torch.optim.optimizer")._global_optimizer_post_hooks
+    gc.collect()
+    before = len(hooks)
+    compiled = peftc.compile(model(), SPEC)
+    assert len(hooks) == before + 1
+    del compiled
+    gc.collect()
+    parameter = nn.Parameter(torch.ones(1))
+    parameter.grad = torch.ones(1)
+    torch.optim.SGD([parameter], lr=1.0).step()
+    assert len(hooks) == before
+
+
+def test_an_adapter_starts_from_data_shown_to_it() -> None:
+    base = model()
+    compiled = peftc.compile(base, SPEC)
+    batches: list[Any] = [torch.randn(5, 4), (torch.randn(2, 4),), {"input": torch.randn(3, 4)}]
+    compiled.calibrate(batches)
+    seen = torch.cat([batches[0], batches[1][0], batches[2]["input"]])
+    torch.testing.assert_close(compiled.base[0].delta["default"][0].detach(), seen.mean(0))
+    inner = torch.relu(base[0](seen)).mean(0)
+    torch.testing.assert_close(compiled.base[2].delta["default"][1].detach(), inner.detach())
+    assert not compiled.base[0]._forward_pre_hooks
+    with pytest.raises(peftc.AdapterError, match=r"no batch reached 0 \(and 1 more\)"):
+        compiled.calibrate([])
+    lora = peftc.compile(base, peftc.LoraConfig(r=1, target_modules=["0"]))
+    with pytest.raises(peftc.AdapterError, match=r"no rule of 'default' \(LORA\) learns from data"):
+        lora.calibrate(batches)
