@@ -47,6 +47,19 @@ def in_peftc(number: int) -> Run:
     return toggle(lambda: model.enable_adapters(True), lambda: model.enable_adapters(False), model, number, OFTEN)
 
 
+def cold(number: int) -> Run:
+    """peftc with `number` adapters, of which each is as if it had not been active before."""
+    spec = peftc.LoraConfig(r=16, target_modules=TARGETS)
+    model = peftc.compile(meta_llama("70B"), {f"a{i}": spec for i in range(number)})
+
+    def run() -> None:
+        for i in range(OFTEN):
+            model.program.made.layouts.clear()
+            model.set_adapter(f"a{i % number}")
+
+    return run, OFTEN
+
+
 def toggle(on: Callable[[], Any], off: Callable[[], Any], model: Any, number: int, often: int) -> Run:
     """`often` switches."""
     first, second = (lambda: model.set_adapter("a0"), lambda: model.set_adapter(f"a{number - 1}"))
@@ -82,6 +95,7 @@ def main(rounds: int = 15) -> None:
     warnings.simplefilter("ignore")
     runs = {"barest loop": barest(), "peft, 1": in_peft(1), "peft, 16": in_peft(16)}
     runs |= {f"peftc, {number}": in_peftc(number) for number in (1, 16, 200)}
+    runs["peftc, 16, cold"] = cold(16)
     seconds = paired({name: run for name, (run, _) in runs.items()}, rounds)
     each = {name: [s / runs[name][1] / SITES for s in own] for name, own in seconds.items()}
     table = Table(title=f"One switch, {SITES} sites, {rounds} rounds of {OFTEN} (peft: 2), 1 thread")

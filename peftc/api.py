@@ -11,7 +11,7 @@ from peftc.graph.region import Capture
 from peftc.lifecycle import planned, require_known, require_unmerged
 from peftc.plan import Plan, require_same
 from peftc.registry import spec_classes
-from peftc.rewrite.build import build, require_applicable
+from peftc.rewrite.build import build, no_collection, require_applicable
 from peftc.rewrite.passes import Pass
 from peftc.specs import AdapterSpec, load_specs
 from peftc.specs import load_spec as _load_spec
@@ -42,15 +42,16 @@ def compile(
     Raises SpecError, NoMatchError, ConflictError, CaptureError, AdapterError (a bad name, or a model compiled already),
     PlanError (the model is not the planned one). Nothing is changed then.
     """
-    if isinstance(spec, Plan):
-        made, regions = planned(model, spec.adapters, spec.capture, spec.autocast_adapter_dtype)
-        require_same(spec, made)
-        made = spec
-    else:
-        specs = load_specs(spec, adapter_name, spec_classes())
-        made, regions = planned(model, specs, capture, autocast_adapter_dtype)
-    require_applicable(made, on_unmatched)
-    return CompiledModel(build(model, made, regions, inplace, fresh=True, passes=passes))
+    with no_collection():
+        if isinstance(spec, Plan):
+            made, regions = planned(model, spec.adapters, spec.capture, spec.autocast_adapter_dtype)
+            require_same(spec, made)
+            made = spec
+        else:
+            specs = load_specs(spec, adapter_name, spec_classes())
+            made, regions = planned(model, specs, capture, autocast_adapter_dtype)
+        require_applicable(made, on_unmatched)
+        return CompiledModel(build(model, made, regions, inplace, fresh=True, passes=passes))
 
 
 def plan(
@@ -62,6 +63,8 @@ def plan(
     autocast_adapter_dtype: bool = True,
 ) -> Plan:
     """What `compile` would change, without changing anything or reading a weight. Arguments as there.
+
+    Example: print(peftc.plan(model, peftc.LoraConfig(target_modules="all-linear")))
 
     Misses and conflicts are in the plan, where `compile` raises. Raises SpecError, NoMatchError (no default targets for
     the model type), CaptureError.
@@ -90,6 +93,8 @@ def get_peft_model_state_dict(
 ) -> dict[str, Tensor]:
     """The tensors of an adapter as its file holds them, by PEFT's keys, without the adapter's name.
 
+    Example: torch.save(peftc.get_peft_model_state_dict(model), "adapter.pt")
+
     `state_dict`: the whole model's, to take them from (gathered from shards). `unwrap_compiled`: `model` is what
     torch.compile returned. Raises AdapterError on an unknown name, CheckpointError if `state_dict` lacks one.
     """
@@ -105,6 +110,8 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
 ) -> LoadResult:
     """Copy tensors by PEFT's keys into an adapter that the model has.
+
+    Example: peftc.set_peft_model_state_dict(model, torch.load("adapter.pt"))
 
     As in PEFT, missing and unexpected keys are left out and reported (with a warning, and in the result); mis-shaped ones
     only with `ignore_mismatched_sizes`. Raises CheckpointError, with nothing copied, on mis-shaped keys, integers, NaN and

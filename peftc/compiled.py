@@ -49,6 +49,12 @@ class CompiledModel(CompiledGraph):
     """A model with adapters. Its own graph is the model's call; `base` is the rewritten model, of the class it had.
 
     Attributes that are not found here are those of `base` (`config`, `device`, …). Made by `compile`.
+
+    Example::
+
+        model = peftc.compile(model, peftc.LoraConfig(r=16, target_modules="all-linear"))
+        model.save_pretrained("adapter")
+        deployed = model.merge_and_unload()
     """
 
     def get_layer_status(self) -> list[LayerStatus]:
@@ -397,6 +403,9 @@ class CompiledModel(CompiledGraph):
         """Compile `model` with an adapter from a folder or a Hub repository: for inference, unless `is_trainable`.
 
         `config` takes the place of the folder's `adapter_config.json`. The rest is as in `compile` and `load_adapter`.
+
+        Example: model = peftc.load(model, "adapter")
+
         Raises CheckpointError, SpecError; the model is not changed then, even with `inplace`.
         """
         folder = locate(model_id, subfolder, **download)

@@ -21,43 +21,78 @@ __all__ = [
 
 
 class PeftcError(Exception):
-    """Base of every error peftc raises on purpose; nothing was changed when one is raised."""
+    """Base of every error peftc raises on purpose; nothing was changed when one is raised.
+
+    Example::
+
+        try:
+            model = peftc.compile(model, spec)
+        except peftc.PeftcError as error:
+            print(error)  # LoraConfig.target_modules: 'q_prj' matches none of 211 sites. Nearest: 'q_proj' (30 sites).
+    """
 
 
 class SpecError(PeftcError):
-    """An adapter spec is malformed: a wrong type, an unknown field, fields that contradict each other."""
+    """An adapter spec is malformed: a wrong type, an unknown field, fields that contradict each other.
+
+    Example: peftc.LoraConfig(r="8")
+    """
 
 
 class CaptureError(PeftcError):
-    """A model, or a module of it, can't be captured as a graph."""
+    """A model, or a module of it, can't be captured as a graph.
+
+    Example: peftc.compile(model_with_control_flow, spec, capture="symbolic")
+    """
 
 
 class RuleError(PeftcError):
-    """A rule is missing, registered twice, or breaks the rule contract."""
+    """A rule is missing, registered twice, or breaks the rule contract.
+
+    Example: peftc.register(a_rule_without_a_name)
+    """
 
 
 class NoMatchError(PeftcError):
-    """A selector, pattern or layer index of a spec matches nothing that can be adapted."""
+    """A selector, pattern or layer index of a spec matches nothing that can be adapted.
+
+    Example: peftc.compile(model, peftc.LoraConfig(target_modules=["q_prj"]))
+    """
 
 
 class ConflictError(PeftcError):
-    """Two edits claim the same place."""
+    """Two edits claim the same place.
+
+    Example: one adapter saves a module whole (modules_to_save) in which another adapts a linear
+    """
 
 
 class PlanError(PeftcError):
-    """A plan can't be read, or was made for another model."""
+    """A plan can't be read, or was made for another model.
+
+    Example: peftc.compile(another_model, plan)
+    """
 
 
 class AdapterError(PeftcError):
-    """An adapter is unknown, exists already, or is not in the state that a call needs."""
+    """An adapter is unknown, exists already, or is not in the state that a call needs.
+
+    Example: model.set_adapter("defualt")
+    """
 
 
 class MergeError(PeftcError):
-    """Adapters can't be folded into the weights, or are merged when they must not be."""
+    """Adapters can't be folded into the weights, or are merged when they must not be.
+
+    Example: model.merge_adapter(), called twice
+    """
 
 
 class CheckpointError(PeftcError):
-    """An adapter file is missing, unreadable, or does not fit the model."""
+    """An adapter file is missing, unreadable, or does not fit the model.
+
+    Example: peftc.load(model, "a/folder/of/another/model")
+    """
 
 
 def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:

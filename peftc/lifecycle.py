@@ -1,9 +1,7 @@
 """Adapters coming and going: what `CompiledModel`'s methods do to its program, all of it or nothing."""
 
-import gc
 import warnings
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,7 +12,7 @@ from peftc.errors import AdapterError, MergeError, nearest
 from peftc.graph.region import Capture, Region
 from peftc.merge.combine import checked, combined_spec, fill, pairs
 from peftc.plan import Plan, make_plan, without
-from peftc.rewrite.build import check_names, extend, parked, remove, require_applicable
+from peftc.rewrite.build import check_names, extend, no_collection, parked, remove, require_applicable
 from peftc.rewrite.program import Program, require_idle
 from peftc.rewrite.switch import activate, emit
 from peftc.rule import Combination
@@ -71,25 +69,13 @@ def add(program: Program, name: str, spec: AdapterSpec, on_unmatched: str, fresh
 
 def load(program: Program, name: str, files: AdapterFiles, strict: bool) -> LoadResult:
     """Attach an adapter, inactive, with the tensors of its files."""
-    with _no_collection():
+    with no_collection():
         add(program, name, respelled_spec(program.base, files.spec, files.tensors), "warn", fresh=False)
         try:
             return fill_from(program, name, files, strict)
         except BaseException:
             _shrink(program, name)
             raise
-
-
-@contextmanager
-def _no_collection() -> Generator[None]:
-    """Thousands of objects are made that stay; looking for garbage among them again and again takes a tenth of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def fill_from(program: Program, name: str, files: AdapterFiles, strict: bool) -> LoadResult:

@@ -33,7 +33,10 @@ def register(rule: Rule[Any]) -> None:
 
 
 def unregister(rule: Rule[Any]) -> None:
-    """Take a registered rule back."""
+    """Take a registered rule back.
+
+    Example: peftc.unregister(rule)
+    """
     if rule not in _extra:
         raise RuleError(f"{_where(rule)} is not registered")
     _extra.remove(rule)

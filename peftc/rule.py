@@ -4,6 +4,7 @@ The plan takes its shapes from a rule, the rewriter its ops, the checkpoint its 
 sees weight layouts, adapter names, devices, checkpoint prefixes or model classes: the engine canonicalises.
 """
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -295,14 +296,30 @@ def validate(
     dropouts: Mapping[str, float],
 ) -> None:
     """Raise RuleError, naming the rule, if a declaration breaks the contract."""
+    types = tuple((name, type(value)) for name, value in constants.items())
+    wrong = _wrong(tuple(slots), tuple(params.items()), types, tuple(dropouts))
+    if wrong:
+        raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}): {'; '.join(wrong)}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _wrong(
+    slots: tuple[str, ...],
+    declared: tuple[tuple[str, Param], ...],
+    constants: tuple[tuple[str, type], ...],
+    dropouts: tuple[str, ...],
+) -> list[str]:
+    """What breaks the contract. Equal layers declare the same, and are looked at once."""
+    params = dict(declared)
     keys = [param.key or name for name, param in params.items()]
     firsts = {key.partition(".")[0] for key in keys}
-    names = [*params, *constants, *dropouts]
-    wrong = [
+    others = [*(name for name, _ in constants), *dropouts]
+    names = [*params, *others]
+    return [
         *(f"slot {slot!r} is none of {', '.join(SLOTS)}" for slot in slots if slot not in SLOTS),
         *([] if params else ["it declares no parameter"]),
         *(f"{name!r} is declared twice" for name in dict.fromkeys(names) if names.count(name) > 1),
-        *(f"{name!r} is declared twice" for name in (*constants, *dropouts) if name in firsts - set(params)),
+        *(f"{name!r} is declared twice" for name in others if name in firsts - set(params)),
         *(f"key {key!r} is used twice" for key in dict.fromkeys(keys) if keys.count(key) > 1),
         *(f"key {key!r} has more than two parts" for key in keys if key.count(".") > 1),
         *(f"{name!r} is a name that modules have" for name in [*keys, *dropouts] if name.partition(".")[0] in _TAKEN),
@@ -313,10 +330,8 @@ def validate(
             for n, p in params.items()
             if len(p.axes or p.shape) != len(p.shape)
         ),
-        *(f"constant {n!r} is a {type(v).__name__}" for n, v in constants.items() if type(v) not in _PLAIN),
+        *(f"constant {name!r} is a {kind.__name__}" for name, kind in constants if kind not in _PLAIN),
     ]
-    if wrong:
-        raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}): {'; '.join(wrong)}")
 
 
 _PLAIN = (float, int, bool, str, tuple)

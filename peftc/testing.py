@@ -232,7 +232,7 @@ def _gradients(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
 def _by_weight(compiled: Any, part: Any, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
     """The model's output with the weight and bias that the rule's own algebra gives."""
     site, base = cast(WeightSite, part.site), compiled.base
-    parameter = weight_of(base, site)
+    parameter = weight_of(base.get_submodule(site.owner), site)
     assert parameter is not None
     p = {**values, **part.edit.constants}
     stored = canonical(parameter.detach(), site)
@@ -249,7 +249,7 @@ def _tiles(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
     compiled = _compiled(case, spec)
     part = next(iter(compiled.program.adapters["default"].parts.values()))
     site = cast(WeightSite, part.site)
-    weight = weight_of(compiled.base, site)
+    weight = weight_of(compiled.base.get_submodule(site.owner), site)
     assert weight is not None
     weight = weight.detach()
     steps = steps_of([part.edit], torch.float64, value_in(compiled.program))

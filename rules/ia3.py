@@ -21,6 +21,8 @@ class IA3Config(AdapterSpec):
     Targeted modules have their output scaled by a learned vector `ia3_l`, feed-forward ones their input.
     `feedforward_modules`: a list (a module is feed-forward if its fqn ends with a name) or one regular expression.
     `init_ia3_weights`: ones (true) or normal (false).
+
+    Example: IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
     """
 
     selectors = (*AdapterSpec.selectors, "feedforward_modules")

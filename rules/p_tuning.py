@@ -18,6 +18,8 @@ class PromptEncoderConfig(PromptSpec):
 
     `encoder_reparameterization_type`: MLP (three layers), or LSTM (bidirectional, of `encoder_num_layers` layers with
     `encoder_dropout` between them, then two layers). `encoder_hidden_size` is their width (default: `token_dim`).
+
+    Example: PromptEncoderConfig(num_virtual_tokens=20, task_type="CAUSAL_LM", encoder_hidden_size=128)
     """
 
     peft_type: Literal["P_TUNING"] = "P_TUNING"

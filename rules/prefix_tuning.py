@@ -15,6 +15,8 @@ class PrefixTuningConfig(PromptSpec):
     `token_dim` and `num_attention_heads` are those of the keys (grouped-query attention has fewer heads).
     `prefix_projection` trains a two-layer MLP of width `encoder_hidden_size` (default: `token_dim`) that makes them.
     `init_weights="zero"` starts with keys and values of zero.
+
+    Example: PrefixTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM")
     """
 
     peft_type: Literal["PREFIX_TUNING"] = "PREFIX_TUNING"

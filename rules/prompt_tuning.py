@@ -19,6 +19,8 @@ class PromptTuningConfig(PromptSpec):
     `prompt_tuning_init`: RANDOM (normal), SAMPLE_VOCAB (embeddings of random tokens), or TEXT: those of
     `prompt_tuning_init_text`, repeated or cut to length, by the tokenizer `tokenizer_name_or_path` (loaded with
     `tokenizer_kwargs`, but never with `trust_remote_code`).
+
+    Example: PromptTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM")
     """
 
     peft_type: Literal["PROMPT_TUNING"] = "PROMPT_TUNING"

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 import peftc
 from peftc.registry import spec_classes
 
@@ -28,6 +30,11 @@ def test_every_spec_class_is_found_and_others_are_not() -> None:
     assert peftc.LoraConfig is spec_classes()["LORA"]
     assert set(dir(peftc)) >= {"LoraConfig", "IA3Config", "compile", "Plan"}
     assert not hasattr(peftc, "NoSuchConfig")
+
+
+@pytest.mark.parametrize("name", [*peftc.__all__, *(cls.__name__ for cls in spec_classes().values())])
+def test_every_public_name_is_explained_with_an_example(name: str) -> None:
+    assert "Example" in (getattr(peftc, name).__doc__ or ""), name
 
 
 if __name__ == "__main__":

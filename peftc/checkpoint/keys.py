@@ -17,6 +17,8 @@ class LoadResult:
 
     `mismatched_keys`: key, the file's shape, the adapter's. `renamed`: the file's key by the adapter's, where a spelling
     of another version was understood. `casts`: by key, the file's dtype and the adapter's, where they differ.
+
+    Example: model.load_adapter("adapter", "b", strict=False).missing_keys
     """
 
     missing_keys: tuple[str, ...] = ()

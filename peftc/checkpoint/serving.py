@@ -15,8 +15,9 @@ from peftc.errors import CheckpointError
 from peftc.graph.sites import Site
 from peftc.merge.combine import target_names
 from peftc.plan import Edit
+from peftc.registry import rules_of
 from peftc.rewrite.program import Program
-from peftc.rule import Bound, Factors
+from peftc.rule import Bound, Factors, Rule
 
 
 def serving_form(program: Program, adapter: str, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -26,7 +27,7 @@ def serving_form(program: Program, adapter: str, config: dict[str, Any]) -> tupl
     trained biases, B with a bias, sites that are neither linear nor embeddings.
     """
     spec, edits = program.adapters[adapter].spec, program.adapters[adapter].edits
-    if spec.peft_type != "LORA":
+    if not any(type(rule).factors is not Rule.factors for rule in rules_of(spec)):
         raise CheckpointError(f"form='serving': {adapter!r} is {spec.peft_type}; servers take LoRA. Merge it instead.")
     reasons = [reason for edit in edits if (reason := _refusal(program.plan.sites[edit.site], edit))]
     if any(tensor.adapter == adapter for tensor in program.plan.trained):

@@ -27,6 +27,8 @@ class Form:
 
     `turned`: its weight lies (in, out) against the canonical (out, in). `dims`: it is this op if the weight has so many
     dimensions (aten has one convolution for all).
+
+    Example: Form(x=(1, "mat1"), weight=(2, "mat2"), bias=(0, "input"), turned=True) for torch.addmm
     """
 
     x: Place = (0, "input")
@@ -41,6 +43,8 @@ class Shape:
     """What a module, or a weight in a graph, is as a site: the sizes of its canonical weight and how that is stored.
 
     `groups`: of a convolution. A module of another library may hold no plain weight; then it has only sizes.
+
+    Example: Shape(module.in_features, module.out_features) for nn.Linear
     """
 
     in_features: int
@@ -81,9 +85,21 @@ class Op:
     unmixable: str | None = None
 
 
+@functools.cache
 def ops() -> Mapping[str, Op]:
     """All rows by name, in the order in which modules are asked for their shape."""
     return {**_installed(), **_extra}
+
+
+@functools.cache
+def shapes() -> tuple[tuple[str, Callable[[nn.Module], Shape | None]], ...]:
+    """What tells of a module that it is an op, by the op's name."""
+    return tuple((name, op.shape_of) for name, op in ops().items() if op.shape_of is not _no_shape)
+
+
+def _forget() -> None:
+    for made in (ops, shapes, _by_target):
+        made.cache_clear()
 
 
 def op_named(name: str) -> Op:
@@ -103,15 +119,15 @@ def register_op(op: Op) -> None:
     if op.name in ops() or taken & set(op.forms):
         raise RuleError(f"op {op.name!r}: its name or one of its functions is in the table already")
     _extra[op.name] = op
-    _by_target.cache_clear()
+    _forget()
 
 
 def unregister_op(op: Op) -> None:
-    """Take a registered row back. Raises RuleError if it is not registered."""
+    """Take a registered row back. Raises RuleError if it is not registered. Example: unregister_op(op)"""
     if _extra.get(op.name) is not op:
         raise RuleError(f"op {op.name!r} is not registered")
     del _extra[op.name]
-    _by_target.cache_clear()
+    _forget()
 
 
 _extra: dict[str, Op] = {}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from peftc.graph.lending import Lending, lending
-from peftc.graph.ops import Layout, Shape, ops
+from peftc.graph.ops import Layout, Shape, shapes
 
 
 @dataclass(frozen=True)
@@ -286,10 +286,10 @@ def _identity(parameter: nn.Parameter) -> Any:
 
 def _shaped(module: nn.Module) -> tuple[str, Shape] | None:
     """The op that `module` is, and the sizes of its weight."""
-    for op in ops().values():
-        shape = op.shape_of(module)
+    for name, shape_of in shapes():
+        shape = shape_of(module)
         if shape is not None:
-            return op.name, shape
+            return name, shape
     return None
 
 

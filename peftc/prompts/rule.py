@@ -21,6 +21,14 @@ class PromptRule(Rule[P]):
     `at` says where: `embeds`, before the embedded tokens, or `past`, as cached keys and values. The tensors come from
     an encoder, a plain module: called with the row numbers (1, rows) it returns the rows (1, rows, width). The engine
     does the rest: masks, labels, positions, caches. Saved is what the encoder returns, as `prompt_embeddings`.
+
+    Example::
+
+        class Table(PromptRule[TableConfig]):
+            name, spec, at = "table", TableConfig, "embeds"
+
+            def encoder(self, spec):
+                return nn.Embedding(spec.rows, spec.fact("token_dim"))
     """
 
     ops = ("call",)

@@ -22,6 +22,8 @@ class PromptSpec(AdapterSpec):
     given `token_dim` must agree with it; for a prefix the other two as well (elsewhere they have no effect).
     `num_transformer_submodules`: 2 for SEQ_2_SEQ_LM (encoder and decoder), else 1.
     `task_type` is required when compiling: it says what becomes of labels, positions and heads.
+
+    Example: peftc.PromptTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM")
     """
 
     key_prefix: ClassVar[str] = "base_model."

@@ -1,5 +1,6 @@
 """The one mutator of models: build, extend, remove, undo; and the base by itself for a while."""
 
+import gc
 import re
 import warnings
 from collections.abc import Collection, Generator, Mapping, Sequence
@@ -39,6 +40,18 @@ def require_applicable(plan: Plan, on_unmatched: str) -> None:
     if on_unmatched == "error":
         raise NoMatchError(f"{lines}{more} Mend the spec, or pass on_unmatched='warn' to go on without them.")
     warnings.warn(f"{lines}{more}", stacklevel=4)
+
+
+@contextmanager
+def no_collection() -> Generator[None]:
+    """Thousands of objects are made that stay; looking for garbage among them again and again takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def check_names(model: nn.Module, plan: Plan, adapters: Collection[str]) -> None:
@@ -112,10 +125,11 @@ def extend(
     program.look_up()
     _close_fast_paths(program)
     for name in adapters:
-        adapter = program.adapters[name] = Adapter(name, plan.adapters[name])
+        adapter, shared = Adapter(name, plan.adapters[name]), set[str]()
+        program.adapters[name] = adapter
         for edit in plan.edits:
             if edit.adapter == name:
-                _attach(program, adapter, edit, fresh)
+                _attach(program, adapter, edit, fresh, shared)
     for region in regions:
         _install(program, region)
     watch_steps(program)
@@ -124,30 +138,42 @@ def extend(
             program.overlay.bring(program.base, tensor.name, tensor.adapter)
 
 
-def _attach(program: Program, adapter: Adapter, edit: Edit, fresh: bool) -> None:
+def _attach(program: Program, adapter: Adapter, edit: Edit, fresh: bool, shared: set[str]) -> None:
+    """Attach one edit; `shared` are the keys of tensors that the adapter's sites have in common and that are there."""
     site = program.plan.sites[edit.site]
-    holder, weight = program.modules[site.holder], weight_of(program.base, site)
-    known = {param.key for other in adapter.edits for param in other.params if param.shared}
-    part = attach(edit, site, holder, program.base, adapter.spec, weight)
+    holder, weight = program.modules[site.holder], weight_of(program.modules[site.owner], site)
+    part = attach(edit, site, holder, _common(program, edit.adapter), adapter.spec, weight)
     adapter.parts[edit.site, edit.rule.name] = part
     if fresh:
-        start(part, adapter.spec, [param for param in edit.params if param.key not in known], holder, weight)
+        own = [param for param in edit.params if param.key not in shared] if shared else list(edit.params)
+        start(part, adapter.spec, own, holder, weight)
+    shared |= {param.key for param in edit.params if param.shared}
+
+
+def _common(program: Program, adapter: str) -> nn.Module:
+    """The module that holds what all sites of an adapter share: the model, or the first site if that runs its children."""
+    if not isinstance(program.base, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return program.base
+    first = next((edit.site for edit in program.plan.edits if edit.adapter == adapter), None)
+    return program.base if first is None else program.modules[program.plan.sites[first].holder]
 
 
 def _install(program: Program, region: Region) -> None:
     """Make the module of `region` a host, and let its weights be stood in for where it is called as it is."""
     module = program.modules[region.host]
+    if not region.source.opaque:
+        install(module)
+        return
     names = (parameter_name(region.host, a.site) if a.site else region.host for a in region.source.anchors)
     rows = (op_named(program.plan.sites[name].op) for name in names if name in program.plan.sites)
     methods = next((row.methods for row in rows if row.methods is not None), None)
-    paths = [path for a in region.source.anchors for path in (a.weight, a.bias)] if region.source.opaque else []
     leaves: dict[str, list[str]] = {"": []}
-    for path in paths:
+    for path in (path for anchor in region.source.anchors for path in (anchor.weight, anchor.bias)):
         prefix, _, leaf = path.rpartition(".")
         leaves.setdefault(prefix, []).append(leaf)
-    for prefix, names in leaves.items():
+    for prefix, own in leaves.items():
         reader = module.get_submodule(prefix)
-        own = [name for name in names if reader._parameters.get(name) is not None]
+        own = [name for name in own if reader._parameters.get(name) is not None]
         if prefix == "" or own:
             install(reader, own, methods(original_class(module)) if methods is not None and prefix == "" else {})
         if own:
@@ -168,15 +194,16 @@ def start_alone(program: Program, edit: Edit, params: Collection[PlannedParam]) 
     """Initialise these parameters of an edit that was attached with `fresh=False`."""
     adapter, site = program.adapters[edit.adapter], program.plan.sites[edit.site]
     holder = program.modules[site.holder]
-    start(adapter.part(edit), adapter.spec, list(params), holder, weight_of(program.base, site))
+    start(adapter.part(edit), adapter.spec, list(params), holder, weight_of(program.modules[site.owner], site))
 
 
 def remove(program: Program, adapter: str) -> None:
     """Take an adapter off: its tensors, and those that it brought in the place of the base's."""
+    common = _common(program, adapter)
     gone = program.adapters.pop(adapter, None)
     for edit in gone.edits if gone is not None else ():
         site = program.plan.sites[edit.site]
-        detach(edit, program.modules[site.holder], program.base)
+        detach(edit, program.modules[site.holder], common)
         if site.added is not None and not program.modules[site.holder]._modules:
             program.modules[site.owner]._modules.pop(site.added, None)
     program.overlay.drop(program.base, adapter)
@@ -229,7 +256,7 @@ def _added(program: Program) -> list[tuple[nn.Module, str]]:
         module = program.modules[site.owner]
         names = containers(edit) if site.added is None else [site.added]
         pairs = [(module, name) for name in names]
-        pairs += [(program.base, param.key.partition(".")[0]) for param in edit.params if param.shared]
+        pairs += [(_common(program, edit.adapter), p.key.partition(".")[0]) for p in edit.params if p.shared]
         found |= {(id(module), name): (module, name) for module, name in pairs if name in module._modules}
     return list(found.values())
 

@@ -9,12 +9,15 @@ import copy
 import functools
 import re
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from peftc.graph.region import OPAQUE
+from peftc.plan.saved import MODULES_TO_SAVE
 
 # The attribute of a host that holds what it runs now: a binding, or None.
 BOUND = "peftc"
@@ -94,6 +97,7 @@ class Code:
         graph.owning_module = None  # The template is done with, and a pickled graph would take it along.
         self.graph = graph
         self.ran = ran  # What every pass did to it.
+        self.calls_base = any(str(node.target) == OPAQUE for node in graph.nodes)
         self.text = template.code
         self.forward: Callable[..., Any] = type(template).forward
 
@@ -111,7 +115,8 @@ class Binding:
         self.code = code
         self.run = code.forward
         self.host = host
-        self.base = base_of(host)
+        if code.calls_base:
+            self.base = base_of(host)
         self.__dict__.update({f"a{number}": part for number, part in enumerate(parts)})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -149,11 +154,20 @@ def _host_class(original: type[nn.Module], leaves: tuple[str, ...], methods: tup
         "__copy__": _copy,
         "__deepcopy__": _deepcopy,
         "__reduce__": _reduce,
+        **(_ITERATED if issubclass(original, nn.Sequential | nn.ModuleList) else {}),
         **{leaf: _reader(leaf) for leaf in leaves},
         **{name: make(getattr(original, name)) for name, make in methods},
     }
     # Named as the class it stands in for: transformers looks up what it records of a model by the name of its class.
     return types.new_class(original.__name__, (original,), {}, lambda body: body.update(namespace))
+
+
+def _iterated(self: nn.Module) -> Iterator[nn.Module | None]:
+    """The modules of a sequence, without the copies that adapters train of the whole of it."""
+    return (child for name, child in self._modules.items() if name != MODULES_TO_SAVE)
+
+
+_ITERATED: Mapping[str, Any] = {"__iter__": _iterated, "__len__": lambda self: sum(1 for _ in _iterated(self))}
 
 
 def _copy(self: nn.Module) -> nn.Module:
@@ -197,21 +211,20 @@ def original_class(module: nn.Module) -> type[nn.Module]:
     return getattr(type(module), "peftc_original", type(module))
 
 
-def install(module: nn.Module, leaves: Iterable[str], methods: Mapping[str, Any]) -> None:
+def install(module: nn.Module, leaves: Iterable[str] = (), methods: Mapping[str, Any] | None = None) -> None:
     """Make `module` a host that runs its old forward until something is bound to it. Once more adds what is new."""
-    wanted = tuple(sorted(set(leaves)))
+    wanted, more = tuple(sorted(set(leaves))), methods or {}
     if is_host(module):
         original, before, known = vars(_made(type(module)))["peftc_made"]
         wanted = tuple(sorted({*wanted, *before}))
-        if wanted == before and set(methods) <= {name for name, _ in known}:
-            return
-        _exchange(module, _host_class(original, wanted, (*known, *methods.items())))
+        if wanted != before or not set(more) <= {name for name, _ in known}:
+            _exchange(module, _host_class(original, wanted, (*known, *more.items())))
         return
     if "forward" in module.__dict__:
         module.__dict__[_PATCHED] = module.__dict__.pop("forward")
-    module.__dict__.update({BOUND: None, _BASE: Unbound(module)})
+    module.__dict__[BOUND] = None
     # nn.Module's own __setattr__ takes ten times as long.
-    object.__setattr__(module, "__class__", _host_class(type(module), wanted, tuple(methods.items())))
+    object.__setattr__(module, "__class__", _host_class(type(module), wanted, tuple(more.items())))
 
 
 def _exchange(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -234,7 +247,10 @@ def _is_made(cls: type) -> bool:
 
 def base_of(host: nn.Module) -> Unbound:
     """The host as it was before the rewrite."""
-    return host.__dict__[_BASE]
+    base = host.__dict__.get(_BASE)
+    if base is None:
+        base = host.__dict__[_BASE] = Unbound(host)
+    return base
 
 
 def reads(module: nn.Module, host: nn.Module, prefix: str) -> None:

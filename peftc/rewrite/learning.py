@@ -92,7 +92,7 @@ def _show(part: Part, states: dict[int, Any]) -> Callable[[nn.Module, tuple[Any,
 
 
 def _made(program: Program, part: Part, state: Any) -> Mapping[str, Tensor]:
-    weight = weight_of(program.base, part.site)
+    weight = weight_of(program.modules[part.site.owner], part.site)
     assert weight is not None, "the rule's check() asks for a weight"
     assert isinstance(part.site, WeightSite), "others have no inputs"
     return part.edit.rule.calibrated(wide(canonical(weight.detach(), part.site)), state, bound(part))

@@ -131,7 +131,7 @@ def _open(program: Program) -> None:
     """Let every host, and the model's own call, ask which call it is in; others go on as they did."""
     root = program.base
     program.made.mixed["root"] = not is_host(root)
-    install(root, (), {})
+    install(root)
     for region in program.regions:
         module = program.modules[region.host]
         module.__dict__[BOUND] = Routed(module, program.installed.get(region.host), module is root)

@@ -1,6 +1,7 @@
 """An adapter's live tensors: on the modules of its sites, under PEFT's names, and as generated code reads them."""
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -96,7 +97,7 @@ class Part:
         # As tensors without dimensions, which torch.compile does not look into; else it would compile anew for each value.
         for name, value in self.edit.constants.items():
             if type(value) is float:
-                self.__dict__[name] = torch.tensor(value, dtype=torch.float64, device="cpu")
+                self.__dict__[name] = _number(value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "form"}
@@ -116,10 +117,6 @@ class Part:
         """The live tensors by their names in the rule."""
         return {param.name: self.tensor(param.key) for param in self.edit.params}
 
-    def trained(self) -> Iterator[tuple[nn.Module, str]]:
-        """Where the trainable tensors are."""
-        return (self.owners[param.key] for param in self.edit.params if param.trainable)
-
     @property
     def module(self) -> nn.Module:
         """The adapter's module, of a rule whose adapters are modules."""
@@ -134,6 +131,18 @@ class Adapter:
     spec: AdapterSpec
     parts: dict[tuple[str, str], Part] = field(default_factory=dict[tuple[str, str], Part])
     extras: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    @functools.cached_property
+    def trained(self) -> list[tuple[dict[str, Any], str]]:
+        """Where its trainable tensors are, looked up once: the dict that holds each, and its name there."""
+        return [
+            (module._parameters, leaf)
+            for part in self.parts.values()
+            for module, leaf in (part.owners[param.key] for param in part.edit.params if param.trainable)
+        ]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "trained"}
 
     @property
     def edits(self) -> list[Edit]:
@@ -167,6 +176,11 @@ _FORMS: dict[Any, int] = {}
 def tensor_slots(module: nn.Module, leaf: str) -> dict[str, Any]:
     """The dict of `module` that holds its own tensor `leaf`: `_parameters` or `_buffers`."""
     return module._parameters if leaf in module._parameters else module._buffers
+
+
+@functools.lru_cache(maxsize=4096)
+def _number(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def containers(edit: Edit) -> list[str]:
@@ -224,7 +238,10 @@ def _attach_tensor(part: Part, param: PlannedParam, holder: nn.Module, device: t
 
 
 def _child(module: nn.Module, name: str, cls: type[Any]) -> Any:
-    return module._modules.setdefault(name, cls())
+    child = module._modules.get(name)
+    if child is None:
+        child = module._modules[name] = cls()
+    return child
 
 
 def _attach_module(part: Part, holder: nn.Module, module: nn.Module) -> None:
@@ -333,9 +350,10 @@ def detach(edit: Edit, holder: nn.Module, root: nn.Module) -> None:
                     del module._modules[first]
 
 
-def weight_of(base: nn.Module, site: Site) -> nn.Parameter | None:
-    """The weight of `site` in the model, if it has a plain one."""
+def weight_of(owner: nn.Module, site: Site) -> nn.Parameter | None:
+    """The weight of `site` in its owner, if it has a plain one."""
     if not isinstance(site, WeightSite) or site.weight is None:
         return None
-    owner, _, leaf = site.weight.rpartition(".")
-    return base.get_submodule(owner)._parameters.get(leaf)
+    path = site.weight.removeprefix(f"{site.owner}.") if site.owner else site.weight
+    inner, _, leaf = path.rpartition(".")
+    return (owner.get_submodule(inner) if inner else owner)._parameters.get(leaf)

@@ -63,5 +63,6 @@ def follow_flags(model: nn.Module) -> None:
 
 def _fully_sharded(model: nn.Module) -> list[Any]:
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    cls = getattr(fsdp, "FSDPModule", None)
+    running = torch.distributed.is_available() and torch.distributed.is_initialized()
+    cls = getattr(fsdp, "FSDPModule", None) if running else None
     return [] if cls is None else [module for module in model.modules() if isinstance(module, cls)]

@@ -38,11 +38,9 @@ def train(program: Program, names: Iterable[str]) -> None:
     reshard(program.base)
     for name in (*(name for name in program.learning if name not in chosen), *chosen):
         on = name in chosen
-        for part in program.adapters[name].parts.values() if name in program.adapters else ():
-            for module, leaf in part.trained():
-                parameter = module._parameters[leaf]
-                if parameter is not None and parameter.requires_grad is not on:
-                    parameter.requires_grad_(on)
+        for parameters, leaf in program.adapters[name].trained if name in program.adapters else ():
+            if parameters[leaf].requires_grad is not on:
+                parameters[leaf].requires_grad_(on)
         for tensor in program.plan.trained:
             if tensor.adapter == name:
                 program.base.get_parameter(tensor.name).requires_grad_(on)

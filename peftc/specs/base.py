@@ -69,6 +69,8 @@ class AdapterSpec(BaseModel):
     `exclude_modules` is matched the same way and wins. `modules_to_save`: modules trained and saved whole.
     Keys that peftc does not know are kept in `model_extra` and written back.
 
+    Example: peftc.LoraConfig(r=16, target_modules=["q_proj", "v_proj"], exclude_modules=["lm_head"])
+
     Raises SpecError, naming the field, the value and the nearest valid ones.
     """
 

@@ -54,6 +54,8 @@ def merge_checkpoint(
     the same structure, on any device, if it can't be told from `config.json` or the tensors' names. `verify`: as in
     `load_adapter`.
 
+    Example: peftc.merge_checkpoint("base", "adapter", "merged", undo=True)
+
     Raises CheckpointError, SpecError, NoMatchError, MergeError; `out_dir` has no files then.
     """
     _require_able(undo)
@@ -97,6 +99,8 @@ def unmerge_checkpoint(
     `model`: as there.
 
     Raises CheckpointError: no undo files, one of them or a merged tensor was changed; `out_dir` has no files then.
+
+    Example: peftc.unmerge_checkpoint("merged", "base")
     """
     _require_able(undo=True)
     folder, out = Path(merged_dir).resolve(), Path(out_dir)

@@ -37,6 +37,8 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     `fan_in_fan_out` is informative: the layout is read off the module.
     `target_parameters` names parameters (`experts.gate_up_proj`) that no linear holds: matrices, or one for each expert in
     three dimensions. They, and the weights of an nn.MultiheadAttention in `target_modules`, are adapted as weights.
+
+    Example: LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], lora_dropout=0.05)
     """
 
     not_implemented: ClassVar[Mapping[str, Any]] = {

@@ -116,6 +116,17 @@ def test_what_sites_share_is_there_once_and_comes_back_from_its_seed(tmp_path: P
     assert not [name for name, _ in compiled.unload().named_parameters() if "vera" in name]
 
 
+def test_a_model_that_runs_its_children_holds_what_is_shared_at_the_first_site(tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)), torch.randn(3, 8)
+    compiled = moved(peftc.compile(model, vera.VeraConfig(target_modules=["0", "1"])))
+    assert [name for name, _ in compiled.base.named_parameters() if "vera_A" in name] == ["0.vera_A.default"]
+    compiled.save_pretrained(tmp_path)
+    assert torch.equal(peftc.load(model, tmp_path)(x), compiled(x))
+    compiled.delete_adapter("default")
+    assert torch.equal(compiled(x), model(x))
+    assert not [name for name, _ in compiled.base.named_parameters() if "vera" in name]
+
+
 def test_norms_of_a_real_model_are_trained_alone(tmp_path: Path) -> None:
     model, ids = tiny("llama"), token_ids(2, 5, 64)
     compiled = peftc.compile(model, ln_tuning.LnTuningConfig(target_modules=["input_layernorm", "norm"]))

@@ -256,6 +256,35 @@ def test_a_weight_that_stands_in_is_seen_in_the_call_and_nowhere_else() -> None:
     torch.testing.assert_close(router.weight.detach(), seen.detach())
 
 
+def test_a_saved_sequence_runs_its_own_modules_only(tmp_path: Path) -> None:
+    """The trained copy is a child of the sequence, which runs its children."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.classifier = nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.classifier(self.a(x))
+
+    model, x = Model(), torch.randn(3, 6)
+    compiled = peftc.compile(model, peftc.LoraConfig(target_modules=["a"], modules_to_save=["classifier"]))
+    assert torch.equal(compiled(x), model(x))
+    y = moved(compiled)(x)
+    with compiled.disable_adapter():
+        assert torch.equal(compiled(x), model(x))
+        assert len(compiled.base.classifier) == 3
+        assert compiled.base.classifier[-1] is compiled.base.classifier._modules["2"]
+    with compiled.merged():
+        torch.testing.assert_close(compiled(x), y)
+    compiled.save_pretrained(tmp_path)
+    assert torch.equal(peftc.load(model, tmp_path)(x), y)
+    compiled.add_adapter("b", peftc.LoraConfig(target_modules=["a"], modules_to_save=["classifier"]))
+    compiled.set_adapter("b")
+    assert torch.equal(compiled(x), model(x))
+    assert [type(module) for module in compiled.unload().classifier] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
 def _port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
