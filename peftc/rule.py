@@ -141,6 +141,8 @@ class Rule(Generic[S]):
     keys: ClassVar[tuple[str, ...]] = ()
     # For rules whose adapters are modules: the child of the site that holds them, by adapter name.
     container: ClassVar[str | None] = None
+    # Whether that module is a trained copy of the site's own.
+    whole: ClassVar[bool] = False
 
     def __eq__(self, other: object) -> bool:
         # Rules are declarations: a copy, or one that comes out of a pickle, is the same.

@@ -1,5 +1,6 @@
 """What every test starts from: a seed, threads, no hub; and fixtures of more than one folder."""
 
+import gc
 import os
 import subprocess
 import time
@@ -9,16 +10,32 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Tests fork, and the lists in which MKL keeps memory for threads that have just ended don't survive that.
 os.environ.setdefault("MKL_DISABLE_FAST_MM", "1")
+# As in the Makefile: threads that wait sleep, so that other work beside the tests does not slow them down tenfold.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+
+SIDE_BY_SIDE = "PYTEST_XDIST_WORKER" in os.environ
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side the slow ones come first, so that no process is left alone with one at the end."""
+    if SIDE_BY_SIDE:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: the collector need not go through a million objects again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
     # Where pytest runs as several processes side by side, they are the parallelism.
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+    torch.set_num_threads(1 if SIDE_BY_SIDE else 2)
 
 
 @pytest.fixture

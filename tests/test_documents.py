@@ -118,15 +118,19 @@ def test_a_family_in_a_package_is_found_by_its_entry_point(tmp_path: Path, monke
     architectures.families.cache_clear()
     try:
         family = yaml.safe_load(text)
-        model = Attention(type("NovaConfig", (PretrainedConfig,), {"model_type": family["model_types"][0]})())
-        plan = peftc.plan(model, peftc.LoraConfig(r=1))
+        plan = peftc.plan(Attention(config_of(family["model_types"][0])), peftc.LoraConfig(r=1))
         names = family["defaults"]["LORA"]["target_modules"]
         assert [edit.site for edit in plan.edits] == names
         assert plan.sites[names[0]].role == "attention.query"
         with pytest.raises(peftc.NoMatchError, match="no default for model_type 'supernova'"):
-            peftc.plan(Attention(type("SupernovaConfig", (PretrainedConfig,), {"model_type": "supernova"})()), {})
+            peftc.plan(Attention(config_of("supernova")), peftc.LoraConfig(r=1))
     finally:
         architectures.families.cache_clear()
+
+
+def config_of(model_type: str) -> PretrainedConfig:
+    """A config of transformers of that type."""
+    return type("Config", (PretrainedConfig,), {"model_type": model_type})()
 
 
 class Attention(nn.Module):

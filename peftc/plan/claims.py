@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peftc.edits import Edit, PlannedParam
 from peftc.errors import CaptureError
 from peftc.graph.sites import Site, WeightSite, dtype_of
-from peftc.plan.plan import Edit, PlannedParam
 from peftc.rule import Constant, Param, Rule, flops_per_token, validate
 from peftc.specs import AdapterSpec
 

@@ -1,8 +1,9 @@
 """Why a site is adapted, or is not: what each adapter's spec makes of it."""
 
+from peftc.edits import Edit
 from peftc.graph.sites import SiteIndex, WeightSite
 from peftc.plan.match import in_layer, selects
-from peftc.plan.plan import Edit, Plan
+from peftc.plan.plan import Plan
 from peftc.registry import find_rule, ops_of
 from peftc.specs import AdapterSpec, LayerSelection, ParameterSelection
 

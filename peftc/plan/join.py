@@ -5,8 +5,9 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+from peftc.edits import Conflict, Costs, Edit, TrainedTensor
 from peftc.graph.sites import Site, WeightSite, dtype_of
-from peftc.plan.plan import Conflict, Costs, Edit, Plan, TrainedTensor
+from peftc.plan.plan import Plan
 from peftc.specs import AdapterSpec
 
 

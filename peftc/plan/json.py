@@ -8,10 +8,10 @@ from typing import Any, cast, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
+from peftc.edits import VERSION, Planned
 from peftc.errors import PeftcError, PlanError
 from peftc.graph.ops import op_named
 from peftc.graph.sites import Site, WeightSite
-from peftc.plan.plan import VERSION, Plan
 from peftc.plan.saved import SAVED
 from peftc.plan.upgrade import upgraded
 from peftc.registry import find_rule, spec_classes
@@ -19,7 +19,7 @@ from peftc.rule import Rule
 from peftc.specs import AdapterSpec, load_spec
 
 
-def to_json(plan: Plan) -> str:
+def to_json(plan: Planned) -> str:
     """The plan as JSON text."""
     return json.dumps(plan, default=_terms, indent=1)
 
@@ -32,8 +32,8 @@ def _terms(value: Any) -> Any:
     return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
 
 
-def from_json(text: str) -> Plan:
-    """A plan from JSON text. Raises PlanError if it is none, or a rule that it goes by is not the same any more."""
+def read_json(text: str) -> dict[str, Any]:
+    """The fields of a plan from JSON text. Raises PlanError if it is none, or if a rule is not the same any more."""
     try:
         data: Any = json.loads(text)
         if not isinstance(data, dict) or data.get("version") not in range(1, VERSION + 1):
@@ -44,7 +44,7 @@ def from_json(text: str) -> Plan:
         data["sites"] = {fqn: _site(site) for fqn, site in data["sites"].items()}
         data["edits"] = [_edit(edit, data["adapters"], data["sites"]) for edit in data["edits"]]
         fields = _fields()
-        return Plan(**{name: fields[name].validate_python(value) for name, value in data.items()})
+        return {name: fields[name].validate_python(value) for name, value in data.items()}
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise PlanError(f"plan: not a plan that peftc wrote: {type(error).__name__}: {error}") from None
     except PlanError:
@@ -57,7 +57,7 @@ def from_json(text: str) -> Plan:
 def _fields() -> dict[str, TypeAdapter[Any]]:
     """How to read each field; specs and sites are read before."""
     known = ("adapters", "sites")
-    return {name: TypeAdapter(Any if name in known else kind) for name, kind in get_type_hints(Plan).items()}
+    return {name: TypeAdapter(Any if name in known else kind) for name, kind in get_type_hints(Planned).items()}
 
 
 @functools.cache

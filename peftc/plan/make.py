@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from peftc.architectures import families
+from peftc.edits import Costs, Edit, Miss, PlannedParam, TrainedTensor
 from peftc.errors import CaptureError, PlanError, RuleError
 from peftc.graph.capture import capture
 from peftc.graph.copying import structural_copy
@@ -21,7 +22,7 @@ from peftc.graph.symbolic import with_ops
 from peftc.plan.claims import Access, adapter_dtype, weight_edit
 from peftc.plan.join import add_costs, added_costs, joined
 from peftc.plan.match import Match, match, match_saved
-from peftc.plan.plan import Costs, Edit, Miss, Plan, PlannedParam, TrainedTensor
+from peftc.plan.plan import Plan
 from peftc.plan.saved import SAVED, saved_site
 from peftc.registry import find_rule, rules_of
 from peftc.rule import Param, Rule

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peftc.architectures import Family, families
+from peftc.edits import Miss
 from peftc.errors import NoMatchError, describe_nearest, nearest
 from peftc.graph.sites import SiteIndex, WeightSite
 from peftc.plan.claims import Claim
-from peftc.plan.plan import Miss
 from peftc.registry import find_rule, ops_of
 from peftc.specs import AdapterSpec, LayerSelection, ParameterSelection
 from peftc.specs.selection import LAYERS_PATTERN, pattern_matches, patterns_of

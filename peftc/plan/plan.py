@@ -1,134 +1,17 @@
-"""The plan's data: what will change, in order, and what does not match."""
+"""The plan: what will change, in order, and what does not match; printable, JSON both ways, diffable."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
-from typing import Any, Literal
+from typing import Self
 
-from pydantic import InstanceOf
-
-from peftc.graph.region import Capture
-from peftc.graph.sites import Site
-from peftc.plan.saved import SAVED
-from peftc.rule import Constant, Rule
-from peftc.specs import AdapterSpec
+from peftc.edits import Planned
+from peftc.plan.json import read_json, to_json
 from peftc.view.diff import difference
 from peftc.view.network import Network, network
 from peftc.view.text import render
 
-VERSION = 2
 
-
-@dataclass(frozen=True)
-class PlannedParam:
-    """A tensor that an edit adds: name in the rule, checkpoint key at the site, shape, dtype and start; the rest as in
-    `Param`. `shared`: all sites of the adapter have this one.
-    """
-
-    name: str
-    key: str
-    shape: tuple[int, ...]
-    dtype: str
-    init: str
-    trainable: bool = True
-    use: Literal["matrix", "vector", "lookup"] = "matrix"
-    axes: str | None = None
-    seed: int | None = None
-    stored: float = 1.0
-    shared: bool = False
-
-    @property
-    def saved(self) -> bool:
-        """Whether checkpoints hold it: what is trained, and what training started from, where that can't be told again."""
-        return self.trainable or self.init in ("copy", "rule")
-
-    @property
-    def numel(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One change: adapter `adapter` replaces the operands `slots` of site `site` by rule `rule`.
-
-    `opaque`: the site's own forward can't be traced and is called as it is. `unmergeable` is the reason why the edit can't
-    be folded, if there is one. `saved_as`: what checkpoint keys have for the site, if not its fqn.
-    """
-
-    site: str
-    adapter: str
-    rule: InstanceOf[Rule[Any]]
-    slots: tuple[str, ...]
-    params: tuple[PlannedParam, ...]
-    constants: dict[str, Constant]
-    dropouts: dict[str, float]
-    flops_per_token: int = 0
-    opaque: bool = False
-    unmergeable: str | None = None
-    saved_as: str | None = None
-
-    @property
-    def whole(self) -> bool:
-        """Whether a trained copy stands in the place of the whole module (modules_to_save)."""
-        return self.rule == SAVED
-
-
-@dataclass(frozen=True)
-class TrainedTensor:
-    """A tensor of the base model that is trained in place, on a copy (a bias): name, shape, dtype, checkpoint key."""
-
-    name: str
-    adapter: str
-    shape: tuple[int, ...]
-    dtype: str
-    key: str
-
-
-@dataclass(frozen=True)
-class Miss:
-    """A selector, pattern, index or site that leads to no edit, with the reason. `error`: compile refuses it.
-
-    `fatal`: nothing of the adapter would be left without what is missing.
-    """
-
-    adapter: str
-    field: str
-    value: str
-    reason: str
-    error: bool = True
-    fatal: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.field}: {self.value!r} {self.reason}"
-
-
-@dataclass(frozen=True)
-class Conflict:
-    """Two adapters that claim places which exclude each other."""
-
-    site: str
-    owners: tuple[str, str]
-    reason: str
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Totals over all adapters of a plan: parameters, bytes, and added FLOPs per token (or output position).
-
-    `adam_bytes`: two float32 moments per trainable parameter.
-    """
-
-    trainable: int
-    total: int
-    weight_bytes: int
-    gradient_bytes: int
-    adam_bytes: int
-    flops_per_token: int
-
-
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Planned):
     """Everything that compiling would change, in order. Frozen, printable, JSON both ways, diffable.
 
     `adapters` holds the specs with defaults and shorthands resolved. `sites` describes every site an edit touches.
@@ -136,21 +19,6 @@ class Plan:
 
     Example: print(peftc.plan(model, peftc.LoraConfig(target_modules="all-linear")))
     """
-
-    model: str
-    capture: Capture
-    fingerprint: str
-    adapters: Mapping[str, AdapterSpec]
-    sites: Mapping[str, Site]
-    edits: tuple[Edit, ...]
-    trained: tuple[TrainedTensor, ...]
-    misses: tuple[Miss, ...]
-    conflicts: tuple[Conflict, ...]
-    ties: tuple[tuple[str, ...], ...]
-    cautions: tuple[str, ...]
-    autocast_adapter_dtype: bool
-    costs: Costs
-    version: int = VERSION
 
     def __str__(self) -> str:
         return render(self)
@@ -160,18 +28,14 @@ class Plan:
 
     def to_json(self) -> str:
         """The plan as JSON text, which `from_json` reads back."""
-        from peftc.plan.json import to_json
-
         return to_json(self)
 
     @classmethod
-    def from_json(cls, text: str) -> "Plan":
+    def from_json(cls, text: str) -> Self:
         """A plan from the text of `to_json`, of this version or an earlier one. Raises PlanError if it is none."""
-        from peftc.plan.json import from_json
+        return cls(**read_json(text))
 
-        return from_json(text)
-
-    def diff(self, other: "Plan") -> str:
+    def diff(self, other: Planned) -> str:
         """What `other` has and this plan lacks (`+`), the reverse (`-`), what differs (`~`); empty if they are equal."""
         return difference(self, other)
 

@@ -16,6 +16,7 @@ class SavedModule(Rule[Any]):
     name = MODULES_TO_SAVE
     ops = ("module",)
     container: ClassVar[str | None] = MODULES_TO_SAVE
+    whole = True
 
     def slots(self, spec: Any, site: Any) -> tuple[str, ...]:
         return ("module",)

@@ -6,10 +6,10 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from peftc.edits import Edit, Miss, PlannedParam
 from peftc.errors import RuleError
 from peftc.graph.sites import SiteIndex
 from peftc.plan.claims import Claim
-from peftc.plan.plan import Edit, Miss, PlannedParam
 from peftc.prompts.calls import Call, find_calls
 from peftc.prompts.rule import PromptRule
 from peftc.prompts.specs import PromptSpec

@@ -167,7 +167,11 @@ def _iterated(self: nn.Module) -> Iterator[nn.Module | None]:
     return (child for name, child in self._modules.items() if name != MODULES_TO_SAVE)
 
 
-_ITERATED: Mapping[str, Any] = {"__iter__": _iterated, "__len__": lambda self: sum(1 for _ in _iterated(self))}
+def _length(self: nn.Module) -> int:
+    return sum(1 for _ in _iterated(self))
+
+
+_ITERATED: Mapping[str, Any] = {"__iter__": _iterated, "__len__": _length}
 
 
 def _copy(self: nn.Module) -> nn.Module:

@@ -2,16 +2,14 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from peftc.edits import Planned
 from peftc.rule import Rule
 from peftc.specs import AdapterSpec
 
-if TYPE_CHECKING:
-    from peftc.plan.plan import Plan
 
-
-def difference(old: "Plan", new: "Plan") -> str:
+def difference(old: Planned, new: Planned) -> str:
     """`+` what only `new` has, `-` what only `old` has, `~` what both have otherwise; empty if they are equal."""
     lines: list[str] = []
     for name in ("model", "capture", "fingerprint", "autocast_adapter_dtype", "costs", "ties", "cautions"):
@@ -22,7 +20,7 @@ def difference(old: "Plan", new: "Plan") -> str:
     return "\n".join([*lines, *(line for (label, a), (_, b) in parts for line in _compare(label, a, b))])
 
 
-def _places(plan: "Plan") -> list[tuple[str, Mapping[str, Any]]]:
+def _places(plan: Planned) -> list[tuple[str, Mapping[str, Any]]]:
     return [
         ("spec", plan.adapters),
         ("site", plan.sites),

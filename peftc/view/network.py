@@ -1,17 +1,16 @@
 """A plan as a networkx graph."""
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import networkx as nx
 
-if TYPE_CHECKING:
-    from peftc.plan.plan import Plan
+from peftc.edits import Planned
 
 Network: TypeAlias = "nx.MultiDiGraph[str]"
 
 
-def network(plan: "Plan") -> Network:
+def network(plan: Planned) -> Network:
     """Nodes: modules by fqn, down to the sites (`site=True`, `op`, `role`, `layer`, `edits`).
 
     Edges, by their `relation`: `contains` (module to child), `tie` (between modules that share a tensor, `parameters`

@@ -5,18 +5,17 @@ import re
 import shutil
 from collections.abc import Iterable, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from peftc.plan.plan import Edit, Plan
+from peftc.edits import Edit, Planned
 
 
-def render(plan: "Plan", width: int | None = None) -> str:
+def render(plan: Planned, width: int | None = None) -> str:
     """The plan as text of at most `width` columns (default: the terminal's, at least 100)."""
     width = width or max(100, shutil.get_terminal_size((120, 24)).columns)
     buffer = io.StringIO()
@@ -34,7 +33,7 @@ def render(plan: "Plan", width: int | None = None) -> str:
     return "\n".join(line.rstrip() for line in buffer.getvalue().rstrip().split("\n"))
 
 
-def _title(plan: "Plan") -> str:
+def _title(plan: Planned) -> str:
     sites = len({edit.site for edit in plan.edits})
     adapters = ", ".join(f"{name} ({spec.peft_type})" for name, spec in plan.adapters.items())
     return (
@@ -43,7 +42,7 @@ def _title(plan: "Plan") -> str:
     )
 
 
-def _table(plan: "Plan") -> Table:
+def _table(plan: Planned) -> Table:
     several = len(plan.adapters) > 1
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     table.add_column("site", overflow="fold", min_width=22)
@@ -76,7 +75,7 @@ def _stem(pattern: str) -> tuple[str, str]:
     return ".".join(parts[:cut]), ".".join(parts[cut:])
 
 
-def _cells(plan: "Plan", edits: Sequence["Edit"], several: bool) -> list[str]:
+def _cells(plan: Planned, edits: Sequence[Edit], several: bool) -> list[str]:
     edit = edits[0]
     site = plan.sites[edit.site]
     return [
@@ -96,12 +95,12 @@ def _sizes(site: Any) -> str:
     return f"{site.in_features} → {site.out_features}" if getattr(site, "in_features", 0) else "–"
 
 
-def _columns(plan: "Plan") -> list[str]:
+def _columns(plan: Planned) -> list[str]:
     """What the rules of the plan want shown of their edits."""
     return list(dict.fromkeys(column for edit in plan.edits for column in edit.rule.columns))
 
 
-def _params(edit: "Edit") -> str:
+def _params(edit: Edit) -> str:
     shown = [f"{param.name} {'×'.join(map(str, param.shape))}" for param in edit.params[:4]]
     if len(edit.params) > 4:
         shown.append(f"and {len(edit.params) - 4} more")
@@ -110,7 +109,7 @@ def _params(edit: "Edit") -> str:
     return text if len(text) <= 40 else ",\n".join(shown + dropouts)
 
 
-def _groups(plan: "Plan") -> list[tuple[str, list["Edit"]]]:
+def _groups(plan: Planned) -> list[tuple[str, list[Edit]]]:
     """Edits that differ only in the numbers of their fqn, in order of first appearance."""
     groups: dict[object, list[Edit]] = {}
     for edit in plan.edits:
@@ -151,7 +150,7 @@ def ranges(numbers: Iterable[int]) -> str:
 _FLOPS = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP")
 
 
-def _sections(plan: "Plan") -> list[tuple[str, list[str]]]:
+def _sections(plan: Planned) -> list[tuple[str, list[str]]]:
     costs = plan.costs
     share = costs.trainable / costs.total if costs.total else 0
     sections = [
@@ -178,27 +177,27 @@ def _sections(plan: "Plan") -> list[tuple[str, list[str]]]:
     return [(label, lines) for label, lines in sections if lines]
 
 
-def _compute(plan: "Plan") -> list[str]:
+def _compute(plan: Planned) -> list[str]:
     flops = plan.costs.flops_per_token
     return [f"+{_scaled(flops, 1000, _FLOPS)} per {_unit(plan)} (forward)"] if flops or not plan.edits else []
 
 
-def _unit(plan: "Plan") -> str:
+def _unit(plan: Planned) -> str:
     """What the FLOPs are counted per: a convolution has output positions where others have tokens."""
     convolutions = any(site.op.startswith("conv") for site in plan.sites.values())
     return "token or output position" if convolutions else "token"
 
 
-def _dtypes(plan: "Plan") -> str:
+def _dtypes(plan: Planned) -> str:
     return ", ".join(dict.fromkeys(param.dtype for edit in plan.edits for param in edit.params)) or "no dtype"
 
 
-def _added(plan: "Plan") -> list[str]:
+def _added(plan: Planned) -> list[str]:
     """What edits add beside operands of ops, in the words of their rules."""
     return [line for edit in plan.edits for line in edit.rule.summary(edit.adapter, edit.constants, edit.slots)]
 
 
-def _biases(plan: "Plan") -> list[str]:
+def _biases(plan: Planned) -> list[str]:
     if not plan.trained:
         return []
     numel = sum(prod(tensor.shape) for tensor in plan.trained)

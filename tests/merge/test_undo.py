@@ -97,11 +97,20 @@ def test_tiles_and_modes_give_the_same_weights(case: Case, tiny_tiles: bool) -> 
         torch.testing.assert_close(merged[2][name], value, rtol=near, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_a_thousand_cycles_from_the_log(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "cycles"),
+    [
+        (torch.float32, 50),
+        pytest.param(torch.bfloat16, 1000, marks=pytest.mark.slow),
+        (torch.float16, 50),
+        (torch.float64, 50),
+    ],
+    ids=str,
+)
+def test_a_thousand_cycles_from_the_log(dtype: torch.dtype, cycles: int) -> None:
     compiled = everything(dtype, inplace=True)
     before, y = snapshot(compiled), compiled(token_ids()).detach()
-    for _ in range(1000 if dtype is torch.bfloat16 else 50):
+    for _ in range(cycles):
         compiled.merge_adapter(undo="residual")
         compiled.unmerge_adapter()
     assert torch.equal(compiled(token_ids()), y)

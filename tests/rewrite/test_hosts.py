@@ -2,7 +2,6 @@
 
 import copy
 import os
-import socket
 import threading
 from pathlib import Path
 from typing import Any
@@ -285,19 +284,13 @@ def test_a_saved_sequence_runs_its_own_modules_only(tmp_path: Path) -> None:
     assert [type(module) for module in compiled.unload().classifier] == [nn.Linear, nn.ReLU, nn.Linear]
 
 
-def _port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def _sharded(rank: int, world: int, port: int, order: str, folder: str) -> None:
+def _sharded(rank: int, world: int, order: str, folder: str) -> None:
     """What a process of the mesh checks. It raises, and so fails the test, if anything is wrong."""
     from torch import distributed
     from torch.distributed.fsdp import FSDPModule, fully_shard
 
     torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}.group", rank=rank, world_size=world)
     mesh = distributed.init_device_mesh("cpu", (world,))
     ids = torch.arange(3, 11).view(2, 4)
     torch.manual_seed(0)
@@ -379,7 +372,10 @@ def own(tensor: Any) -> Tensor:
 def test_fully_sharded_models_switch_merge_save_and_unload(world: int, order: str, tmp_path: Path) -> None:
     """FSDP2 exchanges classes and parameters, before compiling or after; nothing is lost and nothing is another model."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    torch.multiprocessing.spawn(_sharded, args=(world, _port(), order, str(tmp_path)), nprocs=world)
+    # Their server imports once what they all need.
+    torch.multiprocessing.set_forkserver_preload([__name__, "torch.distributed.fsdp", "transformers.models.llama"])
+    processes: Any = torch.multiprocessing.start_processes
+    processes(_sharded, args=(world, order, str(tmp_path)), nprocs=world, start_method="forkserver")
     torch.manual_seed(0)
     model = tiny("llama").eval()
     loaded = peftc.load(model, tmp_path, "a", subfolder="a")

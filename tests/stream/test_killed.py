@@ -43,6 +43,7 @@ def assert_whole_or_no_model(out: Path, expected: Path) -> None:
         assert_same_files(out, expected, besides=(".peftc-commit",))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("action", "expected"), [(merge, "merged"), (unmerge, "unmerged")], ids=["merge", "unmerge"])
 def test_killed_at_any_moment_it_goes_on(
     action: Callable[[Path, Path], None], expected: str, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
