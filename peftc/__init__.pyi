@@ -25,7 +25,7 @@ from peftc.rule import Param, Rule
 from peftc.specs import AdapterSpec
 from peftc.stream import merge_checkpoint, unmerge_checkpoint
 
-from peftc_rules.ia3 import IA3Config
+from peftc_rules.ia3.config import IA3Config
 from peftc_rules.lora.config import LoraConfig
 from peftc_rules.p_tuning import PromptEncoderConfig
 from peftc_rules.prefix_tuning import PrefixTuningConfig

@@ -4,7 +4,7 @@ import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, Self, Unpack, cast
+from typing import Any, Literal, Self, Unpack
 
 from torch import Tensor, nn
 
@@ -26,13 +26,11 @@ from peftc.checkpoint import (
     save_adapters,
     update_card,
 )
-from peftc.compiled_graph import CompiledGraph
-from peftc.errors import AdapterError, MergeError
+from peftc.compiled_prompts import CompiledPrompts
+from peftc.errors import MergeError
 from peftc.graph.region import Capture
 from peftc.graph.sites import transformers_config
 from peftc.merge import Undo, forget, merge, unmerge
-from peftc.prompts.files import prompt_edit, prompt_embeddings, prompt_encoder
-from peftc.prompts.virtual import rows
 from peftc.registry import spec_classes
 from peftc.rewrite.build import build, require_applicable, undo
 from peftc.rewrite.learning import calibrate, penalty
@@ -45,7 +43,7 @@ from peftc.status import LayerStatus, ModelStatus, layer_status, model_status
 OnUnmatched = Literal["error", "warn"]
 
 
-class CompiledModel(CompiledGraph):
+class CompiledModel(CompiledPrompts):
     """A model with adapters. Its own graph is the model's call; `base` is the rewritten model, of the class it had.
 
     Attributes that are not found here are those of `base` (`config`, `device`, …). Made by `compile`.
@@ -182,7 +180,7 @@ class CompiledModel(CompiledGraph):
     def penalty(self) -> Tensor | None:
         """What the methods of active adapters add to the loss (0-dim, differentiable), or None if they add nothing.
 
-        Example: loss = model(**batch).loss + (model.penalty() or 0)
+        Example: loss = loss if (penalty := model.penalty()) is None else loss + penalty
         """
         return penalty(self.program)
 
@@ -281,36 +279,6 @@ class CompiledModel(CompiledGraph):
         """The live tensors of an adapter under the keys of PEFT's files. Raises AdapterError on an unknown name."""
         lifecycle.require_known(self.program, [adapter_name])
         return adapter_state_dict(self.program, adapter_name)
-
-    @property
-    def prompt_encoder(self) -> dict[str, nn.Module]:
-        """The prompt encoders by adapter name: what a prompt method trains."""
-        edits = {name: prompt_edit(self.program, name) for name in self.plan.adapters}
-        return {name: prompt_encoder(self.program, edit) for name, edit in edits.items() if edit is not None}
-
-    def get_prompt_embedding_to_save(self, adapter_name: str = "default") -> Tensor:
-        """The rows of a prompt adapter as saved: (rows, token_dim), or (rows, num_layers·2·token_dim) of a prefix.
-
-        Raises AdapterError if `adapter_name` is unknown or no prompt method.
-        """
-        lifecycle.require_known(self.program, [adapter_name])
-        edit = prompt_edit(self.program, adapter_name)
-        if edit is None:
-            raise AdapterError(f"{adapter_name!r} is {self.peft_config[adapter_name].peft_type}, which has no prompt")
-        return prompt_embeddings(self.program, edit).detach().cpu()
-
-    def get_prompt(self, batch_size: int) -> Tensor:
-        """The rows of the first active prompt adapter, for every sequence: (batch_size, rows, width), differentiable.
-
-        A prefix comes flat, as it is saved. Raises AdapterError if no prompt adapter is active.
-        """
-        edits = [edit for name in self.active_adapters if (edit := prompt_edit(self.program, name)) is not None]
-        if not edits:
-            raise AdapterError(
-                f"no active adapter has a prompt; active are {', '.join(self.active_adapters) or 'none'}"
-            )
-        made = rows(prompt_encoder(self.program, edits[0]), cast(int, edits[0].constants["rows"]))
-        return made.expand(batch_size, -1, -1)
 
     def save_pretrained(
         self,

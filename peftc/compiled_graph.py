@@ -78,7 +78,7 @@ class CompiledGraph(fx.GraphModule):
         """The model's call. `adapter_names`: the adapter of every row of the batch, `__base__` for none.
 
         Rows with an adapter get what they would get alone with it, in training too; which adapters are active does not
-        count. For LoRA and (IA)³, modules_to_save included. Raises AdapterError, MergeError.
+        count. For every method but those of virtual tokens, modules_to_save included. Raises AdapterError, MergeError.
         """
         if adapter_names is None:
             return super().__call__(*args, **kwargs)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import peftc
 from peftc.errors import PeftcError, RuleError
 from peftc.graph.sites import WeightSite, canonical
-from peftc.merge.fold import fold_tile, steps_of, tiles, value_in
+from peftc.merge.fold import fold_of, value_in
 from peftc.registry import rules
 from peftc.rewrite.parts import weight_of
 from peftc.rule import Bound, Rule
@@ -252,10 +252,10 @@ def _tiles(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
     weight = weight_of(compiled.base.get_submodule(site.owner), site)
     assert weight is not None
     weight = weight.detach()
-    steps = steps_of([part.edit], torch.float64, value_in(compiled.program))
-    whole = fold_tile(site, weight, steps, "", slice(0, len(weight)))
-    for piece, axis in tiles(site, weight, steps, size=max(1, weight.numel() // 3)):
-        _close(fold_tile(site, weight[piece], steps, axis, piece), whole[piece], 1e-10, "a piece and the whole fold")
+    fold = fold_of(site, [part.edit], weight, value_in(compiled.program), size=max(1, weight.numel() // 3))
+    whole = fold.new(slice(0, len(weight)), "", weight)
+    for piece, axis in fold.parts:
+        _close(fold.new(piece, axis, weight[piece]), whole[piece], 1e-10, "a piece and the whole fold")
 
 
 def _undone(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:

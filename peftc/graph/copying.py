@@ -43,7 +43,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
                 memo[id(value)] = value.detach()
     try:
         return _own(_copy_module(model, memo), model)
-    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError, NotImplementedError) as error:
         raise CaptureError(
             f"{type(model).__name__} can't be copied ({type(error).__name__}: {error}). Compile it with inplace=True;"
             " unload() then gives the very model back."

@@ -154,6 +154,11 @@ def _by_target() -> dict[Any, list[tuple[Op, Form]]]:
     return table
 
 
+def is_op(target: Any) -> bool:
+    """Whether a function is one of the table."""
+    return target in _by_target()
+
+
 def operand(node: fx.Node, place: Place) -> Any:
     """The argument of `node` at `place`, given by position or keyword."""
     position, name = place

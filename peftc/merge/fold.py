@@ -119,19 +119,57 @@ def fold_tile(site: WeightSite, tile: Tensor, steps: Sequence[Step], axis: str, 
     return stored.to(tile.dtype)
 
 
+@dataclass(frozen=True)
+class Fold:
+    """The edits of a site, ready to be folded into its weight wherever that is: in memory or on disk, `parts` at a time.
+
+    `parts`: slices of the first dimension of the stored weight, and the axis of the canonical one that they cut; they
+    don't need each other. `steps` make the new value of a part, `back` an estimate of the old one from it (if asked for).
+    """
+
+    site: WeightSite
+    edits: Sequence[Edit]
+    steps: Sequence[Step]
+    back: Sequence[Step]
+    parts: tuple[tuple[slice, str], ...]
+
+    def new(self, part: slice, axis: str, tile: Tensor) -> Tensor:
+        """The new value of `tile`, the old one of `part`. Raises MergeError if it is not finite."""
+        new = fold_tile(self.site, tile, self.steps, axis, part)
+        require_finite(new, str(self.site.weight), self.edits)
+        return new
+
+    def estimate(self, part: slice, axis: str, tile: Tensor) -> Tensor:
+        """An estimate of the old value of `part` from `tile`, its new one."""
+        return unfold_tile(self.site, tile, self.back, axis, part)
+
+
+def fold_of(
+    site: WeightSite,
+    edits: Sequence[Edit],
+    like: Tensor,
+    value: Value,
+    back: Value | None = None,
+    size: int | None = None,
+) -> Fold:
+    """The fold of `edits` into a weight of the shape and dtype of `like`, in parts of about `size` elements.
+
+    `value` gives the adapters' tensors; `back` those by which the way back is estimated.
+    """
+    steps = steps_of(edits, fold_dtype(like), value)
+    return Fold(site, edits, steps, steps_back(edits, back) if back else [], tuple(tiles(site, like, steps, size)))
+
+
 def fold_weight(program: Program, site: WeightSite, edits: Sequence[Edit], weight: Tensor) -> Tensor:
     """The folded value of the whole weight of `site`. Raises MergeError if it is not finite."""
     weight = whole(weight)
-    steps = steps_of(edits, fold_dtype(weight), value_in(program))
-    new = torch.empty_like(weight)
+    fold, new = fold_of(site, edits, weight, value_in(program)), torch.empty_like(weight)
 
-    def fold(part: slice, axis: str) -> slice:
-        new[part] = fold_tile(site, weight[part], steps, axis, part)
-        require_finite(new[part], str(site.weight), edits)
-        return part
+    def write(part: slice, axis: str) -> None:
+        new[part] = fold.new(part, axis, weight[part])
 
     with side_by_side(weight.device) as run:
-        for _ in run(partial(fold, *tile) for tile in tiles(site, weight, steps)):
+        for _ in run(partial(write, *part) for part in fold.parts):
             pass
     return new
 

@@ -8,18 +8,7 @@ from torch import Tensor
 from peftc.errors import MergeError
 from peftc.graph.sites import WeightSite, dtype_name, parameter_name
 from peftc.merge import ties
-from peftc.merge.fold import (
-    Step,
-    edits_by_site,
-    fold_dtype,
-    fold_tile,
-    require_finite,
-    steps_back,
-    steps_of,
-    tiles,
-    unfold_tile,
-    value_in,
-)
+from peftc.merge.fold import Value, edits_by_site, fold_of, value_in
 from peftc.merge.threads import side_by_side
 from peftc.merge.undo_log import Chunk, checksum, decode, encode
 from peftc.plan import Edit
@@ -49,19 +38,17 @@ def fold_in_place(program: Program, site: WeightSite, edits: Sequence[Edit]) -> 
         for param in edit.params:
             value = program.adapters[edit.adapter].tensor(edit, param.key).detach().clone()
             program.merge.factors[edit.adapter, edit.site, param.name] = value
-    steps = steps_of(edits, fold_dtype(weight), value_in(program))
-    back = _steps_back(program, edits, weight)
+    fold = fold_of(site, edits, weight, value_in(program), back=_as_merged(program, weight))
     crc, log = checksum(weight), list[Chunk]()
 
-    def fold(part: slice, axis: str) -> tuple[slice, Tensor, Tensor, Chunk]:
+    def made(part: slice, axis: str) -> tuple[slice, Tensor, Tensor, Chunk]:
         old = weight[part].clone()
-        new = fold_tile(site, old, steps, axis, part)
-        require_finite(new, str(site.weight), edits)
-        return part, old, new, encode(old, unfold_tile(site, new, back, axis, part))
+        new = fold.new(part, axis, old)
+        return part, old, new, encode(old, fold.estimate(part, axis, new))
 
     try:
         with side_by_side(weight.device) as run:
-            for part, old, new, chunk in run(partial(fold, *tile) for tile in tiles(site, weight, steps)):
+            for part, old, new, chunk in run(partial(made, *part) for part in fold.parts):
                 _write_tile(weight[part], old, new, log, chunk)
     finally:
         # Also what was done of it before something failed.
@@ -80,10 +67,10 @@ def _write_tile(tile: Tensor, old: Tensor, new: Tensor, log: list[Chunk], chunk:
         raise
 
 
-def _steps_back(program: Program, edits: Sequence[Edit], weight: Tensor) -> list[Step]:
-    """The steps back; from the factors as they were when merged."""
+def _as_merged(program: Program, weight: Tensor) -> Value:
+    """The adapters' tensors as they were when merged, which the way back goes by."""
     factors = program.merge.factors
-    return steps_back(edits, lambda edit, param: factors[edit.adapter, edit.site, param.name].to(weight.device))
+    return lambda edit, param: factors[edit.adapter, edit.site, param.name].to(weight.device)
 
 
 def require_intact(program: Program, item: Replaced, check: bool) -> None:
@@ -155,15 +142,14 @@ def _unfolded(program: Program, edits: Sequence[Edit], merged: Tensor, item: Rep
     """The original of an in-place fold, from the merged tensor and its log."""
     site = program.plan.sites[edits[0].site]
     assert isinstance(site, WeightSite), "only weights are folded in place"
-    steps = _steps_back(program, edits, merged)
-    old = merged.clone()
+    value = _as_merged(program, merged)
+    fold, old = fold_of(site, edits, merged, value, back=value), merged.clone()
 
-    def unfold(part: slice, axis: str, chunk: Chunk) -> slice:
-        old[part] = decode(chunk, unfold_tile(site, merged[part], steps, axis, part))
-        return part
+    def write(part: slice, axis: str, chunk: Chunk) -> None:
+        old[part] = decode(chunk, fold.estimate(part, axis, merged[part]))
 
     with side_by_side(merged.device) as run:
-        for _ in run(partial(unfold, *tile, c) for tile, c in zip(tiles(site, merged, steps), item.log, strict=False)):
+        for _ in run(partial(write, *part, chunk) for part, chunk in zip(fold.parts, item.log, strict=False)):
             pass
     if check and checksum(old) != item.crc:
         raise MergeError(

@@ -49,7 +49,8 @@ def why_not(spec: AdapterSpec, site: WeightSite, index: SiteIndex) -> str:
         named = spec.target_parameters if isinstance(spec, ParameterSelection) else None
         return f"target_parameters={list(named or ())!r} does not name it"
     if targets is not None and targets != "all-linear" and not selects(targets, site.fqn):
-        return f"target_modules={targets if isinstance(targets, str) else list(targets)!r} does not name it"
+        told = f"target_modules={targets if isinstance(targets, str) else list(targets)!r} does not name it"
+        return told + (" (nor does 'all-linear': it is the output layer)" if site.fqn == index.output_embedding else "")
     if spec.exclude_modules and selects(spec.exclude_modules, site.fqn):
         return "exclude_modules names it"
     if isinstance(spec, LayerSelection) and not in_layer(spec, site.fqn):
@@ -57,7 +58,5 @@ def why_not(spec: AdapterSpec, site: WeightSite, index: SiteIndex) -> str:
     whole = next((name for name in spec.modules_to_save or () if site.fqn.endswith(name)), None)
     if whole is not None:
         return f"modules_to_save={whole!r} trains a copy of it"
-    if targets == "all-linear" and site.fqn == index.output_embedding:
-        return "'all-linear' leaves the output layer out"
     rule = find_rule(spec, site)
     return (rule.check(spec, site) if rule is not None else None) or "it was not there when the adapter was planned"

@@ -22,10 +22,12 @@ from peftc.graph.sites import parameter_name, transformers_config
 from peftc.rewrite import route as ops
 from peftc.rewrite.hosts import BOUND, Binding, Code, install, is_host, uninstall
 from peftc.rewrite.parts import Part
+from peftc.rewrite.passes import piped
 from peftc.rewrite.program import Program
 from peftc.rewrite.route import BASE, ByRow, Route, Routed, current
 from peftc.rewrite.splice import follow
 from peftc.rewrite.switch import at, binding_of, install_layout, layout
+from peftc.rewrite.verify import verify
 from peftc.rule import Bound, Rule
 
 _KEPT = 64  # Sets of names whose runs are remembered.
@@ -249,6 +251,6 @@ def _grouped(program: Program, source: Source) -> Code:
         with graph.inserting_before(node):
             parts = graph.get_attr("parts_by_name")
         follow(graph, node, ops.add_products, operand(node, use.form.x), parts)
-        graph.lint()
-        program.made.codes[key] = Code(graph)
+        graph, ran = piped(graph, program.passes, lambda new, name: verify(new, None, None, None, name))
+        program.made.codes[key] = Code(graph, ran)
     return program.made.codes[key]

@@ -1,6 +1,6 @@
 """Passes: frozen dataclasses that map a graph to a graph, in a named pipeline, verified before and after."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -58,9 +58,17 @@ def rewritten(
     of another shape or dtype afterwards.
     """
     graph = splice(source, active)
-    ran = [Ran("splice", len(source.graph.nodes), len(graph.nodes))]
-    before = signature_of(source.graph, root, example, bare=not source.opaque)
-    verify(graph, root, example, before, "splice")
+    expected = signature_of(source.graph, root, example, bare=not source.opaque)
+    verify(graph, root, example, expected, "splice")
+    graph, ran = piped(graph, passes, lambda new, name: verify(new, root, example, expected, name))
+    return graph, (Ran("splice", len(source.graph.nodes), ran[0].before if ran else len(graph.nodes)), *ran)
+
+
+def piped(
+    graph: fx.Graph, passes: Sequence[Pass], check: Callable[[fx.Graph, str], None]
+) -> tuple[fx.Graph, tuple[Ran, ...]]:
+    """The graph after all passes, each of which is checked, and what each did."""
+    ran: list[Ran] = []
     for one in passes:
         count = len(graph.nodes)
         try:
@@ -69,6 +77,6 @@ def rewritten(
             raise RuleError(f"pass {one.name!r}: {type(error).__name__}: {error}") from error
         if not isinstance(graph, fx.Graph):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise RuleError(f"pass {one.name!r} returns {type(graph).__name__}, no graph")
-        verify(graph, root, example, before, one.name)
+        check(graph, one.name)
         ran.append(Ran(one.name, count, len(graph.nodes)))
     return graph, tuple(ran)

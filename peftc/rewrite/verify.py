@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from peftc.errors import RuleError
+from peftc.graph.ops import is_op
 from peftc.graph.region import HOST
 from peftc.graph.sites import WeightSite, dtype_of
 
@@ -93,6 +94,13 @@ class _Shapes(fx.Interpreter):
         if isinstance(value, Tensor):
             return torch.empty_like(value, device="meta") if not value.is_meta else value.detach()
         return value
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if is_op(target):  # The meta device multiplies what no other device would.
+            dtypes = {value.dtype for value in args if isinstance(value, Tensor) and value.is_floating_point()}
+            if len(dtypes) > 1:
+                raise TypeError(f"{getattr(target, '__name__', target)} of {' and '.join(sorted(map(str, dtypes)))}")
+        return super().call_function(target, args, kwargs)
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         return args[0]  # A dropout: what is spliced calls no other module.

@@ -9,16 +9,7 @@ from torch import Tensor
 
 from peftc.checkpoint.lazy import FileTensors, outline
 from peftc.checkpoint.tensor_file import Entry
-from peftc.merge.fold import (
-    fold_bias,
-    fold_dtype,
-    fold_tile,
-    require_finite,
-    steps_back,
-    steps_of,
-    tiles,
-    unfold_tile,
-)
+from peftc.merge.fold import fold_bias, fold_of
 from peftc.stream.changes import Change, Work, file_of, weight_site
 from peftc.stream.names import Fusion
 
@@ -48,24 +39,22 @@ def recipe(work: Work, change: Change, stored: str, undo: bool, merged: Merged |
     if change.is_bias or not change.edits:
         return _taken(work, change, stored, start, merged)
     site, like = weight_site(work, change.edits[0]), _like(file.header.entries[stored])
-    steps = steps_of(change.edits, fold_dtype(like), work.value)
     known = undo and change.start is None and like.itemsize > 1
-    back = steps_back(change.edits, work.value) if known else []
-    pieces = {part.start: (part, axis) for part, axis in tiles(site, like, steps, work.options.tile)}
+    fold = fold_of(site, change.edits, like, work.value, work.value if known else None, work.options.tile)
+    axes = {part.start: axis for part, axis in fold.parts}
 
     def make(parts: Sequence[slice]) -> tuple[Tensor, Sequence[Tensor | None]]:
         everything = together(parts)
         new = start(everything) if merged is None else merged(stored, everything)
         estimates: list[Tensor | None] = []
         for part in parts:
-            tile, axis = new[part.start - everything.start : part.stop - everything.start], pieces[part.start][1]
+            tile, axis = new[part.start - everything.start : part.stop - everything.start], axes[part.start]
             if merged is None:
-                tile.copy_(fold_tile(site, tile, steps, axis, part))
-                require_finite(tile, change.parameter, change.edits)
-            estimates.append(unfold_tile(site, tile, back, axis, part) if back else None)
+                tile.copy_(fold.new(part, axis, tile))
+            estimates.append(fold.estimate(part, axis, tile) if known else None)
         return new, estimates
 
-    return Recipe([part for part, _ in pieces.values()], make)
+    return Recipe([part for part, _ in fold.parts], make)
 
 
 def together(parts: Sequence[slice]) -> slice:
@@ -138,14 +127,14 @@ def _fused(
                 new[change.parameter] = work.sources[adapter].tensors[key].to(value.dtype)
             old[change.parameter] = new[change.parameter]
             continue
-        site, everything = weight_site(work, change.edits[0]), slice(0, value.shape[0])
+        everything = slice(0, value.shape[0])
+        fold = fold_of(
+            weight_site(work, change.edits[0]), change.edits, value, work.value, work.value if undo else None
+        )
         if merged is None:
-            steps = steps_of(change.edits, fold_dtype(value), work.value)
-            new[change.parameter] = value = fold_tile(site, value, steps, "", everything)
-            require_finite(value, change.parameter, change.edits)
+            new[change.parameter] = value = fold.new(everything, "", value)
         if undo:
-            back = steps_back(change.edits, work.value)
-            old[change.parameter] = unfold_tile(site, value, back, "", everything)
+            old[change.parameter] = fold.estimate(everything, "", value)
     made = fusion.split(new, work.program.base) if merged is None else stored
     estimate = fusion.split(old, work.program.base) if undo else None
     return {name: (made[name], None if estimate is None else estimate[name]) for name in whole}

@@ -9,9 +9,10 @@ from torch import Tensor
 from peftc.graph.sites import WeightSite
 from peftc.rule import Combination, Constant, Part, Rule
 
-from .combination import COMBINATIONS, checked, combined_factors, combined_spec
+from .combination import COMBINATIONS, combined_factors, combined_spec
 from .config import LoraConfig
 from .factors import init_names, starts_from_weight
+from .task_arithmetic import checked
 
 
 class Lora(Rule[LoraConfig]):

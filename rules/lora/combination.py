@@ -6,8 +6,6 @@ its leading part; the others combine the factors themselves: √|w·s|, with the
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,36 +21,6 @@ from .factors import starts_from_weight
 from .task_arithmetic import COMBINE, combine_tensors
 
 COMBINATIONS = ("svd", "cat", *COMBINE, *(f"{name}_svd" for name in COMBINE if name != "linear"))
-
-
-_WHAT = "add_weighted_adapter"
-
-
-def checked(how: Combination, single: bool) -> Combination:
-    """`how`, and for a single adapter the exact way. Raises AdapterError on what makes no sense."""
-    kind = how.combination_type
-    if single and how.svd_rank is None:
-        return replace(how, combination_type="cat")  # Nothing to combine: the adapter itself, scaled.
-    pruned = kind.removesuffix("_svd") not in ("svd", "linear", "cat")
-    if pruned and (not _is_share(how.density) or (how.density == 0 and "dare" in kind)):
-        raise AdapterError(f"{_WHAT}: {kind!r} needs a density in [0, 1] (dare: above 0), got {how.density!r}")
-    if how.majority_sign_method not in ("total", "frequency"):
-        raise AdapterError(
-            f"{_WHAT}: majority_sign_method={how.majority_sign_method!r}: valid are 'total' and 'frequency'"
-        )
-    if how.svd_rank is not None and (type(how.svd_rank) is not int or how.svd_rank < 1):
-        raise AdapterError(f"{_WHAT}: svd_rank={how.svd_rank!r} is no positive integer")
-    if how.svd_clamp is not None and not _is_share(how.svd_clamp):
-        raise AdapterError(f"{_WHAT}: svd_clamp={how.svd_clamp} is a quantile, so in [0, 1]")
-    if how.svd_driver is not None and not torch.cuda.is_available():
-        raise AdapterError(
-            f"{_WHAT}: svd_driver={how.svd_driver!r} chooses a CUDA solver, and there is no CUDA device here"
-        )
-    return how
-
-
-def _is_share(number: Any) -> bool:
-    return isinstance(number, int | float) and 0 <= number <= 1
 
 
 def combined_spec(specs: Mapping[str, LoraConfig], where: Mapping[str, Sequence[str]], how: Combination) -> LoraConfig:

@@ -4,10 +4,13 @@ ties: Yadav et al. 2023, arXiv:2306.01708, section 3. dare: Yu et al. 2023, arXi
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from peftc.errors import AdapterError
 from peftc.rule import Combination
 
 # combination_type → (how to prune, whether signs are elected).
@@ -45,3 +48,33 @@ def _pruned(tensor: Tensor, pruning: str | None, density: float | None) -> Tenso
     mask = torch.zeros_like(tensor).flatten()
     mask[kept] = 1
     return tensor * mask.reshape(tensor.shape)
+
+
+_WHAT = "add_weighted_adapter"
+
+
+def checked(how: Combination, single: bool) -> Combination:
+    """`how`, and for a single adapter the exact way. Raises AdapterError on what makes no sense."""
+    kind = how.combination_type
+    if single and how.svd_rank is None:
+        return replace(how, combination_type="cat")  # Nothing to combine: the adapter itself, scaled.
+    pruned = kind.removesuffix("_svd") not in ("svd", "linear", "cat")
+    if pruned and (not _is_share(how.density) or (how.density == 0 and "dare" in kind)):
+        raise AdapterError(f"{_WHAT}: {kind!r} needs a density in [0, 1] (dare: above 0), got {how.density!r}")
+    if how.majority_sign_method not in ("total", "frequency"):
+        raise AdapterError(
+            f"{_WHAT}: majority_sign_method={how.majority_sign_method!r}: valid are 'total' and 'frequency'"
+        )
+    if how.svd_rank is not None and (type(how.svd_rank) is not int or how.svd_rank < 1):
+        raise AdapterError(f"{_WHAT}: svd_rank={how.svd_rank!r} is no positive integer")
+    if how.svd_clamp is not None and not _is_share(how.svd_clamp):
+        raise AdapterError(f"{_WHAT}: svd_clamp={how.svd_clamp} is a quantile, so in [0, 1]")
+    if how.svd_driver is not None and not torch.cuda.is_available():
+        raise AdapterError(
+            f"{_WHAT}: svd_driver={how.svd_driver!r} chooses a CUDA solver, and there is no CUDA device here"
+        )
+    return how
+
+
+def _is_share(number: Any) -> bool:
+    return isinstance(number, int | float) and 0 <= number <= 1

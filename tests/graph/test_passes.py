@@ -188,3 +188,43 @@ def test_a_broken_pass_is_named_and_nothing_is_changed(fault: str, message: str)
         peftc.compile(model, spec, inplace=True, passes=[Broken(fault)])
     assert type(model[0]) is nn.Linear
     assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias"]
+
+
+@dataclass(frozen=True)
+class NoCasts:
+    """Casts taken out, as one would who thinks that they do nothing."""
+
+    name: str = "no casts"
+
+    def __call__(self, graph: fx.Graph) -> fx.Graph:
+        for node in list(graph.nodes):
+            if node.op == "call_method" and node.target == "to":
+                node.replace_all_uses_with(node.args[0])
+                graph.erase_node(node)
+        graph.eliminate_dead_code()
+        return graph
+
+
+def test_casts_are_needed_where_dtypes_differ_and_the_verifier_knows() -> None:
+    spec = peftc.LoraConfig(r=1, target_modules=["0"])
+    peftc.compile(nn.Sequential(nn.Linear(4, 3)), spec, passes=[NoCasts()])
+    half = nn.Sequential(nn.Linear(4, 3)).to(torch.bfloat16)
+    with pytest.raises(peftc.RuleError, match=r"no casts: .*torch.bfloat16 and torch.float32"):
+        peftc.compile(half, spec, passes=[NoCasts()])
+
+
+def test_passes_run_over_the_code_of_mixed_batches_too() -> None:
+    seen: list[list[str]] = []
+
+    @dataclass(frozen=True)
+    class See:
+        name: str = "see"
+
+        def __call__(self, graph: fx.Graph) -> fx.Graph:
+            seen.append([node.name for node in graph.nodes])
+            return graph
+
+    model, spec = nn.Sequential(nn.Linear(4, 3)), peftc.LoraConfig(r=1, target_modules=["0"])
+    adapted = peftc.compile(model, {"a": spec, "b": spec}, passes=[See()])
+    adapted(torch.randn(2, 4), adapter_names=["a", "b"])
+    assert any("add_products" in name for names in seen for name in names)

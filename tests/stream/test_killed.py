@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import peftc
-from peftc.stream import tiles, write
+from peftc.merge import fold
+from peftc.stream import write
 from tests.support.checkpoints import adapter_on_disk, assert_same_files, base_on_disk
 from tests.support.killing import changes_made, finish, kill_at
 from tests.support.models import model_of
@@ -62,13 +63,13 @@ def test_killed_at_any_moment_it_goes_on(
 
 def test_what_was_done_is_not_done_again(disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(write, "EVERY", 4000)
-    real, folds = tiles.fold_tile, list[str]()
+    real, folds = fold.fold_tile, list[str]()
 
     def counted(*args: Any) -> Any:
         folds.append("")
         return real(*args)
 
-    monkeypatch.setattr(tiles, "fold_tile", counted)
+    monkeypatch.setattr(fold, "fold_tile", counted)
     merge(disk, tmp_path / "counted")
     everything = len(folds)
     total = 2 * changes_made(partial(merge, disk, tmp_path / "again"), tmp_path / "count")

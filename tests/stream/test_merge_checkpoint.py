@@ -11,7 +11,6 @@ from torch import nn
 
 import peftc
 from peftc.merge import fold
-from peftc.stream import tiles
 from tests.support.checkpoints import (
     adapter_on_disk,
     assert_same_files,
@@ -168,7 +167,6 @@ def test_products_have_the_same_shapes_and_threads_as_in_memory(
         return real(site, tile, steps, axis, part)
 
     monkeypatch.setattr(fold, "fold_tile", watched)
-    monkeypatch.setattr(tiles, "fold_tile", watched)
     compiled = peftc.load(model, adapter)
     compiled.merge_adapter()
     in_memory, seen = sorted(seen), []

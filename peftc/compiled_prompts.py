@@ -1,0 +1,45 @@
+"""What of a CompiledModel is about virtual tokens."""
+
+from typing import cast
+
+from torch import Tensor, nn
+
+from peftc.compiled_graph import CompiledGraph
+from peftc.errors import AdapterError
+from peftc.lifecycle import require_known
+from peftc.prompts.files import prompt_edit, prompt_embeddings, prompt_encoder
+from peftc.prompts.virtual import rows
+
+
+class CompiledPrompts(CompiledGraph):
+    """The prompts of a model's adapters."""
+
+    @property
+    def prompt_encoder(self) -> dict[str, nn.Module]:
+        """The prompt encoders by adapter name: what a prompt method trains."""
+        edits = {name: prompt_edit(self.program, name) for name in self.plan.adapters}
+        return {name: prompt_encoder(self.program, edit) for name, edit in edits.items() if edit is not None}
+
+    def get_prompt_embedding_to_save(self, adapter_name: str = "default") -> Tensor:
+        """The rows of a prompt adapter as saved: (rows, token_dim), or (rows, num_layers·2·token_dim) of a prefix.
+
+        Raises AdapterError if `adapter_name` is unknown or no prompt method.
+        """
+        require_known(self.program, [adapter_name])
+        edit = prompt_edit(self.program, adapter_name)
+        if edit is None:
+            raise AdapterError(f"{adapter_name!r} is {self.peft_config[adapter_name].peft_type}, which has no prompt")
+        return prompt_embeddings(self.program, edit).detach().cpu()
+
+    def get_prompt(self, batch_size: int) -> Tensor:
+        """The rows of the first active prompt adapter, for every sequence: (batch_size, rows, width), differentiable.
+
+        A prefix comes flat, as it is saved. Raises AdapterError if no prompt adapter is active.
+        """
+        edits = [edit for name in self.active_adapters if (edit := prompt_edit(self.program, name)) is not None]
+        if not edits:
+            raise AdapterError(
+                f"no active adapter has a prompt; active are {', '.join(self.active_adapters) or 'none'}"
+            )
+        made = rows(prompt_encoder(self.program, edits[0]), cast(int, edits[0].constants["rows"]))
+        return made.expand(batch_size, -1, -1)
