@@ -3,7 +3,7 @@
 import gc
 import re
 import warnings
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -144,6 +144,7 @@ def _attach(program: Program, adapter: Adapter, edit: Edit, fresh: bool, shared:
     holder, weight = program.modules[site.holder], weight_of(program.modules[site.owner], site)
     part = attach(edit, site, holder, _common(program, edit.adapter), adapter.spec, weight)
     adapter.parts[edit.site, edit.rule.name] = part
+    program.children |= dict.fromkeys([*containers(edit), *(p.key.partition(".")[0] for p in edit.params if p.shared)])
     if fresh:
         own = [param for param in edit.params if param.key not in shared] if shared else list(edit.params)
         start(part, adapter.spec, own, holder, weight)
@@ -229,7 +230,7 @@ def undo(program: Program) -> nn.Module:
 @contextmanager
 def parked(program: Program) -> Generator[nn.Module]:
     """The base model without its adapters for a while, to be planned on: no rewritten class, no added child."""
-    hosts = [(module, type(module), _state(module)) for module in program.base.modules() if is_host(module)]
+    hosts = [(module, type(module), _state(module)) for module in _hosts(program) if is_host(module)]
     children = [(module, name, module._modules.pop(name)) for module, name in _added(program)]
     for module, _, _ in hosts:
         uninstall(module)
@@ -248,17 +249,28 @@ def _state(module: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in module.__dict__.items() if name.startswith(BOUND) or name == "forward"}
 
 
+def _hosts(program: Program) -> Iterator[nn.Module]:
+    """The modules that are hosts, and those whose weights may be stood in for."""
+    for region in program.regions:
+        module = program.modules[region.host]
+        yield module
+        for prefix in {anchor.weight.rpartition(".")[0] for anchor in region.source.anchors} - {""}:
+            if region.source.opaque:
+                yield module.get_submodule(prefix)
+
+
 def _added(program: Program) -> list[tuple[nn.Module, str]]:
     """(module, name) of the children that adapters have added."""
-    found: dict[tuple[int, str], tuple[nn.Module, str]] = {}
-    for edit in (edit for adapter in program.adapters.values() for edit in adapter.edits):
-        site = program.plan.sites[edit.site]
-        module = program.modules[site.owner]
-        names = containers(edit) if site.added is None else [site.added]
-        pairs = [(module, name) for name in names]
-        pairs += [(_common(program, edit.adapter), p.key.partition(".")[0]) for p in edit.params if p.shared]
-        found |= {(id(module), name): (module, name) for module, name in pairs if name in module._modules}
-    return list(found.values())
+    places = {(id(owner := program.modules[site.owner]), site.added): owner for site in program.plan.sites.values()}
+    found: list[tuple[nn.Module, str]] = []
+    for (_, added), module in places.items():
+        names = program.children if added is None else [added]
+        found += [(module, name) for name in names if name in module._modules]
+    commons = {id(module): module for module in (_common(program, name) for name in program.adapters)}
+    known = {(id(module), name) for module, name in found}
+    for module in commons.values():
+        found += [(module, n) for n in program.children if n in module._modules and (id(module), n) not in known]
+    return found
 
 
 # Flags that these classes ask before taking their fused inference path, which reads weights and skips spliced ops.

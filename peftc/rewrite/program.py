@@ -71,9 +71,10 @@ class Program:
 
     `plan` and `regions` are of all `adapters`. `active`: which are spliced in, in load order, unless merged or the program
     is not `enabled`; `learning`: whose parameters train. `calls`: how many calls with adapter_names are running.
-    `inplace`: the base is the very model that was given; `unloaded`: it has been given back; `watching`: its rules see the
-    steps of optimisers. `passes` run over every graph.
-    `modules`: those of sites, holders and hosts by fqn, looked up once; `installed`: what every host runs now.
+    `inplace`: the base is the very model that was given; `unloaded`: it has been given back; `watching`: its rules see
+    the steps of optimisers. `passes` run over every graph. `modules`: those of sites, holders and hosts by fqn, looked up
+    once; `installed`: what every host runs now; `children`: the names, as keys, of what adapters, of now or before, add
+    to modules.
     """
 
     base: nn.Module
@@ -94,6 +95,7 @@ class Program:
     made: Made = field(default_factory=Made)
     modules: dict[str, nn.Module] = field(default_factory=dict[str, nn.Module])
     installed: dict[str, Binding] = field(default_factory=dict[str, Binding])
+    children: dict[str, None] = field(default_factory=dict[str, None])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Program":
         require_no_call(self)
