@@ -23,7 +23,9 @@ def structural_copy(model: nn.Module) -> nn.Module:
     Raises CaptureError if a plain attribute can't be copied.
     """
     memo: dict[int, Any] = {}
+    originals: set[int] = set()
     for fqn, module in model.named_modules():
+        originals.add(id(module))
         if isinstance(module.__dict__.get("forward"), FunctionType):
             # A plain function is not bound to the copy; it would go on calling the original.
             raise CaptureError(
@@ -42,7 +44,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
             if isinstance(value, torch.Tensor) and value.grad_fn is not None:
                 memo[id(value)] = value.detach()
     try:
-        return _own(_copy_module(model, memo), model)
+        return _own(_copy_module(model, memo), originals)
     except (TypeError, ValueError, RuntimeError, AttributeError, AssertionError, NotImplementedError) as error:
         raise CaptureError(
             f"{type(model).__name__} can't be copied ({type(error).__name__}: {error}). Compile it with inplace=True;"
@@ -50,12 +52,14 @@ def structural_copy(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _own(new: nn.Module, model: nn.Module) -> nn.Module:
-    """`new`, if no module of it is one of the original's (whose class has its own idea of a copy)."""
-    originals = {id(module) for module in model.modules()}
-    shared = next((fqn for fqn, module in new.named_modules() if id(module) in originals), None)
-    if shared is not None:
-        raise TypeError(f"a copy of {shared!r} is that module itself")
+def _own(new: nn.Module, originals: set[int]) -> nn.Module:
+    """`new`, frozen, if no module of it is one of the original's (whose class has its own idea of a copy)."""
+    for fqn, module in new.named_modules():
+        if id(module) in originals:
+            raise TypeError(f"a copy of {fqn!r} is that module itself")
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad and not is_lazy(parameter):
+                parameter.requires_grad_(False)
     return new
 
 

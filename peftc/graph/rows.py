@@ -29,15 +29,16 @@ def _linear(module: nn.Module) -> Shape | None:
 def _quantised(module: nn.Module) -> Shape | None:
     """A linear of another library: a leaf that names its in_features and out_features (GPTQ, AWQ, HQQ, torch.ao …)."""
     features = (module.__dict__.get("in_features"), module.__dict__.get("out_features"))
-    holds_tensors = any(tensor is not None for tensor in [*module._parameters.values(), *module._buffers.values()])
-    if module._modules or not holds_tensors or not all(type(size) is int for size in features):
+    if module._modules or not all(type(size) is int for size in features):
+        return None
+    if all(tensor is None for tensor in [*module._parameters.values(), *module._buffers.values()]):
         return None
     return Shape(*cast("tuple[int, int]", features))
 
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether `module` is a linear of another library, whose integer buffers are its weight."""
-    return _quantised(module) is not None and not isinstance(module, nn.Linear)
+    return not isinstance(module, nn.Linear) and _quantised(module) is not None
 
 
 def is_known_linear(module: nn.Module) -> bool:

@@ -94,7 +94,7 @@ def build(
     program.given.requires_grad = {
         name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False) if not is_lazy(p)
     }
-    for parameter in base.parameters():
+    for parameter in base.parameters() if inplace else ():  # a copy is frozen
         if not is_lazy(parameter):
             parameter.requires_grad_(False)
     try:

@@ -83,9 +83,12 @@ def _reader(leaf: str) -> property:
             weights = base.standing if compiling else _standing.get({}).get(id(base.host))
             if weights is not None and prefix + leaf in weights:
                 return weights[prefix + leaf]
-        return self._parameters[leaf]
+        return self._parameters[leaf] if leaf in self._parameters else self.__dict__[leaf]
 
-    return property(read)
+    def write(self: nn.Module, value: Any) -> None:
+        self.__dict__[leaf] = value  # What nn.DataParallel gives its replicas is no parameter.
+
+    return property(read, write)
 
 
 class Code:
@@ -154,12 +157,40 @@ def _host_class(original: type[nn.Module], leaves: tuple[str, ...], methods: tup
         "__copy__": _copy,
         "__deepcopy__": _deepcopy,
         "__reduce__": _reduce,
+        "_replicate_for_data_parallel": _replicate,
         **(_ITERATED if issubclass(original, nn.Sequential | nn.ModuleList) else {}),
         **{leaf: _reader(leaf) for leaf in leaves},
         **{name: make(getattr(original, name)) for name, make in methods},
     }
     # Named as the class it stands in for: transformers looks up what it records of a model by the name of its class.
     return types.new_class(original.__name__, (original,), {}, lambda body: body.update(namespace))
+
+
+def _replicate(self: nn.Module) -> nn.Module:
+    """The host as nn.DataParallel copies it to another device: bound to what its copy has there, at its first call."""
+    replica = nn.Module._replicate_for_data_parallel(self)
+    reads = replica.__dict__.pop(_READS, None)
+    replica.__dict__.pop(_BASE, None)
+    if reads is not None:
+        replica.__dict__[_READS] = (base_of(replica), reads[1])
+    bound = replica.__dict__.get(BOUND)
+    if bound is not None:
+        replica.__dict__[BOUND] = _Replica(replica, bound)
+    return replica
+
+
+class _Replica:
+    """What a replica is bound to until its first call, when its children are there."""
+
+    def __init__(self, host: nn.Module, bound: Any) -> None:
+        self.host, self.bound, self.run = host, bound, _run_replica
+
+
+def _run_replica(self: _Replica, *args: Any, **kwargs: Any) -> Any:
+    bound = self.bound
+    parts = [part.on_replica(self.host) for part in bound.parts.values()]
+    self.host.__dict__[BOUND] = new = Binding(bound.code, self.host, parts)
+    return new.run(new, *args, **kwargs)
 
 
 def _iterated(self: nn.Module) -> Iterator[nn.Module | None]:

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -112,6 +113,25 @@ class Part:
         """The live tensor with checkpoint key `key`: a parameter, or a buffer of a module saved whole."""
         module, leaf = self.owners[key]
         return tensor_slots(module, leaf)[leaf]
+
+    def on_replica(self, host: nn.Module) -> "Part":
+        """The same part on `host`, a copy of its owner that nn.DataParallel made: the tensors there are attributes."""
+        new: Part = object.__new__(type(self))
+        new.__dict__.update(self.__dict__)
+        holder = host if self.site.added is None else getattr(host, self.site.added)
+        names = [param.key.partition(".")[0] for param in self.edit.params]
+        names += [name for name, probability in self.edit.dropouts.items() if probability > 0]
+        for first in names if self.edit.rule.container is None else ():
+            container = getattr(holder, first, None)
+            if container is None:
+                raise AdapterError(
+                    f"{self.edit.site}: what all sites share can't be replicated by nn.DataParallel; use DDP"
+                )
+            own = getattr(container, self.edit.adapter)
+            new.__dict__[first] = own if isinstance(own, nn.Module) else SimpleNamespace(**{VALUE: own})
+        if self.edit.rule.container is not None:
+            new.__dict__["own"] = getattr(getattr(holder, self.edit.rule.container), self.edit.adapter)
+        return new
 
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors by their names in the rule."""

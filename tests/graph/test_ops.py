@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 import peftc
 from peftc.graph.ops import op_named, ops, use_of
 from peftc.graph.sites import index_sites
+from peftc.testing import check_rule
 
 aten = torch.ops.aten
 
@@ -150,6 +151,14 @@ def test_an_op_of_ones_own_is_planned_spliced_and_merged(scale: None) -> None:
         torch.testing.assert_close(compiled.base[1].weight, torch.full((4,), 1.5))
     finally:
         peftc.unregister(rule)
+
+
+def test_a_rule_for_an_op_of_ones_own_keeps_the_laws_on_a_module_that_is_given(scale: None) -> None:
+    with pytest.raises(peftc.RuleError, match="accepts no case of its ops"):
+        check_rule(Shift())
+    assert "scale (given): tiles equal the whole" in check_rule(
+        Shift(), modules={"scale": (Scale(), torch.randn(3, 4))}
+    )
 
 
 def test_rows_that_clash_or_are_not_there_are_refused(scale: None) -> None:

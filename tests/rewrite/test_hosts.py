@@ -255,6 +255,49 @@ def test_a_weight_that_stands_in_is_seen_in_the_call_and_nowhere_else() -> None:
     torch.testing.assert_close(router.weight.detach(), seen.detach())
 
 
+def replica_of(model: nn.Module) -> nn.Module:
+    """What torch.nn.parallel.replicate makes of a model for one device, without the device: parameters become tensors."""
+    modules = list(model.modules())
+    copies = {id(module): module._replicate_for_data_parallel() for module in modules}
+    for module in modules:
+        replica = copies[id(module)]
+        for name, child in module._modules.items():
+            setattr(replica, name, None if child is None else copies[id(child)])
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter.detach() * 2)
+        for name, buffer in module._buffers.items():
+            replica._buffers[name] = buffer
+    return copies[id(model)]
+
+
+@pytest.mark.parametrize("method", ["lora", "embedding", "ia3", "saved", "weight"])
+def test_replicas_of_data_parallel_run_on_their_own_tensors(method: str) -> None:
+    """A replica whose tensors are twice the model's gives what a model with such tensors gives."""
+
+    class Odd(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if float(x.abs().max()) < 1e9 else x
+
+    model = Small()
+    if method == "weight":
+        model.b = Odd(6, 5)
+    made = {
+        "saved": peftc.LoraConfig(r=2, target_modules=["a"], modules_to_save=["b"]),
+        "weight": peftc.LoraConfig(r=2, target_modules=["a", "b"]),
+    }
+    compiled = moved(peftc.compile(model, made.get(method) or spec(method, lora_dropout=0.0)))
+    y, replica = compiled(IDS), replica_of(compiled.base)
+    doubled = copy.deepcopy(compiled)
+    with torch.no_grad():
+        for parameter in doubled.parameters():
+            parameter.mul_(2)
+    for _ in range(2):
+        torch.testing.assert_close(replica(IDS), doubled(IDS))
+    assert torch.equal(compiled(IDS), y)
+    compiled.set_adapter([])
+    torch.testing.assert_close(replica_of(compiled.base)(IDS), doubled.unload()(IDS))
+
+
 def test_a_saved_sequence_runs_its_own_modules_only(tmp_path: Path) -> None:
     """The trained copy is a child of the sequence, which runs its children."""
 
