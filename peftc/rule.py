@@ -281,12 +281,6 @@ class Rule(Generic[S]):
         raise NotImplementedError
 
 
-def live_name(key: str, adapter: str) -> str:
-    """`lora_A.default.weight` for key `lora_A.weight` of adapter `default`."""
-    first, dot, rest = key.partition(".")
-    return f"{first}.{adapter}{dot}{rest}"
-
-
 _INITS = r"zeros|ones|kaiming_uniform|rule|normal(:[\d.e-]+)?"
 
 
