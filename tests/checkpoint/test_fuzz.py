@@ -20,7 +20,7 @@ import peftc
 from peftc.checkpoint.tensor_file import read_tensors
 from tests.support.adapters import perturb
 from tests.support.checkpoints import hashes
-from tests.support.models import tiny
+from tests.support.models import llama
 
 T = TypeVar("T")
 FILES = ("adapter_model.safetensors", "adapter_config.json", "prompt_encoder.safetensors")
@@ -34,17 +34,19 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+model = cache(llama)
+
+
 @cache
-def model() -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return tiny("llama")
+def place() -> tempfile.TemporaryDirectory[str]:
+    """Where what was saved lies, for the length of the tests."""
+    return tempfile.TemporaryDirectory(prefix="peftc-fuzz-")
 
 
 @cache
 def folder_of(method: str) -> Path:
-    """An adapter that was saved, for the length of the tests."""
-    folder = Path(tempfile.mkdtemp(prefix="peftc-fuzz-"))
+    """An adapter that was saved."""
+    folder = Path(place().name) / method
     compiled = perturb(peftc.compile(model(), {"peft_type": method, **METHODS[method]}))
     compiled.save_pretrained(folder)
     return folder
@@ -53,9 +55,9 @@ def folder_of(method: str) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def _clean() -> Iterator[None]:
     yield
-    for method in METHODS:
-        shutil.rmtree(folder_of(method))
-    folder_of.cache_clear()
+    place().cleanup()
+    for made in (place, folder_of, base_on_disk):
+        made.cache_clear()
 
 
 @contextmanager
@@ -189,7 +191,7 @@ def test_damaged_pickles(damage: Any) -> None:
 
 @cache
 def base_on_disk() -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="peftc-fuzz-"))
+    folder = Path(place().name) / "base"
     model().save_pretrained(folder, max_shard_size="30KB")
     return folder
 
