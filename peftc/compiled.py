@@ -32,7 +32,7 @@ from peftc.graph.region import Capture
 from peftc.graph.sites import transformers_config
 from peftc.merge import Undo, forget, merge, unmerge
 from peftc.registry import spec_classes
-from peftc.rewrite.build import build, require_applicable, undo
+from peftc.rewrite.build import build, no_collection, require_applicable, undo
 from peftc.rewrite.learning import calibrate, penalty
 from peftc.rewrite.program import require_idle
 from peftc.rewrite.switch import activate, emit, train
@@ -135,8 +135,9 @@ class CompiledModel(CompiledPrompts):
         Raises CheckpointError, SpecError, AdapterError, ConflictError; nothing is changed then.
         """
         folder = locate(model_id, subfolder, **download)
-        files = read_adapter(folder, is_trainable=is_trainable, allow_pickle=allow_pickle, verify=verify)
-        return lifecycle.load(self.program, adapter_name, files, strict)
+        with no_collection():
+            files = read_adapter(folder, is_trainable=is_trainable, allow_pickle=allow_pickle, verify=verify)
+            return lifecycle.load(self.program, adapter_name, files, strict)
 
     def add_weighted_adapter(
         self,

@@ -12,7 +12,7 @@ from peftc.errors import AdapterError, MergeError, nearest
 from peftc.graph.region import Capture, Region
 from peftc.merge.combine import checked, combined_spec, fill, pairs
 from peftc.plan import Plan, make_plan, without
-from peftc.rewrite.build import check_names, extend, no_collection, parked, remove, require_applicable
+from peftc.rewrite.build import check_names, extend, parked, remove, require_applicable
 from peftc.rewrite.program import Program, require_idle
 from peftc.rewrite.switch import activate, emit
 from peftc.rule import Combination
@@ -69,13 +69,12 @@ def add(program: Program, name: str, spec: AdapterSpec, on_unmatched: str, fresh
 
 def load(program: Program, name: str, files: AdapterFiles, strict: bool) -> LoadResult:
     """Attach an adapter, inactive, with the tensors of its files."""
-    with no_collection():
-        add(program, name, respelled_spec(program.base, files.spec, files.tensors), "warn", fresh=False)
-        try:
-            return fill_from(program, name, files, strict)
-        except BaseException:
-            _shrink(program, name)
-            raise
+    add(program, name, respelled_spec(program.base, files.spec, files.tensors), "warn", fresh=False)
+    try:
+        return fill_from(program, name, files, strict)
+    except BaseException:
+        _shrink(program, name)
+        raise
 
 
 def fill_from(program: Program, name: str, files: AdapterFiles, strict: bool) -> LoadResult:

@@ -20,7 +20,7 @@ def joined(among: Plan | None, new: Plan, order: Sequence[str]) -> Plan:
     edits = sorted(
         (*old.edits, *new.edits),
         # By site, copies last (what they copy is the module before any rewrite), by adapter: as one number, for speed.
-        key=lambda edit: (2 * position[edit.site] + edit.whole) * count + loaded[edit.adapter],
+        key=lambda edit: (2 * position[edit.site] + edit.rule.whole) * count + loaded[edit.adapter],
     )
     sites = {**old.sites, **new.sites}
     trained = (*old.trained, *new.trained)
@@ -62,7 +62,7 @@ def _conflicts(
     """Between each of `new` and the adapters before it."""
     saved: dict[str, list[str]] = {name: [] for name in adapters}
     adapted: dict[str, list[str]] = {name: [] for name in adapters}
-    if any(edit.whole for edit in edits):
+    if any(rule.whole for rule in {edit.rule for edit in edits}):
         for edit in edits:
             (saved if edit.whole else adapted)[edit.adapter].append(edit.site)
     found: list[Conflict] = []

@@ -20,6 +20,7 @@ from peftc.rewrite.learning import watch_steps
 from peftc.rewrite.parts import Adapter, attach, containers, detach, start, weight_of
 from peftc.rewrite.passes import Pass
 from peftc.rewrite.program import Program
+from peftc.rewrite.route import BASE
 from peftc.rewrite.switch import activate
 
 
@@ -56,12 +57,12 @@ def no_collection() -> Generator[None]:
 
 def check_names(model: nn.Module, plan: Plan, adapters: Collection[str]) -> None:
     """Refuse adapter names that can't be part of a parameter's name, and sites that have such a child already."""
-    taken = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict())}
+    taken = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict()), BASE}
     for name in adapters:
         if not isinstance(cast(Any, name), str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", name) or name in taken:
             raise AdapterError(
                 f"adapter name {name!r}: it becomes part of parameter names; use letters, digits, '_' and '-'"
-                " (and no method name of nn.ModuleDict)"
+                f" (and no method name of nn.ModuleDict, nor {BASE!r}, which rows of a mixed batch say for no adapter)"
             )
     owners = {fqn: site.owner for fqn, site in plan.sites.items()}
     modules = modules_at(model, owners.values())
@@ -73,6 +74,21 @@ def check_names(model: nn.Module, plan: Plan, adapters: Collection[str]) -> None
                     f"{edit.site}: has a child {first!r} already. A compiled or PEFT model can't be compiled again:"
                     " use add_adapter, or unload it first."
                 )
+
+
+def _flags(model: nn.Module) -> dict[str, bool]:
+    """`requires_grad` by parameter name. Raises AdapterError if any module is a host of another compiled model."""
+    flags: dict[str, bool] = {}
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        if is_host(module):
+            raise AdapterError(
+                f"{fqn or 'the model'}: is part of a model that was compiled already, whose adapters would be taken for"
+                " the base's weights. Use add_adapter there, or unload() it first."
+            )
+        for leaf, parameter in module._parameters.items():
+            if parameter is not None and not is_lazy(parameter):
+                flags[parameter_name(fqn, leaf)] = parameter.requires_grad
+    return flags
 
 
 def build(
@@ -89,11 +105,10 @@ def build(
     unless `inplace`, and then given back intact if anything fails.
     """
     check_names(model, plan, plan.adapters)
+    flags = _flags(model)
     base = model if inplace else structural_copy(model)
     program = Program(base, plan, regions, inplace=inplace, passes=tuple(passes))
-    program.given.requires_grad = {
-        name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False) if not is_lazy(p)
-    }
+    program.given.requires_grad = flags
     for parameter in base.parameters() if inplace else ():  # a copy is frozen
         if not is_lazy(parameter):
             parameter.requires_grad_(False)
@@ -214,7 +229,7 @@ def undo(program: Program) -> nn.Module:
     """The base model as it was: classes, tensors, flags and attributes. The program is spent afterwards."""
     for adapter in list(program.adapters):
         remove(program, adapter)
-    for module in program.base.modules():
+    for module in list(_hosts(program)):
         uninstall(module)
     for (fqn, flag), value in program.given.fast_paths.items():
         setattr(program.base.get_submodule(fqn), flag, value)

@@ -9,9 +9,10 @@ import copy
 import functools
 import re
 import types
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -158,7 +159,7 @@ def _host_class(original: type[nn.Module], leaves: tuple[str, ...], methods: tup
         "__deepcopy__": _deepcopy,
         "__reduce__": _reduce,
         "_replicate_for_data_parallel": _replicate,
-        **(_ITERATED if issubclass(original, nn.Sequential | nn.ModuleList) else {}),
+        **_hiding(original),
         **{leaf: _reader(leaf) for leaf in leaves},
         **{name: make(getattr(original, name)) for name, make in methods},
     }
@@ -193,16 +194,50 @@ def _run_replica(self: _Replica, *args: Any, **kwargs: Any) -> Any:
     return new.run(new, *args, **kwargs)
 
 
+def _own_items(self: nn.Module) -> dict[str, nn.Module | None]:
+    """The modules of a container, without the copies that adapters train of the whole of it."""
+    return {name: child for name, child in self._modules.items() if name != MODULES_TO_SAVE}
+
+
 def _iterated(self: nn.Module) -> Iterator[nn.Module | None]:
-    """The modules of a sequence, without the copies that adapters train of the whole of it."""
-    return (child for name, child in self._modules.items() if name != MODULES_TO_SAVE)
+    return iter(_own_items(self).values())
 
 
 def _length(self: nn.Module) -> int:
-    return sum(1 for _ in _iterated(self))
+    return len(_own_items(self))
 
 
-_ITERATED: Mapping[str, Any] = {"__iter__": _iterated, "__len__": _length}
+def _item(self: nn.Module, index: Any) -> Any:
+    """As the container's own `[]`, whose slices are of its class: here of the class that it had before."""
+    original = cast(Any, original_class(self))
+    if not isinstance(index, slice):
+        return original.__getitem__(self, index)
+    chosen = list(_own_items(self).items())[index]
+    return original(OrderedDict(chosen) if issubclass(original, nn.Sequential) else [module for _, module in chosen])
+
+
+def _view(name: str) -> Callable[[nn.Module], Any]:
+    return lambda self: getattr(_own_items(self), name)()
+
+
+def _names(self: nn.Module) -> Iterator[str]:
+    return iter(_own_items(self))
+
+
+_SEQUENCE: Mapping[str, Any] = {"__iter__": _iterated, "__len__": _length, "__getitem__": _item}
+_DICT: Mapping[str, Any] = {
+    "__iter__": _names,
+    "__len__": _length,
+    **{name: _view(name) for name in ("keys", "values", "items")},
+}
+
+
+def _hiding(original: type[nn.Module]) -> Mapping[str, Any]:
+    """What a container's host overrides so that its forward, which walks the container, meets its own modules only."""
+    for base, hidden in ((nn.Sequential, _SEQUENCE), (nn.ModuleList, _SEQUENCE), (nn.ModuleDict, _DICT)):
+        if issubclass(original, base):
+            return {name: made for name, made in hidden.items() if getattr(original, name) is getattr(base, name)}
+    return {}
 
 
 def _copy(self: nn.Module) -> nn.Module:

@@ -10,6 +10,7 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite, canonical
+from peftc.registry import rules_of
 from peftc.rewrite.parts import Part, weight_of, wide
 from peftc.rewrite.program import Program
 from peftc.rule import Bound, Rule
@@ -23,20 +24,19 @@ def bound(part: Part) -> Bound:
 def penalty(program: Program) -> Tensor | None:
     """The sum of what the rules of active adapters add to the loss, or None if they add nothing."""
     parts = (part for name in program.spliced for part in program.adapters[name].parts.values())
-    terms = [part.edit.rule.penalty(bound(part)) for part in parts if _has(part, "penalty")]
+    terms = [part.edit.rule.penalty(bound(part)) for part in parts if _has(part.edit.rule, "penalty")]
     given = [term for term in terms if term is not None]
     return torch.stack([term.reshape(()) for term in given]).sum() if given else None
 
 
-def _has(part: Part, function: str) -> bool:
-    return getattr(type(part.edit.rule), function) is not getattr(Rule, function)
+def _has(rule: Rule[Any], function: str) -> bool:
+    return getattr(type(rule), function) is not getattr(Rule, function)
 
 
 def watch_steps(program: Program) -> None:
     """Let the rules that want it act after every step of an optimiser that holds their parameters."""
-    if program.watching or not any(
-        _has(part, "after_step") for own in program.adapters.values() for part in own.parts.values()
-    ):
+    rules = {rule for own in program.adapters.values() for rule in rules_of(own.spec)}
+    if program.watching or not any(_has(rule, "after_step") for rule in rules):
         return
     reference, steps = weakref.ref(program), weakref.WeakKeyDictionary[Optimizer, int]()
 
@@ -45,7 +45,9 @@ def watch_steps(program: Program) -> None:
         if alive is None:
             return
         held = {id(p) for group in optimiser.param_groups for p in group["params"]}
-        parts = [part for own in alive.adapters.values() for part in own.parts.values() if _has(part, "after_step")]
+        parts = [
+            part for own in alive.adapters.values() for part in own.parts.values() if _has(part.edit.rule, "after_step")
+        ]
         mine = [part for part in parts if any(id(tensor) in held for tensor in part.tensors().values())]
         if mine:
             steps[optimiser] = steps.get(optimiser, 0) + 1
@@ -62,7 +64,7 @@ def calibrate(program: Program, name: str, batches: Iterable[Any], call: Callabl
 
     `call` runs the base on a batch. Raises AdapterError if no rule of the adapter learns from data.
     """
-    parts = [part for part in program.adapters[name].parts.values() if _has(part, "calibrate")]
+    parts = [part for part in program.adapters[name].parts.values() if _has(part.edit.rule, "calibrate")]
     if not parts:
         raise AdapterError(f"calibrate: no rule of {name!r} ({program.adapters[name].spec.peft_type}) learns from data")
     states: dict[int, Any] = {}

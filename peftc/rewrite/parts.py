@@ -242,7 +242,7 @@ def _attach_tensor(part: Part, param: PlannedParam, holder: nn.Module, device: t
         # The names were checked before, so there is no need to look for them again in every module.
         module = holders._modules.get(adapter)
         if module is None:
-            module = holders._modules[adapter] = Holder()
+            module = holders._modules[adapter] = _blank(Holder)
         part.owners[param.key] = (module, rest)
     else:
         vectors = _child(holder, first, Vectors)
@@ -260,8 +260,25 @@ def _attach_tensor(part: Part, param: PlannedParam, holder: nn.Module, device: t
 def _child(module: nn.Module, name: str, cls: type[Any]) -> Any:
     child = module._modules.get(name)
     if child is None:
-        child = module._modules[name] = cls()
+        child = module._modules[name] = cls() if cls is Vectors else _blank(cls)
     return child
+
+
+def _blank(cls: type[Any]) -> Any:
+    """`cls()` in half the time, for classes that begin with empty containers: there are four for each site."""
+    new = object.__new__(cls)
+    plain, containers = _beginning(cls)
+    new.__dict__.update(plain)
+    for name, kind in containers:
+        new.__dict__[name] = kind()
+    return new
+
+
+@functools.cache
+def _beginning(cls: type[nn.Module]) -> tuple[dict[str, Any], list[tuple[str, type[Any]]]]:
+    state = vars(cls())
+    containers = [(name, type(value)) for name, value in state.items() if isinstance(value, dict | set)]
+    return {name: value for name, value in state.items() if not isinstance(value, dict | set)}, containers
 
 
 def _attach_module(part: Part, holder: nn.Module, module: nn.Module) -> None:

@@ -317,6 +317,8 @@ def test_a_saved_sequence_runs_its_own_modules_only(tmp_path: Path) -> None:
         assert torch.equal(compiled(x), model(x))
         assert len(compiled.base.classifier) == 3
         assert compiled.base.classifier[-1] is compiled.base.classifier._modules["2"]
+        assert [type(module) for module in compiled.base.classifier[:-1]] == [nn.Linear, nn.ReLU]
+        torch.testing.assert_close(compiled.base.classifier[1:](x), model.classifier[1:](x))
     with compiled.merged():
         torch.testing.assert_close(compiled(x), y)
     compiled.save_pretrained(tmp_path)
@@ -325,6 +327,72 @@ def test_a_saved_sequence_runs_its_own_modules_only(tmp_path: Path) -> None:
     compiled.set_adapter("b")
     assert torch.equal(compiled(x), model(x))
     assert [type(module) for module in compiled.unload().classifier] == [nn.Linear, nn.ReLU, nn.Linear]
+
+
+class Block(nn.ModuleDict):
+    """A dict of layers that its forward runs in turn."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _, layer in self.items():
+            x = torch.tanh(layer(x))
+        return x
+
+
+def test_a_saved_dict_of_layers_runs_its_own_layers_only() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), Block({"one": nn.Linear(6, 6), "two": nn.Linear(6, 6)}))
+    compiled = moved(peftc.compile(model, peftc.LoraConfig(target_modules=["0"], modules_to_save=["1"])))
+    x = torch.randn(3, 6)
+    assert not torch.equal(compiled(x), model(x))
+    with compiled.disable_adapter():
+        assert torch.equal(compiled(x), model(x))
+        block = compiled.base[1]
+        assert [*block] == [*block.keys()] == ["one", "two"]
+        assert len(block) == len(block.values()) == 2
+
+
+def test_a_saved_list_which_nobody_calls_is_refused() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.layers = nn.Linear(6, 6), nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return self.a(x)
+
+    with pytest.raises(peftc.CaptureError, match=r"ModuleList, which is never called.*\['layers.0', 'layers.1'\]"):
+        peftc.compile(Model(), peftc.LoraConfig(target_modules=["a"], modules_to_save=["layers"]))
+    advised = peftc.LoraConfig(target_modules=["a"], modules_to_save=["layers.0", "layers.1"])
+    compiled, x = peftc.compile(Model(), advised), torch.randn(3, 6)
+    before = compiled(x)
+    y = moved(compiled)(x)
+    assert not torch.allclose(before, y)
+    torch.testing.assert_close(compiled.merge_and_unload()(x), y)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_holds_hosts_of_another_model_is_refused(inplace: bool) -> None:
+    """Its adapters would count as the base's weights here, and end with this model."""
+    model, other = Small(), peftc.LoraConfig(target_modules=["b"])
+    compiled = moved(peftc.compile(model, peftc.LoraConfig(target_modules=["a"]), inplace=True))
+    y = compiled(IDS)
+    with pytest.raises(peftc.AdapterError, match="a: is part of a model that was compiled already"):
+        peftc.compile(model, other, inplace=inplace)
+    assert torch.equal(compiled(IDS), y)
+    compiled.unload()
+    peftc.compile(model, other, inplace=inplace)
+
+
+def test_unloading_leaves_the_hosts_of_a_model_inside() -> None:
+    inner, model = Small(), nn.Sequential()
+    outer = peftc.compile(model.append(inner), peftc.LoraConfig(target_modules=["0.a"]), inplace=True)
+    part = peftc.compile(inner.b, peftc.LoraConfig(target_modules="all-linear"), inplace=True)
+    moved(part)
+    x = torch.randn(2, 6)
+    y = part(x)
+    outer.unload()
+    assert torch.equal(part(x), y)
 
 
 def _sharded(rank: int, world: int, order: str, folder: str) -> None:
