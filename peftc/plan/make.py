@@ -229,7 +229,7 @@ def require_same(planned: Plan, made: Plan) -> None:
 def _save(adapter: str, model: nn.Module, fqn: str) -> Edit:
     """modules_to_save: a copy of every parameter of module `fqn`, trained, and of every persistent buffer."""
     module = model.get_submodule(fqn)
-    if type(module).forward is nn.Module.forward and "forward" not in module.__dict__:
+    if isinstance(module, nn.ModuleList | nn.ModuleDict) and type(module).forward is nn.Module.forward:
         inner = [f"{fqn}.{name}" for name in module._modules]
         raise CaptureError(
             f"{fqn}: is a {type(module).__name__}, which is never called itself, so a trained copy would never run."
