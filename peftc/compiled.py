@@ -68,14 +68,14 @@ class CompiledModel(CompiledPrompts):
 
         Raises AdapterError on an unknown name, MergeError while merged.
         """
-        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        names = lifecycle.named(adapter_name)
         lifecycle.require_known(self.program, names)
         lifecycle.require_unmerged(self.program, "set_adapter")
         activate(self.program, names, names)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let these adapters train, active or not, or freeze them. Raises AdapterError on an unknown name."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        names = lifecycle.named(adapter_names)
         lifecycle.require_known(self.program, names)
         if set(names) & set(self.program.merged):
             lifecycle.require_unmerged(self.program, "set_requires_grad")
@@ -223,8 +223,7 @@ class CompiledModel(CompiledPrompts):
         something merged already, or `residual` where tensors are not this model's own. AdapterError if an adapter is
         unknown or not active.
         """
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        names = self.active_adapters if names is None else list(names)
+        names = self.active_adapters if adapter_names is None else lifecycle.named(adapter_names)
         lifecycle.require_known(self.program, names)
         merge(self.program, names, untie, undo)
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -26,6 +26,16 @@ def planned(
     if isinstance(model, CompiledGraph):
         raise AdapterError("the model is compiled already: use its add_adapter or its .plan, or unload it first")
     return make_plan(model, specs, capture, autocast)
+
+
+def named(names: str | Iterable[str]) -> list[str]:
+    """One adapter's name or several as a list. Raises AdapterError on what is neither."""
+    if isinstance(names, str):
+        return [names]
+    several = list(names) if isinstance(cast(Any, names), Iterable) else [cast(Any, None)]
+    if not all(isinstance(cast(Any, name), str) for name in several):
+        raise AdapterError(f"expected an adapter's name, or a list of names, got {names!r}")
+    return several
 
 
 def require_known(program: Program, names: Iterable[str]) -> None:

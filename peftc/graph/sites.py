@@ -274,12 +274,8 @@ def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
 
 def _identity(parameter: nn.Parameter) -> Any:
     """What two tied parameters have in common: the object, or storage, offset and shape."""
-    if (
-        type(parameter) is not nn.Parameter
-        or parameter.is_meta
-        or type(parameter.data) is not torch.Tensor
-        or parameter.numel() == 0
-    ):
+    plain = type(parameter) is nn.Parameter and not parameter.is_meta and type(parameter.data) is torch.Tensor
+    if not plain or parameter.numel() == 0:
         return id(parameter)
     return parameter.untyped_storage()._cdata, parameter.storage_offset(), parameter.shape, parameter.stride()
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import peftc
 from tests.support.adapters import perturb
@@ -207,3 +208,13 @@ def test_switching_is_in_any_order_what_compiling_anew_is() -> None:
         assert torch.equal(compiled(ids), fresh(ids))
         flags = {name: parameter.requires_grad for name, parameter in compiled.named_parameters()}
         assert flags == {name: parameter.requires_grad for name, parameter in fresh.named_parameters()}
+
+
+@pytest.mark.parametrize("names", [None, 3, [None], ["a", 3]])
+def test_what_is_no_name_is_refused(names: Any) -> None:
+    compiled = peftc.compile(nn.Sequential(nn.Linear(4, 4)), peftc.LoraConfig(target_modules=["0"]), "a")
+    calls = [compiled.set_adapter, compiled.set_requires_grad] + ([compiled.merge_adapter] if names is not None else [])
+    for call in calls:
+        with pytest.raises(peftc.AdapterError, match="expected an adapter's name, or a list of names"):
+            call(names)
+    assert compiled.active_adapters == ["a"]
