@@ -83,10 +83,11 @@ def test_the_examples_run(title: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a section one after the other, in a module: pickles look classes up in theirs."""
     module = ModuleType("an_example_of_contributing")
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    for block in blocks("CONTRIBUTING.md", "python"):
-        if block.section == title:
-            # Errors name the line of the document.
-            exec(compile("\n" * (block.line - 1) + block.text, "CONTRIBUTING.md", "exec"), module.__dict__)
+    own = [block for block in blocks("CONTRIBUTING.md", "python") if block.section == title]
+    assert any("assert " in block.text or "check_rule(" in block.text for block in own), "an example that checks itself"
+    for block in own:
+        # Errors name the line of the document.
+        exec(compile("\n" * (block.line - 1) + block.text, "CONTRIBUTING.md", "exec"), module.__dict__)
 
 
 def points(document: str) -> dict[str, dict[str, str]]:
