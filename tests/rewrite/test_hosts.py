@@ -43,6 +43,17 @@ def spec(method: str, **fields: Any) -> peftc.AdapterSpec:
     return peftc.LoraConfig(**{"r": 2, "target_modules": ["a", "b"] if method == "lora" else ["embed", "a"], **fields})
 
 
+def counted(compiled: peftc.CompiledModel) -> tuple[Any, list[int]]:
+    """The base under torch.compile(fullgraph=True), and a list that has an entry for every graph that was made."""
+    graphs: list[int] = []
+
+    def count(graph: torch.fx.GraphModule, example: Any) -> Any:
+        graphs.append(1)
+        return graph.forward
+
+    return torch.compile(compiled.base, backend=count, fullgraph=True), graphs
+
+
 class TestCompiled:
     """Under torch.compile(fullgraph=True) a swap is no new graph, whatever the adapter is called."""
 
@@ -50,13 +61,7 @@ class TestCompiled:
     def test_twelve_adapters_of_one_shape_are_one_graph_and_none_is_another(self, method: str) -> None:
         torch.compiler.reset()
         compiled = moved(peftc.compile(Small().eval(), {f"n{i}": spec(method) for i in range(12)}))
-        graphs: list[int] = []
-
-        def count(graph: torch.fx.GraphModule, example: Any) -> Any:
-            graphs.append(1)
-            return graph.forward
-
-        fast = torch.compile(compiled.base, backend=count, fullgraph=True)
+        fast, graphs = counted(compiled)
         for name in compiled.peft_config:
             compiled.set_adapter(name)
             torch.testing.assert_close(fast(IDS), compiled(IDS))
@@ -72,13 +77,8 @@ class TestCompiled:
     def test_other_scalings_are_one_graph_more_at_most(self) -> None:
         torch.compiler.reset()
         specs = {f"n{i}": spec("lora", lora_alpha=i + 1) for i in range(12)}
-        compiled, graphs = moved(peftc.compile(Small().eval(), specs)), []
-
-        def count(graph: torch.fx.GraphModule, example: Any) -> Any:
-            graphs.append(1)
-            return graph.forward
-
-        fast = torch.compile(compiled.base, backend=count, fullgraph=True)
+        compiled = moved(peftc.compile(Small().eval(), specs))
+        fast, graphs = counted(compiled)
         for name in compiled.peft_config:
             compiled.set_adapter(name)
             torch.testing.assert_close(fast(IDS), compiled(IDS))
