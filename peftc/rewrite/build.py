@@ -17,7 +17,7 @@ from peftc.graph.sites import is_lazy, modules_at, parameter_name
 from peftc.plan import Edit, Plan, PlannedParam, without
 from peftc.rewrite.hosts import BOUND, install, is_host, original_class, reads, uninstall
 from peftc.rewrite.learning import watch_steps
-from peftc.rewrite.parts import Adapter, attach, containers, detach, start, weight_of
+from peftc.rewrite.parts import Adapter, Group, attach, containers, detach, start, weight_of
 from peftc.rewrite.passes import Pass
 from peftc.rewrite.program import Program
 from peftc.rewrite.route import BASE
@@ -136,7 +136,7 @@ def extend(
     for site in plan.sites.values():
         if site.added is not None:
             owner = program.base.get_submodule(site.owner)
-            owner._modules.setdefault(site.added, nn.Module().train(owner.training))
+            owner._modules.setdefault(site.added, Group().train(owner.training))
     program.look_up()
     _close_fast_paths(program)
     for name in adapters:

@@ -10,7 +10,8 @@ import functools
 import re
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -18,7 +19,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from peftc.graph.region import OPAQUE
-from peftc.plan.saved import MODULES_TO_SAVE
 
 # The attribute of a host that holds what it runs now: a binding, or None.
 BOUND = "peftc"
@@ -29,6 +29,12 @@ _PATCHED = "peftc_patched"
 # The attribute of a module whose weights may be stood in for: the host that computes with them, as it was, and the
 # path from that host to the module.
 _READS = "peftc_reads"
+# The attribute of a module whose own forward torch.compile traces.
+_TRACED = "peftc_traced"
+
+
+class Added:
+    """A child that adapters add to a host. The host's own forward, which may walk the children, never meets it."""
 
 
 class Unbound:
@@ -42,10 +48,52 @@ class Unbound:
         self.standing: Mapping[str, Tensor] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        patched = self.host.__dict__.get(_PATCHED)
-        if patched is not None:
-            return patched(*args, **kwargs)
-        return original_class(self.host).forward(self.host, *args, **kwargs)
+        return _as_it_was(self.host, original_class(self.host), args, kwargs)
+
+
+def _as_it_was(host: nn.Module, original: type[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """The call of the forward that `host` had, which is meant for its own children."""
+    patched = host.__dict__.get(_PATCHED)
+    if patched is None and not cast(Any, host).peftc_walks:
+        return original.forward(host, *args, **kwargs)
+    with _hidden(host):
+        return original.forward(host, *args, **kwargs) if patched is None else patched(*args, **kwargs)
+
+
+def _may_walk(original: type[nn.Module]) -> bool:
+    """Whether the forward of this class may go over its children; none of torch's does, but in containers."""
+    return not original.forward.__module__.startswith("torch.nn.modules")
+
+
+# The hosts whose own forwards this thread is in.
+_walking: ContextVar[frozenset[int]] = ContextVar("walking")
+_NONE: frozenset[int] = frozenset()
+
+
+@contextmanager
+def _hidden(host: nn.Module) -> Generator[None]:
+    """Hide from this thread what adapters have added to `host`."""
+    if torch.compiler.is_compiling():
+        host.__dict__[_TRACED] = True
+        yield
+        host.__dict__[_TRACED] = False
+        return
+    token = _walking.set(_walking.get(_NONE) | {id(host)})
+    try:
+        yield
+    finally:
+        _walking.reset(token)
+
+
+def _children(self: nn.Module) -> dict[str, nn.Module | None]:
+    """The `_modules` of a host: in its own forward those that it had before."""
+    modules = self.__dict__["_modules"]
+    hidden = self.__dict__.get(_TRACED) if torch.compiler.is_compiling() else id(self) in _walking.get(_NONE)
+    return _own_items(modules) if hidden else modules
+
+
+def _set_children(self: nn.Module, modules: dict[str, nn.Module | None]) -> None:
+    self.__dict__["_modules"] = modules
 
 
 # By host, the weights that stand for its own in the call that this thread is in, by their paths from the host.
@@ -146,12 +194,12 @@ def _host_class(original: type[nn.Module], leaves: tuple[str, ...], methods: tup
         bound = getattr(self, BOUND, None)
         if bound is not None:
             return bound.run(bound, *args, **kwargs)
-        patched = self.__dict__.get(_PATCHED)
-        return original.forward(self, *args, **kwargs) if patched is None else patched(*args, **kwargs)
+        return _as_it_was(self, original, args, kwargs)
 
     namespace: dict[str, Any] = {
         "forward": forward,
         "peftc_original": original,
+        "peftc_walks": _may_walk(original),
         "peftc_made": (original, leaves, methods),
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -160,6 +208,7 @@ def _host_class(original: type[nn.Module], leaves: tuple[str, ...], methods: tup
         "__reduce__": _reduce,
         "_replicate_for_data_parallel": _replicate,
         **_hiding(original),
+        **({"_modules": property(_children, _set_children)} if _may_walk(original) else {}),
         **{leaf: _reader(leaf) for leaf in leaves},
         **{name: make(getattr(original, name)) for name, make in methods},
     }
@@ -194,17 +243,17 @@ def _run_replica(self: _Replica, *args: Any, **kwargs: Any) -> Any:
     return new.run(new, *args, **kwargs)
 
 
-def _own_items(self: nn.Module) -> dict[str, nn.Module | None]:
-    """The modules of a container, without the copies that adapters train of the whole of it."""
-    return {name: child for name, child in self._modules.items() if name != MODULES_TO_SAVE}
+def _own_items(modules: dict[str, nn.Module | None]) -> dict[str, nn.Module | None]:
+    """These modules without those that adapters have added."""
+    return {name: child for name, child in modules.items() if not isinstance(child, Added)}
 
 
 def _iterated(self: nn.Module) -> Iterator[nn.Module | None]:
-    return iter(_own_items(self).values())
+    return iter(_own_items(self._modules).values())
 
 
 def _length(self: nn.Module) -> int:
-    return len(_own_items(self))
+    return len(_own_items(self._modules))
 
 
 def _item(self: nn.Module, index: Any) -> Any:
@@ -212,16 +261,16 @@ def _item(self: nn.Module, index: Any) -> Any:
     original = cast(Any, original_class(self))
     if not isinstance(index, slice):
         return original.__getitem__(self, index)
-    chosen = list(_own_items(self).items())[index]
+    chosen = list(_own_items(self._modules).items())[index]
     return original(OrderedDict(chosen) if issubclass(original, nn.Sequential) else [module for _, module in chosen])
 
 
 def _view(name: str) -> Callable[[nn.Module], Any]:
-    return lambda self: getattr(_own_items(self), name)()
+    return lambda self: getattr(_own_items(self._modules), name)()
 
 
 def _names(self: nn.Module) -> Iterator[str]:
-    return iter(_own_items(self))
+    return iter(_own_items(self._modules))
 
 
 _SEQUENCE: Mapping[str, Any] = {"__iter__": _iterated, "__len__": _length, "__getitem__": _item}
@@ -332,7 +381,7 @@ def uninstall(module: nn.Module) -> None:
     """Put the class back that `module` had, and its forward if that was patched."""
     if not is_host(module):
         return
-    for name in (BOUND, _BASE, _READS):
+    for name in (BOUND, _BASE, _READS, _TRACED):
         module.__dict__.pop(name, None)
     patched = module.__dict__.pop(_PATCHED, None)
     if patched is not None:

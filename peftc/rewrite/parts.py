@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftc.errors import AdapterError, RuleError
 from peftc.graph.sites import Site, WeightSite, canonical, dtype_of
 from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
-from peftc.rewrite.hosts import pristine_copy
+from peftc.rewrite.hosts import Added, pristine_copy
 from peftc.rewrite.sharding import is_sharded, whole
 from peftc.rule import Bound, fill
 from peftc.specs import AdapterSpec
@@ -35,6 +35,17 @@ class Holder(nn.Module):
                 " Offloading has begun, so load the model again, and compile it without offloading."
             )
         super().__setattr__(name, value)
+
+
+class Group(Added, nn.Module):
+    """Holds what adapters add at one of several weights of a module."""
+
+
+class Container(Added, nn.ModuleDict):
+    """What adapters add to a module under one name, by adapter."""
+
+    def _get_name(self) -> str:
+        return "ModuleDict"  # As PEFT's print.
 
 
 class _Through(dict[str, Any]):
@@ -60,7 +71,7 @@ class _Through(dict[str, Any]):
         return super().pop(name, *default)
 
 
-class Vectors(nn.ParameterDict):
+class Vectors(Added, nn.ParameterDict):
     """Parameters whose names end in an adapter's (`ia3_l.default`), which no code may depend on.
 
     So code reads each from a leaf, a module with one parameter `value`. Whatever exchanges the parameter here (loading
@@ -229,7 +240,7 @@ def attach(
         _attach_tensor(part, param, root if param.shared else holder, device)
     for name, probability in edit.dropouts.items():
         if probability > 0:
-            dropouts = _child(holder, name, nn.ModuleDict)
+            dropouts = _child(holder, name, Container)
             dropouts[edit.adapter] = part.__dict__[name] = nn.Dropout(probability).train(holder.training)
     return part
 
@@ -238,7 +249,7 @@ def _attach_tensor(part: Part, param: PlannedParam, holder: nn.Module, device: t
     adapter = part.edit.adapter
     first, dot, rest = param.key.partition(".")
     if dot:
-        holders = _child(holder, first, nn.ModuleDict)
+        holders = _child(holder, first, Container)
         # The names were checked before, so there is no need to look for them again in every module.
         module = holders._modules.get(adapter)
         if module is None:
@@ -283,7 +294,7 @@ def _beginning(cls: type[nn.Module]) -> tuple[dict[str, Any], list[tuple[str, ty
 
 def _attach_module(part: Part, holder: nn.Module, module: nn.Module) -> None:
     container = str(part.edit.rule.container)
-    _child(holder, container, nn.ModuleDict)._modules[part.edit.adapter] = module
+    _child(holder, container, Container)._modules[part.edit.adapter] = module
     part.__dict__["own"] = module
     for param in part.edit.params:
         path, _, leaf = param.key.rpartition(".")

@@ -3,6 +3,7 @@
 import copy
 import os
 import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -348,6 +349,50 @@ def test_a_saved_dict_of_layers_runs_its_own_layers_only() -> None:
         block = compiled.base[1]
         assert [*block] == [*block.keys()] == ["one", "two"]
         assert len(block) == len(block.values()) == 2
+
+
+WALKS: dict[str, Callable[[nn.Module], Iterable[nn.Module]]] = {
+    "children": lambda block: block.children(),
+    "named_children": lambda block: [child for _, child in block.named_children()],
+    "_modules": lambda block: block._modules.values(),
+    "modules": lambda block: [module for module in block.modules() if type(module) is nn.Linear],
+}
+
+
+class Walker(nn.Module):
+    """Runs whatever children it has, in turn, and computes with a weight of its own."""
+
+    def __init__(self, walk: str) -> None:
+        super().__init__()
+        self.walk, self.weight = walk, nn.Parameter(torch.randn(6, 6))
+        self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for child in WALKS[self.walk](self):
+            x = torch.tanh(child(x))
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize("walk", WALKS)
+@pytest.mark.parametrize("how", [{"modules_to_save": ["1"]}, {"target_parameters": ["1.weight"]}])
+def test_a_forward_that_walks_its_children_meets_its_own_only(walk: str, how: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model, x = nn.Sequential(nn.Linear(6, 6), Walker(walk)), torch.randn(3, 6)
+    compiled = peftc.compile(model, peftc.LoraConfig(target_modules=["0"], **how))
+    assert torch.equal(compiled(x), model(x))
+    y = moved(compiled)(x)
+    assert not torch.allclose(y, model(x))
+    with compiled.disable_adapter():
+        assert torch.equal(compiled(x), model(x))
+        assert torch.equal(torch.compile(compiled, fullgraph=True, backend="eager")(x), model(x))
+    torch.testing.assert_close(torch.compile(compiled, fullgraph=True, backend="eager")(x), y)
+    torch.testing.assert_close(torch.nn.DataParallel(compiled, [0] if torch.cuda.is_available() else None)(x), y)
+    assert len(list(compiled.base[1].children())) == 3
+    with compiled.merged():
+        torch.testing.assert_close(compiled(x), y)
+    torch.testing.assert_close(copy.deepcopy(compiled)(x), y)
+    assert [name for name, _ in compiled.unload()[1].named_children()] == ["one", "two"]
 
 
 def test_a_saved_list_which_nobody_calls_is_refused() -> None:
