@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from peftc.graph.lending import Lending, lending
 from peftc.graph.ops import Layout, Shape, shapes
 
 
@@ -20,7 +19,7 @@ class Site:
 
     `module` is the class of the module that computes it. `dtype` and `device` are those of its tensors, `layer` the first
     number in its fqn, `role` its meaning, if the architecture is known (`attention.query`). `refusal` is the reason why
-    the site can't be adapted, `caution` one why it may not do what is expected.
+    the site can't be adapted.
     """
 
     fqn: str
@@ -31,7 +30,6 @@ class Site:
     layer: int | None = None
     role: str | None = None
     refusal: str | None = None
-    caution: str | None = None
 
     @property
     def name(self) -> str:
@@ -173,18 +171,18 @@ def index_sites(model: nn.Module, role_of: Callable[[str], str | None]) -> SiteI
     first: dict[int, str] = {}
     modules: dict[str, str] = {}
     aliases: dict[str, str] = {}
-    found: list[tuple[str, nn.Module, nn.Module | None]] = []
-    for fqn, module, parent in _walk(model):
+    found: list[tuple[str, nn.Module]] = []
+    for fqn, module in _walk(model):
         known = first.setdefault(id(module), fqn)
         if known != fqn:
             aliases[fqn] = known
             continue
         modules[fqn] = type(module).__name__
-        found.append((fqn, module, parent))
+        found.append((fqn, module))
     # Not by the second name of a shared module: that is the same parameter of the same module.
     named = [
         (parameter_name(fqn, name), parameter)
-        for fqn, module, _ in found
+        for fqn, module in found
         for name, parameter in module._parameters.items()
         if parameter is not None
     ]
@@ -193,8 +191,8 @@ def index_sites(model: nn.Module, role_of: Callable[[str], str | None]) -> SiteI
     sites: dict[str, WeightSite] = {}
     inner: dict[str, WeightSite] = {}
     hosted: dict[str, tuple[str, ...]] = {}
-    for fqn, module, parent in found:
-        site = _site(fqn, module, parent, tied, role_of)
+    for fqn, module in found:
+        site = _site(fqn, module, tied, role_of)
         if site is not None:
             sites[fqn] = site
         if site is None or site.op == "attention":
@@ -241,18 +239,18 @@ def _output_embedding(model: nn.Module, first: Mapping[int, str]) -> str | None:
     return first.get(id(head)) if head is not None else None
 
 
-def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, nn.Module | None]]:
-    """(fqn, module, parent) for every path; a shared module comes once for each of its paths, its children once."""
+def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(fqn, module) for every path; a shared module comes once for each of its paths, its children once."""
     seen: set[int] = set()
-    stack: list[tuple[str, nn.Module, nn.Module | None]] = [("", model, None)]
+    stack: list[tuple[str, nn.Module]] = [("", model)]
     while stack:
-        fqn, module, parent = stack.pop()
-        yield fqn, module, parent
+        fqn, module = stack.pop()
+        yield fqn, module
         if id(module) in seen:
             continue
         seen.add(id(module))
         children = [(name, child) for name, child in module._modules.items() if child is not None]
-        stack.extend((parameter_name(fqn, name), child, module) for name, child in reversed(children))
+        stack.extend((parameter_name(fqn, name), child) for name, child in reversed(children))
 
 
 def _ties(named: Sequence[tuple[str, nn.Parameter]]) -> tuple[tuple[str, ...], ...]:
@@ -292,7 +290,6 @@ def _shaped(module: nn.Module) -> tuple[str, Shape] | None:
 def _site(
     fqn: str,
     module: nn.Module,
-    parent: nn.Module | None,
     tied: Mapping[str, tuple[str, ...]],
     role_of: Callable[[str], str | None],
 ) -> WeightSite | None:
@@ -303,7 +300,6 @@ def _site(
     weight = module._parameters.get("weight")
     bias = module._parameters.get("bias")
     reference = weight if weight is not None else next(iter([*module.parameters(), *module.buffers()]), None)
-    lent = lending(type(parent), fqn.rpartition(".")[2]) if parent is not None else Lending.NO
     return WeightSite(
         fqn=fqn,
         op=op,
@@ -320,8 +316,7 @@ def _site(
         layer=layer_index(fqn),
         role=role_of(fqn),
         tied=tied.get(parameter_name(fqn, "weight"), ()) if weight is not None else (),
-        refusal=_refusal(module, weight, lent, parent),
-        caution=_caution(lent, parent, fqn),
+        refusal=_refusal(module, weight),
         no_fold="max_norm would scale what is merged into it" if _renorms(module) else None,
     )
 
@@ -330,7 +325,7 @@ def _renorms(module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) and module.max_norm is not None
 
 
-def _refusal(module: nn.Module, weight: nn.Parameter | None, lent: Lending, parent: nn.Module | None) -> str | None:
+def _refusal(module: nn.Module, weight: nn.Parameter | None) -> str | None:
     if weight is not None and is_lazy(weight):
         return "its weight has no shape yet: run the model once on an example input first"
     if weight is not None and weight.is_complex():
@@ -339,21 +334,7 @@ def _refusal(module: nn.Module, weight: nn.Parameter | None, lent: Lending, pare
         return "accelerate has offloaded its weight: compile first, then dispatch the model"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is TorchScript, whose code can't be rewritten: load the model as Python"
-    if lent is Lending.ALWAYS:
-        attention = isinstance(parent, nn.MultiheadAttention)
-        return (
-            f"{type(parent).__name__} never calls it and only reads its weight, so an op spliced after its forward"
-            f" would have no effect: {'name the attention itself, or ' if attention else ''}leave it out (exclude_modules)"
-        )
     return None
-
-
-def _caution(lent: Lending, parent: nn.Module | None, fqn: str) -> str | None:
-    # TransformerEncoderLayer's fused inference path reads linear1/linear2; the rewriter turns that path off.
-    if lent is not Lending.SOMETIMES or isinstance(parent, nn.TransformerEncoderLayer):
-        return None
-    name = fqn.rpartition(".")[2]
-    return f"{type(parent).__name__} also reads self.{name}.weight directly; on that path the adapter has no effect"
 
 
 def parameter_sites(

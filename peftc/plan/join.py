@@ -89,11 +89,9 @@ def _between(saver: str, other: str, whole: Sequence[str], places: Sequence[str]
 
 
 def _cautions(sites: Sequence[Site], edits: Sequence[Edit]) -> tuple[str, ...]:
-    """What a reviewer should know: weights lent elsewhere, ties, layouts a spec gets wrong, what can't be merged."""
+    """What a reviewer should know: ties, layouts a spec gets wrong, what can't be merged."""
     found: dict[str, list[str]] = {}
     for site in sites:
-        if site.caution:
-            found.setdefault(site.caution, []).append(site.fqn)
         others = [name for name in site.tied if name != site.weight] if isinstance(site, WeightSite) else []
         if others:
             text = f"is tied to {', '.join(others)}: that end keeps its weight; merging here needs untie=True"

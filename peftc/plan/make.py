@@ -13,6 +13,7 @@ from peftc.edits import Costs, Edit, Miss, PlannedParam, TrainedTensor
 from peftc.errors import CaptureError, PlanError, RuleError
 from peftc.graph.capture import capture
 from peftc.graph.copying import structural_copy
+from peftc.graph.dry_run import unused
 from peftc.graph.fingerprint import fingerprint
 from peftc.graph.ops import op_named
 from peftc.graph.region import Capture, Region
@@ -46,6 +47,7 @@ def make_plan(
     dtype_for = partial(adapter_dtype, autocast=autocast_adapter_dtype)
     index = _indexed(model, level, specs)
     matches = {name: _match(name, spec, model, level, index, dtype_for) for name, spec in specs.items()}
+    matches = {name: _without_unused(name, found, model, index) for name, found in matches.items()}
     touched = {site.fqn: site for found in matches.values() for site in found.sites}
     sites = {fqn: touched[fqn] for fqn in (*index.sites, *index.inner) if fqn in touched}
     # A site inside a module that another adapter saves is a conflict; it is captured as the site it also is.
@@ -113,6 +115,37 @@ def _match(
             spec, claims = found
             return Match(spec, (), saved, tuple(misses), claims)
     return match(adapter, spec, index)
+
+
+def _without_unused(adapter: str, found: Match, model: nn.Module, index: SiteIndex) -> Match:
+    """The match without embeddings that only lend their weight to others by a tie: an adapter there would have no effect.
+
+    T5's `shared` is one, which nobody calls. Only ends of such ties are tried: everything else is called or read.
+    """
+    chosen = [("target_modules", site.fqn) for site in found.sites if site.op == "embedding"]
+    chosen += [("modules_to_save", fqn) for fqn in found.saved]
+    ends = {fqn: others for _, fqn in chosen if (others := _embeddings_tied(fqn, index))}
+    unused_ones = unused(model, [f"{fqn}.weight" for fqn in ends])
+    gone = {fqn for fqn in ends if f"{fqn}.weight" in unused_ones}
+    if not gone:
+        return found
+    misses = [
+        Miss(
+            adapter, field, fqn, f"is called nowhere, it only shares its weight: name {' and '.join(ends[fqn])} instead"
+        )
+        for field, fqn in chosen
+        if fqn in gone
+    ]
+    sites = tuple(site for site in found.sites if site.fqn not in gone)
+    saved = tuple(fqn for fqn in found.saved if fqn not in gone)
+    return replace(found, sites=sites, saved=saved, misses=(*found.misses, *misses))
+
+
+def _embeddings_tied(fqn: str, index: SiteIndex) -> list[str]:
+    """The other embeddings whose weight is that of `fqn`."""
+    site = index.sites.get(fqn)
+    owners = [name.removesuffix(".weight") for name in site.tied] if site is not None and site.op == "embedding" else []
+    return [name for name in owners if name != fqn and name in index.sites and index.sites[name].op == "embedding"]
 
 
 def _captured(

@@ -47,7 +47,7 @@ def match(adapter: str, spec: AdapterSpec, index: SiteIndex) -> Match:
     for field, name, site in chosen:
         reason = _unfit(spec, site)
         if reason is None:
-            unique[site.fqn] = site
+            unique.setdefault(site.weight or site.fqn, site)
         else:
             error = _is_listed(spec) or field == "target_parameters"
             misses.append(Miss(adapter, field, name, reason, error))

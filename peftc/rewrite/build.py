@@ -178,7 +178,8 @@ def _install(program: Program, region: Region) -> None:
     """Make the module of `region` a host, and let its weights be stood in for where it is called as it is."""
     module = program.modules[region.host]
     if not region.source.opaque:
-        install(module)
+        paths = (path for anchor in region.source.anchors for path in (anchor.weight, anchor.bias))
+        install(module, [path for path in paths if _has(module, path)])
         return
     names = (parameter_name(region.host, a.site) if a.site else region.host for a in region.source.anchors)
     rows = (op_named(program.plan.sites[name].op) for name in names if name in program.plan.sites)
@@ -189,11 +190,15 @@ def _install(program: Program, region: Region) -> None:
         leaves.setdefault(prefix, []).append(leaf)
     for prefix, own in leaves.items():
         reader = module.get_submodule(prefix)
-        own = [name for name in own if reader._parameters.get(name) is not None]
+        own = [name for name in own if _has(reader, name)]
         if prefix == "" or own:
             install(reader, own, methods(original_class(module)) if methods is not None and prefix == "" else {})
         if own:
             reads(reader, module, f"{prefix}." if prefix else "")
+
+
+def _has(module: nn.Module, leaf: str) -> bool:
+    return module._parameters.get(leaf) is not None or module._buffers.get(leaf) is not None
 
 
 def _uninstall(program: Program, region: Region) -> None:

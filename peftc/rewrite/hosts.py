@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from peftc.graph.region import OPAQUE
+from peftc.rewrite.lent import in_forward, lent
 
 # The attribute of a host that holds what it runs now: a binding, or None.
 BOUND = "peftc"
@@ -31,6 +32,8 @@ _PATCHED = "peftc_patched"
 _READS = "peftc_reads"
 # The attribute of a module whose own forward torch.compile traces.
 _TRACED = "peftc_traced"
+# How generated code reads a weight of its host: past what others get who read it.
+_OWN = "peftc_"
 
 
 class Added:
@@ -52,10 +55,8 @@ class Unbound:
 
 
 def _as_it_was(host: nn.Module, original: type[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """The call of the forward that `host` had, which is meant for its own children."""
+    """The call of the forward that `host` had, which is meant for its own children and weights."""
     patched = host.__dict__.get(_PATCHED)
-    if patched is None and not cast(Any, host).peftc_walks:
-        return original.forward(host, *args, **kwargs)
     with _hidden(host):
         return original.forward(host, *args, **kwargs) if patched is None else patched(*args, **kwargs)
 
@@ -98,6 +99,7 @@ def _set_children(self: nn.Module, modules: dict[str, nn.Module | None]) -> None
 
 # By host, the weights that stand for its own in the call that this thread is in, by their paths from the host.
 _standing: ContextVar[Mapping[int, Mapping[str, Tensor]]] = ContextVar("standing")
+_NOTHING: Mapping[int, Mapping[str, Tensor]] = types.MappingProxyType({})
 
 
 def with_weights(
@@ -122,22 +124,46 @@ def with_weights(
 
 
 def _reader(leaf: str) -> property:
-    """An attribute that is the module's own tensor, but inside a call of `with_weights` what stands for it there."""
+    """An attribute that is the module's own tensor; inside a call of `with_weights` what stands for it there; and to a
+    forward that reads it past the call of its host, the tensor as active adapters make it.
+    """
 
     def read(self: nn.Module) -> Any:
+        own = _stored(self, leaf)
         reads = self.__dict__.get(_READS)
+        host, prefix = (self, "") if reads is None else (reads[0].host, reads[1])
+        bound = host.__dict__.get(BOUND)
+        if bound is None or own is None:
+            return own
+        compiling = torch.compiler.is_compiling()
         if reads is not None:
-            base, prefix = reads
-            compiling = torch.compiler.is_compiling()
-            weights = base.standing if compiling else _standing.get({}).get(id(base.host))
+            weights = reads[0].standing if compiling else _standing.get(_NOTHING).get(id(host))
             if weights is not None and prefix + leaf in weights:
                 return weights[prefix + leaf]
-        return self._parameters[leaf] if leaf in self._parameters else self.__dict__[leaf]
+        inside = host.__dict__.get(_TRACED) if compiling else id(host) in _walking.get(_NONE)
+        return own if inside or not in_forward() else bound.lent(prefix + leaf, own)
 
     def write(self: nn.Module, value: Any) -> None:
         self.__dict__[leaf] = value  # What nn.DataParallel gives its replicas is no parameter.
 
     return property(read, write)
+
+
+def _own_reader(leaf: str) -> property:
+    """The module's own tensor, for generated code."""
+    return property(lambda self: _stored(self, leaf))
+
+
+def _stored(module: nn.Module, leaf: str) -> Any:
+    if leaf in module._parameters:
+        return module._parameters[leaf]
+    return module._buffers[leaf] if leaf in module._buffers else module.__dict__[leaf]
+
+
+def own_path(path: str) -> str:
+    """How generated code reads the tensor at `path` of its host, past those who get it as adapters make it."""
+    module, dot, leaf = path.rpartition(".")
+    return f"{module}{dot}{_OWN}{leaf}"
 
 
 class Code:
@@ -182,6 +208,10 @@ class Binding:
         """The parts by name."""
         return {name: part for name, part in self.__dict__.items() if re.fullmatch(r"a\d+", name)}
 
+    def lent(self, path: str, own: Tensor) -> Tensor:
+        """What a forward gets that reads the tensor at `path` of the host, not in a call of it."""
+        return lent(self.parts.values(), path, own)
+
 
 @functools.cache
 def _host_class(original: type[nn.Module], leaves: tuple[str, ...], methods: tuple[tuple[str, Any], ...]) -> Any:
@@ -189,17 +219,20 @@ def _host_class(original: type[nn.Module], leaves: tuple[str, ...], methods: tup
     of these names from those that `original` has.
     """
 
+    walks = _may_walk(original)
+
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         bound = getattr(self, BOUND, None)
         if bound is not None:
             return bound.run(bound, *args, **kwargs)
-        return _as_it_was(self, original, args, kwargs)
+        if walks or _PATCHED in self.__dict__:
+            return _as_it_was(self, original, args, kwargs)
+        return original.forward(self, *args, **kwargs)
 
     namespace: dict[str, Any] = {
         "forward": forward,
         "peftc_original": original,
-        "peftc_walks": _may_walk(original),
         "peftc_made": (original, leaves, methods),
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -208,8 +241,9 @@ def _host_class(original: type[nn.Module], leaves: tuple[str, ...], methods: tup
         "__reduce__": _reduce,
         "_replicate_for_data_parallel": _replicate,
         **_hiding(original),
-        **({"_modules": property(_children, _set_children)} if _may_walk(original) else {}),
+        **({"_modules": property(_children, _set_children)} if walks else {}),
         **{leaf: _reader(leaf) for leaf in leaves},
+        **{f"{_OWN}{leaf}": _own_reader(leaf) for leaf in leaves},
         **{name: make(getattr(original, name)) for name, make in methods},
     }
     # Named as the class it stands in for: transformers looks up what it records of a model by the name of its class.
@@ -234,6 +268,10 @@ class _Replica:
 
     def __init__(self, host: nn.Module, bound: Any) -> None:
         self.host, self.bound, self.run = host, bound, _run_replica
+
+    def lent(self, path: str, own: Tensor) -> Tensor:
+        """As of a Binding."""
+        return lent([part.on_replica(self.host) for part in self.bound.parts.values()], path, own)
 
 
 def _run_replica(self: _Replica, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from peftc.errors import AdapterError, MergeError
 from peftc.graph.ops import op_named, operand, use_of
-from peftc.graph.region import HOST, Region, Source
+from peftc.graph.region import Region, Source
 from peftc.graph.sites import parameter_name, transformers_config
 from peftc.rewrite import route as ops
 from peftc.rewrite.hosts import BOUND, Binding, Code, install, is_host, uninstall
@@ -25,7 +25,7 @@ from peftc.rewrite.parts import Part
 from peftc.rewrite.passes import piped
 from peftc.rewrite.program import Program
 from peftc.rewrite.route import BASE, ByRow, Route, Routed, current
-from peftc.rewrite.splice import follow
+from peftc.rewrite.splice import follow, stored_path
 from peftc.rewrite.switch import at, binding_of, install_layout, layout
 from peftc.rewrite.verify import verify
 from peftc.rule import Bound, Rule
@@ -244,7 +244,7 @@ def _grouped(program: Program, source: Source) -> Code:
         graph.output(graph.graph_copy(source.graph, copies))
         for copy in copies.values():
             if copy.op in ("get_attr", "call_module"):
-                copy.target = f"{HOST}.{copy.target}"
+                copy.target = stored_path(source, str(copy.target))
         node = next(new for old, new in copies.items() if old.name == source.anchors[0].node)
         use = use_of(node)
         assert use is not None, "a site that is not opaque has an op"

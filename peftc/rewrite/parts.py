@@ -1,6 +1,7 @@
 """An adapter's live tensors: on the modules of its sites, under PEFT's names, and as generated code reads them."""
 
 import functools
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -143,6 +144,11 @@ class Part:
         if self.edit.rule.container is not None:
             new.__dict__["own"] = getattr(getattr(holder, self.edit.rule.container), self.edit.adapter)
         return new
+
+    def live(self, key: str) -> Tensor:
+        """As `tensor`, by the way that generated code takes: on replicas too."""
+        path = key if self.edit.rule.container is None else f"own.{key}"
+        return operator.attrgetter(code_path(path))(self)
 
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors by their names in the rule."""

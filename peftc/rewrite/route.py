@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from peftc.errors import AdapterError
 from peftc.rewrite.hosts import Binding, base_of
+from peftc.rewrite.lent import not_lent
 from peftc.rewrite.parts import Part
 from peftc.rule import Bound
 
@@ -93,6 +94,18 @@ class Routed:
     def __init__(self, host: nn.Module, plain: Binding | None, root: bool) -> None:
         self.base, self.plain, self.root = base_of(host), plain, root
         self.run = _routed
+
+    def lent(self, path: str, own: Tensor) -> Tensor:
+        """As of a Binding; AdapterError in a call with adapter_names, where every row would need a weight of its own."""
+        route = current.get(None)
+        if route is not None and id(self.base.host) in route.runs:
+            where = f"{path!r} of {type(self.base.host).__name__}"
+            return not_lent(
+                own,
+                f"adapter_names: the model reads {where} itself, for all rows at once. Run the adapters one after the other"
+                " (set_adapter).",
+            )
+        return own if self.plain is None else self.plain.lent(path, own)
 
 
 def _routed(self: Routed, *args: Any, **kwargs: Any) -> Any:

@@ -22,7 +22,7 @@ from peftc.graph.region import HOST, Anchor, Source, call_input
 from peftc.graph.rows import POINTWISE, dequantised
 from peftc.graph.sites import Site, WeightSite, dtype_of
 from peftc.plan import Edit, PlannedParam
-from peftc.rewrite.hosts import with_weights
+from peftc.rewrite.hosts import own_path, with_weights
 from peftc.rewrite.parts import code_path
 from peftc.rule import Bound, Rule, source_of
 
@@ -60,14 +60,14 @@ def splice(source: Source, active: Mapping[str, Sequence[Active]]) -> fx.Graph:
     if not source.opaque:
         for node in copies.values():
             if node.op in ("get_attr", "call_module"):
-                node.target = f"{HOST}.{node.target}"
+                node.target = stored_path(source, str(node.target))
     for anchor in source.anchors:
         edits = active.get(anchor.site, ())
         if edits:
             node = by_name[anchor.node] if anchor.node is not None else None
             own = op_named(edits[0].site.op).splice
             if own is None:
-                _splice_weight_site(graph, node, anchor, edits)
+                _splice_weight_site(graph, node, source, anchor, edits)
             else:
                 assert node is not None, "only weights have anchors without a node"
                 with marked(graph, edits[0], "splice"):
@@ -77,6 +77,13 @@ def splice(source: Source, active: Mapping[str, Sequence[Active]]) -> fx.Graph:
             graph.erase_node(node)
     graph.lint()
     return graph
+
+
+def stored_path(source: Source, path: str) -> str:
+    """How generated code reads what is at `path` of its host."""
+    lent = any(path in (anchor.weight, anchor.bias) for anchor in source.anchors)
+    # Under `symbolic`, the modules inside of the host are none themselves.
+    return f"{HOST}.{own_path(path) if lent and (source.opaque or '.' not in path) else path}"
 
 
 @contextmanager
@@ -107,6 +114,7 @@ class _Place:
 
     graph: fx.Graph
     node: fx.Node | None
+    source: Source
     anchor: Anchor
     site: WeightSite
     use: Use | None
@@ -118,11 +126,13 @@ class _Place:
         return self.node is not None and self.use is None
 
 
-def _splice_weight_site(graph: fx.Graph, node: fx.Node | None, anchor: Anchor, edits: Sequence[Active]) -> None:
+def _splice_weight_site(
+    graph: fx.Graph, node: fx.Node | None, source: Source, anchor: Anchor, edits: Sequence[Active]
+) -> None:
     site = edits[0].site
     assert isinstance(site, WeightSite), "other ops have a splice of their own"
     use = use_of(node, lambda _: len(site.kernel_size) + 2) if node is not None else None
-    place = _Place(graph, node, anchor, site, use, GraphAppendingTracer(graph))
+    place = _Place(graph, node, source, anchor, site, use, GraphAppendingTracer(graph))
     by_weight = [number for number, active in enumerate(edits) if "weight" in active.edit.slots]
     cut = by_weight[-1] + 1 if by_weight else 0
     if cut:
@@ -145,7 +155,8 @@ def _replace_weight(place: _Place, edits: Sequence[Active]) -> _Place:
         paths.append(place.anchor.bias)
     new: dict[str, fx.Node] = {}
     for path, function in zip(paths, ("weight", "bias"), strict=False):
-        readers = [node for node in place.graph.nodes if node.op == "get_attr" and node.target == f"{HOST}.{path}"]
+        stored = stored_path(place.source, path)
+        readers = [node for node in place.graph.nodes if node.op == "get_attr" and node.target == stored]
         first = readers[0] if readers else place.node
         assert first is not None, "a traced weight is read"
         with place.graph.inserting_before(first):
@@ -157,7 +168,7 @@ def _replace_weight(place: _Place, edits: Sequence[Active]) -> _Place:
 
 def _folded(place: _Place, edits: Sequence[Active], function: str, path: str) -> fx.Node:
     """The weight (or bias) at `path` as the edits make it, stored as it was."""
-    stored = fx.Proxy(place.graph.get_attr(f"{HOST}.{path}"), place.tracer)
+    stored = fx.Proxy(place.graph.get_attr(stored_path(place.source, path)), place.tracer)
     turned = function == "weight" and place.site.layout == "in_out"
     value = stored.mT if turned else stored
     if dtype_of(place.site.dtype).itemsize == 2:
@@ -237,7 +248,7 @@ def _lazy(place: _Place, before: Sequence[Active]) -> dict[str, Callable[[], Any
         if place.site.weight is None or not dtype_of(place.site.dtype).is_floating_point:
             value: Any = fx.Proxy(place.graph.call_function(dequantised, (place.graph.get_attr(HOST),)), place.tracer)
         else:
-            value = fx.Proxy(place.graph.get_attr(f"{HOST}.{place.anchor.weight}"), place.tracer)
+            value = fx.Proxy(place.graph.get_attr(stored_path(place.source, place.anchor.weight)), place.tracer)
             value = value.mT if place.site.layout == "in_out" else value
         for active in before:
             value = _traced(active, "weight", value, _bound(place, active, {"weight": lambda v=value: v}, wide=True))
@@ -246,7 +257,7 @@ def _lazy(place: _Place, before: Sequence[Active]) -> dict[str, Callable[[], Any
     def bias() -> Any:
         if place.site.bias is None:
             return None
-        return fx.Proxy(place.graph.get_attr(f"{HOST}.{place.anchor.bias}"), place.tracer)
+        return fx.Proxy(place.graph.get_attr(stored_path(place.source, place.anchor.bias)), place.tracer)
 
     return {"weight": weight, "bias": bias}
 

@@ -13,7 +13,7 @@ import peftc
 from peftc.graph.region import Anchor, Source
 from peftc.graph.sites import WeightSite
 from peftc.plan import Edit, PlannedParam
-from peftc.rewrite.hosts import Code
+from peftc.rewrite.hosts import Code, install
 from peftc.rewrite.splice import ORIGIN, Active, splice
 from peftc.rewrite.verify import Example, signature_of, verify
 
@@ -86,7 +86,13 @@ def active(rules: Sequence[str], **changes: Any) -> list[Active]:
 
 def run(graph: fx.Graph, module: nn.Module, rules: Sequence[str], x: Tensor) -> Tensor:
     parts = {f"a{n}": SimpleNamespace(u=SimpleNamespace(weight=U[name])) for n, name in enumerate(rules)}
-    return Code(graph).forward(SimpleNamespace(host=module, **parts), x)
+    return Code(graph).forward(SimpleNamespace(host=host(module), **parts), x)
+
+
+def host(module: nn.Module) -> nn.Module:
+    """The module with its weights readable by generated code."""
+    install(module, ["weight", "bias"])
+    return module
 
 
 @pytest.mark.parametrize(
@@ -137,7 +143,7 @@ def test_an_edit_that_cannot_be_in_the_weight_excludes_one_that_must() -> None:
 class TestVerifier:
     def test_a_graph_that_fits_passes_and_shapes_are_told(self) -> None:
         source, module = linear()
-        root = SimpleNamespace(host=module, a0=SimpleNamespace(u=SimpleNamespace(weight=U["add"])))
+        root = SimpleNamespace(host=host(module), a0=SimpleNamespace(u=SimpleNamespace(weight=U["add"])))
         example = Example((2, 4), torch.float32)
         expected = signature_of(source.graph, root, example, bare=True)
         assert expected == ((2, 3), torch.float32)
@@ -163,7 +169,13 @@ class TestVerifier:
         if fault == "operand":
             op.args = (op.args[2], op.args[1], op.args[2])
         if fault == "order":
-            next(node for node in graph.nodes if node.target == "host.weight").append(op)
+            next(node for node in graph.nodes if node.target == "host.peftc_weight").append(op)
             graph._root._prev.prepend(next(node for node in graph.nodes if node.op == "placeholder"))
         with pytest.raises(peftc.RuleError, match=rf"mine: .*{message[fault]}"):
-            verify(graph, SimpleNamespace(host=module), Example((2, 4), torch.float32), ((2, 3), torch.float32), "mine")
+            verify(
+                graph,
+                SimpleNamespace(host=host(module)),
+                Example((2, 4), torch.float32),
+                ((2, 3), torch.float32),
+                "mine",
+            )

@@ -235,7 +235,7 @@ def test_an_edited_plan_is_refused() -> None:
 def test_shorthands_are_resolved_and_replayed() -> None:
     model = nn.TransformerDecoderLayer(8, 2, 16)
     plan = peftc.plan(model, peftc.LoraConfig(target_modules="all-linear"))
-    assert plan.adapters["default"].target_modules == ("linear1", "linear2")
+    assert plan.adapters["default"].target_modules == ("out_proj", "linear1", "linear2")
     assert peftc.compile(model, peftc.Plan.from_json(plan.to_json())).plan == plan
 
 
