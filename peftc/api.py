@@ -1,6 +1,8 @@
 """`compile`, `plan` and `load`, where everything begins; an adapter's tensors as PEFT's functions give and take them."""
 
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from peftc.compiled import CompiledModel, OnUnmatched
 from peftc.graph.region import Capture
 from peftc.lifecycle import planned, require_known, require_unmerged
 from peftc.plan import Plan, require_same
+from peftc.plan.heads import unsaved
 from peftc.registry import spec_classes
 from peftc.rewrite.build import build, no_collection, require_applicable
 from peftc.rewrite.passes import Pass
@@ -51,6 +54,9 @@ def compile(
             specs = load_specs(spec, adapter_name, spec_classes())
             made, regions = planned(model, specs, capture, autocast_adapter_dtype)
         require_applicable(made, on_unmatched)
+        lost = unsaved(model, made)
+        if lost is not None:
+            warnings.warn(lost, stacklevel=2)
         return CompiledModel(build(model, made, regions, inplace, fresh=True, passes=passes))
 
 
@@ -69,7 +75,9 @@ def plan(
     Misses and conflicts are in the plan, where `compile` raises. Raises SpecError, NoMatchError (no default targets for
     the model type), CaptureError.
     """
-    return planned(model, load_specs(spec, adapter_name, spec_classes()), capture, autocast_adapter_dtype)[0]
+    made = planned(model, load_specs(spec, adapter_name, spec_classes()), capture, autocast_adapter_dtype)[0]
+    lost = unsaved(model, made)
+    return made if lost is None else replace(made, cautions=(*made.cautions, lost))
 
 
 def load_spec(source: Any, known: Mapping[str, type[AdapterSpec]] | None = None) -> AdapterSpec:

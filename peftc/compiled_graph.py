@@ -13,7 +13,8 @@ from peftc.plan import Plan
 from peftc.plan.explain import site_lines
 from peftc.plan.make import role_of
 from peftc.rewrite.build import parked
-from peftc.rewrite.learning import watch_steps
+from peftc.rewrite.checkpointing import let_gradients_through
+from peftc.rewrite.learning import watch_first_step, watch_steps
 from peftc.rewrite.mixed import mixed
 from peftc.rewrite.passes import Ran
 from peftc.rewrite.program import Program
@@ -45,6 +46,7 @@ class CompiledGraph(fx.GraphModule):
         self.__dict__["program"] = program
         self.training = program.base.training
         watch_steps(program)
+        watch_first_step(program)
 
     @property
     def plan(self) -> Plan:
@@ -93,8 +95,16 @@ class CompiledGraph(fx.GraphModule):
         with mixed(self.program, adapter_names, several=True):
             return generate(*args, **kwargs)
 
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As of the base model. The reentrant kind needs no `enable_input_require_grads` here, whatever the input is."""
+        enable = getattr(self.base, "gradient_checkpointing_enable")  # noqa: B009 - as in generate
+        enable(*args, **kwargs)
+        let_gradients_through(self.base)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        new = self._made(copy.deepcopy(self.program, memo))
+        # The copy is known before it is filled: what it holds may refer to it (a bound method, a hook).
+        new = memo[id(self)] = self._blank()
+        CompiledGraph.__init__(new, copy.deepcopy(self.program, memo))
         new.__dict__.update(copy.deepcopy(self._own_state(), memo))
         return new
 
@@ -107,8 +117,14 @@ class CompiledGraph(fx.GraphModule):
         return type(self).__mro__[1], (self.program,), self._own_state()
 
     def _made(self, program: Program) -> Self:
+        new = self._blank()
+        CompiledGraph.__init__(new, program)
+        return new
+
+    def _blank(self) -> Self:
         # torch.fx gives every GraphModule a class of its own; the one that was written is above it.
-        return type(self).__mro__[1](program)
+        written: Any = type(self).__mro__[1]
+        return written.__new__(written)
 
     def _own_state(self) -> dict[str, Any]:
         """Attributes and hooks that were put on this model, beside what its constructor makes."""

@@ -12,6 +12,7 @@ from peftc.errors import AdapterError, MergeError, nearest
 from peftc.graph.region import Capture, Region
 from peftc.merge.combine import checked, combined_spec, fill, pairs
 from peftc.plan import Plan, make_plan, without
+from peftc.plan.heads import with_heads
 from peftc.rewrite.build import check_names, extend, parked, remove, require_applicable
 from peftc.rewrite.program import Program, require_idle
 from peftc.rewrite.switch import activate, emit
@@ -20,11 +21,16 @@ from peftc.specs import AdapterSpec
 
 
 def planned(
-    model: nn.Module, specs: Mapping[str, AdapterSpec], capture: Capture, autocast: bool
+    model: nn.Module, specs: Mapping[str, AdapterSpec], capture: Capture, autocast: bool, fresh: bool = True
 ) -> tuple[Plan, tuple[Region, ...]]:
-    """The plan of a model that has no adapters yet, and its regions. Raises AdapterError if it has."""
+    """The plan of a model that has no adapters yet, and its regions. Raises AdapterError if it has.
+
+    `fresh`: the adapters are new, and heads of their tasks are theirs; of a file that says what it holds, they are not.
+    """
     if isinstance(model, CompiledGraph):
         raise AdapterError("the model is compiled already: use its add_adapter or its .plan, or unload it first")
+    if fresh:
+        specs = {name: with_heads(model, spec) for name, spec in specs.items()}
     return make_plan(model, specs, capture, autocast)
 
 
@@ -60,9 +66,9 @@ def add(program: Program, name: str, spec: AdapterSpec, on_unmatched: str, fresh
         raise AdapterError(f"adapter {name!r} exists already; choose another name, or delete it first")
     require_unmerged(program, "add_adapter")
     with parked(program) as base:
-        plan, regions = make_plan(
-            base, {name: spec}, program.plan.capture, program.plan.autocast_adapter_dtype, among=program.plan
-        )
+        specs = {name: with_heads(base, spec) if fresh else spec}
+        before = program.plan
+        plan, regions = make_plan(base, specs, before.capture, before.autocast_adapter_dtype, among=before)
         require_applicable(plan, on_unmatched)
         check_names(base, plan, [name])
     if plan.capture == "modules":
@@ -89,10 +95,10 @@ def load(program: Program, name: str, files: AdapterFiles, strict: bool) -> Load
 
 def fill_from(program: Program, name: str, files: AdapterFiles, strict: bool) -> LoadResult:
     """Give an adapter that is attached the tensors of its files, if the base is theirs. Raises CheckpointError."""
-    caution = require_base(program, files.base) if files.base is not None else None
+    differs = require_base(program, files.base) if files.base is not None else None
     result = load_state(program, name, files.tensors, files.encoder, where=files.where, strict=strict, attached=True)
-    if caution is not None:
-        warnings.warn(f"{files.where}: {caution}", stacklevel=4)
+    if differs is not None:
+        warnings.warn(f"{files.where}: {differs}", stacklevel=4)
     return result
 
 

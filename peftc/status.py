@@ -9,6 +9,7 @@ from torch import Tensor
 from peftc.graph.sites import WeightSite, dtype_of
 from peftc.plan import Edit
 from peftc.rewrite.hosts import original_class
+from peftc.rewrite.learning import without_gradient
 from peftc.rewrite.program import Program
 
 Learns = bool | Literal["irregular"]
@@ -35,7 +36,10 @@ class LayerStatus:
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """The model with all its adapters; `peft_types` by adapter, the rest as in LayerStatus."""
+    """The model with all its adapters; `peft_types` by adapter, the rest as in LayerStatus.
+
+    `without_gradient`: after a backward pass, the parameters that train but got none, because no forward used them.
+    """
 
     base_model_type: str
     adapter_model_type: str
@@ -50,6 +54,7 @@ class ModelStatus:
     available_adapters: list[str]
     devices: dict[str, list[str]]
     quantization_backend: str | None
+    without_gradient: list[str]
 
 
 def layer_status(program: Program) -> list[LayerStatus]:
@@ -82,6 +87,7 @@ def model_status(program: Program) -> ModelStatus:
         available_adapters=list(program.plan.adapters),
         devices={name: _devices(own) for name, own in tensors.items()},
         quantization_backend=", ".join(sorted(map(str, backends))) or None,
+        without_gradient=without_gradient(program),
     )
 
 

@@ -75,13 +75,17 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         if type(value) in _ATOMS:
             new.__dict__[name] = value
         elif name == "_modules":
-            children = {key: child and _copy_module(child, memo) for key, child in value.items()}
+            children = {key: _copied(child, memo) for key, child in value.items()}
             new.__dict__[name] = type(value)(children)
         elif type(value) in (dict, OrderedDict, set) and not value:
             new.__dict__[name] = type(value)()
         else:
             new.__dict__[name] = copy.deepcopy(value, memo)
     return new
+
+
+def _copied(child: nn.Module | None, memo: dict[int, Any]) -> nn.Module | None:
+    return None if child is None else _copy_module(child, memo)  # An empty container is false.
 
 
 _ATOMS = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})

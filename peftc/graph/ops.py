@@ -221,3 +221,9 @@ def is_turn(node: fx.Node) -> bool:
 
 
 MATMULS = (operator.matmul, torch.matmul, torch.mm, torch.ops.aten.mm.default, torch.ops.aten.matmul.default)
+
+
+def is_packed(weight: torch.Tensor) -> bool:
+    """Whether `weight` is of another library's class, which says itself what arithmetic means."""
+    cls = type(weight.data)
+    return cls is not torch.Tensor and not cls.__module__.startswith("torch.")

@@ -4,7 +4,6 @@ Nothing here assumes that a site has a graph of its own: under `modules` capture
 `symbolic` one region, hosted by the model, holds them all.
 """
 
-import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,6 +13,8 @@ import torch
 from torch import fx, nn
 
 from peftc.graph.ops import is_turn, use_of
+from peftc.graph.rows import is_plain
+from peftc.graph.stand_in import isolated, same
 
 Capture = Literal["modules", "symbolic"]
 
@@ -117,13 +118,13 @@ def trace_site(module: nn.Module) -> Source:
     """
     parameters = parameters_of(module.forward)
     simple = len(parameters) == 1 and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
-    if simple and "forward" not in module.__dict__ and not isinstance(module, torch.jit.ScriptModule):
+    weight = module._parameters.get("weight")
+    # Of a weight that no arithmetic can be done with, a call of the module is all that can be adapted.
+    plain = weight is not None and is_plain(weight)
+    if plain and simple and "forward" not in module.__dict__ and not isinstance(module, torch.jit.ScriptModule):
         graphs = [_trace_in_mode(module, training) for training in (True, False)]
         if graphs[0] is not None and graphs[1] is not None and str(graphs[0]) == str(graphs[1]):
-            weight = module._parameters.get("weight")
-            # Of a weight that no arithmetic can be done with, a call of the module is all that can be adapted.
-            if weight is not None and weight.is_floating_point() and weight.itemsize > 1:
-                return Source(graphs[0], (Anchor("", _weight_op(graphs[0]), "weight", "bias"),))
+            return Source(graphs[0], (Anchor("", _weight_op(graphs[0]), "weight", "bias"),))
     return opaque_source(parameters)
 
 
@@ -132,13 +133,22 @@ def _trace_in_mode(module: nn.Module, training: bool) -> fx.Graph | None:
     stand_in: nn.Module = object.__new__(type(module))
     own = {name: value for name, value in module.__dict__.items() if name not in _STANDARD}
     try:
-        # Only containers can be changed in place; what else a module refers to may be as large as a model.
-        state, before = (
-            {k: copy.deepcopy(v) if type(v) in (dict, list, set) else v for k, v in own.items()} for _ in range(2)
+        state, before = (isolated(own, {}) for _ in range(2))
+        stand_in.__dict__.update(
+            module.__dict__,
+            training=training,
+            _buffers=dict(module._buffers),
+            _parameters=dict(module._parameters),
+            _modules=dict(module._modules),
+            **state,
         )
-        stand_in.__dict__.update(module.__dict__, training=training, _buffers=dict(module._buffers), **state)
         graph = SiteTracer().trace(stand_in)
-        if {name: stand_in.__dict__.get(name) for name in own} != before:
+        exchanged = any(
+            (stand_in.__dict__[kind].get(name) is not value)
+            for kind in ("_buffers", "_parameters", "_modules")
+            for name, value in module.__dict__[kind].items()
+        )
+        if exchanged or not same({k: v for k, v in stand_in.__dict__.items() if k not in _STANDARD}, before, set()):
             return None  # It counts or remembers something in Python, which a traced graph would not.
     except Exception:  # A user's forward may raise anything at all on a proxy; such a module is opaque.
         return None

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from peftc.errors import RuleError
-from peftc.graph.ops import MATMULS, Form, Op, Shape
+from peftc.graph.ops import MATMULS, Form, Op, Shape, is_packed
 
 aten = torch.ops.aten
 
@@ -48,7 +48,14 @@ def is_known_linear(module: nn.Module) -> bool:
 
 def _is_trainable(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
-    return weight is not None and weight.is_floating_point() and weight.itemsize > 1
+    return weight is not None and is_plain(weight)
+
+
+def is_plain(weight: torch.Tensor) -> bool:
+    """Whether arithmetic can be done with `weight`: floating-point numbers of two bytes or more, not packed in a class of
+    another library (torchao's have the dtype that they stand for).
+    """
+    return not is_packed(weight) and weight.is_floating_point() and weight.itemsize > 1
 
 
 def dequantised(module: Any) -> torch.Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from peftc.graph.ops import Layout, Shape, shapes
+from peftc.graph.ops import Layout, Shape, is_packed, shapes
 
 
 @dataclass(frozen=True)
@@ -317,12 +317,15 @@ def _site(
         role=role_of(fqn),
         tied=tied.get(parameter_name(fqn, "weight"), ()) if weight is not None else (),
         refusal=_refusal(module, weight),
-        no_fold="max_norm would scale what is merged into it" if _renorms(module) else None,
+        no_fold=_no_fold(module, weight),
     )
 
 
-def _renorms(module: nn.Module) -> bool:
-    return isinstance(module, nn.Embedding) and module.max_norm is not None
+def _no_fold(module: nn.Module, weight: nn.Parameter | None) -> str | None:
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "max_norm would scale what is merged into it"
+    packed = weight is not None and type(weight) is not nn.Parameter and is_packed(weight)
+    return f"its weight is quantised, as {type(weight).__name__}" if packed else None
 
 
 def _refusal(module: nn.Module, weight: nn.Parameter | None) -> str | None:

@@ -102,9 +102,10 @@ def _no_weight(site: WeightSite) -> str | None:
 def _unmergeable(
     rule: Rule[Any], spec: AdapterSpec, site: WeightSite, slots: Sequence[str], access: Access
 ) -> str | None:
-    if access.opaque and "weight" not in slots:
+    reason = _no_weight(site) or site.no_fold
+    if reason is None and access.opaque and "weight" not in slots:
         return f"the forward of {site.module} can't be traced, so what it does with its weight is not known"
-    return _no_weight(site) or site.no_fold or rule.cannot_fold(spec, site)
+    return reason or rule.cannot_fold(spec, site)
 
 
 def _planned(name: str, param: Param, dtype: str, shared: bool = False) -> PlannedParam:

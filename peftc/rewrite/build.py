@@ -15,6 +15,7 @@ from peftc.graph.ops import op_named
 from peftc.graph.region import Region
 from peftc.graph.sites import is_lazy, modules_at, parameter_name
 from peftc.plan import Edit, Plan, PlannedParam, without
+from peftc.rewrite.checkpointing import let_gradients_through
 from peftc.rewrite.hosts import BOUND, install, is_host, original_class, reads, uninstall
 from peftc.rewrite.learning import watch_steps
 from peftc.rewrite.parts import Adapter, Group, attach, containers, detach, start, weight_of
@@ -116,6 +117,7 @@ def build(
         extend(program, plan, regions, list(plan.adapters), fresh)
         first = list(plan.adapters)[:1]
         activate(program, first, [name for name in first if not plan.adapters[name].inference_mode])
+        let_gradients_through(base)
     except BaseException:
         undo(program)
         raise
@@ -236,6 +238,7 @@ def undo(program: Program) -> nn.Module:
         remove(program, adapter)
     for module in list(_hosts(program)):
         uninstall(module)
+    let_gradients_through(program.base, on=False)
     for (fqn, flag), value in program.given.fast_paths.items():
         setattr(program.base.get_submodule(fqn), flag, value)
     for name, flag in program.given.requires_grad.items():

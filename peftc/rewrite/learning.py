@@ -1,12 +1,13 @@
 """What rules do around training: a term of the loss, something after every step, a pass over data before it."""
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite, canonical
@@ -57,6 +58,43 @@ def watch_steps(program: Program) -> None:
 
     weakref.finalize(program, register_optimizer_step_post_hook(stepped).remove)
     program.watching = True
+
+
+def without_gradient(program: Program) -> list[str]:
+    """The parameters that train and got no gradient in a backward pass that others got one in."""
+    trained = {
+        f"{part.edit.site}.{param.key} of {name!r}": part.tensor(param.key)
+        for name in program.learning
+        for part in program.adapters[name].parts.values()
+        for param in part.edit.params
+        if param.trainable
+    }
+    missing = [name for name, tensor in trained.items() if tensor.requires_grad and tensor.grad is None]
+    return missing if len(missing) < len(trained) else []
+
+
+def watch_first_step(program: Program) -> None:
+    """Warn at the first step of an optimiser that holds the program's parameters, if some of them got no gradient."""
+    reference, looked_at = weakref.ref(program), False
+
+    def stepping(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
+        nonlocal looked_at
+        alive = None if looked_at else reference()
+        first = next((own for own in alive.adapters.values() if own.name in alive.learning), None) if alive else None
+        held = {id(p) for group in optimiser.param_groups for p in group["params"]} if first is not None else set[int]()
+        if alive is None or first is None or not any(id(holder[leaf]) in held for holder, leaf in first.trained):
+            return
+        looked_at = True
+        missing = without_gradient(alive)
+        if missing:
+            more = f" (and {len(missing) - 3} more)" if len(missing) > 3 else ""
+            warnings.warn(
+                f"{', '.join(missing[:3])}{more} train, but this step's backward pass gave them no gradient: the forward"
+                " did not use their modules. get_model_status().without_gradient lists them.",
+                stacklevel=2,
+            )
+
+    weakref.finalize(program, register_optimizer_step_pre_hook(stepping).remove)
 
 
 def calibrate(program: Program, name: str, batches: Iterable[Any], call: Callable[[Any], Any]) -> None:

@@ -20,6 +20,7 @@ from peftc.graph.ops import op_named, operand, use_of
 from peftc.graph.region import Region, Source
 from peftc.graph.sites import parameter_name, transformers_config
 from peftc.rewrite import route as ops
+from peftc.rewrite.checkpointing import CHECKPOINT
 from peftc.rewrite.hosts import BOUND, Binding, Code, install, is_host, uninstall
 from peftc.rewrite.parts import Part
 from peftc.rewrite.passes import piped
@@ -141,25 +142,21 @@ def _open(program: Program) -> None:
         root.__dict__[BOUND] = Routed(root, None, True)
     again = partial(_again, program)
     for layer in root.modules():
-        function = layer.__dict__.get(_CHECKPOINT)
+        function = layer.__dict__.get(CHECKPOINT)
         if function is not None:
-            layer.__dict__[_CHECKPOINT] = _Carried(function, again)
+            layer.__dict__[CHECKPOINT] = _Carried(function, again)
 
 
 def _close(program: Program) -> None:
     for layer in program.base.modules():
-        function = layer.__dict__.get(_CHECKPOINT)
+        function = layer.__dict__.get(CHECKPOINT)
         if isinstance(function, _Carried):
-            layer.__dict__[_CHECKPOINT] = function.function
+            layer.__dict__[CHECKPOINT] = function.function
     for region in program.regions:
         program.modules[region.host].__dict__[BOUND] = None
     if program.made.mixed.pop("root"):
         uninstall(program.base)
     install_layout(program, layout(program, program.spliced))
-
-
-# The attribute of transformers' layers that runs them under gradient checkpointing.
-_CHECKPOINT = "_gradient_checkpointing_func"
 
 
 class _Carried:

@@ -6,6 +6,7 @@ that go and come, and one per parameter that starts or stops training; other ada
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from peftc.errors import AdapterError
 from peftc.graph.region import Anchor, Region
 from peftc.graph.sites import WeightSite, parameter_name
 from peftc.rewrite.hosts import BOUND, Binding, Code
@@ -23,6 +24,7 @@ def activate(program: Program, names: Iterable[str], learning: Iterable[str]) ->
     Raises RuleError (a rule does not trace) or AdapterError (edits exclude each other); nothing is changed then.
     """
     chosen, before = set(names), program.active
+    _require_one_saver(program, chosen)
     program.active = tuple(name for name in program.plan.adapters if name in chosen)
     try:
         emit(program)
@@ -30,6 +32,19 @@ def activate(program: Program, names: Iterable[str], learning: Iterable[str]) ->
         program.active = before
         raise
     train(program, learning)
+
+
+def _require_one_saver(program: Program, names: Iterable[str]) -> None:
+    """Raise AdapterError if two of the adapters save the same module: only one of the copies could be called."""
+    savers: dict[str, str] = {}
+    for name in names:
+        for edit in program.adapters[name].edits if name in program.adapters else ():
+            other = savers.setdefault(edit.site, name) if edit.whole else name
+            if other != name:
+                raise AdapterError(
+                    f"{edit.site}: {other!r} and {name!r} both save it (modules_to_save), and only one copy of it can be"
+                    " called. Activate one of them; rows of a batch may use both (adapter_names)."
+                )
 
 
 def train(program: Program, names: Iterable[str]) -> None:

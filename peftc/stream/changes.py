@@ -103,7 +103,7 @@ def thought_through(
     opened = {f"adapter{i}": open_folder(folder, options.verify) for i, folder in enumerate(folders)}
     base, names = skeleton(checkpoint, model, [outline(tensors.header.entries) for _, tensors in opened.values()])
     specs = {name: respelled_spec(base, files.spec, tensors) for name, (files, tensors) in opened.items()}
-    plan, regions = lifecycle.planned(base, specs, "modules", autocast=True)
+    plan, regions = lifecycle.planned(base, specs, "modules", autocast=True, fresh=False)
     require_applicable(plan, "warn")
     program = build(base, plan, regions, inplace=True, fresh=False)
     sources = {name: _source(program, name, files, tensors) for name, (files, tensors) in opened.items()}

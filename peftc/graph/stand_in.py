@@ -1,0 +1,74 @@
+"""Stand-ins: what a forward may be traced on, so that nothing it does reaches the module that was given.
+
+Modules keep state in attributes of any depth (bitsandbytes its quantisation state); a traced forward would leave its
+proxies there.
+"""
+
+import copy
+from collections.abc import Mapping
+from enum import Enum
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+# What cannot be changed, or is none of a forward's state. Tensors are shared: a trace changes no values.
+_SHARED = (
+    type(None), bool, int, float, complex, str, bytes, type, Enum, FunctionType, BuiltinFunctionType, ModuleType,
+    torch.Tensor, torch.dtype, torch.device, torch.Size, torch.Generator, nn.Module,
+)  # fmt: skip
+
+
+def isolated(value: Any, memo: dict[int, Any]) -> Any:
+    """A copy of `value` that shares tensors and modules with it, and nothing that could be changed.
+
+    Raises TypeError for what can't be copied so.
+    """
+    if isinstance(value, _SHARED):
+        return value
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, dict):
+        new = memo[id(value)] = copy.copy(cast("dict[Any, Any]", value))
+        for key in new:
+            new[key] = isolated(new[key], memo)
+        return new
+    if isinstance(value, list | set | frozenset | tuple):
+        return _collection(value, memo)
+    state = getattr(value, "__dict__", None)
+    if not isinstance(state, dict) or type(value).__reduce_ex__ is not object.__reduce_ex__:
+        raise TypeError(f"{type(value).__name__} can't be told from its copy")
+    new = memo[id(value)] = copy.copy(value)
+    for name, item in cast("dict[str, Any]", state).items():
+        new.__dict__[name] = isolated(item, memo)
+    return new
+
+
+def _collection(value: Any, memo: dict[int, Any]) -> Any:
+    items = [isolated(item, memo) for item in value]
+    if isinstance(value, tuple) and type(value) is not tuple:
+        return type(value)(*items)  # A named tuple.
+    return type(value)(items)
+
+
+def same(one: Any, other: Any, seen: set[int]) -> bool:
+    """Whether two values that were equal copies still are, to any depth."""
+    if isinstance(one, _SHARED) or isinstance(other, _SHARED):
+        plain = type(one) is type(other) and isinstance(one, bool | int | float | complex | str | bytes | torch.Size)
+        return one is other or (plain and bool(one == other))
+    if id(one) in seen:
+        return True
+    seen.add(id(one))
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Mapping):
+        first, second = cast("dict[Any, Any]", one), cast("dict[Any, Any]", other)
+        return first.keys() == second.keys() and all(same(first[key], second[key], seen) for key in first)
+    if isinstance(one, set | frozenset):
+        return one == other
+    if isinstance(one, list | tuple):
+        first_items, second_items = cast("list[Any]", one), cast("list[Any]", other)
+        pairs = zip(first_items, second_items, strict=False)
+        return len(first_items) == len(second_items) and all(same(a, b, seen) for a, b in pairs)
+    return same(vars(one), vars(other), seen)

@@ -1,0 +1,1 @@
+"""Situations that users report, with their neighbours: one file for each kind."""
