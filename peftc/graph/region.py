@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from peftc.graph.ops import is_turn, use_of
 from peftc.graph.rows import is_plain
-from peftc.graph.stand_in import isolated, same
+from peftc.graph.stand_in import STANDARD, has_changed, isolated, kept_by
 
 Capture = Literal["modules", "symbolic"]
 
@@ -89,7 +89,6 @@ class SourceCache:
         return self.sources[key]
 
 
-_STANDARD = frozenset(nn.Module().__dict__)
 _SIZES = frozenset({"in_features", "out_features", "num_embeddings", "embedding_dim", "nf", "nx"})
 
 
@@ -97,7 +96,7 @@ def _alike(module: nn.Module) -> Any | None:
     """A key that two modules share only if their forwards trace to the same graph; None if that can't be told."""
     if module._modules or "forward" in module.__dict__:
         return None
-    state = {name: value for name, value in module.__dict__.items() if name not in _STANDARD}
+    state = {name: value for name, value in module.__dict__.items() if name not in STANDARD}
     if type(module).__module__.startswith("torch.nn."):
         state = {name: value for name, value in state.items() if name not in _SIZES}
     parts: list[Any] = [type(module), tuple((name, value is None) for name, value in module._parameters.items())]
@@ -131,25 +130,13 @@ def trace_site(module: nn.Module) -> Source:
 def _trace_in_mode(module: nn.Module, training: bool) -> fx.Graph | None:
     """Trace a shallow stand-in, so that the module's own flags and attributes are not touched."""
     stand_in: nn.Module = object.__new__(type(module))
-    own = {name: value for name, value in module.__dict__.items() if name not in _STANDARD}
     try:
-        state, before = (isolated(own, {}) for _ in range(2))
-        stand_in.__dict__.update(
-            module.__dict__,
-            training=training,
-            _buffers=dict(module._buffers),
-            _parameters=dict(module._parameters),
-            _modules=dict(module._modules),
-            **state,
-        )
+        before = kept_by(module)
+        held = {kind: dict(items) for kind, items in before.held.items()}
+        stand_in.__dict__.update(module.__dict__, training=training, **held, **isolated(before.own, {}))
         graph = SiteTracer().trace(stand_in)
-        exchanged = any(
-            (stand_in.__dict__[kind].get(name) is not value)
-            for kind in ("_buffers", "_parameters", "_modules")
-            for name, value in module.__dict__[kind].items()
-        )
-        if exchanged or not same({k: v for k, v in stand_in.__dict__.items() if k not in _STANDARD}, before, set()):
-            return None  # It counts or remembers something in Python, which a traced graph would not.
+        if has_changed(stand_in, before):
+            return None  # A traced graph would not do that.
     except Exception:  # A user's forward may raise anything at all on a proxy; such a module is opaque.
         return None
     for node in graph.nodes:

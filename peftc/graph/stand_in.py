@@ -6,6 +6,7 @@ proxies there.
 
 import copy
 from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import Enum
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, cast
@@ -43,6 +44,35 @@ def isolated(value: Any, memo: dict[int, Any]) -> Any:
     for name, item in cast("dict[str, Any]", state).items():
         new.__dict__[name] = isolated(item, memo)
     return new
+
+
+STANDARD = frozenset(nn.Module().__dict__)
+_HELD = ("_buffers", "_parameters", "_modules")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What a module has in attributes of its own, copied, and which tensors and modules it holds."""
+
+    own: Mapping[str, Any]
+    held: Mapping[str, Mapping[str, Any]]
+
+
+def kept_by(module: nn.Module) -> Kept:
+    """The state of `module`, to compare with later. Raises TypeError where that can't be."""
+    own = {name: value for name, value in module.__dict__.items() if name not in STANDARD}
+    return Kept(isolated(own, {}), {kind: dict(module.__dict__[kind]) for kind in _HELD})
+
+
+def has_changed(module: nn.Module, before: Kept) -> bool:
+    """Whether `module` has assigned, counted or remembered anything since."""
+    own = {name: value for name, value in module.__dict__.items() if name not in STANDARD}
+    exchanged = any(
+        module.__dict__[kind].get(name) is not value
+        for kind, items in before.held.items()
+        for name, value in items.items()
+    )
+    return exchanged or not same(own, before.own, set())
 
 
 def _collection(value: Any, memo: dict[int, Any]) -> Any:

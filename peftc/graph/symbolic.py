@@ -11,6 +11,7 @@ from peftc.errors import CaptureError
 from peftc.graph.ops import Use, operand, use_of
 from peftc.graph.region import Anchor, Region, Source, SourceCache, parameters_of
 from peftc.graph.sites import SiteIndex, WeightSite
+from peftc.graph.stand_in import Kept, has_changed, kept_by
 
 
 def trace_model(model: nn.Module, sites: Mapping[str, WeightSite], saved: Collection[str]) -> Region:
@@ -71,9 +72,24 @@ def _uses(graph: fx.Graph, model: nn.Module) -> Iterator[Use]:
 
 
 def _traced(model: nn.Module, inlined: Collection[str], leaves: Collection[str]) -> fx.Graph:
+    before = {fqn: kept for fqn, module in model.named_modules() if (kept := _kept(module)) is not None}
     graphs = [_trace(model.train(training), inlined, leaves) for training in (True, False)]
+    for fqn, kept in before.items():
+        module = model.get_submodule(fqn)
+        if has_changed(module, kept):
+            raise CaptureError(
+                f"capture='symbolic': {_place(fqn, module)}, the forward assigns to its module, which a graph would not."
+                " Use capture='modules', which keeps the model's Python."
+            )
     _require_equal(model, *graphs)
     return graphs[0]
+
+
+def _kept(module: nn.Module) -> Kept | None:
+    try:
+        return kept_by(module)
+    except TypeError:  # What it keeps can't be compared.
+        return None
 
 
 class _ModelTracer(fx.Tracer):

@@ -163,6 +163,36 @@ def test_what_a_forward_assigns_stays(how: str, inplace: bool) -> None:
     assert compiled.base[0].lora_B["default"].weight.grad is not None
 
 
+class Counts(nn.Module):
+    """A model that counts its calls, or remembers the last one."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.fc, self.how, self.calls, self.notes = nn.Linear(4, 4), how, 0, State()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "counter":
+            self.calls += 1
+        elif self.how == "buffer":
+            self.mean = 0.9 * self.mean + 0.1 * x.mean(0)
+        else:
+            self.notes.last = x
+        return self.fc(x - self.mean)
+
+
+@pytest.mark.parametrize("how", ["counter", "buffer", "object"])
+def test_a_whole_graph_would_lose_what_a_forward_assigns_and_is_refused_for_that(how: str) -> None:
+    model = Counts(how)
+    with pytest.raises(peftc.CaptureError, match=r"\(Counts\), the forward assigns to its module.*capture='modules'"):
+        peftc.compile(model, lora("fc"), capture="symbolic")
+    assert (model.calls, model.notes.last) == (0, None)
+    compiled, reference, x = peftc.compile(model, lora("fc")), copy.deepcopy(model), torch.randn(3, 4)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), reference(x))
+    assert compiled.base.calls == reference.calls
+
+
 class Empty(nn.Module):
     """A residual block whose shortcut, a container, is empty."""
 
@@ -175,9 +205,10 @@ class Empty(nn.Module):
         return self.fc(torch.relu(self.conv(x) + shortcut).mean((2, 3)))
 
 
-@pytest.mark.parametrize(
-    "container", [nn.Sequential(), nn.ModuleList(), nn.ModuleDict(), nn.ParameterList(), nn.ParameterDict()]
-)
+EMPTY = [nn.Sequential(), nn.ModuleList(), nn.ModuleDict(), nn.ParameterList(), nn.ParameterDict()]
+
+
+@pytest.mark.parametrize("container", EMPTY, ids=lambda container: type(container).__name__)
 @pytest.mark.parametrize("capture", ["modules", "symbolic"])
 def test_an_empty_container_is_copied_like_any_module(container: nn.Module, capture: Any) -> None:
     model, x = Empty(container), torch.randn(2, 4, 8, 8)
