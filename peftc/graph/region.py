@@ -7,11 +7,13 @@ Nothing here assumes that a site has a graph of its own: under `modules` capture
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any, Literal, cast
 
 import torch
 from torch import fx, nn
 
+from peftc.graph.hooked import NAMES, is_hooked, is_patched
 from peftc.graph.ops import is_turn, use_of
 from peftc.graph.rows import is_plain
 from peftc.graph.stand_in import STANDARD, has_changed, isolated, kept_by
@@ -94,9 +96,9 @@ _SIZES = frozenset({"in_features", "out_features", "num_embeddings", "embedding_
 
 def _alike(module: nn.Module) -> Any | None:
     """A key that two modules share only if their forwards trace to the same graph; None if that can't be told."""
-    if module._modules or "forward" in module.__dict__:
+    if module._modules or is_patched(module):
         return None
-    state = {name: value for name, value in module.__dict__.items() if name not in STANDARD}
+    state = {name: value for name, value in module.__dict__.items() if name not in STANDARD | NAMES}
     if type(module).__module__.startswith("torch.nn."):
         state = {name: value for name, value in state.items() if name not in _SIZES}
     parts: list[Any] = [type(module), tuple((name, value is None) for name, value in module._parameters.items())]
@@ -109,18 +111,23 @@ def _alike(module: nn.Module) -> Any | None:
     return tuple(parts)
 
 
+def forward_of(module: nn.Module) -> Callable[..., Any]:
+    """The forward of a module, inside of accelerate's hooks."""
+    return MethodType(type(module).forward, module) if is_hooked(module) else module.forward
+
+
 def trace_site(module: nn.Module) -> Source:
     """The graph of one site's own forward, or an opaque one if torch.fx can't trace it without changing its meaning.
 
     Opaque are: patched or multi-argument forwards, control flow on values, a forward that differs between train() and
     eval(), one that does anything with the weight but use it once in the site's op.
     """
-    parameters = parameters_of(module.forward)
+    parameters = parameters_of(forward_of(module))
     simple = len(parameters) == 1 and parameters[0].kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     weight = module._parameters.get("weight")
     # Of a weight that no arithmetic can be done with, a call of the module is all that can be adapted.
     plain = weight is not None and is_plain(weight)
-    if plain and simple and "forward" not in module.__dict__ and not isinstance(module, torch.jit.ScriptModule):
+    if plain and simple and not is_patched(module) and not isinstance(module, torch.jit.ScriptModule):
         graphs = [_trace_in_mode(module, training) for training in (True, False)]
         if graphs[0] is not None and graphs[1] is not None and str(graphs[0]) == str(graphs[1]):
             return Source(graphs[0], (Anchor("", _weight_op(graphs[0]), "weight", "bias"),))
@@ -133,7 +140,8 @@ def _trace_in_mode(module: nn.Module, training: bool) -> fx.Graph | None:
     try:
         before = kept_by(module)
         held = {kind: dict(items) for kind, items in before.held.items()}
-        stand_in.__dict__.update(module.__dict__, training=training, **held, **isolated(before.own, {}))
+        state = {name: value for name, value in module.__dict__.items() if name not in NAMES}
+        stand_in.__dict__.update(state, training=training, **held, **isolated(before.own, {}))
         graph = SiteTracer().trace(stand_in)
         if has_changed(stand_in, before):
             return None  # A traced graph would not do that.

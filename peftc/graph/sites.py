@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
+from peftc.graph.hooked import device_of, is_offloaded
 from peftc.graph.ops import Layout, Shape, is_packed, shapes
 
 
@@ -312,7 +313,7 @@ def _site(
         weight=parameter_name(fqn, "weight") if weight is not None else None,
         bias=parameter_name(fqn, "bias") if bias is not None else None,
         dtype=dtype_name(reference.dtype) if reference is not None else "float32",
-        device=str(reference.device) if reference is not None else "cpu",
+        device=str(device_of(module, reference)) if reference is not None else "cpu",
         layer=layer_index(fqn),
         role=role_of(fqn),
         tied=tied.get(parameter_name(fqn, "weight"), ()) if weight is not None else (),
@@ -324,6 +325,8 @@ def _site(
 def _no_fold(module: nn.Module, weight: nn.Parameter | None) -> str | None:
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm would scale what is merged into it"
+    if is_offloaded(module, weight):
+        return "accelerate has offloaded its weight; merge_checkpoint merges on disk"
     packed = weight is not None and type(weight) is not nn.Parameter and is_packed(weight)
     return f"its weight is quantised, as {type(weight).__name__}" if packed else None
 
@@ -333,8 +336,6 @@ def _refusal(module: nn.Module, weight: nn.Parameter | None) -> str | None:
         return "its weight has no shape yet: run the model once on an example input first"
     if weight is not None and weight.is_complex():
         return f"its weight is {dtype_name(weight.dtype)}; adapters are real"
-    if weight is not None and weight.is_meta and "_hf_hook" in module.__dict__:
-        return "accelerate has offloaded its weight: compile first, then dispatch the model"
     if isinstance(module, torch.jit.ScriptModule):
         return "it is TorchScript, whose code can't be rewritten: load the model as Python"
     return None

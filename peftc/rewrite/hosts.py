@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from peftc.graph.hooked import INNER, is_hooked
 from peftc.graph.region import OPAQUE
 from peftc.rewrite.lent import in_forward, lent
 
@@ -377,11 +378,14 @@ def install(module: nn.Module, leaves: Iterable[str] = (), methods: Mapping[str,
         if wanted != before or not set(more) <= {name for name, _ in known}:
             _exchange(module, _host_class(original, wanted, (*known, *more.items())))
         return
-    if "forward" in module.__dict__:
+    hooked = is_hooked(module)
+    if "forward" in module.__dict__ and not hooked:
         module.__dict__[_PATCHED] = module.__dict__.pop("forward")
     module.__dict__[BOUND] = None
     # nn.Module's own __setattr__ takes ten times as long.
     object.__setattr__(module, "__class__", _host_class(type(module), wanted, tuple(more.items())))
+    if hooked:  # Accelerate's hook stays outside, around what the host runs.
+        module.__dict__[INNER] = types.MethodType(type(module).forward, module)
 
 
 def _exchange(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -424,7 +428,10 @@ def uninstall(module: nn.Module) -> None:
     patched = module.__dict__.pop(_PATCHED, None)
     if patched is not None:
         module.__dict__["forward"] = patched
+    hooked = is_hooked(module)
     _exchange(module, original_class(module))
+    if hooked:
+        module.__dict__[INNER] = types.MethodType(type(module).forward, module)
 
 
 def pristine_copy(module: nn.Module) -> nn.Module:

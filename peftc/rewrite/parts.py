@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import AdapterError, RuleError
+from peftc.graph.hooked import device_of
 from peftc.graph.sites import Site, WeightSite, canonical, dtype_of
 from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
 from peftc.rewrite.hosts import Added, pristine_copy
@@ -241,7 +242,7 @@ def attach(
         if containers(edit):
             _attach_module(part, holder, _copy_of(holder) if edit.whole else _encoder(part, holder, spec))
         return part
-    device = weight.device if weight is not None else torch.device(site.device)
+    device = device_of(holder, weight) if weight is not None else torch.device(site.device)
     for param in edit.params:
         _attach_tensor(part, param, root if param.shared else holder, device)
     for name, probability in edit.dropouts.items():

@@ -1,0 +1,41 @@
+"""Modules that accelerate has hooked: it patches `forward` on the instance, and the real one is `_old_forward`.
+
+A hook moves inputs to a device and loads weights that are offloaded; what is inside of it can be traced and rewritten.
+"""
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+# What accelerate keeps on a module.
+HOOK, INNER = "_hf_hook", "_old_forward"
+NAMES = frozenset({HOOK, INNER, "forward"})
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether the patched forward of `module` is accelerate's, around the forward of its class."""
+    inner = module.__dict__.get(INNER)
+    own = isinstance(inner, MethodType) and inner.__func__ is type(module).forward and inner.__self__ is module
+    return own and HOOK in module.__dict__ and "forward" in module.__dict__
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether a call of `module` runs another forward than its class's, hooks apart."""
+    return "forward" in module.__dict__ and not is_hooked(module)
+
+
+def is_offloaded(module: nn.Module, weight: torch.Tensor | None) -> bool:
+    """Whether `weight` of `module` is in memory during its calls only."""
+    return weight is not None and weight.is_meta and HOOK in module.__dict__
+
+
+def device_of(module: nn.Module, weight: torch.Tensor) -> torch.device:
+    """The device that `module` computes with `weight` on."""
+    if not is_offloaded(module, weight):
+        return weight.device
+    hook: Any = module.__dict__[HOOK]
+    hooks: list[Any] = list(getattr(hook, "hooks", (hook,)))
+    found = next((d for h in hooks if (d := getattr(h, "execution_device", None)) is not None), "cpu")
+    return torch.device(found)
