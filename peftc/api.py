@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peftc.checkpoint import LoadResult, SaveEmbeddings, load_state, saved_state_dict
 from peftc.compiled import CompiledModel, OnUnmatched
 from peftc.graph.region import Capture
-from peftc.lifecycle import planned, require_known, require_unmerged
+from peftc.lifecycle import looked_through, planned, require_known, require_unmerged
 from peftc.plan import Plan, require_same
 from peftc.plan.heads import unsaved
 from peftc.registry import spec_classes
@@ -45,6 +45,7 @@ def compile(
     Raises SpecError, NoMatchError, ConflictError, CaptureError, AdapterError (a bad name, or a model compiled already),
     PlanError (the model is not the planned one). Nothing is changed then.
     """
+    model = looked_through(model)
     with no_collection():
         if isinstance(spec, Plan):
             made, regions = planned(model, spec.adapters, spec.capture, spec.autocast_adapter_dtype)
@@ -75,6 +76,7 @@ def plan(
     Misses and conflicts are in the plan, where `compile` raises. Raises SpecError, NoMatchError (no default targets for
     the model type), CaptureError.
     """
+    model = looked_through(model)
     made = planned(model, load_specs(spec, adapter_name, spec_classes()), capture, autocast_adapter_dtype)[0]
     lost = unsaved(model, made)
     return made if lost is None else replace(made, cautions=(*made.cautions, lost))

@@ -9,6 +9,7 @@ from torch import nn
 from peftc.checkpoint import AdapterFiles, LoadResult, load_state, require_base, respelled_spec
 from peftc.compiled_graph import CompiledGraph
 from peftc.errors import AdapterError, MergeError, nearest
+from peftc.graph.hooked import compiled_inside
 from peftc.graph.region import Capture, Region
 from peftc.merge.combine import checked, combined_spec, fill, pairs
 from peftc.plan import Plan, make_plan, without
@@ -18,6 +19,19 @@ from peftc.rewrite.program import Program, require_idle
 from peftc.rewrite.switch import activate, emit
 from peftc.rule import Combination
 from peftc.specs import AdapterSpec
+
+
+def looked_through(model: nn.Module) -> nn.Module:
+    """The module that torch.compile has wrapped, with a warning; any other is itself."""
+    inner = compiled_inside(model) if isinstance(cast(Any, model), nn.Module) else None
+    if inner is None:
+        return model
+    warnings.warn(
+        f"the {type(inner).__name__} went through torch.compile, whose code knows no adapters. What is inside is"
+        " adapted, and runs as it is; compile the result: torch.compile(compiled).",
+        stacklevel=3,
+    )
+    return looked_through(inner)
 
 
 def planned(

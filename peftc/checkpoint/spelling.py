@@ -13,6 +13,14 @@ from peftc.plan.match import selects
 from peftc.registry import rules_of
 from peftc.specs import AdapterSpec, ParameterSelection
 
+# What wrappers of modules put into names: torch.compile, FSDP, torch's activation checkpointing.
+_WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def unwrapped(name: str) -> str:
+    """`name` without what wrappers of modules put into it."""
+    return _WRAPPERS.sub("", name) if "_" in name else name
+
 
 def respelled(
     model: nn.Module, spec: AdapterSpec, keys: Iterable[str], own: Container[str], base: Container[str]
@@ -31,11 +39,21 @@ def respelled(
     others = [key for key in found if key not in own]
     names = _names_in(model) if others else _Names("", ())
     for key in others:
-        older = [key, *_older_peft(key, spec)]
+        plain = _without_wrappers(key, spec.key_prefix)
+        older = list(dict.fromkeys([key, plain, *_older_peft(plain, spec)]))
         candidates = [*older, *(other for one in older for other in _other_model(one, prefix, names, at_adapter))]
         mine = next((candidate for candidate in candidates if candidate in own), None)
         found[key] = mine or next((candidate for candidate in candidates if in_base(candidate)), key)
     return found
+
+
+def _without_wrappers(key: str, prefix: str) -> str:
+    """The key without what a wrapped base, or a wrapped adapted model, left in it (`_orig_mod.`, DDP's `module.`)."""
+    plain = unwrapped(key)
+    while plain.startswith("module."):
+        plain = plain.removeprefix("module.")
+    inner = plain.removeprefix(prefix)
+    return prefix + inner.removeprefix("module.") if plain.startswith(prefix) else plain
 
 
 def respelled_spec(model: nn.Module, spec: AdapterSpec, keys: Iterable[str]) -> AdapterSpec:

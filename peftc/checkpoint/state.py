@@ -1,6 +1,5 @@
 """An adapter's tensors under the keys that PEFT's files use, and back."""
 
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from peftc.checkpoint.embeddings import SaveEmbeddings, embedding_state, split_embeddings, take_over
 from peftc.checkpoint.keys import LoadResult, require_fit
-from peftc.checkpoint.spelling import respelled
+from peftc.checkpoint.spelling import respelled, unwrapped
 from peftc.errors import CheckpointError
 from peftc.graph.sites import dtype_name, parameter_name
 from peftc.merge.fold import is_finite
@@ -37,7 +36,7 @@ def adapter_state_dict(program: Program, adapter: str) -> dict[str, Tensor]:
                 state[key_of(own.spec, part.edit, param)] = part.tensor(param.key)
     for tensor in program.plan.trained:
         if tensor.adapter == adapter:
-            state[prefix + tensor.key] = _trained(program, tensor.name, adapter)
+            state[prefix + unwrapped(tensor.key)] = _trained(program, tensor.name, adapter)
     return state
 
 
@@ -67,18 +66,16 @@ def stored_as(program: Program, adapter: str) -> dict[str, float]:
 
 def _from_full(program: Program, adapter: str, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The adapter's tensors out of a whole model's (gathered by FSDP or a trainer; names may carry their wrappers)."""
-    plain = {_WRAPPERS.sub("", name).removeprefix("base."): value for name, value in full.items()}
+    plain = {unwrapped(name).removeprefix("module.").removeprefix("base."): value for name, value in full.items()}
     live = {id(tensor): name for name, tensor in _named(program.base)}
     state: dict[str, Tensor] = {}
     for key, tensor in adapter_state_dict(program, adapter).items():
         name = live.get(id(tensor))
+        name = None if name is None else unwrapped(name)
         if name is not None and name not in plain:
             raise CheckpointError(f"state_dict lacks {name}, which adapter {adapter!r} has")
         state[key] = tensor if name is None else plain[name]
     return state
-
-
-_WRAPPERS = re.compile(r"^(module\.|_orig_mod\.|_fsdp_wrapped_module\.)+|(?<=\.)(_orig_mod\.|_fsdp_wrapped_module\.)")
 
 
 def _named(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -90,7 +87,7 @@ def key_of(spec: AdapterSpec, edit: Edit, param: PlannedParam) -> str:
     """The key of a tensor in files; one that all sites share is named after the model."""
     if param.shared:
         return f"base_model.{param.key}"
-    return spec.key_prefix + parameter_name(edit.site if edit.saved_as is None else edit.saved_as, param.key)
+    return spec.key_prefix + parameter_name(unwrapped(edit.site if edit.saved_as is None else edit.saved_as), param.key)
 
 
 def _trained(program: Program, name: str, adapter: str) -> Tensor:

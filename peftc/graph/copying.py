@@ -3,12 +3,13 @@
 import copy
 from collections import OrderedDict
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from peftc.errors import CaptureError
+from peftc.graph.hooked import compiled_inside
 from peftc.graph.rows import is_quantised
 from peftc.graph.sites import is_lazy
 
@@ -26,7 +27,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
     originals: set[int] = set()
     for fqn, module in model.named_modules():
         originals.add(id(module))
-        if isinstance(module.__dict__.get("forward"), FunctionType):
+        if isinstance(module.__dict__.get("forward"), FunctionType) and compiled_inside(module) is None:
             # A plain function is not bound to the copy; it would go on calling the original.
             raise CaptureError(
                 f"{fqn or type(model).__name__}: its forward was replaced by a function, which a copy would share with the"
@@ -68,6 +69,10 @@ def _copy_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     done = memo.get(id(module))
     if done is not None:
         return done
+    inner = compiled_inside(module)
+    if inner is not None:
+        new = memo[id(module)] = cast(Any, type(module))(_copy_module(inner, memo), cast(Any, module).dynamo_ctx)
+        return new
     if any(getattr(type(module), name, None) is not ordinary for name, ordinary in _ORDINARY.items()):
         return copy.deepcopy(module, memo)
     new = memo[id(module)] = object.__new__(type(module))

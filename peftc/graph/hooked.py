@@ -1,6 +1,7 @@
-"""Modules that accelerate has hooked: it patches `forward` on the instance, and the real one is `_old_forward`.
+"""Modules that others have wrapped or hooked.
 
-A hook moves inputs to a device and loads weights that are offloaded; what is inside of it can be traced and rewritten.
+Accelerate patches `forward` on the instance, and keeps the real one as `_old_forward`. A hook of its moves inputs to a
+device and loads weights that are offloaded; what is inside of it can be traced and rewritten.
 """
 
 from types import MethodType
@@ -12,6 +13,11 @@ from torch import nn
 # What accelerate keeps on a module.
 HOOK, INNER = "_hf_hook", "_old_forward"
 NAMES = frozenset({HOOK, INNER, "forward"})
+
+
+def compiled_inside(module: nn.Module) -> nn.Module | None:
+    """The module that torch.compile has wrapped as `module`; None for any other."""
+    return module._modules["_orig_mod"] if type(module).__module__ == "torch._dynamo.eval_frame" else None
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from peftc.graph.capture import capture
 from peftc.graph.copying import structural_copy
 from peftc.graph.dry_run import unused
 from peftc.graph.fingerprint import fingerprint
+from peftc.graph.hooked import is_offloaded
 from peftc.graph.ops import op_named
 from peftc.graph.region import Capture, Region
 from peftc.graph.rows import is_known_linear
@@ -267,6 +268,10 @@ def _save(adapter: str, model: nn.Module, fqn: str) -> Edit:
         raise CaptureError(
             f"{fqn}: is a {type(module).__name__}, which is never called itself, so a trained copy would never run."
             f" Name what is called instead: modules_to_save={inner[:8]}{' …' if len(inner) > 8 else ''}."
+        )
+    if any(is_offloaded(inner, p) for inner in module.modules() for p in inner._parameters.values()):
+        raise CaptureError(
+            f"{fqn}: accelerate has offloaded it, so there is nothing to train a copy of; keep it in memory (device_map)"
         )
     trained = dict(module.named_parameters())
     tensors = {**trained, **dict(module.named_buffers())}

@@ -11,6 +11,7 @@ from torch import nn
 
 from peftc.errors import AdapterError, ConflictError, NoMatchError
 from peftc.graph.copying import structural_copy
+from peftc.graph.hooked import INNER, is_hooked
 from peftc.graph.ops import op_named
 from peftc.graph.region import Region
 from peftc.graph.sites import is_lazy, modules_at, parameter_name
@@ -269,7 +270,8 @@ def parked(program: Program) -> Generator[nn.Module]:
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in module.__dict__.items() if name.startswith(BOUND) or name == "forward"}
+    own = {name: value for name, value in module.__dict__.items() if name.startswith(BOUND) or name == "forward"}
+    return own | ({INNER: module.__dict__[INNER]} if is_hooked(module) else {})
 
 
 def _hosts(program: Program) -> Iterator[nn.Module]:

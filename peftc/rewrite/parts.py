@@ -375,6 +375,11 @@ def _start_by_rule(
     edit, rule = part.edit, part.edit.rule
     assert weight is not None, "the rule's check() asks for a weight"
     assert isinstance(part.site, WeightSite), "other rules declare modules"
+    if weight.is_meta:
+        raise AdapterError(
+            f"{edit.site}: {rule.name} starts from the weight here, which accelerate has offloaded. Load the model without"
+            " offloading, or let the adapter start otherwise."
+        )
     shapes = {param.name: param.shape for param in edit.params if param.init == "rule"}
     try:
         with torch.no_grad():
