@@ -18,6 +18,7 @@ from peftc.errors import (
     SpecError,
 )
 from peftc.graph.ops import Form, Op, Shape, register_op, unregister_op
+from peftc.integrations.trainer import install as _install
 from peftc.plan import Plan
 from peftc.prompts.rule import PromptRule
 from peftc.prompts.specs import PromptSpec
@@ -63,6 +64,8 @@ __all__ = [
     "unregister",
     "unregister_op",
 ]
+
+_install()
 
 
 def __getattr__(name: str) -> Any:

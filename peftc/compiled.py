@@ -127,6 +127,7 @@ class CompiledModel(CompiledPrompts):
     ) -> LoadResult:
         """Attach an adapter from a folder or a Hub repository, inactive; frozen unless `is_trainable`.
 
+        If the model has an adapter of that name and spec, it gets the file's values, and stays as active as it is.
         `allow_pickle`: read `adapter_model.bin` if there is no safetensors file. `strict=False`: take what fits; the result
         says what did not. `verify`: `all` compares files with their manifest, and the base with the one they were trained
         on; `files` leaves out the base, `nothing` both; files without a manifest (PEFT's) load as they are. `download`:

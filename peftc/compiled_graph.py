@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import fx, nn
@@ -22,6 +23,20 @@ from peftc.rewrite.provenance import annotated, inserted_lines
 from peftc.rewrite.route import refuse_names
 from peftc.specs import AdapterSpec
 from peftc.view.text import span
+
+
+@dataclass(frozen=True, eq=False)
+class BaseModel:
+    """What PEFT has between its model and the base: here nothing but a way to `model`, whose attributes it has."""
+
+    model: nn.Module
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(vars(self)["model"], name) if "model" in vars(self) else object.__getattribute__(self, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's call."""
+        return self.model(*args, **kwargs)
 
 
 class CompiledGraph(fx.GraphModule):
@@ -135,6 +150,11 @@ class CompiledGraph(fx.GraphModule):
         return nn.Module.__repr__(self)
 
     __str__ = __repr__
+
+    @property
+    def base_model(self) -> "BaseModel":
+        """The base model where code written for PEFT looks for it: `.base_model.model`."""
+        return BaseModel(self.base)
 
     def get_base_model(self) -> nn.Module:
         """The rewritten base model."""

@@ -98,8 +98,14 @@ def add(program: Program, name: str, spec: AdapterSpec, on_unmatched: str, fresh
 
 
 def load(program: Program, name: str, files: AdapterFiles, strict: bool) -> LoadResult:
-    """Attach an adapter, inactive, with the tensors of its files."""
-    add(program, name, respelled_spec(program.base, files.spec, files.tensors), "warn", fresh=False)
+    """Attach an adapter, inactive, with the tensors of its files; one of the same spec that is there gets their values."""
+    spec = respelled_spec(program.base, files.spec, files.tensors)
+    if name in program.plan.adapters:
+        require_idle(program)
+        require_unmerged(program, "load_adapter")
+        _require_same_adapter(program, name, spec)
+        return fill_from(program, name, files, strict, attached=False)
+    add(program, name, spec, "warn", fresh=False)
     try:
         return fill_from(program, name, files, strict)
     except BaseException:
@@ -107,10 +113,30 @@ def load(program: Program, name: str, files: AdapterFiles, strict: bool) -> Load
         raise
 
 
-def fill_from(program: Program, name: str, files: AdapterFiles, strict: bool) -> LoadResult:
+# What two specs of adapters that are interchangeable may differ in: where they are from, and how modules are named.
+_ORIGIN = frozenset({"base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version"})
+
+
+def _require_same_adapter(program: Program, name: str, spec: AdapterSpec) -> None:
+    """Raise AdapterError unless a file of `spec` can give its values to adapter `name`."""
+    own, other = (
+        {key: value for key, value in one.to_dict().items() if key not in _ORIGIN and key not in one.selectors}
+        for one in (program.plan.adapters[name], spec)
+    )
+    saved = "modules_to_save"  # Resolved in one, as given in the other; the files' keys say.
+    differing = [key for key in {**own, **other} if key != saved and own.get(key) != other.get(key)]
+    if differing:
+        raise AdapterError(
+            f"adapter {name!r} exists already, with another {', '.join(differing)}; choose another name, or delete it first"
+        )
+
+
+def fill_from(program: Program, name: str, files: AdapterFiles, strict: bool, attached: bool = True) -> LoadResult:
     """Give an adapter that is attached the tensors of its files, if the base is theirs. Raises CheckpointError."""
     differs = require_base(program, files.base) if files.base is not None else None
-    result = load_state(program, name, files.tensors, files.encoder, where=files.where, strict=strict, attached=True)
+    result = load_state(
+        program, name, files.tensors, files.encoder, where=files.where, strict=strict, attached=attached
+    )
     if differs is not None:
         warnings.warn(f"{files.where}: {differs}", stacklevel=4)
     return result
