@@ -40,7 +40,9 @@ def merge(program: Program, names: Sequence[str], untie: bool, undo: str) -> Non
     reshard(program.base)
     with _quiet(program):
         outside = [item for site, edits in groups.items() for item in _fold(program, site, edits, site in inside)]
-        if not untie:
+        if untie:
+            outside = ties.untied(program, outside)
+        else:
             ties.require_untied(program, [(item.owner, item.leaf) for item in outside])
         # The rest would be too much to keep twice; what fails here is undone.
         program.merge.names = tuple(names)

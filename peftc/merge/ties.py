@@ -2,12 +2,17 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import nn
 
 from peftc.errors import MergeError
+from peftc.graph.dry_run import head_scale
 from peftc.graph.sites import parameter_name, transformers_config
+from peftc.merge.fold import Folded
+from peftc.rewrite.build import parked
 from peftc.rewrite.program import Program
+from peftc.rewrite.sharding import whole
 
 
 def partner(program: Program, owner: str, leaf: str) -> str | None:
@@ -29,14 +34,81 @@ def require_untied(program: Program, targets: Sequence[tuple[str, str]]) -> None
             )
 
 
+def untied(program: Program, folded: Sequence[Folded]) -> list[Folded]:
+    """`folded` and what else must change where it cuts a tie that the config speaks of, for it to say that there is none.
+
+    All other ends that the config ties get tensors of their own, or loading would find no values for them; and a head whose
+    inputs are scaled because it is tied gets that factor. Raises MergeError if that can't be told.
+    """
+    found = {parameter_name(item.owner, item.leaf): item for item in folded}
+    if not any(partner(program, item.owner, item.leaf) for item in folded) or not says_tied(program):
+        return list(folded)
+    head = output_weight(program)
+    scale = scale_of(program)
+    if head is not None and scale != 1:
+        value = found[head].value if head in found else whole(program.base.get_parameter(head)).detach()
+        found[head] = Folded(*_split(head), (value.double() * scale).to(value.dtype))
+    by_config = tied_by_config(program.base)
+    for group in program.plan.ties:
+        kept: set[int] = set()  # The first end that is left keeps the tensor itself.
+        for name in group if by_config & set(group) else ():
+            parameter = _parameter(program, name)
+            if name not in found and parameter is not None:
+                if id(parameter) in kept:
+                    found[name] = Folded(*_split(name), whole(parameter).detach().clone())
+                kept.add(id(parameter))
+    return list(found.values())
+
+
+def says_tied(program: Program) -> bool:
+    """Whether the model's config says that its embeddings are tied, and can say otherwise.
+
+    Those of T5's family can't; there, loading ties what the files have no value of its own for, whatever the config says.
+    """
+    config = transformers_config(program.base)
+    if config is None or not getattr(config, "tie_word_embeddings", False):
+        return False
+    return not type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False}).tie_word_embeddings
+
+
+def scale_of(program: Program) -> float:
+    """What the config's saying that the head is tied multiplies its inputs by. Raises MergeError if that can't be told."""
+    with parked(program) as base:
+        scale = head_scale(base)
+    if scale is None:
+        raise MergeError(
+            f"{type(program.base).__name__} computes otherwise where its config says that embeddings are tied, and how"
+            " can't be told from a run without values; leave that end out (exclude_modules), or load the model and merge in"
+            " memory (merge_and_unload)"
+        )
+    return scale
+
+
+def output_weight(program: Program) -> str | None:
+    """The name of the head's weight, of a transformers model that has one."""
+    head = cast(Any, program.base).get_output_embeddings()
+    names = (f"{fqn}.weight" for fqn, module in program.base.named_modules() if module is head)
+    return next(names, None) if head is not None else None
+
+
+def tied_by_config(base: Any) -> set[str]:
+    """The names of a transformers model's parameters that its config ties."""
+    tied = cast("dict[str, str]", vars(base).get("all_tied_weights_keys") or {})
+    return {*tied, *tied.values()}
+
+
+def _split(name: str) -> tuple[str, str]:
+    owner, _, leaf = name.rpartition(".")
+    return owner, leaf
+
+
 def cut(program: Program, owner: str, leaf: str) -> None:
     """Note that `leaf` of `owner` is about to be no longer the tensor of another module, if it is."""
     other = partner(program, owner, leaf)
     if other is None:
         return
-    config = transformers_config(program.base)
-    if config is not None and config.tie_word_embeddings:
-        config.tie_word_embeddings = False
+    if says_tied(program):
+        cast(Any, transformers_config(program.base)).tie_word_embeddings = False
         program.merge.tie_word_embeddings = True
     warnings.warn(f"{parameter_name(owner, leaf)} is no longer tied to {other} (untie=True)", stacklevel=6)
 

@@ -65,13 +65,14 @@ class Source:
 class Change:
     """A new value of a parameter: `edits` folded into it, or into the tensor that an adapter brings in its place.
 
-    `start`: the adapter and the key in its file of that tensor.
+    `start`: the adapter and the key in its file of that tensor. `scale`: by what the result is multiplied.
     """
 
     parameter: str
     edits: tuple[Edit, ...] = ()
     is_bias: bool = False
     start: tuple[str, str] | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -248,6 +249,11 @@ def _with_changes(work: Work) -> Work:
     if not work.options.untie:
         ties.require_untied(program, targets)
     cut = tuple(parameter_name(*target) for target in targets if ties.partner(program, *target) is not None)
+    if cut and ties.says_tied(program):
+        head, scale = ties.output_weight(program), ties.scale_of(program)
+        if head is not None and scale != 1:
+            changes[head] = replace(changes.get(head, Change(head)), scale=scale)
+            cut = (*cut, *((head,) if head not in cut else ()))
     for parameter in changes:
         if stored_name(work, parameter) is None and parameter not in work.names.fused:
             raise CheckpointError(

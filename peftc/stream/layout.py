@@ -8,7 +8,7 @@ from typing import Any
 
 from peftc.checkpoint.lazy import FileTensors
 from peftc.checkpoint.tensor_file import Entry, Header, bytes_of, make_header, read_json
-from peftc.graph.sites import transformers_config
+from peftc.merge import ties
 from peftc.merge.undo_log import encode, keep
 from peftc.stream.changes import Change, Work, file_of, stored_name
 from peftc.stream.log import Log, record, restored
@@ -95,11 +95,13 @@ def recipes_of(work: Work, undo: bool, merged: Merged | None) -> Recipes:
 def added_tensors(work: Work) -> dict[str, str]:
     """Tensors that the merged checkpoint has more, where a tie is cut, and the stored one that each was the same as."""
     added: dict[str, str] = {}
-    for parameter in work.cut:
+    ends = list(work.cut)
+    if work.cut and ties.says_tied(work.program):  # Then the config will say of none that it is tied.
+        ends += sorted(ties.tied_by_config(work.program.base))
+    for parameter in ends:
+        group = next((group for group in work.program.plan.ties if parameter in group), ())
         source = stored_name(work, parameter)
-        assert source is not None, "looked for when the changes were made"
-        group = next((group for group in work.program.plan.ties if parameter in group), (parameter,))
-        added |= {name: source for name in group if name not in work.names.direct}
+        added |= {name: source for name in group if source is not None and name not in work.names.direct}
     return added
 
 
@@ -108,8 +110,7 @@ def changed_files(work: Work) -> dict[str, bytes]:
     if not work.cut:
         return {}
     added, files = added_tensors(work), dict[str, bytes]()
-    config = transformers_config(work.program.base)
-    if config is not None and config.tie_word_embeddings:
+    if ties.says_tied(work.program):
         data = read_json(inside(work.checkpoint.folder, "config.json"))
         files["config.json"] = _json({**data, "tie_word_embeddings": False})
     if work.checkpoint.index is not None and added:

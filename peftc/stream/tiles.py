@@ -50,11 +50,15 @@ def recipe(work: Work, change: Change, stored: str, undo: bool, merged: Merged |
         for part in parts:
             tile, axis = new[part.start - everything.start : part.stop - everything.start], axes[part.start]
             if merged is None:
-                tile.copy_(fold.new(part, axis, tile))
-            estimates.append(fold.estimate(part, axis, tile) if known else None)
+                tile.copy_(_scaled(fold.new(part, axis, tile), change.scale))
+            estimates.append(fold.estimate(part, axis, _scaled(tile, 1 / change.scale)) if known else None)
         return new, estimates
 
     return Recipe([part for part, _ in fold.parts], make)
+
+
+def _scaled(tensor: Tensor, scale: float) -> Tensor:
+    return tensor if scale == 1 else (tensor.double() * scale).to(tensor.dtype)
 
 
 def together(parts: Sequence[slice]) -> slice:
@@ -85,7 +89,7 @@ def _taken(work: Work, change: Change, stored: str, start: Callable[[slice], Ten
         if change.is_bias:
             folded = fold_bias(weight_site(work, change.edits[0]), change.edits, new, work.value)
             new = new if folded is None else folded
-        return new, unknown
+        return _scaled(new, change.scale), unknown
 
     return Recipe([slice(at, min(length, at + size)) for at in range(0, length, size)], make)
 

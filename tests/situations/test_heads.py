@@ -13,16 +13,9 @@ from transformers.models.auto import modeling_auto as auto
 import peftc
 from tests.support.adapters import perturb
 from tests.support.models import tiny
+from tests.support.small import small_model
 
 BART = {"vocab_size": 64, "d_model": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-SMALL = {
-    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
-    "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 1, "num_heads": 4, "n_layer": 1, "n_head": 4, "n_embd": 32,
-    "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "emb_dim": 32, "n_layers": 1, "n_heads": 4, "dim": 32,
-    "hidden_dim": 48, "embedding_size": 16, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "max_encoder_position_embeddings": 64,
-}  # fmt: skip
 MAPS = {
     "SEQ_CLS": auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     "TOKEN_CLS": auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
@@ -30,27 +23,11 @@ MAPS = {
 }
 
 
-def meta_model(kind: str, name: str) -> Any:
-    """A small model on the meta device, or None if its config is not made of the usual sizes."""
-    config = transformers.CONFIG_MAPPING[kind]()
-    for key, value in SMALL.items():
-        if key in config.to_dict():
-            try:
-                setattr(config, key, value)
-            except (AttributeError, NotImplementedError, TypeError, ValueError):
-                return None
-    try:
-        with torch.device("meta"):
-            return getattr(transformers, name)(config)
-    except Exception:  # Sizes that must fit each other; the others are enough.
-        return None
-
-
 @pytest.mark.parametrize("task", MAPS)
 def test_every_module_beside_the_body_is_saved_over_all_models_of_a_task(task: str) -> None:
     built = 0
     for kind, name in MAPS[task].items():
-        model = meta_model(kind, name[0] if isinstance(name, tuple) else name)
+        model = small_model(kind, name[0] if isinstance(name, tuple) else name, "meta")
         if model is None or model.base_model is model:
             continue
         built += 1
