@@ -116,6 +116,23 @@ class CompiledGraph(fx.GraphModule):
         enable(*args, **kwargs)
         let_gradients_through(self.base)
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """As of the base model. Raises AdapterError, with nothing changed, if an adapter changes or saves an embedding."""
+        base: Any = self.base
+        ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+        touched = [
+            site.fqn
+            for site in self.plan.sites.values()
+            if any(self.program.modules[site.owner] is end for end in ends)
+        ]
+        touched += [name.rpartition(".")[0] for name in self.program.overlay.present]
+        if touched:
+            raise AdapterError(
+                f"{touched[0]}: adapters have tensors of its size, so the vocabulary can't be resized now. Resize the model"
+                " first, and compile it then."
+            )
+        return base.resize_token_embeddings(*args, **kwargs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # The copy is known before it is filled: what it holds may refer to it (a bound method, a hook).
         new = memo[id(self)] = self._blank()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftc.checkpoint.base import originals
 from peftc.errors import CheckpointError
-from peftc.graph.sites import is_pretrained, parameter_name, transformers_config
+from peftc.graph.sites import is_pretrained, module_at, parameter_at, parameter_name, transformers_config
 from peftc.rewrite.program import Program
 
 SaveEmbeddings = bool | Literal["auto"]
@@ -39,7 +39,7 @@ def embedding_state(program: Program, adapter: str, prefix: str, save: SaveEmbed
     found: dict[str, Tensor] = {}
     for fqn in modules:
         common = fqn in targeted and fqn.rpartition(".")[2] in _COMMON
-        for leaf in program.base.get_submodule(fqn)._parameters:
+        for leaf in module_at(program.base, fqn)._parameters:
             name = parameter_name(fqn, leaf)
             if (
                 name in program.given.requires_grad
@@ -93,7 +93,7 @@ def _embeddings(program: Program) -> list[str]:
 
 def _value(program: Program, name: str, adapter: str) -> Tensor:
     if program.overlay.present.get(name) == adapter:
-        return program.base.get_parameter(name).detach()
+        return parameter_at(program.base, name).detach()
     value = program.overlay.aside.get((name, adapter), originals(program, [name]).get(name))
     if value is None:
         raise CheckpointError(f"{name}: is merged in place, so its own values can't be saved; unmerge_adapter() first")

@@ -11,7 +11,7 @@ from peftc.checkpoint.embeddings import SaveEmbeddings, embedding_state, split_e
 from peftc.checkpoint.keys import LoadResult, require_fit
 from peftc.checkpoint.spelling import respelled, unwrapped
 from peftc.errors import CheckpointError
-from peftc.graph.sites import dtype_name, parameter_name
+from peftc.graph.sites import dtype_name, parameter_at, parameter_name
 from peftc.merge.fold import is_finite
 from peftc.plan import Edit, PlannedParam
 from peftc.prompts.files import PROMPT_KEY, load_prompt, prompt_edit, prompt_embeddings
@@ -96,7 +96,7 @@ def _trained(program: Program, name: str, adapter: str) -> Tensor:
     if overlay.present[name] == adapter:
         under = {parameter_name(item.owner, item.leaf): item.original for item in program.merge.replaced}
         original = under.get(name)
-        return program.base.get_parameter(name) if original is None else original
+        return parameter_at(program.base, name) if original is None else original
     return overlay.aside[name, adapter]
 
 
@@ -155,7 +155,7 @@ def fit_of(program: Program, adapter: str, tensors: Mapping[str, Tensor]) -> Fit
     names = respelled(program.base, spec, wanted, own, program.given.requires_grad)
     given = {new: (old, tensors[old]) for old, new in names.items()}
     embeddings, unexpected = split_embeddings(program, prefix, [key for key in given if key not in own])
-    targets = {**own, **{key: program.base.get_parameter(name) for key, name in embeddings.items()}}
+    targets = {**own, **{key: parameter_at(program.base, name) for key, name in embeddings.items()}}
     optional = _optional(program, adapter)
     pairs = {key: (old, value, targets[key]) for key, (old, value) in given.items() if key in targets}
     fitting = {key: pair for key, pair in pairs.items() if pair[1].shape == pair[2].shape}
@@ -206,7 +206,7 @@ def require_values(program: Program, adapter: str, values: Mapping[str, Tensor],
     """Raise CheckpointError if one of `values`, by the adapter's key, is not finite, or integers where floats belong."""
     buffers = _buffers(program, adapter)
     for key, value in values.items():
-        target = fit.own[key] if key in fit.own else program.base.get_parameter(fit.embeddings[key])
+        target = fit.own[key] if key in fit.own else parameter_at(program.base, fit.embeddings[key])
         _require_value(key, value, target.dtype, where, finite=key not in buffers)
 
 

@@ -16,10 +16,9 @@ from peftc.graph.sites import WeightSite, parameter_name
 from peftc.merge import ties
 from peftc.merge.fold import Folded, edits_by_site, fold_bias, fold_copies, fold_weight, value_in
 from peftc.merge.ownership import require_own
-from peftc.merge.undo import fold_in_place, owner_of, require_intact, restore, tensor_of
+from peftc.merge.undo import fold_in_place, owner_of, require_intact, restore, slots_of, tensor_of
 from peftc.merge.undo_log import checksum, require_zstandard
 from peftc.plan import Edit
-from peftc.rewrite.parts import tensor_slots
 from peftc.rewrite.program import Merged, Program, Replaced, require_idle
 from peftc.rewrite.sharding import is_sharded, own, put, reshard, whole
 from peftc.rewrite.switch import emit, train
@@ -167,7 +166,7 @@ def _in_place(program: Program, groups: dict[str, list[Edit]]) -> dict[str, Weig
 
 def _exchange(program: Program, item: Folded, keep: bool) -> None:
     """Put the new tensor in the place of the old one, which the journal keeps as it is: the same object, ties and all."""
-    slots = tensor_slots(program.base.get_submodule(item.owner), item.leaf)
+    slots = slots_of(program, item.owner, item.leaf)
     old: Tensor = slots[item.leaf]
     if is_sharded(old):
         # Whoever shards it holds the parameter itself, so the values change and the object stays.

@@ -8,7 +8,7 @@ from torch import nn
 
 from peftc.errors import MergeError
 from peftc.graph.dry_run import head_scale
-from peftc.graph.sites import parameter_name, transformers_config
+from peftc.graph.sites import holder_of, parameter_at, parameter_name, transformers_config
 from peftc.merge.fold import Folded
 from peftc.rewrite.build import parked
 from peftc.rewrite.program import Program
@@ -46,7 +46,7 @@ def untied(program: Program, folded: Sequence[Folded]) -> list[Folded]:
     head = output_weight(program)
     scale = scale_of(program)
     if head is not None and scale != 1:
-        value = found[head].value if head in found else whole(program.base.get_parameter(head)).detach()
+        value = found[head].value if head in found else whole(parameter_at(program.base, head)).detach()
         found[head] = Folded(*_split(head), (value.double() * scale).to(value.dtype))
     by_config = tied_by_config(program.base)
     for group in program.plan.ties:
@@ -123,5 +123,5 @@ def mend(program: Program) -> None:
 
 
 def _parameter(program: Program, name: str) -> nn.Parameter | None:
-    owner, _, leaf = name.rpartition(".")
-    return program.base.get_submodule(owner)._parameters.get(leaf)
+    module, leaf = holder_of(program.base, name)
+    return module._parameters.get(leaf)

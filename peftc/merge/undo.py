@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from peftc.errors import MergeError
-from peftc.graph.sites import WeightSite, dtype_name, parameter_name
+from peftc.graph.sites import WeightSite, dtype_name, holder_of, parameter_name
 from peftc.merge import ties
 from peftc.merge.fold import Value, edits_by_site, fold_of, value_in
 from peftc.merge.threads import side_by_side
@@ -25,9 +26,14 @@ def owner_of(site: WeightSite) -> tuple[str, str]:
     return owner, leaf
 
 
+def slots_of(program: Program, owner: str, leaf: str) -> dict[str, Any]:
+    """The dict that holds the tensor `leaf` of module `owner`."""
+    return tensor_slots(*holder_of(program.base, parameter_name(owner, leaf)))
+
+
 def tensor_of(program: Program, owner: str, leaf: str) -> Tensor:
     """The tensor `leaf` of module `owner` as it is now."""
-    return tensor_slots(program.base.get_submodule(owner), leaf)[leaf]
+    return slots_of(program, owner, leaf)[leaf]
 
 
 def fold_in_place(program: Program, site: WeightSite, edits: Sequence[Edit]) -> None:
@@ -118,7 +124,7 @@ def restore(program: Program, check: bool) -> None:
     }
     while merge.replaced:
         item = merge.replaced[-1]
-        slots = tensor_slots(program.base.get_submodule(item.owner), item.leaf)
+        slots = slots_of(program, item.owner, item.leaf)
         now = slots[item.leaf]
         if item.original is not None and is_sharded(now):
             own(now).copy_(item.original)

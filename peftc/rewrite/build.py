@@ -14,7 +14,7 @@ from peftc.graph.copying import structural_copy
 from peftc.graph.hooked import INNER, is_hooked
 from peftc.graph.ops import op_named
 from peftc.graph.region import Region
-from peftc.graph.sites import is_lazy, modules_at, parameter_name
+from peftc.graph.sites import is_lazy, module_at, modules_at, parameter_at, parameter_name
 from peftc.plan import Edit, Plan, PlannedParam, without
 from peftc.rewrite.checkpointing import let_gradients_through
 from peftc.rewrite.hosts import BOUND, install, is_host, original_class, reads, uninstall
@@ -138,7 +138,7 @@ def extend(
     program.made.mixed.clear()
     for site in plan.sites.values():
         if site.added is not None:
-            owner = program.base.get_submodule(site.owner)
+            owner = module_at(program.base, site.owner)
             owner._modules.setdefault(site.added, Group().train(owner.training))
     program.look_up()
     _close_fast_paths(program)
@@ -206,8 +206,8 @@ def _has(module: nn.Module, leaf: str) -> bool:
 
 def _uninstall(program: Program, region: Region) -> None:
     """Let the module of `region`, and those whose weights it lent, be what they were, if no other region needs them."""
-    hosts = {id(program.base.get_submodule(other.host)) for other in program.regions if other is not region}
-    module = program.base.get_submodule(region.host)
+    hosts = {id(module_at(program.base, other.host)) for other in program.regions if other is not region}
+    module = module_at(program.base, region.host)
     prefixes = {anchor.weight.rpartition(".")[0] for anchor in region.source.anchors} if region.source.opaque else set()
     for reader in (module.get_submodule(prefix) for prefix in {"", *prefixes}):
         if id(reader) not in hosts:
@@ -241,9 +241,9 @@ def undo(program: Program) -> nn.Module:
         uninstall(module)
     let_gradients_through(program.base, on=False)
     for (fqn, flag), value in program.given.fast_paths.items():
-        setattr(program.base.get_submodule(fqn), flag, value)
+        setattr(module_at(program.base, fqn), flag, value)
     for name, flag in program.given.requires_grad.items():
-        program.base.get_parameter(name).requires_grad_(flag)
+        parameter_at(program.base, name).requires_grad_(flag)
     for adapter in program.plan.adapters:
         program.plan = without(program.plan, adapter)
     fresh = Program(program.base, program.plan, (), inplace=program.inplace, unloaded=True)

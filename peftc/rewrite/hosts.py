@@ -17,7 +17,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
+from peftc.errors import AdapterError
 from peftc.graph.hooked import INNER, is_hooked
 from peftc.graph.region import OPAQUE
 from peftc.rewrite.lent import in_forward, lent
@@ -386,6 +388,22 @@ def install(module: nn.Module, leaves: Iterable[str] = (), methods: Mapping[str,
     object.__setattr__(module, "__class__", _host_class(type(module), wanted, tuple(more.items())))
     if hooked:  # Accelerate's hook stays outside, around what the host runs.
         module.__dict__[INNER] = types.MethodType(type(module).forward, module)
+
+
+def _keep_hosts(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Refuse to let a module that is a host, or has some inside, be exchanged for one without it."""
+    old = parent._modules.get(name)
+    if old is None or old is child or type(parent).__module__ == "torch._dynamo.eval_frame":
+        return
+    hosts = [module for module in old.modules() if is_host(module)]
+    if hosts and (child is None or not any(module is hosts[0] for module in child.modules())):
+        raise AdapterError(
+            f"{type(parent).__name__}.{name}: adapters are on it, and would be lost with it. Exchange modules first and compile"
+            " then, or unload(); a wrapper may take it in."
+        )
+
+
+register_module_module_registration_hook(cast(Any, _keep_hosts))
 
 
 def _exchange(module: nn.Module, cls: type[nn.Module]) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from peftc.graph.sites import parameter_at
+
 
 @dataclass
 class Overlay:
@@ -24,19 +26,19 @@ class Overlay:
 
     def bring(self, base: nn.Module, name: str, adapter: str, value: Tensor | None = None) -> None:
         """Give `adapter` a tensor `name` of its own: `value`, or a copy of the base's."""
-        parameter = base.get_parameter(name)
+        parameter = parameter_at(base, name)
         self.present.setdefault(name, None)
         own = self.base_value(base, name) if value is None else value
         self.aside[name, adapter] = own.to(device=parameter.device, dtype=parameter.dtype, copy=True)
 
     def base_value(self, base: nn.Module, name: str) -> Tensor:
         """The base's own tensor `name`."""
-        return base.get_parameter(name).detach() if self.present.get(name) is None else self.aside[name, None]
+        return parameter_at(base, name).detach() if self.present.get(name) is None else self.aside[name, None]
 
     def place(self, base: nn.Module, name: str, adapter: str | None) -> None:
         """Put the tensor `name` of `adapter` into the model, or with None the base's own."""
         if self.present[name] != adapter:
-            parameter = base.get_parameter(name)
+            parameter = parameter_at(base, name)
             value = self.aside.pop((name, adapter)).to(device=parameter.device, dtype=parameter.dtype)
             self.aside[name, self.present[name]], parameter.data = parameter.data, value
             self.present[name] = adapter

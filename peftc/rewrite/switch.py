@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from peftc.errors import AdapterError
 from peftc.graph.region import Anchor, Region
-from peftc.graph.sites import WeightSite, parameter_name
+from peftc.graph.sites import WeightSite, parameter_at, parameter_name
 from peftc.rewrite.hosts import BOUND, Binding, Code
 from peftc.rewrite.parts import Part
 from peftc.rewrite.passes import rewritten
@@ -58,7 +58,7 @@ def train(program: Program, names: Iterable[str]) -> None:
                 parameters[leaf].requires_grad_(on)
         for tensor in program.plan.trained:
             if tensor.adapter == name:
-                program.base.get_parameter(tensor.name).requires_grad_(on)
+                parameter_at(program.base, tensor.name).requires_grad_(on)
     follow_flags(program.base)
     program.learning = chosen
 

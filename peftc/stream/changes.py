@@ -18,7 +18,7 @@ from peftc.checkpoint.spelling import respelled_spec
 from peftc.checkpoint.state import Fit, fit_of, key_of, report, require_values
 from peftc.checkpoint.tensor_file import DTYPES
 from peftc.errors import CheckpointError
-from peftc.graph.sites import WeightSite, canonical, dtype_of, parameter_name
+from peftc.graph.sites import WeightSite, canonical, dtype_of, parameter_at, parameter_name
 from peftc.merge import fold, ties
 from peftc.merge.combine import checked
 from peftc.merge.fold import Value, edits_by_site, fold_bias, value_in
@@ -309,7 +309,7 @@ def _folds(work: Work, edits: Sequence[Edit], starts: Mapping[str, Change]) -> l
     weight = parameter_name(*owner_of(site))
     found = [replace(starts.get(weight, Change(weight)), edits=tuple(edits))]
     name = str(site.bias)
-    bias = work.program.base.get_parameter(name) if site.bias is not None else None
+    bias = parameter_at(work.program.base, name) if site.bias is not None else None
     if bias is not None and fold_bias(site, edits, bias, value_in(work.program)) is not None:
         found.append(replace(starts.get(name, Change(name)), edits=tuple(edits), is_bias=True))
     return found
