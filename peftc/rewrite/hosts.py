@@ -398,8 +398,8 @@ def _keep_hosts(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     hosts = [module for module in old.modules() if is_host(module)]
     if hosts and (child is None or not any(module is hosts[0] for module in child.modules())):
         raise AdapterError(
-            f"{type(parent).__name__}.{name}: adapters are on it, and would be lost with it. Exchange modules first and compile"
-            " then, or unload(); a wrapper may take it in."
+            f"{type(parent).__name__}.{name}: adapters are on it, and would be lost with it. Exchange modules first,"
+            " then compile; or unload(). A wrapper may take it in."
         )
 
 

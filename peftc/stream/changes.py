@@ -32,7 +32,7 @@ from peftc.rewrite.switch import activate
 from peftc.rule import Bound, Combination, Part
 from peftc.stream.names import Names
 from peftc.stream.sharded import Checkpoint
-from peftc.stream.skeleton import skeleton
+from peftc.stream.skeleton import resize_vocabulary, skeleton
 
 _COMBINED = "combined"
 
@@ -103,6 +103,7 @@ def thought_through(
     """Everything that can be known without computing a weight, and every refusal. Raises PeftcError."""
     opened = {f"adapter{i}": open_folder(folder, options.verify) for i, folder in enumerate(folders)}
     base, names = skeleton(checkpoint, model, [outline(tensors.header.entries) for _, tensors in opened.values()])
+    resize_vocabulary(base, [(files.where, files.spec, outline(t.header.entries)) for files, t in opened.values()])
     specs = {name: respelled_spec(base, files.spec, tensors) for name, (files, tensors) in opened.items()}
     plan, regions = lifecycle.planned(base, specs, "modules", autocast=True, fresh=False)
     require_applicable(plan, "warn")
@@ -260,7 +261,25 @@ def _with_changes(work: Work) -> Work:
                 f"{work.checkpoint.folder}: has no tensor {parameter}, which an adapter changes. If it is of a head"
                 " that the base lacks, load the model with its head and the adapter, and merge_and_unload()."
             )
-    return replace(work, changes=changes, cut=cut)
+    work = replace(work, changes=changes, cut=cut)
+    _require_whole(work)
+    return work
+
+
+def _require_whole(work: Work) -> None:
+    """Refuse a vocabulary of another size if not all of it comes from the adapter, or if the way back is asked for."""
+    for parameter, tensor in work.program.base.named_parameters():
+        stored = stored_name(work, parameter) if parameter in work.names.direct else None
+        if stored is None or file_of(work, stored).header.entries[stored].shape == tuple(tensor.shape):
+            continue
+        change = work.changes.get(parameter)
+        if change is None or change.start is None:
+            raise CheckpointError(
+                f"{work.checkpoint.folder}: {parameter} has {list(tensor.shape)} with the adapter's vocabulary, and the"
+                " adapter does not bring it. Save it again with save_embedding_layers=True"
+            )
+        if work.options.undo:
+            raise CheckpointError(f"{work.checkpoint.folder}: undo=True can't give a vocabulary of another size back")
 
 
 def _starts(work: Work) -> dict[str, Change]:
@@ -288,6 +307,8 @@ def _same(work: Work, parameter: str, source: Source, key: str) -> bool:
     if stored is None:
         return False
     file, own = file_of(work, stored), source.tensors
+    if file.header.entries[stored].shape != own.header.entries[key].shape:
+        return False  # A vocabulary of another size.
     pairs = ((file.rows(stored, part), own.rows(key, part)) for part in own.parts(key))
     return all(torch.equal(old.to(new.dtype), new) for old, new in pairs)
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from peftc.checkpoint.lazy import FileTensors
 from peftc.checkpoint.tensor_file import Entry, Header, bytes_of, make_header, read_json
+from peftc.graph.sites import transformers_config
 from peftc.merge import ties
 from peftc.merge.undo_log import encode, keep
 from peftc.stream.changes import Change, Work, file_of, stored_name
 from peftc.stream.log import Log, record, restored
 from peftc.stream.sharded import UNDO, inside
-from peftc.stream.tiles import Merged, Recipe, fused_recipes, recipe, together
+from peftc.stream.tiles import Merged, Recipe, fused_recipes, outline_of, recipe, together
 from peftc.stream.write import Output, Piece, Tile
 
 # Bytes that are read, and written, at a time.
@@ -23,11 +24,11 @@ Recipes = Mapping[str, Callable[[], Recipe]]
 
 def merged_outputs(work: Work, undo: bool) -> list[Output]:
     """The shards of the merged checkpoint. `undo`: with logs."""
-    recipes, added = recipes_of(work, undo, None), added_tensors(work)
+    recipes, added, shapes = recipes_of(work, undo, None), added_tensors(work), _resized(work)
     outputs: list[Output] = []
     for name, header in work.checkpoint.shards.items():
         new = {tensor: source for tensor, source in added.items() if work.checkpoint.where[source] == name}
-        whole = _extended(header, new) if new else header
+        whole = _changed(header, new, shapes) if new or shapes.keys() & header.entries.keys() else header
         # A tensor that is elsewhere, as the index says, is nobody's here, and copied.
         own = {*new, *(tensor for tensor in header.entries if work.checkpoint.where.get(tensor) == name)}
         pieces = [
@@ -107,12 +108,18 @@ def added_tensors(work: Work) -> dict[str, str]:
 
 def changed_files(work: Work) -> dict[str, bytes]:
     """The config and the index, where cutting a tie changes what they say."""
+    shapes, added, files = _resized(work), added_tensors(work), dict[str, bytes]()
+    if shapes:
+        files["config.json"] = _json(_with_vocabulary(work, read_json(inside(work.checkpoint.folder, "config.json"))))
+        if work.checkpoint.index is not None:
+            files[work.checkpoint.index] = _json(
+                _without_sizes(read_json(inside(work.checkpoint.folder, work.checkpoint.index)))
+            )
     if not work.cut:
-        return {}
-    added, files = added_tensors(work), dict[str, bytes]()
+        return files
     if ties.says_tied(work.program):
-        data = read_json(inside(work.checkpoint.folder, "config.json"))
-        files["config.json"] = _json({**data, "tie_word_embeddings": False})
+        data = files.get("config.json") or inside(work.checkpoint.folder, "config.json").read_bytes()
+        files["config.json"] = _json({**json.loads(data), "tie_word_embeddings": False})
     if work.checkpoint.index is not None and added:
         data = read_json(inside(work.checkpoint.folder, work.checkpoint.index))
         data["weight_map"] |= {name: work.checkpoint.where[source] for name, source in added.items()}
@@ -126,9 +133,44 @@ def changed_files(work: Work) -> dict[str, bytes]:
     return files
 
 
-def _extended(header: Header, new: Mapping[str, str]) -> Header:
+def _with_vocabulary(work: Work, data: dict[str, Any]) -> dict[str, Any]:
+    """The config with the model's size of the vocabulary, where it says one."""
+    config: Any = transformers_config(work.program.base)
+    if "vocab_size" in data:
+        return {**data, "vocab_size": config.vocab_size}
+    text: Any = data.get("text_config")
+    return {**data, "text_config": {**text, "vocab_size": config.get_text_config().vocab_size}} if text else data
+
+
+def _without_sizes(data: dict[str, Any]) -> dict[str, Any]:
+    """The index without totals that no longer hold; they only inform."""
+    metadata: Any = data.get("metadata") or {}
+    return {**data, "metadata": {key: value for key, value in metadata.items() if not key.startswith("total_")}}
+
+
+def _changed(header: Header, new: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]) -> Header:
+    """The header with tensors `new`, each like another, and with other `shapes`."""
     entries = {**header.entries, **{name: header.entries[source] for name, source in new.items()}}
-    return make_header([(name, e.dtype, e.shape, e.nbytes) for name, e in entries.items()], header.metadata)
+    sizes: list[tuple[str, str, tuple[int, ...], int]] = []
+    for name, entry in entries.items():
+        shape = shapes.get(name, entry.shape)
+        sizes.append((name, entry.dtype, shape, _width(entry) * shape[0] if name in shapes else entry.nbytes))
+    return make_header(sizes, header.metadata)
+
+
+def _resized(work: Work) -> dict[str, tuple[int, ...]]:
+    """The shapes of tensors that an adapter brings in another size, by their names in the merged checkpoint."""
+    found: dict[str, tuple[int, ...]] = {}
+    for parameter, change in work.changes.items():
+        stored = stored_name(work, parameter) if change.start is not None else None
+        if stored is None:
+            continue
+        shape = tuple(outline_of(work, change, stored).shape)
+        if shape != tuple(work.checkpoint.entry(stored).shape):
+            ends = next((group for group in work.program.plan.ties if parameter in group), (parameter,))
+            whole = (parameter,) if parameter in work.cut else ends
+            found |= {work.names.direct.get(name, name): shape for name in whole}
+    return found
 
 
 def _merged_piece(work: Work, entry: Entry, source: Entry, recipes: Recipes, undo: bool) -> Piece:

@@ -1,6 +1,7 @@
 """The structure of a checkpoint's model, without its weights: from its config, or from names and shapes."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Literal, cast
 
 import torch
@@ -10,6 +11,7 @@ from peftc.checkpoint.lazy import outline
 from peftc.checkpoint.tensor_file import read_json
 from peftc.errors import CheckpointError
 from peftc.graph.copying import structural_copy
+from peftc.graph.sites import is_pretrained, parameter_at
 from peftc.registry import rules
 from peftc.specs import AdapterSpec
 from peftc.stream.names import Names, names_of
@@ -37,6 +39,43 @@ def skeleton(
     names = names_of(base, stored)
     _take_dtypes(checkpoint, base, names, stored)
     return base.eval(), names
+
+
+def resize_vocabulary(base: nn.Module, adapters: Iterable[tuple[str, AdapterSpec, Mapping[str, Tensor]]]) -> None:
+    """Give a transformers model on the meta device the vocabulary of the embeddings that adapters bring.
+
+    `adapters`: where each is, its spec, its tensors by key. Raises CheckpointError if they differ in it.
+    """
+    sizes: dict[int, str] = {}
+    names = _embedding_weights(base)
+    for where, spec, tensors in adapters:
+        for key, tensor in tensors.items():
+            name = key.removeprefix(spec.key_prefix).replace(".base_layer.", ".")
+            if name in names and tensor.dim() == 2:
+                sizes.setdefault(tensor.shape[0], where)
+    now = {parameter_at(base, name).shape[0] for name in names}
+    if len(sizes) > 1:
+        raise CheckpointError(
+            f"{' and '.join(sizes.values())} have vocabularies of {' and '.join(map(str, sizes))} tokens"
+        )
+    if sizes and now != set(sizes):
+        cast(Any, base).resize_token_embeddings(next(iter(sizes)), mean_resizing=False)
+
+
+def _embedding_weights(base: nn.Module) -> set[str]:
+    """The names of the weights of a transformers model's input and output embeddings."""
+    if not is_pretrained(base):
+        return set()
+    ends = list[Any]()
+    for get in (cast(Any, base).get_input_embeddings, cast(Any, base).get_output_embeddings):
+        with suppress(NotImplementedError):
+            ends.append(get())
+    named = base.named_modules()
+    return {
+        f"{fqn}.weight"
+        for fqn, module in named
+        if any(module is end for end in ends) and "weight" in module._parameters
+    }
 
 
 def _outlined(model: nn.Module) -> nn.Module:

@@ -38,7 +38,7 @@ def recipe(work: Work, change: Change, stored: str, undo: bool, merged: Merged |
     start = _start(work, change, file, stored)
     if change.is_bias or not change.edits:
         return _taken(work, change, stored, start, merged)
-    site, like = weight_site(work, change.edits[0]), _like(file.header.entries[stored])
+    site, like = weight_site(work, change.edits[0]), outline_of(work, change, stored)
     known = undo and change.start is None and like.itemsize > 1
     fold = fold_of(site, change.edits, like, work.value, work.value if known else None, work.options.tile)
     axes = {part.start: axis for part, axis in fold.parts}
@@ -55,6 +55,15 @@ def recipe(work: Work, change: Change, stored: str, undo: bool, merged: Merged |
         return new, estimates
 
     return Recipe([part for part, _ in fold.parts], make)
+
+
+def outline_of(work: Work, change: Change, stored: str) -> Tensor:
+    """What a change makes of the tensor `stored`, on the meta device: as large as what the adapter brings for it."""
+    like = _like(file_of(work, stored).header.entries[stored])
+    if change.start is None:
+        return like
+    adapter, key = change.start
+    return like.new_empty(work.sources[adapter].tensors.header.entries[key].shape)
 
 
 def _scaled(tensor: Tensor, scale: float) -> Tensor:
@@ -77,7 +86,7 @@ def _start(work: Work, change: Change, file: FileTensors, stored: str) -> Callab
 
 def _taken(work: Work, change: Change, stored: str, start: Callable[[slice], Tensor], merged: Merged | None) -> Recipe:
     """Rows of a tensor that an adapter brings; or a bias, with what is folded into it."""
-    shape = file_of(work, stored).header.entries[stored].shape
+    shape = tuple(outline_of(work, change, stored).shape)
     length = shape[0] if shape else 1
     size = length if change.is_bias else max(1, work.options.tile * length // max(1, torch.Size(shape).numel()))
 
