@@ -45,7 +45,7 @@ def planned(
         raise AdapterError("the model is compiled already: use its add_adapter or its .plan, or unload it first")
     if fresh:
         specs = {name: with_heads(model, spec) for name, spec in specs.items()}
-    return make_plan(model, specs, capture, autocast)
+    return make_plan(model, specs, capture, autocast, fresh=fresh)
 
 
 def named(names: str | Iterable[str]) -> list[str]:
@@ -82,7 +82,7 @@ def add(program: Program, name: str, spec: AdapterSpec, on_unmatched: str, fresh
     with parked(program) as base:
         specs = {name: with_heads(base, spec) if fresh else spec}
         before = program.plan
-        plan, regions = make_plan(base, specs, before.capture, before.autocast_adapter_dtype, among=before)
+        plan, regions = make_plan(base, specs, before.capture, before.autocast_adapter_dtype, before, fresh)
         require_applicable(plan, on_unmatched)
         check_names(base, plan, [name])
     if plan.capture == "modules":

@@ -37,6 +37,7 @@ def make_plan(
     level: Capture,
     autocast_adapter_dtype: bool,
     among: Plan | None = None,
+    fresh: bool = True,
 ) -> tuple[Plan, tuple[Region, ...]]:
     """The plan of adapting `model` with `specs` (by adapter name, in order), and the regions it was made on.
 
@@ -48,7 +49,8 @@ def make_plan(
     dtype_for = partial(adapter_dtype, autocast=autocast_adapter_dtype)
     index = _indexed(model, level, specs)
     matches = {name: _match(name, spec, model, level, index, dtype_for) for name, spec in specs.items()}
-    matches = {name: _without_unused(name, found, model, index) for name, found in matches.items()}
+    if fresh:
+        matches = {name: _without_unused(name, found, model, index) for name, found in matches.items()}
     touched = {site.fqn: site for found in matches.values() for site in found.sites}
     sites = {fqn: touched[fqn] for fqn in (*index.sites, *index.inner) if fqn in touched}
     # A site inside a module that another adapter saves is a conflict; it is captured as the site it also is.

@@ -61,9 +61,12 @@ def _arguments(
         changed["past_key_values"] = _prefixed(graph, at, given, prefixes, bool(half))
         if "use_cache" in given:
             changed["use_cache"] = True  # Some models pass the cache on only then; the caller's wish is met afterwards.
-    for name, op in ((f"{half}attention_mask", virtual.widen_mask), (f"{half}position_ids", virtual.shift_positions)):
-        if name in given:
-            changed[name] = graph.call_function(op, (at, given[name]))
+    if f"{half}attention_mask" in given:
+        mask = given[f"{half}attention_mask"]
+        changed[f"{half}attention_mask"] = graph.call_function(virtual.widen_mask, (at, mask, graph.get_attr(HOST)))
+    if f"{half}position_ids" in given:
+        positions = given[f"{half}position_ids"]
+        changed[f"{half}position_ids"] = graph.call_function(virtual.shift_positions, (at, positions))
     return at, changed
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import AdapterError
+from peftc.graph.sites import transformers_config
 
 IGNORED = -100  # The label that losses pass over.
 _HELD = "peftc_virtual_tokens"  # The attribute of a cache that says whose virtual tokens it holds.
@@ -137,16 +138,17 @@ def lead(at: Progress, value: Tensor | None, fill: int) -> Tensor | None:
     return torch.cat([value.new_full((*value.shape[:-1], at.embedded), fill), value], dim=-1)
 
 
-def widen_mask(at: Progress, mask: Any) -> Any:
+def widen_mask(at: Progress, mask: Any, host: Any) -> Any:
     """An attention mask that covers the virtual tokens too; one that does so already is left as it is.
 
     2-D masks (batch, keys) of any dtype; 4-D ones (batch, heads or 1, queries, keys), boolean or additive, where no query
-    is virtual. Raises AdapterError if the number of keys is neither with nor without the virtual tokens.
+    is virtual. Raises AdapterError if the number of keys is neither with nor without the virtual tokens, or if padding
+    between them and the text would push them out of a layer's window.
     """
     if mask is None:
         return None
     if isinstance(mask, dict):
-        return {kind: widen_mask(at, one) for kind, one in mask.items()}
+        return {kind: widen_mask(at, one, host) for kind, one in mask.items()}
     if mask.dim() not in (2, 4):
         raise AdapterError(f"an attention mask of shape {tuple(mask.shape)}; pass a 2-D one (batch, tokens)")
     seen = at.cached - (0 if at.first else at.virtual) + at.tokens
@@ -161,6 +163,8 @@ def widen_mask(at: Progress, mask: Any) -> Any:
             " of all real ones."
         )
     if mask.dim() == 2:
+        if not torch.compiler.is_compiling():
+            _require_in_window(at, mask, host)
         return torch.cat([mask.new_ones(mask.shape[0], at.virtual), mask], dim=1)
     if at.first and at.embedded:
         raise AdapterError(
@@ -168,6 +172,26 @@ def widen_mask(at: Progress, mask: Any) -> Any:
         )
     open_ = mask.new_zeros if mask.is_floating_point() else mask.new_ones
     return torch.cat([open_(*mask.shape[:-1], at.virtual), mask], dim=-1)
+
+
+def _require_in_window(at: Progress, mask: Tensor, host: Any) -> None:
+    """Raise AdapterError if a layer's window is too short for this call and a row is padded on the left."""
+    config = transformers_config(host)
+    text = config.get_text_config() if config is not None else None
+    sizes = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    window = min((size for size in sizes if isinstance(size, int)), default=None)
+    kinds = getattr(text, "layer_types", None) or ("sliding_attention",)
+    if window is None or mask.shape[-1] + at.virtual <= window or not {*kinds} & _WINDOWED:
+        return
+    if bool((mask[:, 0] == 0).any()):
+        raise AdapterError(
+            "a row is padded on the left, which puts padding between the virtual tokens and the text, and layers of this"
+            f" model see {window} positions back: padded rows would lose the virtual tokens earlier than others. Pad on"
+            " the right, or give rows of one length."
+        )
+
+
+_WINDOWED = frozenset({"sliding_attention", "chunked_attention"})
 
 
 def shift_positions(at: Progress, positions: Tensor | None) -> Tensor | None:

@@ -393,7 +393,8 @@ def install(module: nn.Module, leaves: Iterable[str] = (), methods: Mapping[str,
 def _keep_hosts(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     """Refuse to let a module that is a host, or has some inside, be exchanged for one without it."""
     old = parent._modules.get(name)
-    if old is None or old is child or type(parent).__module__ == "torch._dynamo.eval_frame":
+    copied = parent.__dict__.get("_is_replica", False)  # By nn.DataParallel, which gives it copies of the children.
+    if old is None or old is child or copied or type(parent).__module__ == "torch._dynamo.eval_frame":
         return
     hosts = [module for module in old.modules() if is_host(module)]
     if hosts and (child is None or not any(module is hosts[0] for module in child.modules())):
