@@ -3,7 +3,6 @@
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal, Self, Unpack
 
 from torch import Tensor, nn
@@ -11,30 +10,21 @@ from torch import Tensor, nn
 from peftc import lifecycle
 from peftc.checkpoint import (
     Download,
-    Form,
     LoadResult,
-    SaveEmbeddings,
-    SaveOptions,
     Verify,
-    adapter_state_dict,
-    config_of,
-    gather,
     locate,
-    push,
     read_adapter,
     respelled_spec,
-    save_adapters,
-    update_card,
 )
-from peftc.compiled_prompts import CompiledPrompts
+from peftc.compiled_files import CompiledFiles
 from peftc.errors import MergeError
 from peftc.graph.region import Capture
-from peftc.graph.sites import transformers_config
 from peftc.merge import Undo, forget, merge, unmerge
 from peftc.registry import spec_classes
 from peftc.rewrite.build import build, no_collection, require_applicable, undo
 from peftc.rewrite.learning import calibrate, penalty
 from peftc.rewrite.program import require_idle
+from peftc.rewrite.scale import set_scale
 from peftc.rewrite.switch import activate, emit, train
 from peftc.rule import Combination
 from peftc.specs import load_spec
@@ -43,7 +33,7 @@ from peftc.status import LayerStatus, ModelStatus, layer_status, model_status
 OnUnmatched = Literal["error", "warn"]
 
 
-class CompiledModel(CompiledPrompts):
+class CompiledModel(CompiledFiles):
     """A model with adapters. Its own graph is the model's call; `base` is the rewritten model, of the class it had.
 
     Attributes that are not found here are those of `base` (`config`, `device`, …). Made by `compile`.
@@ -81,6 +71,20 @@ class CompiledModel(CompiledPrompts):
             lifecycle.require_unmerged(self.program, "set_requires_grad")
         others = [name for name in self.program.learning if name not in names]
         train(self.program, [*others, *names] if requires_grad else others)
+
+    def set_scale(self, adapter_name: str, scale: float) -> None:
+        """Let an adapter change the base by `scale` times what it was trained to: 0 is none of it, 1 all.
+
+        Live: graphs stay, torch.compile compiles nothing anew, merging takes it, copies and pickles keep it. Files don't,
+        unless they are saved with `bake=True`. Raises AdapterError (an unknown name, no finite number, a method without
+        such a factor), MergeError while merged.
+
+        Example: model.set_scale("default", 0.5)
+        """
+        lifecycle.require_known(self.program, [adapter_name])
+        lifecycle.require_unmerged(self.program, "set_scale")
+        require_idle(self.program)
+        set_scale(self.program, adapter_name, scale)
 
     def enable_adapters(self, enabled: bool = True) -> None:
         """Turn all adapters off, as `disable_adapter` does for a while, or on again. Raises MergeError while merged."""
@@ -275,81 +279,6 @@ class CompiledModel(CompiledPrompts):
     def _undo(self) -> nn.Module:
         require_idle(self.program)
         return undo(self.program)
-
-    def adapter_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
-        """The live tensors of an adapter under the keys of PEFT's files. Raises AdapterError on an unknown name."""
-        lifecycle.require_known(self.program, [adapter_name])
-        return adapter_state_dict(self.program, adapter_name)
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        *,
-        selected_adapters: Sequence[str] | None = None,
-        save_embedding_layers: SaveEmbeddings = "auto",
-        is_main_process: bool = True,
-        state_dict: Mapping[str, Tensor] | None = None,
-        form: Form = "peft",
-    ) -> None:
-        """Write adapters (default: all) as PEFT does: `default` into the folder, others into subfolders of their name.
-
-        All of it or, if anything fails or is killed, nothing. `save_embedding_layers`: whole embeddings too; `auto`: those
-        that are adapted as embed_tokens or lm_head, that the adapter brought, or whose vocabulary was resized.
-        `is_main_process=False` writes nothing. `state_dict`: the whole model's, gathered from shards, to take tensors from.
-        `form="serving"`: LoRA as vLLM and llama.cpp take it: one rank, scaling 1, no patterns; equal outputs.
-
-        Raises CheckpointError (with the bytes needed, if the folder can't be written), AdapterError on an unknown name.
-        """
-        names = self._chosen(selected_adapters)
-        options = SaveOptions(save_embedding_layers, form, state_dict)
-        if is_main_process:
-            save_adapters(Path(save_directory), self.program, names, options)
-        else:
-            gather(self.program, names, options)  # What is sharded, all processes have to ask for.
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        commit_message: str | None = None,
-        commit_description: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        selected_adapters: Sequence[str] | None = None,
-        save_embedding_layers: SaveEmbeddings = "auto",
-        form: Form = "peft",
-    ) -> Any:
-        """Upload what `save_pretrained` writes, as one commit; returns huggingface_hub's CommitInfo.
-
-        The repository is created if need be; a `revision` that is no branch yet becomes one. Raises CheckpointError.
-        """
-        names, options = self._chosen(selected_adapters), SaveOptions(save_embedding_layers, form)
-        return push(
-            repo_id,
-            names,
-            lambda folder: save_adapters(folder, self.program, names, options),
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message,
-            commit_description=commit_description,
-        )
-
-    def create_or_update_model_card(self, output_dir: str | os.PathLike[str], adapter_name: str = "default") -> None:
-        """Write README.md for an adapter, or update its front matter and versions; what its author wrote stays.
-
-        Raises CheckpointError if it can't be read or written, AdapterError on an unknown name.
-        """
-        lifecycle.require_known(self.program, [adapter_name])
-        update_card(Path(output_dir), config_of(self.program, adapter_name), transformers_config(self.base) is not None)
-
-    def _chosen(self, selected: Sequence[str] | None) -> list[str]:
-        names = list(self.plan.adapters) if selected is None else list(selected)
-        lifecycle.require_known(self.program, names)
-        return names
 
     @classmethod
     def from_pretrained(

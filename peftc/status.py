@@ -39,6 +39,7 @@ class ModelStatus:
     """The model with all its adapters; `peft_types` by adapter, the rest as in LayerStatus.
 
     `without_gradient`: after a backward pass, the parameters that train but got none, because no forward used them.
+    `scales`: by adapter, how much of its change is applied (`set_scale`).
     """
 
     base_model_type: str
@@ -55,6 +56,7 @@ class ModelStatus:
     devices: dict[str, list[str]]
     quantization_backend: str | None
     without_gradient: list[str]
+    scales: dict[str, float]
 
 
 def layer_status(program: Program) -> list[LayerStatus]:
@@ -88,6 +90,7 @@ def model_status(program: Program) -> ModelStatus:
         devices={name: _devices(own) for name, own in tensors.items()},
         quantization_backend=", ".join(sorted(map(str, backends))) or None,
         without_gradient=without_gradient(program),
+        scales={name: own.scale for name, own in program.adapters.items()},
     )
 
 

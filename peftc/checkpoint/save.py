@@ -1,5 +1,6 @@
 """Saving adapters: specs as PEFT's configs, tensors, the model card; all of them in one step or none."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ Form = Literal["peft", "serving"]
 class SaveOptions:
     """How adapters are saved; see `CompiledModel.save_pretrained`."""
 
+    bake: bool = False
     save_embedding_layers: SaveEmbeddings = "auto"
     form: Form = "peft"
     state_dict: Mapping[str, Tensor] | None = None
@@ -44,6 +46,7 @@ def save_adapters(folder: Path, program: Program, adapters: Sequence[str], optio
     files: dict[str, bytes] = {}
     gone: list[str] = []
     for name in adapters:
+        _warn_of_scale(program, name, options)
         path = "" if name == "default" else f"{name}/"
         own = _files(program, name, options)
         if not (folder / path / CARD_NAME).exists():
@@ -53,8 +56,17 @@ def save_adapters(folder: Path, program: Program, adapters: Sequence[str], optio
     replace_files(folder, files, [name for name in files if name.endswith(CONFIG_NAME)], gone)
 
 
+def _warn_of_scale(program: Program, name: str, options: SaveOptions) -> None:
+    scale = program.adapters[name].scale
+    if scale != 1 and not options.bake and options.form == "peft":
+        warnings.warn(
+            f"{name!r} is set to scale {scale:g}, which its file does not say: it loads at 1. bake=True writes it in",
+            stacklevel=4,
+        )
+
+
 def _files(program: Program, adapter: str, options: SaveOptions) -> dict[str, bytes]:
-    config = config_of(program, adapter)
+    config = config_of(program, adapter, options.bake)
     if options.form == "serving":
         config, tensors = serving_form(program, adapter, config)
         return adapter_files(config, tensors, {}, fingerprint_of(program, adapter))
@@ -71,9 +83,12 @@ def gather(program: Program, adapters: Sequence[str], options: SaveOptions) -> N
             _files(program, name, options)
 
 
-def config_of(program: Program, adapter: str) -> dict[str, Any]:
-    """The spec as saved: for inference, with the base model's name, and its class where no task says it."""
-    config = {**program.plan.adapters[adapter].to_dict(), "inference_mode": True}
+def config_of(program: Program, adapter: str, bake: bool = False) -> dict[str, Any]:
+    """The spec as saved: for inference, with the base model's name, and its class where no task says it. `bake`: at
+    the scale that is set.
+    """
+    spec, scale = program.plan.adapters[adapter], program.adapters[adapter].scale
+    config = {**(spec.scaled(scale) if bake and scale != 1 else spec).to_dict(), "inference_mode": True}
     base_config = transformers_config(program.base)
     if config["base_model_name_or_path"] is None and base_config is not None:
         config["base_model_name_or_path"] = base_config.name_or_path or None

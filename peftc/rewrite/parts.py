@@ -108,8 +108,13 @@ class Part:
 
     def __post_init__(self) -> None:
         self.form = form_of(self.edit, self.site)
+        self.become(self.edit)
+
+    def become(self, edit: Edit) -> None:
+        """Go by `edit`, which differs in floating-point constants alone."""
+        self.edit = edit
         # As tensors without dimensions, which torch.compile does not look into; else it would compile anew for each value.
-        for name, value in self.edit.constants.items():
+        for name, value in edit.constants.items():
             if type(value) is float:
                 self.__dict__[name] = _number(value)
 
@@ -163,12 +168,15 @@ class Part:
 
 @dataclass
 class Adapter:
-    """An adapter and its parts, by site and name of the rule. `extras`: what its files hold beside the tensors."""
+    """An adapter and its parts, by site and name of the rule. `extras`: what its files hold beside the tensors; `scale`:
+    how much of its change is applied.
+    """
 
     name: str
     spec: AdapterSpec
     parts: dict[tuple[str, str], Part] = field(default_factory=dict[tuple[str, str], Part])
     extras: dict[str, Any] = field(default_factory=dict[str, Any])
+    scale: float = 1.0
 
     @functools.cached_property
     def trained(self) -> list[tuple[dict[str, Any], str]]:

@@ -162,6 +162,10 @@ class AdapterSpec(BaseModel):
         """Modules that `task_type` adds to `modules_to_save` where the model has them."""
         return TASK_HEADS.get(self.task_type or "", ())
 
+    def scaled(self, factor: float) -> Self:
+        """The spec of an adapter that changes the base `factor` times as much. Raises SpecError if the method has none."""
+        raise SpecError(f"{type(self).__name__} has no field that scales the adapter")
+
     def to_dict(self) -> dict[str, Any]:
         """The spec in JSON terms, as `adapter_config.json` holds it."""
         return plain(self.model_dump())

@@ -27,6 +27,8 @@ class Lora(Rule[LoraConfig]):
     # The two factors: (r, in, …) and (out, r, …).
     names: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
 
+    scale = "scaling"
+
     def constants(self, spec: LoraConfig, site: WeightSite) -> dict[str, Constant]:
         fqn, init = site.name, spec.init_lora_weights
         return {

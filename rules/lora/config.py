@@ -79,6 +79,10 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     def trained_biases(self) -> TrainedBiases:
         return "adapted" if self.bias == "lora_only" else self.bias
 
+    def scaled(self, factor: float) -> Self:
+        pattern = {key: alpha * factor for key, alpha in self.alpha_pattern.items()}
+        return self.model_copy(update={"lora_alpha": self.lora_alpha * factor, "alpha_pattern": pattern})
+
     def alpha_for(self, fqn: str) -> float:
         """lora_alpha at module `fqn`, after `alpha_pattern`."""
         return first_match(self.alpha_pattern, fqn, self.lora_alpha)

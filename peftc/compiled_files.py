@@ -1,0 +1,109 @@
+"""The files of a compiled model's adapters: what is written, and where."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from peftc import lifecycle
+from peftc.checkpoint import (
+    Form,
+    SaveEmbeddings,
+    SaveOptions,
+    adapter_state_dict,
+    config_of,
+    gather,
+    push,
+    save_adapters,
+    update_card,
+)
+from peftc.compiled_prompts import CompiledPrompts
+from peftc.errors import CheckpointError
+from peftc.graph.sites import transformers_config
+
+
+class CompiledFiles(CompiledPrompts):
+    """A compiled model that writes its adapters."""
+
+    def adapter_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
+        """The live tensors of an adapter under the keys of PEFT's files. Raises AdapterError on an unknown name."""
+        lifecycle.require_known(self.program, [adapter_name])
+        return adapter_state_dict(self.program, adapter_name)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: SaveEmbeddings = "auto",
+        is_main_process: bool = True,
+        state_dict: Mapping[str, Tensor] | None = None,
+        form: Form = "peft",
+        bake: bool = False,
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write adapters (default: all) as PEFT does: `default` into the folder, others into subfolders of their name.
+
+        All of it or, if anything fails or is killed, nothing. `save_embedding_layers`: whole embeddings too; `auto`: those
+        that are adapted as embed_tokens or lm_head, that the adapter brought, or whose vocabulary was resized.
+        `is_main_process=False` writes nothing. `state_dict`: the whole model's, gathered from shards, to take tensors from.
+        `bake`: at the scale that `set_scale` gave; else files are of scale 1, and a warning says so.
+        `form="serving"`: LoRA as vLLM and llama.cpp take it: one rank, scaling 1, no patterns; equal outputs.
+
+        Raises CheckpointError (with the bytes needed, if the folder can't be written), AdapterError on an unknown name.
+        """
+        names = self._chosen(selected_adapters)
+        if not safe_serialization:
+            raise CheckpointError("safe_serialization=False: adapters are written as safetensors, which PEFT reads too")
+        options = SaveOptions(bake, save_embedding_layers, form, state_dict)
+        if is_main_process:
+            save_adapters(Path(save_directory), self.program, names, options)
+        else:
+            gather(self.program, names, options)  # What is sharded, all processes have to ask for.
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: SaveEmbeddings = "auto",
+        form: Form = "peft",
+    ) -> Any:
+        """Upload what `save_pretrained` writes, as one commit; returns huggingface_hub's CommitInfo.
+
+        The repository is created if need be; a `revision` that is no branch yet becomes one. Raises CheckpointError.
+        """
+        names = self._chosen(selected_adapters)
+        options = SaveOptions(save_embedding_layers=save_embedding_layers, form=form)
+        return push(
+            repo_id,
+            names,
+            lambda folder: save_adapters(folder, self.program, names, options),
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            commit_description=commit_description,
+        )
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str], adapter_name: str = "default") -> None:
+        """Write README.md for an adapter, or update its front matter and versions; what its author wrote stays.
+
+        Raises CheckpointError if it can't be read or written, AdapterError on an unknown name.
+        """
+        lifecycle.require_known(self.program, [adapter_name])
+        update_card(Path(output_dir), config_of(self.program, adapter_name), transformers_config(self.base) is not None)
+
+    def _chosen(self, selected: Sequence[str] | None) -> list[str]:
+        names = list(self.plan.adapters) if selected is None else list(selected)
+        lifecycle.require_known(self.program, names)
+        return names
