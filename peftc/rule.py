@@ -112,8 +112,8 @@ class Rule(Generic[S]):
 
     `ops`: the rows of the table that it serves. An `additive` rule adds a term that depends on the input alone, so any of
     several can be merged first. `scale`: the floating-point constant that its change is proportional to, if there is one.
-    `local`: the axes of the canonical weight (`o` rows, `i` columns) along which a piece of the fold needs that piece of the
-    weight only; "" if it takes the whole, a norm of rows is local in `o`.
+    `local`: the axes of the canonical weight (`o` rows, `i` columns) along which a piece of the fold needs that piece only;
+    "" if it takes the whole, a norm of rows is local in `o`.
     `identity`: a fresh adapter changes nothing. `version`: raise it when the same parameters come to mean something else.
     `spellings`: (pattern, replacement) of keys that older files have. `columns`: constants that the plan's table shows.
 

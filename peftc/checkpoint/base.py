@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import CheckpointError
-from peftc.graph.sites import WeightSite, modules_at, parameter_name, transformers_config
+from peftc.graph.finding import modules_at
+from peftc.graph.sites import WeightSite, parameter_name, transformers_config
 from peftc.rewrite.hosts import original_class
 from peftc.rewrite.program import Program
 

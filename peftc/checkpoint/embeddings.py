@@ -10,7 +10,8 @@ from torch import Tensor
 
 from peftc.checkpoint.base import originals
 from peftc.errors import CheckpointError
-from peftc.graph.sites import is_pretrained, module_at, parameter_at, parameter_name, transformers_config
+from peftc.graph.finding import module_at, parameter_at
+from peftc.graph.sites import is_pretrained, parameter_name, transformers_config
 from peftc.rewrite.program import Program
 
 SaveEmbeddings = bool | Literal["auto"]

@@ -11,7 +11,8 @@ from peftc.checkpoint.embeddings import SaveEmbeddings, embedding_state, split_e
 from peftc.checkpoint.keys import LoadResult, require_fit
 from peftc.checkpoint.spelling import respelled, unwrapped
 from peftc.errors import CheckpointError
-from peftc.graph.sites import dtype_name, parameter_at, parameter_name
+from peftc.graph.finding import parameter_at
+from peftc.graph.sites import dtype_name, parameter_name
 from peftc.merge.fold import is_finite
 from peftc.plan import Edit, PlannedParam
 from peftc.prompts.files import PROMPT_KEY, load_prompt, prompt_edit, prompt_embeddings

@@ -5,8 +5,9 @@ from collections.abc import Collection, Mapping
 from torch import nn
 
 from peftc.graph.copying import structural_copy
+from peftc.graph.finding import modules_at
 from peftc.graph.region import Capture, Region, SourceCache, opaque_source, parameters_of, weight_source
-from peftc.graph.sites import WeightSite, modules_at
+from peftc.graph.sites import WeightSite
 from peftc.graph.symbolic import trace_model
 
 

@@ -8,7 +8,8 @@ from torch import nn
 
 from peftc.errors import MergeError
 from peftc.graph.dry_run import head_scale
-from peftc.graph.sites import holder_of, parameter_at, parameter_name, transformers_config
+from peftc.graph.finding import holder_of, parameter_at
+from peftc.graph.sites import parameter_name, transformers_config
 from peftc.merge.fold import Folded
 from peftc.rewrite.build import parked
 from peftc.rewrite.program import Program

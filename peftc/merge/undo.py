@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from peftc.errors import MergeError
-from peftc.graph.sites import WeightSite, dtype_name, holder_of, parameter_name
+from peftc.graph.finding import holder_of
+from peftc.graph.sites import WeightSite, dtype_name, parameter_name
 from peftc.merge import ties
 from peftc.merge.fold import Value, edits_by_site, fold_of, value_in
 from peftc.merge.threads import side_by_side

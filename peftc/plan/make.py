@@ -14,12 +14,13 @@ from peftc.errors import CaptureError, PlanError, RuleError
 from peftc.graph.capture import capture
 from peftc.graph.copying import structural_copy
 from peftc.graph.dry_run import unused
+from peftc.graph.finding import modules_at
 from peftc.graph.fingerprint import fingerprint
 from peftc.graph.hooked import is_offloaded
 from peftc.graph.ops import op_named
 from peftc.graph.region import Capture, Region
 from peftc.graph.rows import is_known_linear
-from peftc.graph.sites import SiteIndex, WeightSite, dtype_name, index_sites, modules_at, transformers_config
+from peftc.graph.sites import SiteIndex, WeightSite, dtype_name, index_sites, transformers_config
 from peftc.graph.symbolic import with_ops
 from peftc.plan.claims import Access, adapter_dtype, weight_edit
 from peftc.plan.join import add_costs, added_costs, joined

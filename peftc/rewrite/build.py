@@ -11,15 +11,17 @@ from torch import nn
 
 from peftc.errors import AdapterError, ConflictError, NoMatchError
 from peftc.graph.copying import structural_copy
+from peftc.graph.finding import module_at, modules_at, parameter_at
 from peftc.graph.hooked import INNER, is_hooked
 from peftc.graph.ops import op_named
 from peftc.graph.region import Region
-from peftc.graph.sites import is_lazy, module_at, modules_at, parameter_at, parameter_name
+from peftc.graph.sites import is_lazy, parameter_name
 from peftc.plan import Edit, Plan, PlannedParam, without
 from peftc.rewrite.checkpointing import let_gradients_through
+from peftc.rewrite.holders import Group
 from peftc.rewrite.hosts import BOUND, install, is_host, original_class, reads, uninstall
 from peftc.rewrite.learning import watch_steps
-from peftc.rewrite.parts import Adapter, Group, attach, containers, detach, start, weight_of
+from peftc.rewrite.parts import Adapter, attach, containers, detach, start, weight_of
 from peftc.rewrite.passes import Pass
 from peftc.rewrite.program import Program
 from peftc.rewrite.route import BASE

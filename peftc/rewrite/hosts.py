@@ -9,9 +9,7 @@ import copy
 import functools
 import re
 import types
-from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -23,6 +21,7 @@ from peftc.errors import AdapterError
 from peftc.graph.hooked import INNER, is_hooked
 from peftc.graph.region import OPAQUE
 from peftc.rewrite.lent import in_forward, lent
+from peftc.rewrite.walking import TRACED, children, hidden, hiding, is_walking, may_walk, set_children
 
 # The attribute of a host that holds what it runs now: a binding, or None.
 BOUND = "peftc"
@@ -33,14 +32,8 @@ _PATCHED = "peftc_patched"
 # The attribute of a module whose weights may be stood in for: the host that computes with them, as it was, and the
 # path from that host to the module.
 _READS = "peftc_reads"
-# The attribute of a module whose own forward torch.compile traces.
-_TRACED = "peftc_traced"
 # How generated code reads a weight of its host: past what others get who read it.
 _OWN = "peftc_"
-
-
-class Added:
-    """A child that adapters add to a host. The host's own forward, which may walk the children, never meets it."""
 
 
 class Unbound:
@@ -60,44 +53,8 @@ class Unbound:
 def _as_it_was(host: nn.Module, original: type[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """The call of the forward that `host` had, which is meant for its own children and weights."""
     patched = host.__dict__.get(_PATCHED)
-    with _hidden(host):
+    with hidden(host):
         return original.forward(host, *args, **kwargs) if patched is None else patched(*args, **kwargs)
-
-
-def _may_walk(original: type[nn.Module]) -> bool:
-    """Whether the forward of this class may go over its children; none of torch's does, but in containers."""
-    return not original.forward.__module__.startswith("torch.nn.modules")
-
-
-# The hosts whose own forwards this thread is in.
-_walking: ContextVar[frozenset[int]] = ContextVar("walking")
-_NONE: frozenset[int] = frozenset()
-
-
-@contextmanager
-def _hidden(host: nn.Module) -> Generator[None]:
-    """Hide from this thread what adapters have added to `host`."""
-    if torch.compiler.is_compiling():
-        host.__dict__[_TRACED] = True
-        yield
-        host.__dict__[_TRACED] = False
-        return
-    token = _walking.set(_walking.get(_NONE) | {id(host)})
-    try:
-        yield
-    finally:
-        _walking.reset(token)
-
-
-def _children(self: nn.Module) -> dict[str, nn.Module | None]:
-    """The `_modules` of a host: in its own forward those that it had before."""
-    modules = self.__dict__["_modules"]
-    hidden = self.__dict__.get(_TRACED) if torch.compiler.is_compiling() else id(self) in _walking.get(_NONE)
-    return _own_items(modules) if hidden else modules
-
-
-def _set_children(self: nn.Module, modules: dict[str, nn.Module | None]) -> None:
-    self.__dict__["_modules"] = modules
 
 
 # By host, the weights that stand for its own in the call that this thread is in, by their paths from the host.
@@ -143,7 +100,7 @@ def _reader(leaf: str) -> property:
             weights = reads[0].standing if compiling else _standing.get(_NOTHING).get(id(host))
             if weights is not None and prefix + leaf in weights:
                 return weights[prefix + leaf]
-        inside = host.__dict__.get(_TRACED) if compiling else id(host) in _walking.get(_NONE)
+        inside = is_walking(host)
         return own if inside or not in_forward() else bound.lent(prefix + leaf, own)
 
     def write(self: nn.Module, value: Any) -> None:
@@ -222,7 +179,7 @@ def _host_class(original: type[nn.Module], leaves: tuple[str, ...], methods: tup
     of these names from those that `original` has.
     """
 
-    walks = _may_walk(original)
+    walks = may_walk(original)
 
     @functools.wraps(original.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -243,8 +200,8 @@ def _host_class(original: type[nn.Module], leaves: tuple[str, ...], methods: tup
         "__deepcopy__": _deepcopy,
         "__reduce__": _reduce,
         "_replicate_for_data_parallel": _replicate,
-        **_hiding(original),
-        **({"_modules": property(_children, _set_children)} if walks else {}),
+        **hiding(original),
+        **({"_modules": property(children, set_children)} if walks else {}),
         **{leaf: _reader(leaf) for leaf in leaves},
         **{f"{_OWN}{leaf}": _own_reader(leaf) for leaf in leaves},
         **{name: make(getattr(original, name)) for name, make in methods},
@@ -282,52 +239,6 @@ def _run_replica(self: _Replica, *args: Any, **kwargs: Any) -> Any:
     parts = [part.on_replica(self.host) for part in bound.parts.values()]
     self.host.__dict__[BOUND] = new = Binding(bound.code, self.host, parts)
     return new.run(new, *args, **kwargs)
-
-
-def _own_items(modules: dict[str, nn.Module | None]) -> dict[str, nn.Module | None]:
-    """These modules without those that adapters have added."""
-    return {name: child for name, child in modules.items() if not isinstance(child, Added)}
-
-
-def _iterated(self: nn.Module) -> Iterator[nn.Module | None]:
-    return iter(_own_items(self._modules).values())
-
-
-def _length(self: nn.Module) -> int:
-    return len(_own_items(self._modules))
-
-
-def _item(self: nn.Module, index: Any) -> Any:
-    """As the container's own `[]`, whose slices are of its class: here of the class that it had before."""
-    original = cast(Any, original_class(self))
-    if not isinstance(index, slice):
-        return original.__getitem__(self, index)
-    chosen = list(_own_items(self._modules).items())[index]
-    return original(OrderedDict(chosen) if issubclass(original, nn.Sequential) else [module for _, module in chosen])
-
-
-def _view(name: str) -> Callable[[nn.Module], Any]:
-    return lambda self: getattr(_own_items(self._modules), name)()
-
-
-def _names(self: nn.Module) -> Iterator[str]:
-    return iter(_own_items(self._modules))
-
-
-_SEQUENCE: Mapping[str, Any] = {"__iter__": _iterated, "__len__": _length, "__getitem__": _item}
-_DICT: Mapping[str, Any] = {
-    "__iter__": _names,
-    "__len__": _length,
-    **{name: _view(name) for name in ("keys", "values", "items")},
-}
-
-
-def _hiding(original: type[nn.Module]) -> Mapping[str, Any]:
-    """What a container's host overrides so that its forward, which walks the container, meets its own modules only."""
-    for base, hidden in ((nn.Sequential, _SEQUENCE), (nn.ModuleList, _SEQUENCE), (nn.ModuleDict, _DICT)):
-        if issubclass(original, base):
-            return {name: made for name, made in hidden.items() if getattr(original, name) is getattr(base, name)}
-    return {}
 
 
 def _copy(self: nn.Module) -> nn.Module:
@@ -442,7 +353,7 @@ def uninstall(module: nn.Module) -> None:
     """Put the class back that `module` had, and its forward if that was patched."""
     if not is_host(module):
         return
-    for name in (BOUND, _BASE, _READS, _TRACED):
+    for name in (BOUND, _BASE, _READS, TRACED):
         module.__dict__.pop(name, None)
     patched = module.__dict__.pop(_PATCHED, None)
     if patched is not None:

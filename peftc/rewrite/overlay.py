@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from peftc.graph.sites import parameter_at
+from peftc.graph.finding import parameter_at
 
 
 @dataclass

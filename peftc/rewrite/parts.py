@@ -14,84 +14,11 @@ from peftc.errors import AdapterError, RuleError
 from peftc.graph.hooked import device_of
 from peftc.graph.sites import Site, WeightSite, canonical, dtype_of
 from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
-from peftc.rewrite.hosts import Added, pristine_copy
+from peftc.rewrite.holders import VALUE, Container, Holder, Vectors, code_path
+from peftc.rewrite.hosts import pristine_copy
 from peftc.rewrite.sharding import is_sharded, whole
 from peftc.rule import Bound, fill
 from peftc.specs import AdapterSpec
-
-# The name of the one parameter of a leaf, see `Vectors`.
-VALUE = "value"
-
-
-class Holder(nn.Module):
-    """Holds parameters of one adapter under their PEFT names. The generated code reads them; it is never called.
-
-    So a hook on it would never run, and one of accelerate's that offloads would leave the code to compute with the
-    memory of nothing: that is refused, with AdapterError.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == "_hf_hook" and getattr(value, "offload", False):
-            raise AdapterError(
-                "accelerate can't offload the parameters of an adapter: generated code reads them past its hooks."
-                " Offloading has begun, so load the model again, and compile it without offloading."
-            )
-        super().__setattr__(name, value)
-
-
-class Group(Added, nn.Module):
-    """Holds what adapters add at one of several weights of a module."""
-
-
-class Container(Added, nn.ModuleDict):
-    """What adapters add to a module under one name, by adapter."""
-
-    def _get_name(self) -> str:
-        return "ModuleDict"  # As PEFT's print.
-
-
-class _Through(dict[str, Any]):
-    """Parameters by adapter name; each is also the one parameter of a module of its own, `leaves[name]`."""
-
-    leaves: dict[str, nn.Module]
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.leaves = {}
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        super().__setitem__(name, value)
-        leaves = self.__dict__.setdefault("leaves", {})  # A pickle brings them later.
-        leaves.setdefault(name, Holder())._parameters[VALUE] = value
-
-    def __delitem__(self, name: str) -> None:
-        super().__delitem__(name)
-        del self.leaves[name]
-
-    def pop(self, name: str, *default: Any) -> Any:
-        self.leaves.pop(name, None)
-        return super().pop(name, *default)
-
-
-class Vectors(Added, nn.ParameterDict):
-    """Parameters whose names end in an adapter's (`ia3_l.default`), which no code may depend on.
-
-    So code reads each from a leaf, a module with one parameter `value`. Whatever exchanges the parameter here (loading
-    with assign, functional_call, sharding) exchanges it in the leaf.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.__dict__["_parameters"] = _Through()
-
-    def leaf(self, adapter: str) -> nn.Module:
-        """The leaf of an adapter's parameter."""
-        return cast(_Through, self._parameters).leaves[adapter]
-
-
-def code_path(key: str) -> str:
-    """Where generated code finds the parameter with checkpoint key `key`, relative to its part."""
-    return key if "." in key else f"{key}.{VALUE}"
 
 
 @dataclass(eq=False, repr=False)

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftc.errors import AdapterError
+from peftc.graph.finding import modules_at
 from peftc.graph.region import Region
-from peftc.graph.sites import modules_at
 from peftc.plan import Edit, Plan
 from peftc.rewrite.hosts import BOUND, Binding, Code
 from peftc.rewrite.overlay import Overlay

@@ -7,8 +7,9 @@ that go and come, and one per parameter that starts or stops training; other ada
 from collections.abc import Iterable, Mapping, Sequence
 
 from peftc.errors import AdapterError
+from peftc.graph.finding import parameter_at
 from peftc.graph.region import Anchor, Region
-from peftc.graph.sites import WeightSite, parameter_at, parameter_name
+from peftc.graph.sites import WeightSite, parameter_name
 from peftc.rewrite.hosts import BOUND, Binding, Code
 from peftc.rewrite.parts import Part
 from peftc.rewrite.passes import rewritten

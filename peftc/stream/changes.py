@@ -18,7 +18,8 @@ from peftc.checkpoint.spelling import respelled_spec
 from peftc.checkpoint.state import Fit, fit_of, key_of, report, require_values
 from peftc.checkpoint.tensor_file import DTYPES
 from peftc.errors import CheckpointError
-from peftc.graph.sites import WeightSite, canonical, dtype_of, parameter_at, parameter_name
+from peftc.graph.finding import parameter_at
+from peftc.graph.sites import WeightSite, canonical, dtype_of, parameter_name
 from peftc.merge import fold, ties
 from peftc.merge.combine import checked
 from peftc.merge.fold import Value, edits_by_site, fold_bias, value_in

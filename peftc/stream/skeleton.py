@@ -11,7 +11,8 @@ from peftc.checkpoint.lazy import outline
 from peftc.checkpoint.tensor_file import read_json
 from peftc.errors import CheckpointError
 from peftc.graph.copying import structural_copy
-from peftc.graph.sites import is_pretrained, parameter_at
+from peftc.graph.finding import parameter_at
+from peftc.graph.sites import is_pretrained
 from peftc.registry import rules
 from peftc.specs import AdapterSpec
 from peftc.stream.names import Names, names_of
