@@ -310,6 +310,7 @@ class CompiledModel(CompiledFiles):
         given = None if config is None else load_spec(config, spec_classes())
         files = read_adapter(folder, config=given, is_trainable=is_trainable, allow_pickle=allow_pickle, verify=verify)
         model = lifecycle.looked_through(model)
+        files = files.on(model)
         spec = respelled_spec(model, files.spec, files.tensors)
         made, regions = lifecycle.planned(model, {adapter_name: spec}, capture, autocast_adapter_dtype, fresh=False)
         require_applicable(made, "warn")

@@ -99,6 +99,7 @@ def add(program: Program, name: str, spec: AdapterSpec, on_unmatched: str, fresh
 
 def load(program: Program, name: str, files: AdapterFiles, strict: bool) -> LoadResult:
     """Attach an adapter, inactive, with the tensors of its files; one of the same spec that is there gets their values."""
+    files = files.on(program.base)
     spec = respelled_spec(program.base, files.spec, files.tensors)
     if name in program.plan.adapters:
         require_idle(program)

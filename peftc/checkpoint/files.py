@@ -3,12 +3,12 @@
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftc.checkpoint.atomic import steady
 from peftc.checkpoint.base import BaseFingerprint
@@ -35,6 +35,11 @@ class AdapterFiles:
     encoder: Mapping[str, Tensor]
     base: BaseFingerprint | None
     where: str
+
+    def on(self, model: nn.Module) -> "AdapterFiles":
+        """The same for `model`, where what the file adapts is laid out otherwise now (experts that were linears each)."""
+        spec, tensors = self.spec.on_model(model, self.tensors)
+        return self if tensors is self.tensors else replace(self, spec=spec, tensors=tensors)
 
 
 def read_folder(

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor, nn
 
 from peftc.errors import SpecError, nearest
 
@@ -161,6 +162,10 @@ class AdapterSpec(BaseModel):
     def heads(self) -> tuple[str, ...]:
         """Modules that `task_type` adds to `modules_to_save` where the model has them."""
         return TASK_HEADS.get(self.task_type or "", ())
+
+    def on_model(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
+        """This spec and the tensors of its file as an adapter of `model` has them, where the file is of an older model."""
+        return self, tensors
 
     def scaled(self, factor: float) -> Self:
         """The spec of an adapter that changes the base `factor` times as much. Raises SpecError if the method has none."""

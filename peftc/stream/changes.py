@@ -1,11 +1,14 @@
 """What a merge changes in a checkpoint: by parameter, what is folded into what."""
 
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftc import lifecycle
@@ -105,6 +108,7 @@ def thought_through(
     opened = {f"adapter{i}": open_folder(folder, options.verify) for i, folder in enumerate(folders)}
     base, names = skeleton(checkpoint, model, [outline(tensors.header.entries) for _, tensors in opened.values()])
     resize_vocabulary(base, [(files.where, files.spec, outline(t.header.entries)) for files, t in opened.values()])
+    opened = {name: _on_model(base, *pair, options) for name, pair in opened.items()}
     specs = {name: respelled_spec(base, files.spec, tensors) for name, (files, tensors) in opened.items()}
     plan, regions = lifecycle.planned(base, specs, "modules", autocast=True, fresh=False)
     require_applicable(plan, "warn")
@@ -117,6 +121,26 @@ def thought_through(
     if options.weights is not None:
         work = _combined(work, options.weights)
     return _with_changes(work)
+
+
+def _on_model(
+    base: nn.Module, files: AdapterFiles, tensors: FileTensors, options: Options
+) -> tuple[AdapterFiles, FileTensors]:
+    """An adapter as the base has it: of one that is laid out otherwise there, a copy for the time of the merge."""
+    new = files.on(base)
+    if new is files:
+        return files, tensors
+    if options.undo:
+        raise CheckpointError(
+            f"{files.where}: is of a model whose experts were linears each, and undo=True needs the adapter as it is here."
+            " Load it with peftc, save it, and merge what was saved."
+        )
+    folder = TemporaryDirectory(prefix="peftc")
+    path = Path(folder.name) / "adapter.safetensors"
+    save_file({key: value.contiguous() for key, value in new.tensors.items()}, path)
+    written = FileTensors(path)
+    weakref.finalize(written, folder.cleanup)
+    return replace(new, tensors=written), written
 
 
 def _source(program: Program, name: str, files: AdapterFiles, tensors: FileTensors) -> Source:

@@ -3,9 +3,10 @@
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import BeforeValidator, Field
+from torch import Tensor, nn
 
 from peftc.specs import LayerSelection, ParameterSelection, PatternedAlpha, PatternedRank
 from peftc.specs.base import AdapterSpec, TrainedBiases
@@ -78,6 +79,12 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     @property
     def trained_biases(self) -> TrainedBiases:
         return "adapted" if self.bias == "lora_only" else self.bias
+
+    def on_model(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
+        from .experts import fused
+
+        new, tensors = fused(self, model, tensors)
+        return cast(Self, new), tensors
 
     def scaled(self, factor: float) -> Self:
         pattern = {key: alpha * factor for key, alpha in self.alpha_pattern.items()}

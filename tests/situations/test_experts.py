@@ -1,0 +1,136 @@
+"""Adapters of transformers 4, trained on a linear for each expert, on the fused experts of transformers 5."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+import peftc
+from tests.support.small import small_model
+
+IDS = torch.tensor([[5, 6, 7, 8]])
+MOE = {
+    "moe_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
+    "num_experts_per_tok": 2, "first_k_dense_replace": 0, "shared_expert_intermediate_size": 16, "n_group": 1,
+    "topk_group": 1, "n_shared_experts": 1, "q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4, "v_head_dim": 8, "num_experts_per_token": 2, "moe_num_experts": 4, "moe_k": 2,
+}  # fmt: skip
+PROJ, W = ("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2")
+# By model type: its class, what the block was called, and its linears.
+FAMILIES = {
+    "qwen3_moe": ("Qwen3MoeForCausalLM", "mlp", PROJ),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", "mlp", PROJ),
+    "mixtral": ("MixtralForCausalLM", "block_sparse_moe", W),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", "mlp", PROJ),
+    "glm4_moe": ("Glm4MoeForCausalLM", "mlp", PROJ),
+    "olmoe": ("OlmoeForCausalLM", "mlp", PROJ),
+}
+
+
+def model_of(family: str) -> Any:
+    more = {"qwen2_moe": {"layer_types": ["full_attention"]}, "deepseek_v3": {"head_dim": 4}}.get(family, {})
+    model = small_model(family, FAMILIES[family][0], **{**MOE, **more})
+    assert model is not None
+    return model
+
+
+def written(folder: Path, family: str, only: Any = None, **config: Any) -> tuple[Any, Any]:
+    """A base, and one whose weights have what the file in `folder` says, as float64 algebra."""
+    _, block, names = FAMILIES[family]
+    base, want = model_of(family), model_of(family)
+    experts = want.model.layers[0].mlp.experts
+    count, rows, width = experts.gate_up_proj.shape
+    sizes = dict(zip(names, ((width, rows // 2), (width, rows // 2), (rows // 2, width)), strict=True))
+    torch.manual_seed(0)
+    state: dict[str, Tensor] = {}
+    fields = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": [*names, "o_proj"],
+    }
+    spec = peftc.load_spec({**fields, **config})
+    for e in range(count):
+        delta = {name: torch.zeros(out, size, dtype=torch.float64) for name, (size, out) in sizes.items()}
+        for name, (size, out) in sizes.items():
+            if only is not None and not only(e, name):
+                continue
+            fqn = f"model.layers.0.{block}.experts.{e}.{name}"
+            r = spec.rank_for(fqn)
+            a, b = torch.randn(r, size), 0.5 * torch.randn(out, r)
+            state |= {f"base_model.model.{fqn}.lora_A.weight": a, f"base_model.model.{fqn}.lora_B.weight": b}
+            delta[name] = spec.scaling_for(fqn) * b.double() @ a.double()
+        with torch.no_grad():
+            experts.gate_up_proj[e] += torch.cat([delta[names[0]], delta[names[1]]]).float()
+            experts.down_proj[e] += delta[names[2]].float()
+    o = want.model.layers[0].self_attn.o_proj
+    a, b = torch.randn(4, o.in_features), torch.randn(o.out_features, 4)
+    state |= {f"base_model.model.model.layers.0.self_attn.o_proj.lora_{x}.weight": v for x, v in (("A", a), ("B", b))}
+    with torch.no_grad():
+        o.weight += spec.scaling_for("model.layers.0.self_attn.o_proj") * b @ a
+    folder.mkdir()
+    save_file(state, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({**fields, **config}))
+    return base, want
+
+
+def close(model: Any, want: Any) -> None:
+    torch.testing.assert_close(model(IDS).logits, want(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "gates alone": {"only": lambda e, name: name in ("gate_proj", "w1")},
+    "one expert": {"only": lambda e, name: e == 2},
+    "ranks that differ": {"rank_pattern": {"experts.1.down_proj": 2, "experts.2.gate_proj": 6}},
+    "rslora": {"use_rslora": True, "alpha_pattern": {"experts.0.up_proj": 3}},
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_they_load_in_memory_and_merge_on_disk(family: str, variant: str, tmp_path: Path) -> None:
+    base, want = written(tmp_path / "a", family, **VARIANTS[variant])
+    assert not torch.allclose(base(IDS).logits, want(IDS).logits, atol=1e-3)
+    compiled = peftc.load(base, tmp_path / "a")
+    close(compiled, want)
+    with compiled.merged():
+        close(compiled, want)
+    compiled.load_adapter(tmp_path / "a", "again")
+    compiled.set_adapter("again")
+    close(compiled, want)
+    compiled.save_pretrained(tmp_path / "now", selected_adapters=["default"])
+    close(peftc.load(model_of(family), tmp_path / "now"), want)
+    base.save_pretrained(tmp_path / "base")
+    peftc.merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "merged")
+    merged = getattr(transformers, FAMILIES[family][0]).from_pretrained(tmp_path / "merged").eval()
+    close(merged, want)
+
+
+def test_a_linear_that_no_expert_has_is_unexpected(tmp_path: Path) -> None:
+    base, _ = written(tmp_path / "a", "qwen3_moe")
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    from safetensors.torch import load_file
+
+    state = load_file(file)
+    key = next(key for key in state if ".3.down_proj" in key)
+    state[key.replace("down_proj", "side_proj")] = state[key].clone()
+    save_file(state, file)
+    with pytest.raises(peftc.CheckpointError, match="side_proj"):
+        peftc.load(base, tmp_path / "a")
+
+
+def test_the_way_back_on_disk_needs_the_adapter_as_it_is_here_and_the_advice_holds(tmp_path: Path) -> None:
+    base, want = written(tmp_path / "a", "qwen3_moe")
+    base.save_pretrained(tmp_path / "base")
+    with pytest.raises(peftc.CheckpointError, match=r"needs the adapter as it is here. Load it with peftc, save it"):
+        peftc.merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "merged", undo=True)
+    peftc.load(base, tmp_path / "a").save_pretrained(tmp_path / "now")
+    peftc.merge_checkpoint(tmp_path / "base", tmp_path / "now", tmp_path / "merged", undo=True)
+    close(transformers.Qwen3MoeForCausalLM.from_pretrained(tmp_path / "merged").eval(), want)
