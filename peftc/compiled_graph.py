@@ -27,16 +27,24 @@ from peftc.view.text import span
 
 @dataclass(frozen=True, eq=False)
 class BaseModel:
-    """What PEFT has between its model and the base: here nothing but a way to `model`, whose attributes it has."""
+    """What `base_model` is to all who ask for it: PEFT's users find the base as its `model`, those of transformers call it
+    and read its attributes as those of the model's body.
+    """
 
     model: nn.Module
 
+    def _body(self) -> Any:
+        base: Any = vars(self)["model"]
+        return getattr(base, "base_model", base)
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(vars(self)["model"], name) if "model" in vars(self) else object.__getattribute__(self, name)
+        if "model" not in vars(self):
+            raise AttributeError(name)
+        return getattr(self._body(), name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's call."""
-        return self.model(*args, **kwargs)
+        """The call of the body."""
+        return self._body()(*args, **kwargs)
 
 
 class CompiledGraph(fx.GraphModule):

@@ -6,6 +6,7 @@ It is known when it happens, so no source is looked through, and helpers and com
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,10 +22,23 @@ def in_forward() -> bool:
     """Whether a forward is running that calls this, and not a hook of a call or a tool that looks at the model."""
     if torch.compiler.is_compiling():
         return True
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_name not in ("forward", "_call_impl"):
-        frame = frame.f_back
-    return frame is not None and frame.f_code.co_name == "forward"
+    frame, inner = sys._getframe(1), sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "forward":
+        if frame.f_code.co_filename == _CALLS and frame.f_code.co_name in ("_call_impl", "inner"):
+            # What the call runs now: the forward, by whatever name it was put there, or a hook.
+            return inner.f_code is _code_of(frame.f_locals.get("forward_call"))
+        frame, inner = frame.f_back, frame
+    return frame is not None
+
+
+# The file in which torch calls modules.
+_CALLS = nn.Module._call_impl.__code__.co_filename
+
+
+def _code_of(forward: Any) -> Any:
+    if isinstance(forward, partial):
+        return None  # Accelerate's, which runs hooks of its own around the module's forward.
+    return getattr(getattr(forward, "__func__", forward), "__code__", None)
 
 
 def lent(parts: Iterable[Any], path: str, own: Tensor) -> Tensor:
