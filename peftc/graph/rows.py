@@ -1,6 +1,8 @@
 """peftc's own rows of the table of ops: linear, embedding, convolutions, norms, and weights that no op is known of."""
 
+import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Mapping
 from functools import partial
@@ -27,13 +29,24 @@ def _linear(module: nn.Module) -> Shape | None:
 
 
 def _quantised(module: nn.Module) -> Shape | None:
-    """A linear of another library: a leaf that names its in_features and out_features (GPTQ, AWQ, HQQ, torch.ao …)."""
+    """A linear of another library: a leaf that names its in_features and out_features (GPTQ, AWQ, HQQ, torch.ao …).
+
+    Its forward takes the input alone; I-BERT's, which takes and returns scaling factors too, is no linear.
+    """
     features = (module.__dict__.get("in_features"), module.__dict__.get("out_features"))
     if module._modules or not all(type(size) is int for size in features):
+        return None
+    if not _takes_one(type(module)):
         return None
     if all(tensor is None for tensor in [*module._parameters.values(), *module._buffers.values()]):
         return None
     return Shape(*cast("tuple[int, int]", features))
+
+
+@functools.cache
+def _takes_one(cls: type[nn.Module]) -> bool:
+    named = [p for p in inspect.signature(cls.forward).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return len(named) <= 2  # self, and the input
 
 
 def is_quantised(module: nn.Module) -> bool:
