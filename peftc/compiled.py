@@ -127,6 +127,7 @@ class CompiledModel(CompiledFiles):
         allow_pickle: bool = False,
         strict: bool = True,
         verify: Verify = "all",
+        low_cpu_mem_usage: bool = True,
         **download: Unpack[Download],
     ) -> LoadResult:
         """Attach an adapter from a folder or a Hub repository, inactive; frozen unless `is_trainable`.
@@ -135,7 +136,8 @@ class CompiledModel(CompiledFiles):
         `allow_pickle`: read `adapter_model.bin` if there is no safetensors file. `strict=False`: take what fits; the result
         says what did not. `verify`: `all` compares files with their manifest, and the base with the one they were trained
         on; `files` leaves out the base, `nothing` both; files without a manifest (PEFT's) load as they are. `download`:
-        `revision`, `token`, `cache_dir`, `local_files_only`, … as in huggingface_hub.
+        `revision`, `token`, `cache_dir`, `local_files_only`, … as in huggingface_hub. PEFT's `low_cpu_mem_usage` is so in
+        any case.
 
         Raises CheckpointError, SpecError, AdapterError, ConflictError; nothing is changed then.
         """
@@ -207,22 +209,31 @@ class CompiledModel(CompiledFiles):
         with self.disable_adapter():
             calibrate(self.program, adapter_name, batches, call)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off. If no other was active, the one loaded first becomes so.
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Take an adapter off, or several. If no other was active, the one loaded first becomes so.
 
-        Raises AdapterError on an unknown name, MergeError while merged.
+        Raises AdapterError on an unknown name, MergeError while merged; nothing is changed then.
         """
-        lifecycle.delete(self.program, adapter_name)
+        names = lifecycle.named(adapter_name)
+        lifecycle.require_known(self.program, names)
+        for name in dict.fromkeys(names):
+            lifecycle.delete(self.program, name)
 
     def merge_adapter(
-        self, adapter_names: str | Sequence[str] | None = None, *, untie: bool = False, undo: Undo = "keep"
+        self,
+        adapter_names: str | Sequence[str] | None = None,
+        *,
+        untie: bool = False,
+        undo: Undo = "keep",
+        safe_merge: bool = True,
     ) -> None:
         """Fold adapters (default: the active ones) into the base weights; their ops leave the graphs.
 
         Each weight is computed in float64 (float32 for half precision) and rounded once, and `unmerge_adapter` gives the
         bits from before. `undo` says how: `keep` keeps the original tensors (those of the original model, if that is
         alive); `residual` merges in place, tile by tile, and keeps a compressed log of the bits that arithmetic would get
-        wrong, a few percent of the weights (needs zstandard: `peftc[undo]`); `none` keeps nothing.
+        wrong, a few percent of the weights (needs zstandard: `peftc[undo]`); `none` keeps nothing. `safe_merge`, which PEFT
+        has, is so in any case: NaN and Inf are refused.
 
         Raises MergeError, with nothing changed: NaN or Inf, a site without a fold, a tied weight (unless `untie`),
         something merged already, or `residual` where tensors are not this model's own. AdapterError if an adapter is
@@ -254,11 +265,19 @@ class CompiledModel(CompiledFiles):
             if self.program.merged:
                 self.unmerge_adapter()
 
-    def merge_and_unload(self, adapter_names: str | Sequence[str] | None = None, *, untie: bool = False) -> nn.Module:
+    def merge_and_unload(
+        self,
+        adapter_names: str | Sequence[str] | None = None,
+        *,
+        untie: bool = False,
+        safe_merge: bool = True,
+        progressbar: bool = False,
+    ) -> nn.Module:
         """Fold adapters (default: the active ones, or those merged already) and return the plain model.
 
         The returned model has the original's classes and no trace of peftc; biases that an adapter trained stay.
-        This CompiledModel has no adapters afterwards. Raises as `merge_adapter` does.
+        This CompiledModel has no adapters afterwards. Raises as `merge_adapter` does. `safe_merge` as there; `progressbar`
+        shows nothing, merging takes seconds.
         """
         if not self.program.merged or adapter_names is not None:
             self.merge_adapter(adapter_names, untie=untie, undo="none")
@@ -296,6 +315,7 @@ class CompiledModel(CompiledFiles):
         allow_pickle: bool = False,
         strict: bool = True,
         verify: Verify = "all",
+        low_cpu_mem_usage: bool = True,
         **download: Unpack[Download],
     ) -> "CompiledModel":
         """Compile `model` with an adapter from a folder or a Hub repository: for inference, unless `is_trainable`.

@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import nn
 
 from peftc.checkpoint import AdapterFiles, LoadResult, load_state, require_base, respelled_spec
+from peftc.checkpoint.heads import fit_heads
 from peftc.compiled_graph import CompiledGraph
 from peftc.errors import AdapterError, MergeError, nearest
 from peftc.graph.hooked import compiled_inside
@@ -135,6 +136,8 @@ def _require_same_adapter(program: Program, name: str, spec: AdapterSpec) -> Non
 def fill_from(program: Program, name: str, files: AdapterFiles, strict: bool, attached: bool = True) -> LoadResult:
     """Give an adapter that is attached the tensors of its files, if the base is theirs. Raises CheckpointError."""
     differs = require_base(program, files.base) if files.base is not None else None
+    if attached:
+        fit_heads(program, name, files.tensors)
     result = load_state(
         program, name, files.tensors, files.encoder, where=files.where, strict=strict, attached=attached
     )

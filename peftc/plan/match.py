@@ -13,6 +13,7 @@ from peftc.edits import Miss
 from peftc.errors import NoMatchError, describe_nearest, nearest
 from peftc.graph.sites import SiteIndex, WeightSite
 from peftc.plan.claims import Claim
+from peftc.plan.synonyms import same_meaning, stacked_as
 from peftc.registry import find_rule, ops_of
 from peftc.specs import AdapterSpec, LayerSelection, ParameterSelection
 from peftc.specs.selection import LAYERS_PATTERN, pattern_matches, patterns_of
@@ -155,7 +156,12 @@ def _no_match(name: str, spec: AdapterSpec, index: SiteIndex, hits: Sequence[str
     if alias is not None:
         return f"is another name of {index.aliases[alias]!r}; use that one"
     counts = Counter(fqn.rpartition(".")[2] for fqn in fit)
-    near = nearest(name.rpartition(".")[2], counts)
+    end = name.rpartition(".")[2]
+    near = nearest(end, counts) or same_meaning(end, counts)
+    stacked = [fqn for fqn in stacked_as(end, index.inner) if index.inner[fqn].experts]
+    if stacked and "parameter" in ops:
+        ends = list(dict.fromkeys(".".join(fqn.split(".")[-2:]) for fqn in stacked))
+        return f"matches none of {len(fit)} sites. Experts hold theirs stacked: give target_parameters={ends}."
     regex = (
         " (a string is a regular expression that must match the whole fqn)"
         if isinstance(spec.target_modules, str)

@@ -25,7 +25,7 @@ def activate(program: Program, names: Iterable[str], learning: Iterable[str]) ->
     Raises RuleError (a rule does not trace) or AdapterError (edits exclude each other); nothing is changed then.
     """
     chosen, before = set(names), program.active
-    _require_one_saver(program, chosen)
+    _require_one_saver(program, [name for name in program.plan.adapters if name in chosen])
     program.active = tuple(name for name in program.plan.adapters if name in chosen)
     try:
         emit(program)
