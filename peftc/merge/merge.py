@@ -177,7 +177,8 @@ def _exchange(program: Program, item: Folded, keep: bool) -> None:
         return
     ties.cut(program, item.owner, item.leaf)
     original, crc, new = (old, checksum(old), checksum(item.value)) if keep else (None, None, None)
-    program.merge.replaced.append(Replaced(item.owner, item.leaf, crc, original, new))
+    shape = tuple(item.value.shape) if keep else None
+    program.merge.replaced.append(Replaced(item.owner, item.leaf, crc, original, new, shape))
     slots[item.leaf] = nn.Parameter(item.value, requires_grad=False) if isinstance(old, nn.Parameter) else item.value
 
 

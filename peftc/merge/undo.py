@@ -86,9 +86,10 @@ def require_intact(program: Program, item: Replaced, check: bool) -> None:
     now = tensor_of(program, item.owner, item.leaf)
     if item.original is not None:
         now = own(now)
-        if now.shape != item.original.shape:
+        merged = item.original.shape if item.shape is None else item.shape
+        if now.shape != merged:
             raise MergeError(
-                f"{name}: was resized from {tuple(item.original.shape)} to {tuple(now.shape)} while merged; the original"
+                f"{name}: was resized from {tuple(merged)} to {tuple(now.shape)} while merged; the original"
                 " does not fit any more. Resize it back, or keep the merge (merge_and_unload)."
             )
         if check and checksum(item.original) != item.crc:

@@ -22,7 +22,7 @@ class Replaced:
     """A tensor `leaf` of module `owner` that merging has replaced, and its CRC-32.
 
     What it was is kept as `original`, the very object; or follows from the merged one, whose CRC-32 is `merged`, and the
-    undo log of its tiles; or is gone.
+    undo log of its tiles; or is gone. `shape`: the merged one's, if that may be another (a head of more classes).
     """
 
     owner: str
@@ -30,6 +30,7 @@ class Replaced:
     crc: int | None
     original: Tensor | None = None
     merged: int | None = None
+    shape: tuple[int, ...] | None = None
     log: tuple[Any, ...] = ()
 
 

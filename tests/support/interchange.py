@@ -79,7 +79,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "token head": ("roberta tagger", lora(target_modules=["query"], task_type="TOKEN_CLS")),
     "image head": ("vit", lora(target_modules=["q_proj", "projection"], modules_to_save=["classifier"])),
     "bart": ("bart", lora(target_modules="all-linear", task_type="SEQ_2_SEQ_LM")),
-    "t5": ("t5", lora(target_modules=["shared", "q", "wo"], task_type="SEQ_2_SEQ_LM")),
+    "t5": ("t5", lora(target_modules=["encoder.embed_tokens", "q", "wo"], task_type="SEQ_2_SEQ_LM")),
     "experts": ("mixtral", lora(target_modules=["q_proj"], target_parameters=EXPERTS)),
     "one expert weight": (
         "mixtral",
