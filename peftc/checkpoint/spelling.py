@@ -70,7 +70,7 @@ def respelled_spec(model: nn.Module, spec: AdapterSpec, keys: Iterable[str]) -> 
     update: dict[str, Any] = {}
     if spec.modules_to_save is not None:
         update["modules_to_save"] = tuple(_container(name, moved) for name in spec.modules_to_save)
-    if adapted and not _goes_by_plain_names(spec, adapted.values()):
+    if adapted and (not _goes_by_plain_names(spec, adapted.values()) or _takes_more(model, spec, adapted)):
         spec = spec.respelled(adapted)
     return spec.model_copy(update=update)
 
@@ -81,6 +81,15 @@ def _goes_by_plain_names(spec: AdapterSpec, fqns: Iterable[str]) -> bool:
     if not spec.goes_by_plain_names or targets is None:
         return False
     return targets == "all-linear" or all(selects(targets, fqn) for fqn in fqns)
+
+
+def _takes_more(model: nn.Module, spec: AdapterSpec, adapted: Mapping[str, str]) -> bool:
+    """Whether the spec's names select modules of other parts of the model too (a vision tower), which the file has not."""
+    if not isinstance(spec.target_modules, tuple) or all(old == new for old, new in adapted.items()):
+        return False
+    names, tops = set(adapted.values()), {new.partition(_TEXT)[0] + _TEXT for new in adapted.values() if _TEXT in new}
+    outside = (fqn for fqn, _ in model.named_modules() if not fqn.startswith(tuple(tops)))
+    return bool(tops) and any(selects(spec.target_modules, fqn) and fqn not in names for fqn in outside)
 
 
 def _container(name: str, moved: Mapping[str, str]) -> str:
@@ -142,11 +151,24 @@ def _other_model(key: str, prefix: str, names: "_Names", at_adapter: re.Pattern[
     if name == key:
         return []
     candidates = [name.removeprefix(f"{names.prefix}."), f"{names.prefix}.{name}"] if names.prefix else []
+    candidates += _in_or_out_of_family(name)
     site, tail = _at_adapter(name, at_adapter)
     renamed = names.rename(f"{site}.weight")
     if renamed.endswith(".weight"):
         candidates.append(renamed.removesuffix("weight") + tail)
     return [prefix + candidate for candidate in candidates]
+
+
+def _in_or_out_of_family(name: str) -> list[str]:
+    """What a text model's module is called in the multimodal model of its family, or the other way round."""
+    if _TEXT in name:
+        return [name.replace(_TEXT, "", 1)]
+    inner = name.removeprefix("model.")
+    return [f"model.{_TEXT}{inner}", f"{_TEXT}{name}", f"{_TEXT}{inner}"]
+
+
+# What transformers calls the text model in a multimodal one.
+_TEXT = "language_model."
 
 
 def _firsts(spec: AdapterSpec) -> frozenset[str]:

@@ -136,13 +136,21 @@ def _all_linear(adapter: str, spec: AdapterSpec, index: SiteIndex, misses: list[
     for fqn, site in index.sites.items():
         if site.op != "linear":
             continue
-        if fqn in left_out:
+        if fqn not in left_out and any(_is_embedding(index, name) for name in site.tied):
+            reason = "is tied to an embedding, not in 'all-linear'"
+            misses.append(Miss(adapter, "target_modules", fqn, reason, error=False))
+        elif fqn in left_out:
             misses.append(Miss(adapter, "target_modules", fqn, "is the output layer, not in 'all-linear'", error=False))
         else:
             names.append(fqn)
     if not names:
         misses.append(Miss(adapter, "target_modules", "all-linear", "matches nothing: the model has no linear sites"))
     return names
+
+
+def _is_embedding(index: SiteIndex, weight: str) -> bool:
+    owner = index.sites.get(weight.rpartition(".")[0])
+    return owner is not None and owner.op == "embedding"
 
 
 def _no_match(name: str, spec: AdapterSpec, index: SiteIndex, hits: Sequence[str] = ()) -> str:
