@@ -93,6 +93,7 @@ class TestNewWeights:
         assert {edit.site for edit in compiled.plan.edits if edit.whole} == {"bert.pooler.dense", "classifier"}
 
     def test_a_model_that_nobody_loaded_is_not_warned_of(self) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
             peftc.compile(tiny("bert"), peftc.LoraConfig(target_modules=["query"]))
+        assert said == []
