@@ -7,6 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from peftc.graph.sites import transformers_config
+
 # The attribute of transformers' layers that runs them under gradient checkpointing.
 CHECKPOINT = "_gradient_checkpointing_func"
 
@@ -30,8 +32,16 @@ def _trains(run: Any) -> bool:
     return not isinstance(layer, nn.Module) or any(parameter.requires_grad for parameter in layer.parameters())
 
 
+# Architectures whose layers run in an autograd function of their own, which passes a gradient on to an input that has one.
+_REVERSIBLE = ("reformer",)
+
+
 def let_gradients_through(model: nn.Module, on: bool = True) -> None:
     """Let reentrant checkpointing work in a model whose layers get inputs without gradients; `on=False` undoes it."""
+    config = transformers_config(model)
+    if config is not None and config.model_type in _REVERSIBLE:
+        base: Any = model
+        (base.enable_input_require_grads if on else base.disable_input_require_grads)()
     for module in model.modules():
         function = module.__dict__.get(CHECKPOINT)
         if isinstance(function, partial) and function.keywords.get("use_reentrant", False):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import peftc
@@ -138,6 +139,24 @@ class TestReentrant:
         plain = compiled.unload()
         functions = [module.__dict__.get("_gradient_checkpointing_func") for module in plain.modules()]
         assert {type(function).__name__ for function in functions if function is not None} == {"partial"}
+
+
+def test_reversible_layers_learn() -> None:
+    """Reformer's, which run in an autograd function of their own."""
+    torch.manual_seed(0)
+    config = transformers.ReformerConfig(
+        vocab_size=64, hidden_size=32, attention_head_size=8, num_attention_heads=4, num_buckets=4, hash_seed=0,
+        attn_layers=["local", "lsh"], axial_pos_embds=False, feed_forward_size=48, lsh_attn_chunk_length=4,
+        local_attn_chunk_length=4, num_hashes=1, max_position_embeddings=64, is_decoder=True,
+    )  # fmt: skip
+    compiled = peftc.compile(
+        transformers.ReformerModelWithLMHead(config), peftc.LoraConfig(target_modules="all-linear")
+    )
+    ids = torch.arange(3, 11)[None]
+    compiled.train()(input_ids=ids, labels=ids).loss.backward()
+    assert compiled.get_model_status().without_gradient == []
+    assert any(bool(p.grad.any()) for p in compiled.parameters() if p.requires_grad)
+    assert not compiled.unload().eval()(input_ids=ids).logits.isnan().any()
 
 
 @pytest.mark.parametrize(("kind", "name"), [("bart", "BartForConditionalGeneration"), ("opt", "OPTForCausalLM")])
