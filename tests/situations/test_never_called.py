@@ -1,8 +1,10 @@
 """Modules that nobody calls: they only lend their weight by a tie, or the forward leaves them out."""
 
 import warnings
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -90,3 +92,13 @@ def test_another_models_optimiser_is_not_looked_at() -> None:
         warnings.simplefilter("always")
         torch.optim.SGD(other.parameters(), lr=0.1).step()
     assert said == []
+
+
+def test_a_file_of_peft_that_adapts_such_an_end_loads_and_does_what_it_did(tmp_path: Path) -> None:
+    kind, decoder = "T5ForConditionalGeneration", {"decoder_input_ids": IDS}
+    config = peft.LoraConfig(target_modules=["shared", "q"], init_lora_weights=False, task_type="SEQ_2_SEQ_LM")
+    theirs = peft.get_peft_model(model_of(kind), config).eval()
+    theirs.save_pretrained(tmp_path)
+    loaded = peftc.load(model_of(kind), tmp_path)
+    torch.testing.assert_close(loaded(input_ids=IDS, **decoder).logits, theirs(input_ids=IDS, **decoder).logits)
+    assert "shared" in {edit.site for edit in loaded.plan.edits}
