@@ -51,6 +51,7 @@ class CompiledFiles(CompiledPrompts):
         `is_main_process=False` writes nothing. `state_dict`: the whole model's, gathered from shards, to take tensors from.
         `bake`: at the scale that `set_scale` gave; else files are of scale 1, and a warning says so.
         `form="serving"`: LoRA as vLLM and llama.cpp take it: one rank, scaling 1, no patterns; equal outputs.
+        `form="per_expert"`: LoRA on fused experts as a linear for each, as transformers 4 has them. Both at the set scale.
 
         Raises CheckpointError (with the bytes needed, if the folder can't be written), AdapterError on an unknown name.
         """

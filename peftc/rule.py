@@ -74,7 +74,9 @@ class Bound:
 
 
 class Factors(NamedTuple):
-    """A term `scale · up @ down` that a rule adds to the weight: up (out, r), down (r, in), with a kernel after them."""
+    """A term `scale · up @ down` that a rule adds to the weight: up (out, r), down (r, in), with a kernel after them;
+    experts come before them, where the weight stacks some.
+    """
 
     up: Any
     down: Any

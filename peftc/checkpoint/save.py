@@ -4,7 +4,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from peftc.checkpoint.base import fingerprint_of
 from peftc.checkpoint.card import CARD_NAME, card
 from peftc.checkpoint.embeddings import SaveEmbeddings
 from peftc.checkpoint.files import ENCODER_NAME, adapter_files
+from peftc.checkpoint.per_expert import per_expert_form
 from peftc.checkpoint.serving import serving_form
 from peftc.checkpoint.state import saved_state_dict
 from peftc.errors import CheckpointError
@@ -23,7 +24,7 @@ from peftc.rewrite.program import Program
 from peftc.rewrite.sharding import is_sharded
 from peftc.specs.io import CONFIG_NAME
 
-Form = Literal["peft", "serving"]
+Form = Literal["peft", "serving", "per_expert"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ def save_adapters(folder: Path, program: Program, adapters: Sequence[str], optio
 
     Raises CheckpointError if that can't be done; what was there is then as it was.
     """
-    if options.form not in ("peft", "serving"):
-        raise CheckpointError(f"form={options.form!r}: valid are 'peft' and 'serving'")
+    if options.form not in get_args(Form):
+        raise CheckpointError(f"form={options.form!r}: valid are {', '.join(map(repr, get_args(Form)))}")
     files: dict[str, bytes] = {}
     gone: list[str] = []
     for name in adapters:
@@ -69,6 +70,9 @@ def _files(program: Program, adapter: str, options: SaveOptions) -> dict[str, by
     config = config_of(program, adapter, options.bake)
     if options.form == "serving":
         config, tensors = serving_form(program, adapter, config)
+        return adapter_files(config, tensors, {}, fingerprint_of(program, adapter))
+    if options.form == "per_expert":
+        config, tensors = per_expert_form(program, adapter, config, options.save_embedding_layers)
         return adapter_files(config, tensors, {}, fingerprint_of(program, adapter))
     edit = prompt_edit(program, adapter)
     encoder = encoder_state(program, edit) if edit is not None else {}

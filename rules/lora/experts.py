@@ -6,10 +6,12 @@ A = [Ag; Au] and B block-diagonal, of the sum of their ranks. Linears that the f
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+from peftc.specs.selection import pattern_matches
 
 from .config import LoraConfig
 
@@ -56,10 +58,23 @@ def fused(spec: LoraConfig, model: nn.Module, tensors: Mapping[str, Tensor]) -> 
     update = {
         "target_modules": tuple(sorted(ends)),
         "target_parameters": (*(spec.target_parameters or ()), *names),
-        "rank_pattern": {**ranks, **spec.rank_pattern},
-        "alpha_pattern": {**alphas, **spec.alpha_pattern},
+        "rank_pattern": {**ranks, **_left(spec.rank_pattern, tensors, others, prefix)},
+        "alpha_pattern": {**alphas, **_left(spec.alpha_pattern, tensors, others, prefix)},
     }
     return spec.model_copy(update=update), others
+
+
+def _left(patterns: Mapping[str, Any], old: Iterable[str], new: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
+    """Without the patterns that were of the experts' linears alone: what they say is in the tensors now."""
+    names = {key.removeprefix(prefix).partition(".lora_")[0] for key in old if key not in new}
+    others = {key.removeprefix(prefix).partition(".lora_")[0] for key in new}
+    gone = {
+        pattern
+        for pattern in patterns
+        if any(pattern_matches(pattern, name) for name in names)
+        and not any(pattern_matches(pattern, name) for name in others)
+    }
+    return {pattern: value for pattern, value in patterns.items() if pattern not in gone}
 
 
 def _place(known: Mapping[str, nn.Module], path: str) -> str | None:

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param
+from peftc.rule import Constant, Factors, Param
 
 from .base import Lora
 from .config import LoraConfig
@@ -41,7 +40,11 @@ class LoraParameter(Lora):
         return no_special_init(spec, site)
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:
+        up, down, scaling = self.factors(p)
+        return weight + scaling * (up @ down)
+
+    def factors(self, p: Any) -> Factors:
         if not p.experts:
-            return weight + p.scaling * (p.lora_B @ p.lora_A)
-        a, b = p.lora_A.unflatten(0, (p.experts, -1)), p.lora_B.unflatten(1, (-1, p.experts))
-        return weight + p.scaling * torch.einsum("ore,eri->eoi", b, a)
+            return Factors(p.lora_B, p.lora_A, p.scaling)
+        up = p.lora_B.unflatten(1, (-1, p.experts)).permute(2, 0, 1)
+        return Factors(up, p.lora_A.unflatten(0, (p.experts, -1)), p.scaling)

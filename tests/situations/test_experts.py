@@ -1,13 +1,14 @@
 """Adapters of transformers 4, trained on a linear for each expert, on the fused experts of transformers 5."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import peftc
@@ -113,11 +114,101 @@ def test_they_load_in_memory_and_merge_on_disk(family: str, variant: str, tmp_pa
     close(merged, want)
 
 
+class Expert(torch.nn.Module):
+    """Linears by the names that a file's keys have."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        for name, weight in weights.items():
+            linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+            linear.weight.data = weight.clone()
+            self.add_module(name, linear)
+
+
+def as_transformers_4(model: Any, family: str) -> torch.nn.Module:
+    """The first layer's experts and projection of `model` with the modules that transformers 4 had."""
+    _, block, names = FAMILIES[family]
+    layer, tree = model.model.layers[0], torch.nn.Module()
+    experts = layer.mlp.experts
+    half = experts.gate_up_proj.shape[1] // 2
+    parts = (experts.gate_up_proj[:, :half], experts.gate_up_proj[:, half:], experts.down_proj)
+    listed = [Expert({name: part[e].detach() for name, part in zip(names, parts, strict=True)}) for e in range(4)]
+    tree.model = torch.nn.Module()
+    tree.model.layers = torch.nn.ModuleList([torch.nn.Module()])
+    at = torch.nn.Module()
+    at.experts = torch.nn.ModuleList(listed)
+    tree.model.layers[0].add_module(block, at)
+    tree.model.layers[0].self_attn = Expert({"o_proj": layer.self_attn.o_proj.weight.detach()})
+    return tree
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_they_are_written_back_as_peft_of_old_reads_them(family: str, rslora: bool, tmp_path: Path) -> None:
+    import peft
+
+    base = model_of(family)
+    fields: dict[str, Any] = {
+        "r": 4, "lora_alpha": 6, "use_rslora": rslora, "target_modules": ["o_proj"],
+        "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+        "alpha_pattern": {"experts.down_proj": 3}, "rank_pattern": {"experts.gate_up_proj": 2},
+    }  # fmt: skip
+    compiled = peftc.compile(base, peftc.LoraConfig(**fields))
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in compiled.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.3)
+    want = compiled(IDS).logits
+    compiled.save_pretrained(tmp_path / "old", form="per_expert")
+    old: Any = peft.PeftModel.from_pretrained(as_transformers_4(base, family), tmp_path / "old")
+    assert sum("lora_A" in name for name, _ in old.named_parameters()) == 13
+    plain = old.merge_and_unload()
+    compiled.merge_adapter()
+    expected = dict(as_transformers_4(compiled.base, family).named_parameters())
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-5, atol=1e-6)
+    close(peftc.load(model_of(family), tmp_path / "old"), lambda ids: type("Out", (), {"logits": want}))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_there_and_back_the_ranks_are_those_of_the_file(variant: str, tmp_path: Path) -> None:
+    base, want = written(tmp_path / "a", "mixtral", **VARIANTS[variant])
+    peftc.load(base, tmp_path / "a").save_pretrained(tmp_path / "back", form="per_expert")
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("a", "back"))
+    assert set(before) <= set(after), "an expert that the file left out has zeros"
+    if variant != "ranks that differ":
+        assert {key: after[key].shape for key in before} == {key: tensor.shape for key, tensor in before.items()}
+    close(peftc.load(model_of("mixtral"), tmp_path / "back"), want)
+
+
+def test_where_names_would_mean_more_targets_are_told_by_full_name(tmp_path: Path) -> None:
+    base = model_of("deepseek_v3")
+    spec = peftc.LoraConfig(target_parameters=["experts.down_proj"], target_modules=["o_proj"])
+    peftc.compile(base, spec).save_pretrained(tmp_path / "a", form="per_expert")
+    chosen = json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"]
+    assert re.fullmatch(chosen, "model.layers.0.mlp.experts.3.down_proj")
+    assert not re.fullmatch(chosen, "model.layers.0.mlp.shared_experts.down_proj")
+
+
+def test_what_has_no_linears_for_experts_says_so(tmp_path: Path) -> None:
+    llama = small_model("llama", "LlamaForCausalLM")
+    with pytest.raises(peftc.CheckpointError, match="adapts no fused experts; save it without form"):
+        peftc.compile(llama, peftc.LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path, form="per_expert")
+    spec: Any = peftc.IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    with pytest.raises(peftc.CheckpointError, match="is IA3; adapters of linears for each expert are LoRA's"):
+        peftc.compile(llama, spec).save_pretrained(tmp_path, form="per_expert")
+    fused = small_model("granitemoe", "GraniteMoeForCausalLM", **MOE)
+    assert fused is not None
+    spec = peftc.LoraConfig(target_parameters=["experts.down_proj"])
+    with pytest.raises(peftc.CheckpointError, match="in this model's checkpoints, not a linear for each expert"):
+        peftc.compile(fused, spec).save_pretrained(tmp_path, form="per_expert")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_linear_that_no_expert_has_is_unexpected(tmp_path: Path) -> None:
     base, _ = written(tmp_path / "a", "qwen3_moe")
     file = tmp_path / "a" / "adapter_model.safetensors"
-    from safetensors.torch import load_file
-
     state = load_file(file)
     key = next(key for key in state if ".3.down_proj" in key)
     state[key.replace("down_proj", "side_proj")] = state[key].clone()
