@@ -13,6 +13,7 @@ from peftc.checkpoint.base import fingerprint_of
 from peftc.checkpoint.card import CARD_NAME, card
 from peftc.checkpoint.embeddings import SaveEmbeddings
 from peftc.checkpoint.files import ENCODER_NAME, adapter_files
+from peftc.checkpoint.misread import misread_by_peft
 from peftc.checkpoint.per_expert import per_expert_form
 from peftc.checkpoint.serving import serving_form
 from peftc.checkpoint.state import saved_state_dict
@@ -47,7 +48,7 @@ def save_adapters(folder: Path, program: Program, adapters: Sequence[str], optio
     files: dict[str, bytes] = {}
     gone: list[str] = []
     for name in adapters:
-        _warn_of_scale(program, name, options)
+        _warn(program, name, options)
         path = "" if name == "default" else f"{name}/"
         own = _files(program, name, options)
         if not (folder / path / CARD_NAME).exists():
@@ -57,8 +58,12 @@ def save_adapters(folder: Path, program: Program, adapters: Sequence[str], optio
     replace_files(folder, files, [name for name in files if name.endswith(CONFIG_NAME)], gone)
 
 
-def _warn_of_scale(program: Program, name: str, options: SaveOptions) -> None:
+def _warn(program: Program, name: str, options: SaveOptions) -> None:
+    """Say what whoever loads the files would not expect."""
     scale = program.adapters[name].scale
+    misread = misread_by_peft(program, name) if options.form == "peft" else None
+    if misread is not None:
+        warnings.warn(misread, stacklevel=4)
     if scale != 1 and not options.bake and options.form == "peft":
         warnings.warn(
             f"{name!r} is set to scale {scale:g}, which its file does not say: it loads at 1. bake=True writes it in",

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -225,3 +226,28 @@ def test_the_way_back_on_disk_needs_the_adapter_as_it_is_here_and_the_advice_hol
     peftc.load(base, tmp_path / "a").save_pretrained(tmp_path / "now")
     peftc.merge_checkpoint(tmp_path / "base", tmp_path / "now", tmp_path / "merged", undo=True)
     close(transformers.Qwen3MoeForCausalLM.from_pretrained(tmp_path / "merged").eval(), want)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe", "hunyuan_v1_moe", "dots1", "qwen2_moe", "llama"])
+def test_a_warning_says_where_peft_reads_a_file_otherwise(family: str, tmp_path: Path) -> None:
+    import peft
+
+    cls = {"hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM", "dots1": "Dots1ForCausalLM", "llama": "LlamaForCausalLM"}
+    base, again = (
+        model_of(family) if family in FAMILIES else small_model(family, cls[family], **MOE) for _ in range(2)
+    )
+    assert base is not None
+    assert again is not None
+    compiled = peftc.compile(base, peftc.LoraConfig(target_modules=["gate_proj", "up_proj", "down_proj"]))
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for parameter in compiled.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.3)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        compiled.save_pretrained(tmp_path)
+    warned = any("for linears of its fused experts" in str(one.message) for one in caught)
+    theirs: Any = peft.PeftModel.from_pretrained(again, str(tmp_path))
+    assert warned != torch.allclose(theirs(IDS).logits, compiled(IDS).logits, atol=1e-5)
+    close(peftc.load(model_of(family) if family in FAMILIES else base, tmp_path), compiled)
