@@ -87,7 +87,8 @@ def _takes_more(model: nn.Module, spec: AdapterSpec, adapted: Mapping[str, str])
     """Whether the spec's names select modules of other parts of the model too (a vision tower), which the file has not."""
     if not isinstance(spec.target_modules, tuple) or all(old == new for old, new in adapted.items()):
         return False
-    names, tops = set(adapted.values()), {new.partition(_TEXT)[0] + _TEXT for new in adapted.values() if _TEXT in new}
+    names = set(adapted.values())
+    tops = {new.partition(text)[0] + text for new in names for text in _TEXTS if text in new}
     outside = (fqn for fqn, _ in model.named_modules() if not fqn.startswith(tuple(tops)))
     return bool(tops) and any(selects(spec.target_modules, fqn) and fqn not in names for fqn in outside)
 
@@ -161,14 +162,13 @@ def _other_model(key: str, prefix: str, names: "_Names", at_adapter: re.Pattern[
 
 def _in_or_out_of_family(name: str) -> list[str]:
     """What a text model's module is called in the multimodal model of its family, or the other way round."""
-    if _TEXT in name:
-        return [name.replace(_TEXT, "", 1)]
+    inside = [name.replace(text, "", 1) for text in _TEXTS if text in name]
     inner = name.removeprefix("model.")
-    return [f"model.{_TEXT}{inner}", f"{_TEXT}{name}", f"{_TEXT}{inner}"]
+    return inside or [new for text in _TEXTS for new in (f"model.{text}{inner}", f"{text}{name}", f"{text}{inner}")]
 
 
 # What transformers calls the text model in a multimodal one.
-_TEXT = "language_model."
+_TEXTS = ("language_model.", "text_model.")
 
 
 def _firsts(spec: AdapterSpec) -> frozenset[str]:
