@@ -23,6 +23,8 @@ __all__ = [
 class PeftcError(Exception):
     """Base of every error peftc raises on purpose; nothing was changed when one is raised.
 
+    Wrong input and wrong state are ValueErrors too, as those of PEFT are, which scripts catch.
+
     Example::
 
         try:
@@ -32,7 +34,7 @@ class PeftcError(Exception):
     """
 
 
-class SpecError(PeftcError):
+class SpecError(PeftcError, ValueError):
     """An adapter spec is malformed: a wrong type, an unknown field, fields that contradict each other.
 
     Example: peftc.LoraConfig(r="8")
@@ -53,14 +55,14 @@ class RuleError(PeftcError):
     """
 
 
-class NoMatchError(PeftcError):
+class NoMatchError(PeftcError, ValueError):
     """A selector, pattern or layer index of a spec matches nothing that can be adapted.
 
     Example: peftc.compile(model, peftc.LoraConfig(target_modules=["q_prj"]))
     """
 
 
-class ConflictError(PeftcError):
+class ConflictError(PeftcError, ValueError):
     """Two edits claim the same place.
 
     Example: one adapter saves a module whole (modules_to_save) in which another adapts a linear
@@ -74,21 +76,21 @@ class PlanError(PeftcError):
     """
 
 
-class AdapterError(PeftcError):
+class AdapterError(PeftcError, ValueError):
     """An adapter is unknown, exists already, or is not in the state that a call needs.
 
     Example: model.set_adapter("defualt")
     """
 
 
-class MergeError(PeftcError):
+class MergeError(PeftcError, ValueError):
     """Adapters can't be folded into the weights, or are merged when they must not be.
 
     Example: model.merge_adapter(), called twice
     """
 
 
-class CheckpointError(PeftcError):
+class CheckpointError(PeftcError, ValueError, RuntimeError):
     """An adapter file is missing, unreadable, or does not fit the model.
 
     Example: peftc.load(model, "a/folder/of/another/model")

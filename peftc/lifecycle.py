@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
@@ -131,6 +132,14 @@ def _require_same_adapter(program: Program, name: str, spec: AdapterSpec) -> Non
         raise AdapterError(
             f"adapter {name!r} exists already, with another {', '.join(differing)}; choose another name, or delete it first"
         )
+
+
+def describe(program: Program, name: str, spec: AdapterSpec) -> None:
+    """Let adapter `name` say that it is from where `spec` says (base, revision, task). Nothing else changes."""
+    fields = {key: getattr(spec, key) for key in ("base_model_name_or_path", "revision", "task_type", "auto_mapping")}
+    own = program.plan.adapters[name].model_copy(update=fields)
+    program.adapters[name].spec = own
+    program.plan = replace(program.plan, adapters={**program.plan.adapters, name: own})
 
 
 def fill_from(program: Program, name: str, files: AdapterFiles, strict: bool, attached: bool = True) -> LoadResult:

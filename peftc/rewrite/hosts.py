@@ -174,9 +174,14 @@ class Binding:
 
 
 @functools.cache
-def _host_class(original: type[nn.Module], leaves: tuple[str, ...], methods: tuple[tuple[str, Any], ...]) -> Any:
+def _host_class(
+    original: type[nn.Module],
+    leaves: tuple[str, ...],
+    methods: tuple[tuple[str, Any], ...],
+    also: tuple[type[Any], ...] = (),
+) -> Any:
     """The class of hosts of class `original`; `leaves` are parameters that may be stood in for, `methods` make the methods
-    of these names from those that `original` has.
+    of these names from those that `original` has, and hosts are instances of the classes `also` too.
     """
 
     walks = may_walk(original)
@@ -193,7 +198,7 @@ def _host_class(original: type[nn.Module], leaves: tuple[str, ...], methods: tup
     namespace: dict[str, Any] = {
         "forward": forward,
         "peftc_original": original,
-        "peftc_made": (original, leaves, methods),
+        "peftc_made": (original, leaves, methods, also),
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__copy__": _copy,
@@ -207,7 +212,7 @@ def _host_class(original: type[nn.Module], leaves: tuple[str, ...], methods: tup
         **{name: make(getattr(original, name)) for name, make in methods},
     }
     # Named as the class it stands in for: transformers looks up what it records of a model by the name of its class.
-    return types.new_class(original.__name__, (original,), {}, lambda body: body.update(namespace))
+    return types.new_class(original.__name__, (original, *also), {}, lambda body: body.update(namespace))
 
 
 def _replicate(self: nn.Module) -> nn.Module:
@@ -263,8 +268,8 @@ def _reduce(self: nn.Module) -> Any:
     return _new_host, vars(_made(type(self)))["peftc_made"], self.__getstate__()
 
 
-def _new_host(original: type[nn.Module], leaves: tuple[str, ...], methods: tuple[tuple[str, Any], ...]) -> nn.Module:
-    return object.__new__(_host_class(original, leaves, methods))
+def _new_host(*made: Any) -> nn.Module:
+    return object.__new__(_host_class(*made))
 
 
 def _made(cls: type[nn.Module]) -> type[nn.Module]:
@@ -286,10 +291,10 @@ def install(module: nn.Module, leaves: Iterable[str] = (), methods: Mapping[str,
     """Make `module` a host that runs its old forward until something is bound to it. Once more adds what is new."""
     wanted, more = tuple(sorted(set(leaves))), methods or {}
     if is_host(module):
-        original, before, known = vars(_made(type(module)))["peftc_made"]
+        original, before, known, also = vars(_made(type(module)))["peftc_made"]
         wanted = tuple(sorted({*wanted, *before}))
         if wanted != before or not set(more) <= {name for name, _ in known}:
-            _exchange(module, _host_class(original, wanted, (*known, *more.items())))
+            _exchange(module, _host_class(original, wanted, (*known, *more.items()), also))
         return
     hooked = is_hooked(module)
     if "forward" in module.__dict__ and not hooked:
@@ -299,6 +304,13 @@ def install(module: nn.Module, leaves: Iterable[str] = (), methods: Mapping[str,
     object.__setattr__(module, "__class__", _host_class(type(module), wanted, tuple(more.items())))
     if hooked:  # Accelerate's hook stays outside, around what the host runs.
         module.__dict__[INNER] = types.MethodType(type(module).forward, module)
+
+
+def be_also(module: nn.Module, also: tuple[type[Any], ...]) -> None:
+    """Let a host be an instance of the classes `also` beside its own, which it finds its attributes in first."""
+    original, leaves, methods, before = vars(_made(type(module)))["peftc_made"]
+    if also != before:
+        _exchange(module, _host_class(original, leaves, methods, also))
 
 
 def _keep_hosts(parent: nn.Module, name: str, child: nn.Module | None) -> None:

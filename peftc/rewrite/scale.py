@@ -1,10 +1,13 @@
 """How much of an adapter's change is applied: a factor at run time on the constant that its rules scale with."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
 from peftc.errors import AdapterError
+from peftc.plan import Edit
+from peftc.rewrite.parts import Part
 from peftc.rewrite.program import Program
 
 
@@ -21,7 +24,28 @@ def set_scale(program: Program, name: str, scale: float) -> None:
     if not parts or any(part.edit.rule.scale is None for part in parts):
         raise AdapterError(f"set_scale: {adapter.spec.peft_type} ({name!r}) has no factor that scales its change")
     for part in parts:
-        edit, constant = planned[part.edit.site, part.edit.rule.name], str(part.edit.rule.scale)
-        value = float(cast(float, edit.constants[constant])) * scale
-        part.become(replace(edit, constants={**edit.constants, constant: value}))
+        _scale(part, planned[part.edit.site, part.edit.rule.name], lambda planned, now: planned * scale)
     adapter.scale = float(scale)
+
+
+def set_scale_at(program: Program, name: str, site: str, scaled: Callable[[float, float], float]) -> None:
+    """Let the constant that scales adapter `name` at one site be `scaled` (as planned, as it is now).
+
+    The adapter's scale is then that of the site: if others differ, it is theirs who were set last. Raises AdapterError if
+    the method has no such constant.
+    """
+    adapter = program.adapters[name]
+    planned = next(edit for edit in program.plan.edits if edit.adapter == name and edit.site == site)
+    if planned.rule.scale is None:
+        raise AdapterError(f"{site}: {planned.rule.name} ({name!r}) has no factor that scales its change")
+    before, after = _scale(adapter.part(planned), planned, scaled)
+    adapter.scale = after / before if before else after
+
+
+def _scale(part: Part, planned: Edit, scaled: Callable[[float, float], float]) -> tuple[float, float]:
+    """Let a part go by the constant `scaled` (as planned, as it is now); the first of these and the new one."""
+    constant = str(planned.rule.scale)
+    before, now = (float(cast(float, edit.constants[constant])) for edit in (planned, part.edit))
+    after = float(scaled(before, now))
+    part.become(replace(planned, constants={**planned.constants, constant: after}))
+    return before, after

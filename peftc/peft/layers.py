@@ -1,0 +1,412 @@
+"""PEFT's layer classes: what an adapted module is an instance of, beside its own class.
+
+Their attributes are computed from the compiled model. What is set or called on one layer counts for the whole model,
+but for scales, which every layer has its own of.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftc.errors import AdapterError
+from peftc.graph.sites import Site, WeightSite, canonical
+from peftc.plan import Edit
+from peftc.rewrite.hosts import original_class
+from peftc.rewrite.parts import Part
+from peftc.rewrite.scale import set_scale_at
+from peftc.rewrite.walking import Added
+from peftc.rule import Bound
+
+__all__ = [
+    "AuxiliaryTrainingWrapper",
+    "BaseTunerLayer",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "Embedding",
+    "IA3Layer",
+    "Linear",
+    "LoraLayer",
+    "ModulesToSaveWrapper",
+    "ParamWrapper",
+    "TrainableTokensWrapper",
+]
+
+
+# The attribute of a module that holds its root (see there) and its fqn.
+ROOT = "peftc_root"
+
+
+class Computed:
+    """An attribute that is computed, unless the module has one of that name itself."""
+
+    def __init__(self, make: Callable[[Any], Any]) -> None:
+        self.make = make
+        self.__doc__ = make.__doc__
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, module: Any, owner: type | None = None) -> Any:
+        if module is None:
+            return self
+        for held in ("_parameters", "_buffers", "_modules"):
+            own = module.__dict__.get(held, {})
+            if self.name in own:
+                return own[self.name]
+        return self.make(module)
+
+
+class BaseTunerLayer:
+    """A module that adapters are on. Made by compiling; `isinstance(module, BaseTunerLayer)` finds such modules.
+
+    Example: [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    """
+
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        raise AdapterError(
+            f"{type(self).__name__} is what an adapted module is, and is not made alone: adapt the model that has the"
+            " module in it (get_peft_model, or inject_adapter_in_model)"
+        )
+
+    @Computed
+    def base_layer(self) -> nn.Module:
+        """The module as it was: its class, its parameters, its own children."""
+        return _as_it_was(cast(nn.Module, self))
+
+    @Computed
+    def active_adapters(self) -> list[str]:
+        """The active adapters of the model, in load order."""
+        return list(_program(self).active)
+
+    @Computed
+    def active_adapter(self) -> list[str]:
+        """As `active_adapters`."""
+        return list(_program(self).active)
+
+    @Computed
+    def disable_adapters(self) -> bool:
+        """Whether adapters are off."""
+        return not _program(self).enabled
+
+    @Computed
+    def merged_adapters(self) -> list[str]:
+        """The adapters that are merged here, or will be once all layers were told to."""
+        root, fqn = place_of(self)
+        return list(root.program.active if fqn in root.merging else root.program.merged)
+
+    @Computed
+    def merged(self) -> bool:
+        """Whether any is merged."""
+        return bool(cast(Any, self).merged_adapters)
+
+    def get_base_layer(self) -> nn.Module:
+        """The module as it was."""
+        return _as_it_was(cast(nn.Module, self))
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turn the adapters of the model on or off."""
+        compiled = place_of(self)[0].compiled
+        if compiled.program.enabled is not enabled:
+            compiled.enable_adapters(enabled)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate exactly these adapters of the model, and train them unless `inference_mode`."""
+        place_of(self)[0].activate(adapter_names, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let these adapters of the model train, or freeze them."""
+        place_of(self)[0].compiled.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off the model, if it is still there."""
+        root = place_of(self)[0]
+        if adapter_name in root.program.plan.adapters:
+            root.delete(adapter_name)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Merge the active adapters here: that happens when all layers were told to, as diffusers does."""
+        root, fqn = place_of(self)
+        if root.program.merged:
+            return
+        root.merging.add(fqn)
+        if root.merging >= set(root.modules) - {""}:
+            root.merging.clear()
+            root.compiled.merge_adapter(adapter_names, untie=True)
+
+    def unmerge(self) -> None:
+        """Undo `merge`."""
+        root, fqn = place_of(self)
+        if root.program.merged:
+            root.compiled.unmerge_adapter()
+            root.merging = set(root.modules) - {""}
+        root.merging.discard(fqn)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What an adapter adds to the weight, of its shape and in the adapter's dtype.
+
+        Raises AdapterError if the method does not add to it.
+        """
+        part = _part(self, adapter)
+        site = part.site
+        if not isinstance(site, WeightSite) or not part.edit.rule.additive:
+            raise AdapterError(f"{part.edit.site}: {part.edit.rule.name} does not add to the weight")
+        tensors = part.tensors()
+        like = next(iter(tensors.values()))
+        weight = canonical(_weight(cast(nn.Module, self), site), site)
+        zeros = torch.zeros(weight.shape, dtype=like.dtype, device=like.device)
+        return canonical(part.edit.rule.weight(zeros, Bound({**tensors, **part.edit.constants})), site)
+
+
+class LoraLayer(BaseTunerLayer):
+    """A module with LoRA on it: `lora_A`, `lora_B`, and by adapter `r`, `lora_alpha` and `scaling`."""
+
+    adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
+
+    @Computed
+    def r(self) -> dict[str, Any]:
+        """The ranks by adapter."""
+        return {name: part.edit.constants["r"] for name, part in _parts(self).items()}
+
+    @Computed
+    def lora_alpha(self) -> dict[str, Any]:
+        """`lora_alpha` by adapter."""
+        return {name: part.edit.constants["lora_alpha"] for name, part in _parts(self).items()}
+
+    @Computed
+    def scaling(self) -> "_Scaling":
+        """The scaling by adapter; assigning to an item changes it."""
+        return _Scaling(self)
+
+    @Computed
+    def lora_bias(self) -> dict[str, Any]:
+        """Whether B has a bias, by adapter."""
+        return {name: part.edit.constants["biased"] for name, part in _parts(self).items()}
+
+    @Computed
+    def use_dora(self) -> dict[str, bool]:
+        """By adapter, False: another class serves DoRA."""
+        return dict.fromkeys(_parts(self), False)
+
+    @Computed
+    def lora_dropout(self) -> nn.ModuleDict:
+        """Dropouts by adapter; identities where nothing is dropped."""
+        return nn.ModuleDict({name: nn.Identity() for name in _parts(self)})
+
+    # Nothing, where adapters have none of that name.
+    lora_A = Computed(lambda layer: nn.ModuleDict())
+    lora_B = Computed(lambda layer: nn.ModuleDict())
+    lora_embedding_A = Computed(lambda layer: nn.ParameterDict())
+    lora_embedding_B = Computed(lambda layer: nn.ParameterDict())
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Let the scaling here be `scale` times what the adapter's spec says."""
+        if adapter in _parts(self):
+            set_scale_at(_program(self), adapter, _site(self), lambda planned, now: planned * scale)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the scalings of active adapters here."""
+        for name in self._active_here():
+            set_scale_at(_program(self), name, _site(self), lambda planned, now: now * scale)
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide the scalings of active adapters here; without `scale`, they are what their specs say again."""
+        for name in self._active_here():
+            set_scale_at(
+                _program(self), name, _site(self), lambda planned, now: planned if scale is None else now / scale
+            )
+
+    def _active_here(self) -> list[str]:
+        return [name for name in _program(self).active if name in _parts(self)]
+
+
+class Linear(LoraLayer):
+    """A linear with LoRA."""
+
+
+class Embedding(LoraLayer):
+    """An embedding with LoRA."""
+
+
+class Conv1d(LoraLayer):
+    """A 1d convolution with LoRA."""
+
+
+class Conv2d(LoraLayer):
+    """A 2d convolution with LoRA."""
+
+
+class Conv3d(LoraLayer):
+    """A 3d convolution with LoRA."""
+
+
+class ParamWrapper(LoraLayer):
+    """A module with LoRA on parameters of its own (experts)."""
+
+
+class IA3Layer(BaseTunerLayer):
+    """A module with (IA)³: `ia3_l` by adapter."""
+
+    adapter_layer_names = ("ia3_l",)
+
+    @Computed
+    def scaling(self) -> dict[str, float]:
+        """Nothing to scale with."""
+        return {}
+
+
+class AuxiliaryTrainingWrapper:
+    """A module of which adapters have trained copies."""
+
+    @Computed
+    def original_module(self) -> nn.Module:
+        """The module as it was."""
+        return _as_it_was(cast(nn.Module, self))
+
+    @Computed
+    def active_adapters(self) -> list[str]:
+        """The active adapters of the model."""
+        return list(_program(self).active)
+
+    @Computed
+    def active_adapter(self) -> str | None:
+        """The active adapter whose copy is called."""
+        saved = _parts(self)
+        return next((name for name in _program(self).active if name in saved), None)
+
+    @Computed
+    def disable_adapters(self) -> bool:
+        """Whether adapters are off."""
+        return not _program(self).enabled
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate exactly these adapters of the model, and train them unless `inference_mode`."""
+        place_of(self)[0].activate(adapter_names, inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turn the adapters of the model on or off."""
+        compiled = place_of(self)[0].compiled
+        if compiled.program.enabled is not enabled:
+            compiled.enable_adapters(enabled)
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
+        """Take an adapter off the model, if it is still there."""
+        root = place_of(self)[0]
+        if adapter_name in root.program.plan.adapters:
+            root.delete(adapter_name)
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """By the name of a tensor in files, its name here."""
+        part = _parts(self).get(adapter_name)
+        return {} if part is None else {key: f"modules_to_save.{adapter_name}.{key}" for key in part.owners}
+
+
+class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
+    """A module that adapters save whole: `modules_to_save` has the copies by adapter."""
+
+
+class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
+    """An embedding of which adapters train some rows."""
+
+
+class _Scaling(dict[str, float]):
+    """Scalings by adapter, live."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__(
+            {name: float(cast(float, part.edit.constants["scaling"])) for name, part in _parts(layer).items()}
+        )
+        self.layer = layer
+
+    def __setitem__(self, adapter: str, value: float) -> None:
+        super().__setitem__(adapter, value)
+        set_scale_at(_program(self.layer), adapter, _site(self.layer), lambda planned, now: value)
+
+
+# By rule and op, what an adapted module is called in PEFT.
+_CLASSES: Mapping[tuple[str, str], type[Any]] = {
+    ("lora", "linear"): Linear,
+    ("lora", "embedding"): Embedding,
+    ("lora", "conv1d"): Conv1d,
+    ("lora", "conv2d"): Conv2d,
+    ("lora", "conv3d"): Conv3d,
+    ("lora", "parameter"): ParamWrapper,
+}
+_BY_RULE: Mapping[str, type[Any]] = {"lora": LoraLayer, "ia3": IA3Layer}
+
+
+def classes_at(edits: Iterable[Edit], sites: Mapping[str, Site]) -> tuple[type[Any], ...]:
+    """What a module with these edits is an instance of; a class is left out that a later one is a subclass of."""
+    found: list[type[Any]] = []
+    for edit in edits:
+        if edit.whole:
+            cls: type[Any] = ModulesToSaveWrapper
+        elif sites[edit.site].op == "call":
+            continue  # The model's own call, which virtual tokens change.
+        else:
+            general = _BY_RULE.get(edit.rule.name, BaseTunerLayer)
+            cls = _CLASSES.get((edit.rule.name, sites[edit.site].op), general)
+        if cls not in found:
+            found.append(cls)
+    return tuple(sorted(found, key=lambda cls: -len(cls.__mro__)))
+
+
+def place_of(module: Any) -> tuple[Any, str]:
+    """The root of an adapted module, and its fqn. Raises AdapterError if a pickle has lost it."""
+    found = module.__dict__.get(ROOT)
+    if found is None or found[0] is None:
+        raise AdapterError(
+            f"{type(module).__name__}: adapters are on it, but what they belong to is not known: pickle the PeftModel, not"
+            " a part of it"
+        )
+    return found
+
+
+def _program(layer: Any) -> Any:
+    return place_of(layer)[0].program
+
+
+def _parts(layer: Any) -> dict[str, Part]:
+    """The parts at a module, by adapter; of several weights of the module, those at the first."""
+    root, fqn = place_of(layer)
+    found: dict[str, Part] = {}
+    for name, adapter in root.program.adapters.items():
+        for part in adapter.parts.values():
+            if part.site.owner == fqn and name not in found:
+                found[name] = part
+    return found
+
+
+def _part(layer: Any, adapter: str) -> Part:
+    parts = _parts(layer)
+    if adapter not in parts:
+        raise AdapterError(
+            f"{place_of(layer)[1]}: no adapter {adapter!r} is on it; there are {', '.join(parts) or 'none'}"
+        )
+    return parts[adapter]
+
+
+def _site(layer: Any) -> str:
+    return next(iter(_parts(layer).values())).edit.site
+
+
+def _weight(module: nn.Module, site: WeightSite) -> Tensor:
+    assert site.weight is not None, "an additive rule has one"
+    path = site.weight.removeprefix(f"{site.owner}.") if site.owner else site.weight
+    owner, _, leaf = path.rpartition(".")
+    return cast(Tensor, module.get_submodule(owner)._parameters[leaf])
+
+
+def _as_it_was(module: nn.Module) -> nn.Module:
+    """A view of a module without adapters: of its own class, with its own parameters and children."""
+    view: nn.Module = object.__new__(original_class(module))
+    children = {name: child for name, child in module.__dict__["_modules"].items() if not isinstance(child, Added)}
+    state = {name: value for name, value in module.__dict__.items() if not name.startswith("peftc")}
+    view.__dict__.update({**state, "_modules": children})
+    return view

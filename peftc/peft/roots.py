@@ -1,0 +1,174 @@
+"""What stands behind the classes of this package: the compiled model of a base, found from any of its modules.
+
+A model that was given adapters here holds a Root; so does every module that they are on, with its name. Adapters are
+attached in place, and everything else is asked of the CompiledModel.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from peftc.api import compile
+from peftc.compiled import CompiledModel
+from peftc.errors import AdapterError
+from peftc.lifecycle import describe, named
+from peftc.peft.configs import config_from, resolve, spec_of
+from peftc.peft.layers import ROOT, classes_at
+from peftc.rewrite.hosts import be_also, is_host
+from peftc.rewrite.program import Program
+
+
+class Root:
+    """A compiled model and its configs by adapter, which scripts may change. `merging`: layers told to merge so far."""
+
+    def __init__(self, compiled: CompiledModel, configs: dict[str, Any]) -> None:
+        self.made: Any = compiled
+        self.configs = configs
+        self.merging: set[str] = set()
+        self.modules: dict[str, nn.Module] = {}
+
+    @property
+    def compiled(self) -> CompiledModel:
+        """The compiled model; that of a copied base is copied at its first use, when the base is whole."""
+        if isinstance(self.made, _Pending):
+            program = copy.deepcopy(self.made.program, self.made.memo)
+            self.made = CompiledModel(program)
+            adopt(self)
+        return self.made
+
+    @property
+    def program(self) -> Program:
+        """The program of the compiled model."""
+        return self.compiled.program
+
+    def activate(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Activate exactly these adapters, and train them unless `inference_mode`; nothing happens if that is so."""
+        names, program = named(adapter_names), self.program
+        learning = set() if inference_mode else set(names)
+        if set(names) != set(program.active) or not learning <= set(program.learning):
+            self.compiled.set_adapter(names)
+        if inference_mode and set(program.learning) & set(names):
+            self.compiled.set_requires_grad(names, False)
+
+    def learn(self, adapter_name: str) -> None:
+        """Know an adapter that was attached to the compiled model itself."""
+        take(self, adapter_name)
+        adopt(self)
+
+    def delete(self, adapter_name: str | Sequence[str]) -> None:
+        """Take adapters off, and let modules that have none any more be what they were."""
+        self.compiled.delete_adapter(adapter_name)
+        for name in named(adapter_name):
+            self.configs.pop(name, None)
+        adopt(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Root":
+        new = memo[id(self)] = Root(_Pending(_still(self.program), memo), copy.deepcopy(self.configs, memo))  # type: ignore[arg-type]
+        return new
+
+    def __reduce__(self) -> Any:
+        return _lost, ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Pending:
+    """A program to be copied with what `memo` has copied already."""
+
+    program: Program
+    memo: dict[int, Any]
+
+
+def _still(program: Program) -> Program:
+    """The program as it is now, whatever changes later."""
+    return dataclasses.replace(
+        program,
+        adapters=dict(program.adapters),
+        overlay=copy.copy(program.overlay),
+        merge=dataclasses.replace(program.merge, replaced=list(program.merge.replaced)),
+    )
+
+
+def _lost() -> None:
+    """What a pickle has for a root; a PeftModel that comes out of one makes it anew."""
+
+
+def root_of(module: Any) -> Root | None:
+    """The root of a model, or of a module in it, that has adapters of this package; None if it has none."""
+    found = module.__dict__.get(ROOT) if isinstance(module, nn.Module) else None
+    return found[0] if found is not None else None
+
+
+def require_root(module: Any) -> Root:
+    """As `root_of`. Raises AdapterError if there is none."""
+    root = root_of(module)
+    if root is None:
+        raise AdapterError(
+            f"{type(module).__name__} has no adapters (any more: unload() and merge_and_unload() take them off);"
+            " get_peft_model gives it some"
+        )
+    return root
+
+
+def attach(model: nn.Module, configs: Mapping[str, Any], *, autocast: bool) -> Root:
+    """Give `model`, in place, the adapters that `configs` describe. The first is active if there was none before."""
+    specs = {name: spec_of(config) for name, config in configs.items()}
+    root = root_of(model)
+    if root is None:
+        compiled = compile(model, specs, inplace=True, on_unmatched="warn", autocast_adapter_dtype=autocast)
+        root = Root(compiled, {})
+    else:
+        for name, spec in specs.items():
+            root.compiled.add_adapter(name, spec, on_unmatched="warn")
+    for name, config in configs.items():
+        take(root, name, config)
+    adopt(root)
+    return root
+
+
+def take(root: Root, name: str, config: Any = None) -> None:
+    """Remember the config of an adapter that was attached, with what compiling has found out."""
+    spec = root.program.plan.adapters[name]
+    root.configs[name] = config_from(spec) if config is None else config
+    resolve(root.configs[name], spec)
+    if spec.inference_mode:
+        root.compiled.set_requires_grad(name, False)
+
+
+def adopt(root: Root) -> None:
+    """Let the modules that adapters are on now be instances of PEFT's layers too, and know their root."""
+    program = root.program
+    sites: dict[str, list[Any]] = {}
+    for edit in program.plan.edits:
+        sites.setdefault(program.plan.sites[edit.site].owner, []).append(edit)
+    modules = {"": program.base, **{fqn: program.modules[fqn] for fqn in sites}}
+    for fqn, module in root.modules.items():
+        if fqn not in modules:
+            leave(module)
+    for fqn, module in modules.items():
+        module.__dict__[ROOT] = (root, fqn)
+        if fqn in sites and is_host(module):
+            be_also(module, classes_at(sites[fqn], program.plan.sites))
+    root.modules = modules
+
+
+def leave(module: nn.Module) -> None:
+    """Let a module be what it was."""
+    module.__dict__.pop(ROOT, None)
+    if is_host(module):
+        be_also(module, ())
+
+
+def release(root: Root) -> None:
+    """Let go of the base, which has no adapters any more."""
+    for module in root.modules.values():
+        leave(module)
+    root.modules = {}
+
+
+def tell(root: Root) -> None:
+    """Let what files say of where an adapter is from be what the configs say now, which scripts change."""
+    for name, config in root.configs.items():
+        describe(root.program, name, spec_of(config))

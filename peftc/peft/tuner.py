@@ -1,0 +1,218 @@
+"""PEFT's tuner models: what stands between a PeftModel and its base, and can be made alone."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftc.errors import AdapterError
+from peftc.peft.configs import PeftConfig
+from peftc.peft.layers import BaseTunerLayer
+from peftc.peft.roots import Root, attach, release, require_root
+from peftc.peft.types import PeftType
+from peftc.rewrite.mixed import mixed
+
+__all__ = ["BaseTuner", "IA3Model", "LoraModel", "MixedModel", "cast_adapter_dtype"]
+
+
+class BaseTuner(nn.Module):
+    """A model with adapters, attached in place; `model` is the base with its names and class.
+
+    `peft_config`: a config, or configs by adapter name. Attributes that are not found here are those of the base.
+    Raises SpecError, NoMatchError, ConflictError; the model is as it was then.
+
+    Example: lora_model = LoraModel(model, LoraConfig(target_modules=["q_proj"]), "default")
+    """
+
+    prefix: ClassVar[str] = ""
+    tuner_layer_cls: ClassVar[type[Any]] = BaseTunerLayer
+
+    def __init__(
+        self,
+        model: Any,
+        peft_config: Any,
+        adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        autocast_adapter_dtype: bool = False,
+    ) -> None:
+        super().__init__()
+        if isinstance(peft_config, nn.Module):  # The order of older documentation.
+            model, peft_config = peft_config, model
+        configs: Mapping[str, Any] = peft_config if isinstance(peft_config, dict) else {adapter_name: peft_config}
+        root = attach(model, configs, autocast=autocast_adapter_dtype)
+        root.activate(adapter_name, inference_mode=bool(getattr(root.configs[adapter_name], "inference_mode", False)))
+        self.model = root.program.base
+
+    @classmethod
+    def around(cls, root: Root) -> "BaseTuner":
+        """One around a model that has its adapters already."""
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)
+        new.model = root.program.base
+        return new
+
+    @property
+    def root(self) -> Root:
+        """What stands behind. Raises AdapterError after unloading."""
+        return require_root(self.model)
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """Config by adapter name."""
+        return self.root.configs
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The modules that are adapted, in module order."""
+        program = self.root.program
+        sites = (program.plan.sites[edit.site] for edit in program.plan.edits if not edit.whole)
+        return list(dict.fromkeys(site.owner if getattr(site, "host", None) is None else site.fqn for site in sites))
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters, in load order."""
+        return list(self.root.program.active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter, or the list of several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's call. `adapter_names`: the adapter of every row of the batch, `__base__` for none."""
+        return call(self.root, self.model, args, kwargs)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Attach the adapter that `peft_config[adapter_name]` describes, inactive."""
+        root = self.root
+        if adapter_name not in root.program.plan.adapters:
+            attach(root.program.base, {adapter_name: self.peft_config[adapter_name]}, autocast=autocast_adapter_dtype)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate exactly these adapters, and train them unless `inference_mode`. What is merged is unmerged first."""
+        if self.root.program.merged:
+            self.unmerge_adapter()
+        self.root.activate(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Let these adapters train, active or not, or freeze them."""
+        self.root.compiled.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off."""
+        self.root.delete(adapter_name)
+
+    def enable_adapter_layers(self) -> None:
+        """Turn the adapters on again."""
+        self.root.compiled.enable_adapters(True)
+
+    def disable_adapter_layers(self) -> None:
+        """Turn the adapters off."""
+        self.root.compiled.enable_adapters(False)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Fold adapters (default: the active ones) into the weights; those merged already are left."""
+        merged, active = self.root.program.merged, self.root.program.active
+        wanted = active if adapter_names is None else adapter_names
+        if not merged or not set(wanted) <= set(merged):
+            self.root.compiled.merge_adapter(adapter_names, untie=True)
+
+    def unmerge_adapter(self) -> None:
+        """Put the weights back, bit for bit, if any adapter is merged."""
+        if self.root.program.merged:
+            self.root.compiled.unmerge_adapter()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Fold adapters (default: the active ones) and return the plain model."""
+        return _unloaded(self.root, lambda root: root.compiled.merge_and_unload(adapter_names, untie=True))
+
+    def unload(self) -> nn.Module:
+        """Take all adapters off and return the model as it was given."""
+        return _unloaded(self.root, lambda root: root.compiled.unload())
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "", **how: Any
+    ) -> None:
+        """Attach an adapter that combines others; see `CompiledModel.add_weighted_adapter`."""
+        root = self.root
+        root.compiled.add_weighted_adapter(adapters, weights, adapter_name, combination_type, **how)
+        root.learn(adapter_name)
+
+    def get_model_config(self, model: Any) -> dict[str, Any]:
+        """The config of a model as a dict."""
+        config = getattr(model, "config", None)
+        return config.to_dict() if config is not None else {"model_type": "custom"}
+
+
+def call(root: Root, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], several: bool = False) -> Any:
+    """A call of `module`, or of its `generate` if `several`; `adapter_names` among `kwargs`: the adapters of rows."""
+    names = kwargs.pop("adapter_names", None)
+    run = cast(Any, module).generate if several else module
+    if names is None:
+        return run(*args, **kwargs)
+    with mixed(root.program, names, several=several):
+        return run(*args, **kwargs)
+
+
+def _unloaded(root: Root, unload: Callable[[Root], nn.Module]) -> nn.Module:
+    model = unload(root)
+    release(root)
+    return model
+
+
+class LoraModel(BaseTuner):
+    """A model with LoRA."""
+
+    prefix = "lora_"
+
+
+class IA3Model(BaseTuner):
+    """A model with (IA)³."""
+
+    prefix = "ia3_"
+
+
+class MixedModel(BaseTuner):
+    """A model with adapters of several methods."""
+
+
+_CLASSES: Mapping[Any, type[BaseTuner]] = {PeftType.LORA: LoraModel, PeftType.IA3: IA3Model}
+
+
+def tuner_class(config: Any) -> type[BaseTuner]:
+    """The class for a config; that of methods without one in PEFT's names is BaseTuner."""
+    if isinstance(config, PeftConfig) and config.is_prompt_learning:
+        raise AdapterError(f"{type(config).__name__}: virtual tokens have no tuner model; use get_peft_model")
+    return _CLASSES.get(config.peft_type, BaseTuner)
+
+
+def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+    """Let the adapter's half-precision parameters be float32. Raises AdapterError if there is no such adapter."""
+    root = require_root(model)
+    if adapter_name not in root.program.adapters:
+        raise AdapterError(f"no adapter {adapter_name!r}; there are {', '.join(root.configs)}")
+    if autocast_adapter_dtype:
+        for parameters, leaf in root.program.adapters[adapter_name].trained:
+            if parameters[leaf].dtype in (torch.float16, torch.bfloat16):
+                parameters[leaf].data = parameters[leaf].data.float()
