@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from peftc.checkpoint import LoadResult
 from peftc.compiled import CompiledModel
 from peftc.errors import AdapterError, CheckpointError
-from peftc.graph.sites import transformers_config
+from peftc.graph.finding import module_at
+from peftc.graph.sites import parameter_name, transformers_config
 from peftc.peft.configs import PeftConfig, spec_of
 from peftc.peft.roots import Root, adopt, attach, release, require_root, root_of, take, tell
 from peftc.peft.tuner import BaseTuner, MixedModel, call, tuner_class
 from peftc.peft.types import TaskType
+from peftc.prompts.files import prompt_edit
 from peftc.status import LayerStatus, ModelStatus
 
 __all__ = [
@@ -83,10 +85,9 @@ class PeftModel(nn.Module):
         return new
 
     def _stand_on(self, root: Root, config: Any) -> None:
-        prompts = root.program.base._modules.get(_PROMPT) if _prompt_learning(config) else None
-        if prompts is not None:
+        if _prompt_learning(config):
             # Before the base, which holds them too: so this is the name that torch finds them by.
-            self.add_module(_PROMPT, prompts)
+            self.add_module(_PROMPT, module_at(root.program.base, _prompts_in(root)))
             self.base_model: Any = root.program.base
             self.register_state_dict_post_hook(_named_once)
         else:
@@ -429,9 +430,18 @@ def _load_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if key not in (*_PLACED, "key_mapping")}
 
 
-def _named_once(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def _prompts_in(root: Root) -> str:
+    """Where the base holds the prompts, by adapter."""
+    program = root.program
+    edit = next(edit for name in program.plan.adapters if (edit := prompt_edit(program, name)) is not None)
+    return parameter_name(program.plan.sites[edit.site].holder, str(edit.rule.container))
+
+
+def _named_once(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Leave out the second names of prompts."""
-    for key in [key for key in state if key.startswith(f"{prefix}base_model.{_PROMPT}.")]:
+    root = root_of(module.base_model)
+    second = None if root is None else f"{prefix}base_model.{_prompts_in(root)}."
+    for key in [key for key in state if second is not None and key.startswith(second)]:
         del state[key]
 
 
@@ -451,8 +461,9 @@ def _as_named_here(
         if new != key and new not in state:
             state[new] = state.pop(key)
     if isinstance(module, PeftModel) and _PROMPT in module._modules:
-        for key in [key for key in state if key.startswith(f"{prefix}{_PROMPT}.")]:
-            state[f"{prefix}base_model.{key.removeprefix(prefix)}"] = state[key]
+        own, second = f"{prefix}{_PROMPT}.", f"{prefix}base_model.{_prompts_in(module.root)}."
+        for key in [key for key in state if key.startswith(own)]:
+            state[second + key.removeprefix(own)] = state[key]
 
 
 class PeftModelForCausalLM(PeftModel):

@@ -13,7 +13,7 @@ from torch import nn
 
 from peftc.api import compile
 from peftc.compiled import CompiledModel
-from peftc.errors import AdapterError
+from peftc.errors import AdapterError, NoMatchError
 from peftc.lifecycle import describe, named
 from peftc.peft.configs import config_from, resolve, spec_of
 from peftc.peft.layers import ROOT, classes_at
@@ -123,9 +123,25 @@ def attach(model: nn.Module, configs: Mapping[str, Any], *, autocast: bool) -> R
         for name, spec in specs.items():
             root.compiled.add_adapter(name, spec, on_unmatched="warn")
     for name, config in configs.items():
+        _require_some(root, name)
         take(root, name, config)
     adopt(root)
     return root
+
+
+def _require_some(root: Root, name: str) -> None:
+    """Raise NoMatchError, with the adapter off again, if it changes nothing at all: PEFT goes on without some targets,
+    but not without any.
+    """
+    plan = root.program.plan
+    if any(change.adapter == name for change in (*plan.edits, *plan.trained)):
+        return
+    misses = " ".join(f"{type(plan.adapters[name]).__name__}.{miss}" for miss in plan.misses if miss.adapter == name)
+    if len(plan.adapters) == 1:
+        root.compiled.unload()
+    else:
+        root.compiled.delete_adapter(name)
+    raise NoMatchError(f"{misses.rstrip('.')}. Nothing of the adapter would be left.")
 
 
 def take(root: Root, name: str, config: Any = None) -> None:

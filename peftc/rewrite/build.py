@@ -40,8 +40,7 @@ def require_applicable(plan: Plan, on_unmatched: str) -> None:
         return
     lines = " ".join(f"{type(plan.adapters[miss.adapter]).__name__}.{miss}" for miss in errors[:8])
     more = f" (and {len(errors) - 8} more)" if len(errors) > 8 else ""
-    left = {change.adapter for change in (*plan.edits, *plan.trained)}
-    if any(miss.fatal or miss.adapter not in left for miss in errors):
+    if any(miss.fatal for miss in errors):
         raise NoMatchError(f"{lines.rstrip('.')}{more}. Nothing of the adapter would be left.")
     if on_unmatched == "error":
         raise NoMatchError(f"{lines}{more} Mend the spec, or pass on_unmatched='warn' to go on without them.")

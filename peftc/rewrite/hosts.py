@@ -178,7 +178,7 @@ def _host_class(
     original: type[nn.Module],
     leaves: tuple[str, ...],
     methods: tuple[tuple[str, Any], ...],
-    also: tuple[type[Any], ...] = (),
+    also: tuple[type[Any], ...],
 ) -> Any:
     """The class of hosts of class `original`; `leaves` are parameters that may be stood in for, `methods` make the methods
     of these names from those that `original` has, and hosts are instances of the classes `also` too.
@@ -301,7 +301,7 @@ def install(module: nn.Module, leaves: Iterable[str] = (), methods: Mapping[str,
         module.__dict__[_PATCHED] = module.__dict__.pop("forward")
     module.__dict__[BOUND] = None
     # nn.Module's own __setattr__ takes ten times as long.
-    object.__setattr__(module, "__class__", _host_class(type(module), wanted, tuple(more.items())))
+    object.__setattr__(module, "__class__", _host_class(type(module), wanted, tuple(more.items()), ()))
     if hooked:  # Accelerate's hook stays outside, around what the host runs.
         module.__dict__[INNER] = types.MethodType(type(module).forward, module)
 
