@@ -16,6 +16,9 @@ from typing import Any
 _MODULES = ("transformers.trainer_utils", "transformers.trainer")
 _CLASSES = ("PeftModel", "PeftMixedModel")
 
+# What they are to take for PEFT's, where it is imported.
+_OURS = (("peftc.compiled", "CompiledModel"), ("peftc.peft.models", "PeftModel"))
+
 
 class _Family(type):
     """The class of classes whose instances are also all compiled models."""
@@ -23,10 +26,8 @@ class _Family(type):
     original: type | None
 
     def __instancecheck__(cls, instance: Any) -> bool:
-        compiled = sys.modules.get("peftc.compiled")
-        return (cls.original is not None and isinstance(instance, cls.original)) or (
-            compiled is not None and isinstance(instance, compiled.CompiledModel)
-        )
+        ours = [vars(sys.modules[module])[name] for module, name in _OURS if module in sys.modules]
+        return any(isinstance(instance, known) for known in (cls.original, *ours) if known is not None)
 
 
 def _tell(module: ModuleType) -> None:

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from peftc.errors import AdapterError
 from peftc.graph.sites import Site, WeightSite, canonical
 from peftc.plan import Edit
-from peftc.rewrite.hosts import original_class
+from peftc.rewrite.hosts import as_it_was
 from peftc.rewrite.parts import Part
 from peftc.rewrite.scale import set_scale_at
-from peftc.rewrite.walking import Added
 from peftc.rule import Bound
 
 __all__ = [
@@ -77,7 +76,7 @@ class BaseTunerLayer:
     @Computed
     def base_layer(self) -> nn.Module:
         """The module as it was: its class, its parameters, its own children."""
-        return _as_it_was(cast(nn.Module, self))
+        return as_it_was(cast(nn.Module, self))
 
     @Computed
     def active_adapters(self) -> list[str]:
@@ -107,7 +106,7 @@ class BaseTunerLayer:
 
     def get_base_layer(self) -> nn.Module:
         """The module as it was."""
-        return _as_it_was(cast(nn.Module, self))
+        return as_it_was(cast(nn.Module, self))
 
     def enable_adapters(self, enabled: bool) -> None:
         """Turn the adapters of the model on or off."""
@@ -132,20 +131,13 @@ class BaseTunerLayer:
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge the active adapters here: that happens when all layers were told to, as diffusers does."""
         root, fqn = place_of(self)
-        if root.program.merged:
-            return
-        root.merging.add(fqn)
-        if root.merging >= set(root.modules) - {""}:
-            root.merging.clear()
-            root.compiled.merge_adapter(adapter_names, untie=True)
+        if not root.program.merged:
+            root.merge_at(fqn, adapter_names)
 
     def unmerge(self) -> None:
         """Undo `merge`."""
         root, fqn = place_of(self)
-        if root.program.merged:
-            root.compiled.unmerge_adapter()
-            root.merging = set(root.modules) - {""}
-        root.merging.discard(fqn)
+        root.unmerge_at(fqn)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What an adapter adds to the weight, of its shape and in the adapter's dtype.
@@ -267,7 +259,7 @@ class AuxiliaryTrainingWrapper:
     @Computed
     def original_module(self) -> nn.Module:
         """The module as it was."""
-        return _as_it_was(cast(nn.Module, self))
+        return as_it_was(cast(nn.Module, self))
 
     @Computed
     def active_adapters(self) -> list[str]:
@@ -401,12 +393,3 @@ def _weight(module: nn.Module, site: WeightSite) -> Tensor:
     path = site.weight.removeprefix(f"{site.owner}.") if site.owner else site.weight
     owner, _, leaf = path.rpartition(".")
     return cast(Tensor, module.get_submodule(owner)._parameters[leaf])
-
-
-def _as_it_was(module: nn.Module) -> nn.Module:
-    """A view of a module without adapters: of its own class, with its own parameters and children."""
-    view: nn.Module = object.__new__(original_class(module))
-    children = {name: child for name, child in module.__dict__["_modules"].items() if not isinstance(child, Added)}
-    state = {name: value for name, value in module.__dict__.items() if not name.startswith("peftc")}
-    view.__dict__.update({**state, "_modules": children})
-    return view

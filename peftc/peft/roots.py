@@ -14,9 +14,10 @@ from torch import nn
 from peftc.api import compile
 from peftc.compiled import CompiledModel
 from peftc.errors import AdapterError, NoMatchError
+from peftc.graph.finding import module_at
 from peftc.lifecycle import describe, named
 from peftc.peft.configs import config_from, resolve, spec_of
-from peftc.peft.layers import ROOT, classes_at
+from peftc.peft.layers import ROOT, BaseTunerLayer, classes_at
 from peftc.rewrite.hosts import be_also, is_host
 from peftc.rewrite.program import Program
 
@@ -52,6 +53,24 @@ class Root:
             self.compiled.set_adapter(names)
         if inference_mode and set(program.learning) & set(names):
             self.compiled.set_requires_grad(names, False)
+
+    def merge_at(self, fqn: str, adapter_names: list[str] | None) -> None:
+        """Merge, if all layers were told to with this one."""
+        self.merging.add(fqn)
+        if self.merging >= self._layers:
+            self.merging.clear()
+            self.compiled.merge_adapter(adapter_names, untie=True)
+
+    def unmerge_at(self, fqn: str) -> None:
+        """Unmerge, at the first layer that is told to."""
+        if self.program.merged:
+            self.compiled.unmerge_adapter()
+            self.merging = set(self._layers)
+        self.merging.discard(fqn)
+
+    @property
+    def _layers(self) -> set[str]:
+        return {fqn for fqn, module in self.modules.items() if isinstance(module, BaseTunerLayer)}
 
     def learn(self, adapter_name: str) -> None:
         """Know an adapter that was attached to the compiled model itself."""
@@ -116,6 +135,9 @@ def attach(model: nn.Module, configs: Mapping[str, Any], *, autocast: bool) -> R
     """Give `model`, in place, the adapters that `configs` describe. The first is active if there was none before."""
     specs = {name: spec_of(config) for name, config in configs.items()}
     root = root_of(model)
+    if root is not None and _is_left(root):
+        release(root)
+        root = None
     if root is None:
         compiled = compile(model, specs, inplace=True, on_unmatched="warn", autocast_adapter_dtype=autocast)
         root = Root(compiled, {})
@@ -127,6 +149,12 @@ def attach(model: nn.Module, configs: Mapping[str, Any], *, autocast: bool) -> R
         take(root, name, config)
     adopt(root)
     return root
+
+
+def _is_left(root: Root) -> bool:
+    """Whether somebody has put the modules as they were in the place of those with adapters, which takes these off."""
+    base = root.program.base
+    return any(fqn and module_at(base, fqn) is not module for fqn, module in root.modules.items())
 
 
 def _require_some(root: Root, name: str) -> None:

@@ -21,7 +21,7 @@ from peftc.errors import AdapterError
 from peftc.graph.hooked import INNER, is_hooked
 from peftc.graph.region import OPAQUE
 from peftc.rewrite.lent import in_forward, lent
-from peftc.rewrite.walking import TRACED, children, hidden, hiding, is_walking, may_walk, set_children
+from peftc.rewrite.walking import TRACED, Added, children, hidden, hiding, is_walking, may_walk, set_children
 
 # The attribute of a host that holds what it runs now: a binding, or None.
 BOUND = "peftc"
@@ -32,6 +32,8 @@ _PATCHED = "peftc_patched"
 # The attribute of a module whose weights may be stood in for: the host that computes with them, as it was, and the
 # path from that host to the module.
 _READS = "peftc_reads"
+# The attribute of a view of a host as it was: the host.
+_VIEWED = "peftc_viewed"
 # How generated code reads a weight of its host: past what others get who read it.
 _OWN = "peftc_"
 
@@ -319,6 +321,8 @@ def _keep_hosts(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     copied = parent.__dict__.get("_is_replica", False)  # By nn.DataParallel, which gives it copies of the children.
     if old is None or old is child or copied or type(parent).__module__ == "torch._dynamo.eval_frame":
         return
+    if child is not None and child.__dict__.get(_VIEWED) is old:
+        return  # The host as it was takes its own place: that is how some take adapters off.
     hosts = [module for module in old.modules() if is_host(module)]
     if hosts and (child is None or not any(module is hosts[0] for module in child.modules())):
         raise AdapterError(
@@ -359,6 +363,15 @@ def base_of(host: nn.Module) -> Unbound:
 def reads(module: nn.Module, host: nn.Module, prefix: str) -> None:
     """Let the attributes of `module`, at path `prefix` of a host, be stood in for in the calls of that host."""
     module.__dict__[_READS] = (base_of(host), prefix)
+
+
+def as_it_was(host: nn.Module) -> nn.Module:
+    """A view of a host without adapters: of its own class, with its own parameters, buffers and children."""
+    view: nn.Module = object.__new__(original_class(host))
+    children = {name: child for name, child in host.__dict__["_modules"].items() if not isinstance(child, Added)}
+    state = {name: value for name, value in host.__dict__.items() if not name.startswith("peftc")}
+    view.__dict__.update({**state, "_modules": children, _VIEWED: host})
+    return view
 
 
 def uninstall(module: nn.Module) -> None:
