@@ -15,7 +15,7 @@ from peftc.checkpoint.base import originals
 from peftc.errors import AdapterError
 from peftc.peft.configs import PeftConfig
 from peftc.peft.layers import BaseTunerLayer
-from peftc.peft.models import PeftModel, root_in
+from peftc.peft.models import PeftModel, in_base, root_in
 from peftc.peft.roots import attach
 from peftc.peft.tuner import BaseTuner, cast_adapter_dtype
 from peftc.rewrite.sharding import put
@@ -108,7 +108,7 @@ def get_peft_model_state_dict(
     `state_dict`: the whole model's, to take them from (gathered from shards). Raises AdapterError on an unknown name.
     """
     root = root_in(model)
-    full = None if state_dict is None else in_base(state_dict)
+    full = None if state_dict is None else in_base(model, state_dict)
     state = api.get_peft_model_state_dict(
         root.compiled, full, adapter_name, save_embedding_layers=save_embedding_layers
     )
@@ -134,11 +134,6 @@ def set_peft_model_state_dict(
     }
     result = api.set_peft_model_state_dict(root.compiled, given, adapter_name, ignore_mismatched_sizes)
     return IncompatibleKeys(list(result.missing_keys), list(result.unexpected_keys))
-
-
-def in_base(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A PeftModel's state dict by the names of its base."""
-    return {re.sub(r"^base_model\.(model\.(?=.*\.))?", "", key): value for key, value in state_dict.items()}
 
 
 def _wrapped(model: Any) -> bool:

@@ -277,7 +277,7 @@ class PeftModel(nn.Module):
             save_embedding_layers=save_embedding_layers,
             is_main_process=is_main_process,
             safe_serialization=safe_serialization,
-            state_dict=kwargs.get("state_dict"),
+            state_dict=None if kwargs.get("state_dict") is None else in_base(self, kwargs["state_dict"]),
         )
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> Any:
@@ -531,6 +531,16 @@ def get_peft_model(
         peft_config.revision = revision
     cls = PeftMixedModel if mixed else _class_for(peft_config)
     return cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def in_base(model: Any, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of a PeftModel (of a tuner model, or of a base) by the names of its base."""
+    inner = getattr(model, "_orig_mod", model)
+    if isinstance(inner, PeftModel):
+        prefix = "base_model.model." if isinstance(inner.base_model, BaseTuner) else "base_model."
+    else:
+        prefix = "model." if isinstance(inner, BaseTuner) else ""
+    return {key.removeprefix(prefix): value for key, value in state_dict.items()}
 
 
 def root_in(model: Any) -> Root:

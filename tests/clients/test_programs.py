@@ -13,7 +13,7 @@ import pytest
 from tests.peft.test_program import close
 
 ROOT = Path(__file__).parent.parent.parent
-PROGRAMS = ("with_trainer",)
+PROGRAMS = ("with_trainer", "with_trl", "with_accelerate", "with_sentence_transformers", "with_diffusers")
 
 
 @cache

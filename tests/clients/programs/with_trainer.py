@@ -40,9 +40,7 @@ def adapted(**more: Any) -> Any:
 
 
 def run(model: Any, folder: str, resume: Any = None, **more: Any) -> Trainer:
-    trainer = Trainer(
-        model=model, args=arguments(folder, **more), train_dataset=Numbers(), eval_dataset=Numbers()
-    )
+    trainer = Trainer(model=model, args=arguments(folder, **more), train_dataset=Numbers(), eval_dataset=Numbers())
     trainer.train(resume_from_checkpoint=resume)
     return trainer
 
