@@ -19,7 +19,7 @@ demo: $(VENV)/demo.done  ## The main job: fine-tune, save, load, merge and expor
 test: $(VENV)/test.done  ## All tests, but those of clients' packages
 	$(PYTEST) --ignore=tests/clients
 
-test-clients: $(VENV)/clients.done  ## The real packages of real clients: bitsandbytes, torchao, trl
+test-clients: $(VENV)/clients.done  ## The real packages of real clients: trl, diffusers, accelerate, bitsandbytes, …
 	$(PYTEST) tests/clients
 
 quick: $(VENV)/test.done  ## The tests that take less than ten seconds each

@@ -13,7 +13,14 @@ import pytest
 from tests.peft.test_program import close
 
 ROOT = Path(__file__).parent.parent.parent
-PROGRAMS = ("with_trainer", "with_trl", "with_accelerate", "with_sentence_transformers", "with_diffusers")
+PROGRAMS = (
+    "with_trainer",
+    "with_trl",
+    "with_accelerate",
+    "with_sentence_transformers",
+    "with_diffusers",
+    "with_evaluation",
+)
 
 
 @cache
