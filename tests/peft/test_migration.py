@@ -22,9 +22,9 @@ def page() -> str:
     lines = [
         "# Coming from PEFT",
         "",
-        f"Code written for `peft` ({VERSION}) runs on peftc: import from `peftc.peft`, call `peftc.peft.install()` first, or",
-        "run `python -m peftc.peft script.py`. This page has every documented name, what it is here, and how it differs. It is",
-        "made from [migration.yaml](migration.yaml) and checked against the module.",
+        f"Code written for `peft` ({VERSION}) runs on peftc: import from `peftc.peft`, call `peftc.peft.install()` first,",
+        "or run `python -m peftc.peft script.py`. This page has every documented name, what it is here, and how it",
+        "differs. It is made from [migration.yaml](migration.yaml) and checked against the module.",
         "",
         "Out of reach is code that patches PEFT's classes from outside (axolotl, unsloth and ms-swift do, in parts).",
     ]
