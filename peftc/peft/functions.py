@@ -162,10 +162,13 @@ def load_peft_weights(
 def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
     """The tensors of the base by its own names, whatever is merged or saved whole. Raises AdapterError without adapters."""
     program = root_in(model).program
-    found = originals(program, program.given.requires_grad)
-    buffers = {name: buffer for name, buffer in program.base.named_buffers() if "modules_to_save" not in name}
-    kept = {name for name, _ in program.base.named_parameters(remove_duplicate=False)}
-    return {name: value for name, value in {**found, **buffers}.items() if name in kept or name in buffers}
+    parameters = {name for name, _ in program.base.named_parameters(remove_duplicate=False)}
+    state = {
+        name: value
+        for name, value in program.base.state_dict().items()
+        if name in program.given.requires_grad or (name not in parameters and ".modules_to_save." not in name)
+    }
+    return {**state, **originals(program, [name for name in state if name in program.given.requires_grad])}
 
 
 def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], strict: bool = True) -> IncompatibleKeys:
