@@ -199,23 +199,23 @@ class LoraLayer(BaseTunerLayer):
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Let the scaling here be `scale` times what the adapter's spec says."""
-        if adapter in _parts(self):
-            set_scale_at(_program(self), adapter, _site(self), lambda planned, now: planned * scale)
+        edits = _edits(self)
+        if adapter in edits:
+            set_scale_at(_program(self), edits[adapter], lambda planned, now: planned * scale)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scalings of active adapters here."""
-        for name in self._active_here():
-            set_scale_at(_program(self), name, _site(self), lambda planned, now: now * scale)
+        for edit in self._active_here():
+            set_scale_at(_program(self), edit, lambda planned, now: now * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scalings of active adapters here; without `scale`, they are what their specs say again."""
-        for name in self._active_here():
-            set_scale_at(
-                _program(self), name, _site(self), lambda planned, now: planned if scale is None else now / scale
-            )
+        for edit in self._active_here():
+            set_scale_at(_program(self), edit, lambda planned, now: planned if scale is None else now / scale)
 
-    def _active_here(self) -> list[str]:
-        return [name for name in _program(self).active if name in _parts(self)]
+    def _active_here(self) -> list[Edit]:
+        edits = _edits(self)
+        return [edits[name] for name in _program(self).active if name in edits]
 
 
 class Linear(LoraLayer):
@@ -318,7 +318,7 @@ class _Scaling(dict[str, float]):
 
     def __setitem__(self, adapter: str, value: float) -> None:
         super().__setitem__(adapter, value)
-        set_scale_at(_program(self.layer), adapter, _site(self.layer), lambda planned, now: value)
+        set_scale_at(_program(self.layer), _edits(self.layer)[adapter], lambda planned, now: value)
 
 
 # By rule and op, what an adapted module is called in PEFT.
@@ -364,15 +364,16 @@ def _program(layer: Any) -> Any:
     return place_of(layer)[0].program
 
 
-def _parts(layer: Any) -> dict[str, Part]:
-    """The parts at a module, by adapter; of several weights of the module, those at the first."""
+def _edits(layer: Any) -> dict[str, Edit]:
+    """The plan's edits at a module, by adapter; of several weights of the module, those at the first."""
     root, fqn = place_of(layer)
-    found: dict[str, Part] = {}
-    for name, adapter in root.program.adapters.items():
-        for part in adapter.parts.values():
-            if part.site.owner == fqn and name not in found:
-                found[name] = part
-    return found
+    return {edit.adapter: edit for edit in reversed(root.edits.get(fqn, ()))}
+
+
+def _parts(layer: Any) -> dict[str, Part]:
+    """The parts at a module, by adapter in load order."""
+    adapters, edits = _program(layer).adapters, _edits(layer)
+    return {name: adapters[name].part(edits[name]) for name in adapters if name in edits}
 
 
 def _part(layer: Any, adapter: str) -> Part:
@@ -382,10 +383,6 @@ def _part(layer: Any, adapter: str) -> Part:
             f"{place_of(layer)[1]}: no adapter {adapter!r} is on it; there are {', '.join(parts) or 'none'}"
         )
     return parts[adapter]
-
-
-def _site(layer: Any) -> str:
-    return next(iter(_parts(layer).values())).edit.site
 
 
 def _weight(module: nn.Module, site: WeightSite) -> Tensor:

@@ -18,18 +18,23 @@ from peftc.graph.finding import module_at
 from peftc.lifecycle import describe, named
 from peftc.peft.configs import config_from, resolve, spec_of
 from peftc.peft.layers import ROOT, BaseTunerLayer, classes_at
+from peftc.plan import Edit
 from peftc.rewrite.hosts import be_also, is_host
 from peftc.rewrite.program import Program
 
 
 class Root:
-    """A compiled model and its configs by adapter, which scripts may change. `merging`: layers told to merge so far."""
+    """A compiled model and its configs by adapter, which scripts may change.
+
+    `modules` and `edits`: by fqn, those that adapters are on, and the edits there. `merging`: layers told to merge so far.
+    """
 
     def __init__(self, compiled: CompiledModel, configs: dict[str, Any]) -> None:
         self.made: Any = compiled
         self.configs = configs
         self.merging: set[str] = set()
         self.modules: dict[str, nn.Module] = {}
+        self.edits: dict[str, list[Edit]] = {}
 
     @property
     def compiled(self) -> CompiledModel:
@@ -184,7 +189,7 @@ def take(root: Root, name: str, config: Any = None) -> None:
 def adopt(root: Root) -> None:
     """Let the modules that adapters are on now be instances of PEFT's layers too, and know their root."""
     program = root.program
-    sites: dict[str, list[Any]] = {}
+    sites: dict[str, list[Edit]] = {}
     for edit in program.plan.edits:
         sites.setdefault(program.plan.sites[edit.site].owner, []).append(edit)
     modules = {"": program.base, **{fqn: program.modules[fqn] for fqn in sites}}
@@ -195,7 +200,7 @@ def adopt(root: Root) -> None:
         module.__dict__[ROOT] = (root, fqn)
         if fqn in sites and is_host(module):
             be_also(module, classes_at(sites[fqn], program.plan.sites))
-    root.modules = modules
+    root.modules, root.edits = modules, sites
 
 
 def leave(module: nn.Module) -> None:
@@ -209,7 +214,7 @@ def release(root: Root) -> None:
     """Let go of the base, which has no adapters any more."""
     for module in root.modules.values():
         leave(module)
-    root.modules = {}
+    root.modules, root.edits = {}, {}
 
 
 def tell(root: Root) -> None:

@@ -28,16 +28,17 @@ def set_scale(program: Program, name: str, scale: float) -> None:
     adapter.scale = float(scale)
 
 
-def set_scale_at(program: Program, name: str, site: str, scaled: Callable[[float, float], float]) -> None:
-    """Let the constant that scales adapter `name` at one site be `scaled` (as planned, as it is now).
+def set_scale_at(program: Program, planned: Edit, scaled: Callable[[float, float], float]) -> None:
+    """Let the constant that scales an edit of the plan be `scaled` (as planned, as it is now).
 
     The adapter's scale is then that of the site: if others differ, it is theirs who were set last. Raises AdapterError if
     the method has no such constant.
     """
-    adapter = program.adapters[name]
-    planned = next(edit for edit in program.plan.edits if edit.adapter == name and edit.site == site)
+    adapter = program.adapters[planned.adapter]
     if planned.rule.scale is None:
-        raise AdapterError(f"{site}: {planned.rule.name} ({name!r}) has no factor that scales its change")
+        raise AdapterError(
+            f"{planned.site}: {planned.rule.name} ({adapter.name!r}) has no factor that scales its change"
+        )
     before, after = _scale(adapter.part(planned), planned, scaled)
     adapter.scale = after / before if before else after
 
