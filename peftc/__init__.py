@@ -10,6 +10,7 @@ from peftc.errors import (
     CaptureError,
     CheckpointError,
     ConflictError,
+    ExportError,
     MergeError,
     NoMatchError,
     PeftcError,
@@ -17,6 +18,7 @@ from peftc.errors import (
     RuleError,
     SpecError,
 )
+from peftc.export import verify
 from peftc.graph.ops import Form, Op, Shape, register_op, unregister_op
 from peftc.integrations.trainer import install as _install
 from peftc.plan import Plan
@@ -35,6 +37,7 @@ __all__ = [
     "CheckpointError",
     "CompiledModel",
     "ConflictError",
+    "ExportError",
     "Form",
     "LoadResult",
     "MergeError",
@@ -63,6 +66,7 @@ __all__ = [
     "unmerge_checkpoint",
     "unregister",
     "unregister_op",
+    "verify",
 ]
 
 _install()

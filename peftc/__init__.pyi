@@ -8,6 +8,7 @@ from peftc.errors import (
     CaptureError,
     CheckpointError,
     ConflictError,
+    ExportError,
     MergeError,
     NoMatchError,
     PeftcError,
@@ -15,6 +16,7 @@ from peftc.errors import (
     RuleError,
     SpecError,
 )
+from peftc.export import verify
 from peftc.graph.ops import Form, Op, Shape, register_op, unregister_op
 from peftc.integrations.trainer import install as _install
 from peftc.plan import Plan
@@ -39,6 +41,7 @@ __all__ = [
     "CheckpointError",
     "CompiledModel",
     "ConflictError",
+    "ExportError",
     "Form",
     "IA3Config",
     "LoadResult",
@@ -72,4 +75,5 @@ __all__ = [
     "unmerge_checkpoint",
     "unregister",
     "unregister_op",
+    "verify",
 ]

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, Self, Unpack
 
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from peftc.checkpoint import (
 )
 from peftc.compiled_files import CompiledFiles
 from peftc.errors import MergeError
+from peftc.export import Adapters, Certificate, Target, export
 from peftc.graph.region import Capture
 from peftc.merge import Undo, forget, merge, unmerge
 from peftc.registry import spec_classes
@@ -284,6 +286,33 @@ class CompiledModel(CompiledFiles):
         forget(self.program)
         self.program.overlay.keep()  # What active adapters trained in place, or brought, stays.
         return self._undo()
+
+    def export(
+        self,
+        folder: str | os.PathLike[str],
+        to: Target = "hf",
+        *,
+        adapters: Adapters = "merged",
+        inputs: Mapping[str, Tensor] | None = None,
+        generation: bool = False,
+    ) -> Certificate:
+        """Write the model for a runtime, and compare what was written with it.
+
+        `to`: `hf`, a plain transformers checkpoint; `pt2`, a torch.export program; `onnx`, a model for onnxruntime (needs
+        `peftc[export]`). Programs take any batch and length, and run without peftc: those of transformers' models by
+        `transformers.exporters.ExportedModel.from_pretrained(folder)`, with prefill and decode in `folder/generation` if
+        `generation`; others by `torch.export.load(folder / "model.pt2")` or onnxruntime. `adapters`: `merged` into the
+        weights, or `inside`, as the ops that they are. `inputs`: what the model is called with, tensors by name, two rows
+        at least; ids are made for models that take them.
+
+        All of it is written or, if anything fails or is killed, nothing; this model is as it was, bit for bit. The result
+        is also in the folder (`certificate.json`), for `peftc.verify(folder)`.
+
+        Example: print(compiled.export("deployed", to="onnx"))
+
+        Raises ExportError: a model that can't be traced, adapters that can't be merged, a package that is missing.
+        """
+        return export(self.program, Path(folder), to, adapters, inputs, generation)
 
     def unload(self) -> nn.Module:
         """Remove every adapter and return the base: same classes, tensors, flags and outputs as the original.

@@ -9,6 +9,7 @@ __all__ = [
     "CaptureError",
     "CheckpointError",
     "ConflictError",
+    "ExportError",
     "MergeError",
     "NoMatchError",
     "PeftcError",
@@ -87,6 +88,13 @@ class MergeError(PeftcError, ValueError):
     """Adapters can't be folded into the weights, or are merged when they must not be.
 
     Example: model.merge_adapter(), called twice
+    """
+
+
+class ExportError(PeftcError):
+    """A model, or its adapters, can't be exported as asked.
+
+    Example: compiled.export("out", to="hf")  # with virtual tokens, which no weight can hold
     """
 
 

@@ -46,6 +46,20 @@ def replace_files(folder: Path, files: Mapping[str, bytes], heads: Sequence[str]
             commit(folder, stage, heads, remove)
 
 
+@contextlib.contextmanager
+def staged(folder: Path, heads: Sequence[str]) -> Generator[Path]:
+    """A folder to write into, whose files take their places in `folder` when the context ends: all or, on an error, none.
+
+    Raises CheckpointError if `folder` can't be written.
+    """
+    with explained(folder, "write", 0):
+        folder.mkdir(parents=True, exist_ok=True)
+        with _staging(folder) as stage:
+            (stage / _FILES).mkdir()
+            yield stage / _FILES
+            commit(folder, stage, [name for name in heads if (stage / _FILES / name).exists()])
+
+
 def commit(folder: Path, stage: Path, heads: Sequence[str], remove: Sequence[str] = ()) -> None:
     """Put what is under `stage`/files in its place in `folder`, and remove others; once committed, it can't be lost.
 

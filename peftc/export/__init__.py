@@ -1,0 +1,7 @@
+"""Models that leave: checkpoints and programs for runtimes, each with a certificate of what it was compared with."""
+
+from peftc.export.certificate import Certificate
+from peftc.export.programs import Adapters, Target, export
+from peftc.export.verify import verify
+
+__all__ = ["Adapters", "Certificate", "Target", "export", "verify"]

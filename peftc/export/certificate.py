@@ -1,0 +1,125 @@
+"""What an export was compared with: beside the artefact, as JSON and the tensors of the comparison."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from peftc.errors import ExportError
+
+NAME = "certificate.json"
+SAMPLES = "certificate.safetensors"
+_VERSIONS = ("peftc", "torch", "transformers", "onnx", "onnxruntime", "onnxscript")
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """An artefact and the live model on the same inputs.
+
+    `to` and `adapters` as they were exported; `names` of the adapters in it. `difference`: the largest of any output, and
+    `scale` the largest output. `tokens`: greedy tokens that were compared, `tokens_equal` how many of them are the same
+    before the first that is not (None: the model generates none). `files`: the SHA-256 of every file of the artefact.
+    """
+
+    to: str
+    adapters: str
+    names: tuple[str, ...]
+    difference: float
+    scale: float
+    tokens: int | None
+    tokens_equal: int | None
+    files: Mapping[str, str]
+    versions: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def __str__(self) -> str:
+        said = f"{self.to}, adapters {self.adapters} ({', '.join(self.names) or 'none'})"
+        lines = [f"{said}: outputs differ by {self.difference:.2g} at most, of {self.scale:.3g}"]
+        if self.tokens is not None:
+            lines.append(f"greedy tokens: {self.tokens_equal} of {self.tokens} are the same")
+        return "; ".join(lines)
+
+    def write(self, folder: Path, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Put it into the folder of its artefact, with the inputs and the live model's outputs."""
+        tensors = {f"input.{name}": value for name, value in inputs.items()}
+        tensors |= {f"output.{name}": value for name, value in outputs.items()}
+        save_file(
+            {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, folder / SAMPLES
+        )
+        (folder / NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def read(folder: Path) -> tuple[Certificate, dict[str, Tensor], dict[str, Tensor]]:
+    """A certificate with its inputs and outputs. Raises ExportError if there is none that can be read."""
+    try:
+        data: dict[str, Any] = json.loads((folder / NAME).read_text())
+        tensors = load_file(folder / SAMPLES)
+        data["names"] = tuple(data["names"])
+        certificate = Certificate(**data)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ExportError(f"{folder}: holds no certificate of an export that can be read: {error}") from None
+    inputs, outputs = (
+        {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
+        for kind in ("input.", "output.")
+    )
+    return certificate, inputs, outputs
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The SHA-256 of every file in a folder but the certificate's own."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (NAME, SAMPLES))
+    return {str(path.relative_to(folder)): _sha256(path) for path in files}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """The versions of the packages that had a part in it."""
+    found: dict[str, str] = {}
+    for name in _VERSIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def difference(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> tuple[float, float]:
+    """The largest difference of any output that both have, and the largest value expected. Raises ExportError if they
+    have none in common, or of other shapes.
+    """
+    common = [name for name in expected if name in outputs]
+    if not common:
+        raise ExportError(f"the artefact gives {sorted(outputs)}, the model {sorted(expected)}: nothing to compare")
+    largest, scale = 0.0, 0.0
+    for name in common:
+        one, other = outputs[name].detach().cpu().double(), expected[name].detach().cpu().double()
+        if one.shape != other.shape:
+            raise ExportError(f"{name}: the artefact gives {tuple(one.shape)}, the model {tuple(other.shape)}")
+        finite = torch.isfinite(other)
+        largest = max(largest, float((one - other)[finite].abs().max()) if finite.any() else 0.0)
+        scale = max(scale, float(other[finite].abs().max()) if finite.any() else 0.0)
+    return largest, scale
+
+
+def tensors_of(outputs: Any) -> dict[str, Tensor]:
+    """The floating-point tensors of a model's outputs, by name (a number where they have none)."""
+    if isinstance(outputs, Tensor):
+        return {"output": outputs}
+    items: Iterable[tuple[Any, Any]] = (
+        outputs.items()
+        if isinstance(outputs, Mapping)
+        else enumerate(outputs)
+        if isinstance(outputs, tuple | list)
+        else ()
+    )
+    return {str(name): value for name, value in items if isinstance(value, Tensor) and value.is_floating_point()}

@@ -1,0 +1,279 @@
+"""Exporting a model with its adapters: a transformers checkpoint, a torch.export program, an ONNX model.
+
+transformers' own exporters and torch's do the work; here is what becomes of the adapters, that nothing is half written
+and the live model is as it was, and the comparison of what came out with it.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from peftc.checkpoint.atomic import staged
+from peftc.errors import ExportError, MergeError
+from peftc.export.certificate import Certificate, difference, hashes, tensors_of, versions
+from peftc.graph.sites import is_pretrained
+from peftc.merge import merge, unmerge
+from peftc.rewrite.hosts import original_class
+from peftc.rewrite.program import Program, require_idle
+
+Target = Literal["hf", "pt2", "onnx"]
+Adapters = Literal["merged", "inside"]
+_TOKENS = 8  # That are compared.
+# What torch.export's own programs are called, of models that are not of transformers.
+PLAIN = "model.pt2"
+_HEADS = ("config.json", "export.json", "certificate.json")
+
+
+def export(
+    program: Program,
+    folder: Path,
+    to: Target,
+    adapters: Adapters,
+    inputs: Mapping[str, Tensor] | None,
+    generation: bool,
+) -> Certificate:
+    """Write the model to `folder` and compare what was written with it; see `CompiledModel.export`."""
+    _require(program, to, adapters, generation)
+    given = _inputs(program.base, inputs)
+    with _for_inference(program.base):
+        expected = tensors_of(program.base(**given))
+        if not expected:
+            raise ExportError(f"{type(program.base).__name__} gives no tensors for {sorted(given)}: nothing to compare")
+        names = program.merged or program.spliced
+        tokens = _greedy(lambda ids: program.base(**ids), program.base, given)
+        with _merged(program, adapters), staged(folder, _HEADS) as stage:
+            run = _EXPORTERS[to](program, stage, given, generation)
+            largest, scale = difference(tensors_of(run(given)), expected)
+            made = _greedy(run, program.base, given)
+            certificate = Certificate(
+                to, adapters, names, largest, scale, *_agreement(made, tokens), hashes(stage), versions()
+            )
+            certificate.write(stage, given, expected)
+    return certificate
+
+
+def _greedy(run: "Run", model: nn.Module, given: Mapping[str, Tensor]) -> list[int] | None:
+    """The next tokens of the first row, each from a call of its own; None of models that generate none from ids alone."""
+    config: Any = getattr(model, "config", None)
+    generates = is_pretrained(model) and cast(Any, model).can_generate()
+    if not generates or config.is_encoder_decoder or not set(given) <= {"input_ids", "attention_mask"}:
+        return None
+    ids, tokens = given["input_ids"].expand(2, -1) if len(given["input_ids"]) == 1 else given["input_ids"], list[int]()
+    for _ in range(_TOKENS):
+        inputs = {name: ids if name == "input_ids" else torch.ones_like(ids) for name in given}
+        next_ids = tensors_of(run(inputs))["logits"][:, -1].argmax(-1, keepdim=True)
+        tokens.append(int(next_ids[0]))
+        ids = torch.cat([ids, next_ids.to(ids.device)], 1)
+    return tokens
+
+
+def _agreement(one: list[int] | None, other: list[int] | None) -> tuple[int | None, int | None]:
+    """How many tokens there are, and how many are the same before the first that is not."""
+    if one is None or other is None:
+        return None, None
+    parts = next((at for at, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), len(one))
+    return len(one), parts
+
+
+def _require(program: Program, to: str, adapters: str, generation: bool) -> None:
+    """Raise ExportError for what can't be, before anything is done."""
+    require_idle(program)
+    if to not in get_args(Target) or adapters not in get_args(Adapters):
+        raise ExportError(
+            f"to={to!r}, adapters={adapters!r}: valid are {', '.join(get_args(Target))};"
+            f" {', '.join(get_args(Adapters))}"
+        )
+    if program.merged and adapters == "inside":
+        raise ExportError(f"{', '.join(program.merged)} merged: unmerge_adapter() first, or export adapters='merged'")
+    if to == "hf" and adapters == "inside":
+        raise ExportError(
+            "to='hf': a transformers checkpoint has no place for adapters; save_pretrained writes them beside it, or export"
+            " adapters='merged'"
+        )
+    if to == "hf" and not is_pretrained(program.base):
+        raise ExportError(
+            f"to='hf': {original_class(program.base).__name__} is no model of transformers; merge_and_unload() and save its"
+            " state dict"
+        )
+    if generation and (to == "hf" or not is_pretrained(program.base)):
+        raise ExportError("generation=True is for programs (pt2, onnx) of transformers' generative models")
+    if to == "onnx":
+        _require_onnx()
+
+
+def _require_onnx() -> None:
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise ExportError(f"to='onnx' needs {', '.join(missing)}: pip install 'peftc[export]'")
+
+
+def _inputs(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Inputs to trace and compare with: those given, or ids for models that take them. Raises ExportError."""
+    if inputs is not None:
+        given: dict[str, Any] = dict(inputs)
+        wrong = [name for name, value in given.items() if not isinstance(value, Tensor)]
+        if wrong or not given:
+            raise ExportError(f"inputs: expected tensors by name, as the model is called with, got {wrong or given}")
+        return given
+    taken = inspect.signature(original_class(model).forward).parameters
+    if "input_ids" not in taken:
+        raise ExportError(
+            f"inputs: {original_class(model).__name__} takes {', '.join(list(taken)[1:5])}, …; give tensors by name, two rows"
+            " at least"
+        )
+    config: Any = getattr(model, "config", None)
+    vocabulary = int(getattr(config, "vocab_size", 0) or 100)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocabulary, (2, 8), generator=generator).to(next(model.parameters()).device)
+    made = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if getattr(config, "is_encoder_decoder", False):
+        made["decoder_input_ids"] = ids[:, :4].contiguous()
+    return {name: value for name, value in made.items() if name in taken}
+
+
+@contextmanager
+def _for_inference(model: nn.Module) -> Generator[None]:
+    """The model in eval() and without gradients, each module as it was afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _merged(program: Program, adapters: Adapters) -> Generator[None]:
+    """A context in which active adapters are merged, if they are to be, and the weights have their bits again after it."""
+    if adapters == "inside" or program.merged or not program.spliced:
+        yield
+        return
+    try:
+        merge(program, program.spliced, untie=True, undo="keep")
+    except MergeError as error:
+        raise ExportError(
+            f"adapters='merged': {error} adapters='inside' exports the model with its adapters."
+        ) from None
+    try:
+        yield
+    finally:
+        unmerge(program, check=False)
+
+
+Run = Callable[[Mapping[str, Tensor]], Any]
+
+
+def _checkpoint(program: Program, stage: Path, given: Mapping[str, Tensor], generation: bool) -> Run:
+    """A transformers checkpoint of the merged model."""
+    base: Any = program.base
+    own = {name: tensor for name, tensor in base.state_dict().items() if not _is_added(program, name)}
+    base.save_pretrained(stage, state_dict=own)
+
+    model: Any = cast(Any, original_class(base)).from_pretrained(stage).eval()
+    return lambda inputs: model(**inputs)
+
+
+def _is_added(program: Program, name: str) -> bool:
+    return any(part in program.children for part in name.split("."))
+
+
+def _program(program: Program, stage: Path, given: Mapping[str, Tensor], generation: bool) -> Run:
+    """A torch.export program."""
+    if not is_pretrained(program.base):
+        return _plain_program(program.base, stage, given)
+    from transformers.exporters.configs import DynamoConfig
+    from transformers.exporters.exporter_dynamo import DynamoExporter
+
+    return _exported(program, stage, given, generation, DynamoExporter(), DynamoConfig(dynamic=True))
+
+
+def _onnx(program: Program, stage: Path, given: Mapping[str, Tensor], generation: bool) -> Run:
+    """An ONNX model."""
+    if not is_pretrained(program.base):
+        return _plain_onnx(program.base, stage, given)
+    from transformers.exporters.configs import OnnxConfig
+    from transformers.exporters.exporter_onnx import OnnxExporter
+
+    return _exported(program, stage, given, generation, OnnxExporter(), OnnxConfig(dynamic=True))
+
+
+def _exported(
+    program: Program, stage: Path, given: Mapping[str, Tensor], generation: bool, exporter: Any, config: Any
+) -> Run:
+    """What one of transformers' exporters makes, in its own folder format, which it also runs."""
+    base: Any = program.base
+    with _quiet():
+        try:
+            made = exporter.export(base, dict(given), config)
+            made.save_pretrained(stage)
+            if generation:
+                exporter.export_for_generation(base, dict(given), config).save_pretrained(stage / "generation")
+        except Exception as error:  # Whatever tracing raises, of models that it can't take.
+            raise ExportError(
+                f"{original_class(base).__name__} can't be exported by {type(exporter).__name__}: {_first(error)}"
+            ) from error
+    return loaded(stage)
+
+
+def loaded(folder: Path) -> Run:
+    """What runs the program of a transformers model in `folder`, loaded once."""
+    from transformers.exporters.base import ExportedModel
+
+    exported: Any = ExportedModel.from_pretrained(str(folder))
+    return lambda inputs: exported(**inputs)
+
+
+def _plain_program(model: nn.Module, stage: Path, given: Mapping[str, Tensor]) -> Run:
+    batched = {name: {0: torch.export.Dim.AUTO} for name in given}
+    try:
+        made = torch.export.export(model, (), dict(given), dynamic_shapes=batched)
+    except Exception as error:
+        raise ExportError(f"{original_class(model).__name__} can't be exported: {_first(error)}") from error
+    torch.export.save(made, stage / PLAIN)
+    return lambda inputs: torch.export.load(stage / PLAIN).module()(**inputs)
+
+
+def _plain_onnx(model: nn.Module, stage: Path, given: Mapping[str, Tensor]) -> Run:
+    batched = {name: {0: torch.export.Dim.AUTO} for name in given}
+    path = stage / "model.onnx"
+    with _quiet():
+        try:
+            torch.onnx.export(
+                model, (), str(path), kwargs=dict(given), dynamic_shapes=batched, dynamo=True, verbose=False
+            )
+        except Exception as error:
+            raise ExportError(f"{original_class(model).__name__} can't be exported: {_first(error)}") from error
+    return lambda inputs: run_onnx(path, inputs)
+
+
+def run_onnx(path: Path, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...] | Tensor:
+    """The outputs of an ONNX model of one's own module; the only one, or a tuple."""
+    onnxruntime: Any = import_module("onnxruntime")
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    made = session.run(None, {name: value.detach().cpu().numpy() for name, value in inputs.items()})
+    outputs = tuple(torch.from_numpy(value) for value in made)
+    return outputs[0] if len(outputs) == 1 else outputs
+
+
+def _first(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+@contextmanager
+def _quiet() -> Generator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+_EXPORTERS: Mapping[str, Callable[..., Run]] = {"hf": _checkpoint, "pt2": _program, "onnx": _onnx}
