@@ -247,7 +247,9 @@ class Rule(Generic[S]):
         return weight - self.weight(torch.zeros_like(weight), p) if self.additive else weight
 
     def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
-        """Values of the parameters whose `init` is `rule`, from the canonical `weight` and `p.bias`, float32 at least."""
+        """Values of the parameters whose `init` is `rule`, from the canonical `weight`, `p.bias` and the parameters that
+        have theirs already, in float32 at least.
+        """
         raise NotImplementedError
 
     def module(self, spec: S, site: Any) -> nn.Module:

@@ -57,6 +57,8 @@ def _refusal(site: Site, edit: Edit) -> str | None:
         return f"{edit.site} is saved whole (modules_to_save)"
     if site.op not in ("linear", "embedding"):
         return f"{edit.site} is a {site.op}"
+    if not edit.rule.additive:
+        return f"{edit.site}: {type(edit.rule).__name__} is no sum of products"
     return f"{edit.site}: lora_bias" if edit.constants["biased"] else None
 
 

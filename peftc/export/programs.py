@@ -126,8 +126,8 @@ def _inputs(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> dict[str, 
     taken = inspect.signature(original_class(model).forward).parameters
     if "input_ids" not in taken:
         raise ExportError(
-            f"inputs: {original_class(model).__name__} takes {', '.join(list(taken)[1:5])}, …; give tensors by name, two rows"
-            " at least"
+            f"inputs: {original_class(model).__name__} takes {', '.join(list(taken)[1:5])}, …; give tensors by name, two"
+            " rows at least"
         )
     config: Any = getattr(model, "config", None)
     vocabulary = int(getattr(config, "vocab_size", 0) or 100)

@@ -183,8 +183,8 @@ class LoraLayer(BaseTunerLayer):
 
     @Computed
     def use_dora(self) -> dict[str, bool]:
-        """By adapter, False: another class serves DoRA."""
-        return dict.fromkeys(_parts(self), False)
+        """Whether a magnitude is trained, by adapter."""
+        return {name: bool(part.edit.constants.get("kernel") is not None) for name, part in _parts(self).items()}
 
     @Computed
     def lora_dropout(self) -> nn.ModuleDict:

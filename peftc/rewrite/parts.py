@@ -320,11 +320,16 @@ def _start_by_rule(
         with torch.no_grad():
             base = wide(canonical(weight.detach(), part.site))
             lazy = {"bias": lambda: None if bias is None else wide(bias.detach())}
-            values = rule.initialise(base, shapes, Bound(edit.constants, lazy))
+            values = rule.initialise(base, shapes, Bound({**_others(part, shapes), **edit.constants}, lazy))
             for param in own:
                 tensors[param.name].copy_(values[param.name])
     except (NotImplementedError, KeyError, RuntimeError, TypeError) as error:
         raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}.initialise) at {edit.site}: {error!r}") from error
+
+
+def _others(part: Part, shapes: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The parameters that have their values already, for those that start from them."""
+    return {name: wide(tensor.detach()) for name, tensor in part.tensors().items() if name not in shapes}
 
 
 def wide(weight: Tensor) -> Tensor:

@@ -1,9 +1,13 @@
 """LoRA: y + s·B(A(x)).  Hu et al. 2021, arXiv:2106.09685."""
 
 from .config import LoraConfig
+from .dora import DoraConv, DoraEmbedding, DoraLinear
 from .linear import LoraConv, LoraEmbedding, LoraLinear
 from .parameter import LoraParameter
 
 __all__ = ["RULES", "LoraConfig"]
 
-RULES = (LoraLinear(), LoraEmbedding(), LoraConv(), LoraParameter())
+RULES = (
+    *(LoraLinear(), LoraEmbedding(), LoraConv(), LoraParameter()),
+    *(DoraLinear(), DoraEmbedding(), DoraConv()),
+)

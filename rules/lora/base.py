@@ -20,7 +20,7 @@ class Lora(Rule[LoraConfig]):
     spec = LoraConfig
     additive = True
     local = "oi"
-    keys = ("lora_A", "lora_B", "lora_A0", "lora_B0", "lora_embedding_A", "lora_embedding_B")
+    keys = ("lora_A", "lora_B", "lora_A0", "lora_B0", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
     columns: ClassVar[Mapping[str, str]] = {"r": "r", "alpha": "lora_alpha"}
     combinations = COMBINATIONS
     exact = "cat"
@@ -28,6 +28,9 @@ class Lora(Rule[LoraConfig]):
     names: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
 
     scale = "scaling"
+
+    def serves(self, spec: LoraConfig) -> bool:
+        return not spec.use_dora
 
     def constants(self, spec: LoraConfig, site: WeightSite) -> dict[str, Constant]:
         fqn, init = site.name, spec.init_lora_weights

@@ -35,6 +35,7 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     `layers_pattern` names the list that holds them. `bias` trains base biases (`all`, or those of adapted modules).
     `init_lora_weights`: true (A kaiming-uniform, B zero), false (both random), `gaussian`, `orthogonal`, `olora`
     (arXiv:2406.01775), `pissa`, `pissa_niter_<n>` (arXiv:2404.02948).
+    `use_dora` trains a magnitude for every output beside the direction (Liu et al. 2024, arXiv:2402.09353).
     `fan_in_fan_out` is informative: the layout is read off the module.
     `target_parameters` names parameters (`experts.gate_up_proj`) that no linear holds: matrices, or one for each expert in
     three dimensions. They, and the weights of an nn.MultiheadAttention in `target_modules`, are adapted as weights.
@@ -43,7 +44,6 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     """
 
     not_implemented: ClassVar[Mapping[str, Any]] = {
-        "use_dora": False,
         "use_qalora": False,
         "layer_replication": None,
         "trainable_token_indices": None,
@@ -74,6 +74,7 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
     lora_bias: bool = False
+    use_dora: bool = False
     init_lora_weights: Annotated[bool | str, BeforeValidator(_init_name)] = True
 
     @property

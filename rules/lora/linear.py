@@ -57,7 +57,7 @@ class LoraLinear(Lora):
             delta = delta - p.lora_B0 @ p.lora_A0
         return weight + p.scaling * delta
 
-    def factors(self, p: Any) -> Factors:
+    def factors(self, p: Any) -> Factors | None:
         if not p.residual:
             return Factors(p.lora_B, p.lora_A, p.scaling)
         return Factors(torch.cat([p.lora_B, p.lora_B0], 1), torch.cat([p.lora_A, -p.lora_A0]), p.scaling)
@@ -97,7 +97,7 @@ class LoraEmbedding(Lora):
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         return weight + p.scaling * (p.lora_embedding_B @ p.lora_embedding_A)
 
-    def factors(self, p: Any) -> Factors:
+    def factors(self, p: Any) -> Factors | None:
         return Factors(p.lora_embedding_B, p.lora_embedding_A, p.scaling)
 
 

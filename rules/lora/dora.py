@@ -1,0 +1,121 @@
+"""DoRA: m ⊙ (W + s·BA) / ‖W + s·BA‖ by rows.  Liu et al. 2024, arXiv:2402.09353, equations 5 and 11.
+
+The norm is a constant to the gradient (section 4.3), as in peft. Rows are outputs: those of a convolution have its kernel,
+those of an embedding are its dimensions.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftc.errors import AdapterError
+from peftc.graph.sites import WeightSite
+from peftc.rule import Combination, Constant, Factors, Param
+
+from .base import Lora
+from .config import LoraConfig
+from .linear import LoraConv, LoraEmbedding, LoraLinear
+
+_MAGNITUDE = "lora_magnitude_vector"
+
+
+class _Dora(Lora):
+    """What DoRA adds to LoRA on any op: the magnitude m, which begins as the norm that is there."""
+
+    additive = False
+    local = "o"
+    scale = None
+
+    def serves(self, spec: LoraConfig) -> bool:
+        return spec.use_dora
+
+    def params(self, spec: LoraConfig, site: WeightSite) -> dict[str, Param]:
+        kernel = len(site.kernel_size)
+        shape = (1, site.out_features, *(1,) * kernel) if kernel else (site.out_features,)  # As in peft's files.
+        axes = f".o{'.' * kernel}" if kernel else "o"
+        magnitude = Param(shape, "rule", _MAGNITUDE, use="vector", axes=axes)
+        return {**super().params(spec, site), "magnitude": magnitude}
+
+    def constants(self, spec: LoraConfig, site: WeightSite) -> dict[str, Constant]:
+        drops = self.dropouts(spec, site).get("lora_dropout", 0.0) > 0
+        return {**super().constants(spec, site), "drops": drops, "kernel": len(site.kernel_size)}
+
+    def check(self, spec: LoraConfig, site: WeightSite) -> str | None:
+        if site.weight is None:
+            return "use_dora=True needs the weight for its norm, which is not a plain parameter here"
+        if spec.lora_bias:
+            return "use_dora=True scales what the weight gives; lora_bias adds to the bias: leave it out"
+        if site.groups > 1:
+            return f"use_dora=True needs the weight that LoRA makes, which {site.groups} groups can't express"
+        return super().check(spec, site)
+
+    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+        if "lora_A" in shapes:
+            made = super().initialise(weight, shapes, p)
+            # What PiSSA and OLoRA start from is taken off again; an orthogonal start is not.
+            delta = 0 if p.residual else made["lora_B"] @ made["lora_A"]
+            return {**made, "magnitude": _norm(weight + p.scaling * delta).view(shapes["magnitude"])}
+        return {"magnitude": _norm(super().weight(weight, p)).view(shapes["magnitude"])}
+
+    def weight(self, weight: Tensor, p: Any) -> Tensor:
+        changed = super().weight(weight, p)
+        gain = p.magnitude.flatten() / _norm(changed).detach()
+        return changed * gain.view(-1, 1, *(1,) * p.kernel)
+
+    def factors(self, p: Any) -> Factors | None:
+        return None  # The change is no product.
+
+    def combined(
+        self, specs: Mapping[str, LoraConfig], where: Mapping[str, Sequence[str]], how: Combination
+    ) -> LoraConfig:
+        raise AdapterError("adapters with use_dora=True have magnitudes, which no weighted sum is defined for")
+
+    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
+        """g·(base(x) + s·B(A(x))) without the bias, which is not scaled; with dropout, base sees what A sees."""
+        weight = p.weight
+        gain = p.magnitude.flatten() / _norm(super().weight(weight, p)).detach()
+        if p.drops:
+            dropped = p.lora_dropout(x)
+            plain = p.op(dropped, weight.to(dropped.dtype))
+            changed = plain + self.change(dropped, p)
+            return y + (self.scaled(changed, gain, p) - plain)
+        plain = y if p.bias is None else y - self.scaled(torch.ones_like(y), p.bias.to(y.dtype), p)
+        return y + (self.scaled(plain + self.change(x, p), gain, p) - plain)
+
+    def change(self, x: Tensor, p: Any) -> Tensor:
+        """s·B(A(x)), as LoRA adds it."""
+        raise NotImplementedError
+
+    def scaled(self, y: Tensor, gain: Tensor, p: Any) -> Tensor:
+        """`y` with every output times its own number; channels come before the places of a kernel."""
+        return y * gain.view(-1, *(1,) * p.kernel)
+
+
+def _norm(weight: Tensor) -> Tensor:
+    """The norm of every row, (out,)."""
+    return torch.linalg.vector_norm(weight.flatten(1), dim=1)
+
+
+class DoraLinear(_Dora, LoraLinear):
+    """On linear sites."""
+
+    def change(self, x: Tensor, p: Any) -> Tensor:
+        delta = F.linear(F.linear(x, p.lora_A) * p.scaling, p.lora_B)
+        return delta - F.linear(F.linear(x, p.lora_A0) * p.scaling, p.lora_B0) if p.residual else delta
+
+
+class DoraEmbedding(_Dora, LoraEmbedding):
+    """On embeddings."""
+
+    def change(self, x: Tensor, p: Any) -> Tensor:
+        return F.linear(p.op(x, p.lora_embedding_A.T) * p.scaling, p.lora_embedding_B)
+
+
+class DoraConv(_Dora, LoraConv):
+    """On convolutions."""
+
+    def change(self, x: Tensor, p: Any) -> Tensor:
+        return p.pointwise(p.op(x, p.lora_A, groups=1) * p.scaling, p.lora_B, None, groups=p.groups)
