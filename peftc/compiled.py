@@ -112,12 +112,22 @@ class CompiledModel(CompiledFiles):
         finally:
             self.enable_adapters(before)
 
-    def add_adapter(self, adapter_name: str, peft_config: Any, *, on_unmatched: OnUnmatched = "error") -> None:
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: Any,
+        *,
+        on_unmatched: OnUnmatched = "error",
+        autocast_adapter_dtype: bool | None = None,
+    ) -> None:
         """Attach a new, untrained adapter, inactive and frozen. `peft_config`: whatever `compile` takes as one spec.
+
+        `autocast_adapter_dtype` as in `compile`; by default as it was there.
 
         Raises AdapterError if the name is taken, SpecError, NoMatchError, ConflictError; nothing is changed then.
         """
-        lifecycle.add(self.program, adapter_name, load_spec(peft_config, spec_classes()), on_unmatched)
+        spec = load_spec(peft_config, spec_classes())
+        lifecycle.add(self.program, adapter_name, spec, on_unmatched, autocast=autocast_adapter_dtype)
 
     def load_adapter(
         self,
@@ -130,6 +140,7 @@ class CompiledModel(CompiledFiles):
         strict: bool = True,
         verify: Verify = "all",
         low_cpu_mem_usage: bool = True,
+        autocast_adapter_dtype: bool | None = None,
         **download: Unpack[Download],
     ) -> LoadResult:
         """Attach an adapter from a folder or a Hub repository, inactive; frozen unless `is_trainable`.
@@ -137,7 +148,8 @@ class CompiledModel(CompiledFiles):
         If the model has an adapter of that name and spec, it gets the file's values, and stays as active as it is.
         `allow_pickle`: read `adapter_model.bin` if there is no safetensors file. `strict=False`: take what fits; the result
         says what did not. `verify`: `all` compares files with their manifest, and the base with the one they were trained
-        on; `files` leaves out the base, `nothing` both; files without a manifest (PEFT's) load as they are. `download`:
+        on; `files` leaves out the base, `nothing` both; files without a manifest (PEFT's) load as they are.
+        `autocast_adapter_dtype` as in `compile`; by default as it was there. `download`:
         `revision`, `token`, `cache_dir`, `local_files_only`, … as in huggingface_hub. PEFT's `low_cpu_mem_usage` is so in
         any case.
 
@@ -146,7 +158,10 @@ class CompiledModel(CompiledFiles):
         folder = locate(model_id, subfolder, **download)
         with no_collection():
             files = read_adapter(folder, is_trainable=is_trainable, allow_pickle=allow_pickle, verify=verify)
-            return lifecycle.load(self.program, adapter_name, files, strict)
+            result = lifecycle.load(self.program, adapter_name, files, strict, autocast_adapter_dtype)
+        if is_trainable:
+            self.set_requires_grad(adapter_name)
+        return result
 
     def add_weighted_adapter(
         self,

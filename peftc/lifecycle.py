@@ -75,8 +75,17 @@ def require_unmerged(program: Program, what: str) -> None:
         raise MergeError(f"{what}: {', '.join(program.merged)} merged; call unmerge_adapter() first")
 
 
-def add(program: Program, name: str, spec: AdapterSpec, on_unmatched: str, fresh: bool = True) -> None:
-    """Attach a new adapter, inactive. `fresh=False`: its values are about to be loaded."""
+def add(
+    program: Program,
+    name: str,
+    spec: AdapterSpec,
+    on_unmatched: str,
+    fresh: bool = True,
+    autocast: bool | None = None,
+) -> None:
+    """Attach a new adapter, inactive. `fresh=False`: its values are about to be loaded. `autocast`: in float32 where
+    weights are of half precision; None: as the first adapters were.
+    """
     require_idle(program)
     if name in program.plan.adapters:
         raise AdapterError(f"adapter {name!r} exists already; choose another name, or delete it first")
@@ -84,7 +93,9 @@ def add(program: Program, name: str, spec: AdapterSpec, on_unmatched: str, fresh
     with parked(program) as base:
         specs = {name: with_heads(base, spec) if fresh else spec}
         before = program.plan
-        plan, regions = make_plan(base, specs, before.capture, before.autocast_adapter_dtype, before, fresh)
+        upcast = before.autocast_adapter_dtype if autocast is None else autocast
+        plan, regions = make_plan(base, specs, before.capture, upcast, before, fresh)
+        plan = replace(plan, autocast_adapter_dtype=before.autocast_adapter_dtype)
         require_applicable(plan, on_unmatched)
         check_names(base, plan, [name])
     if plan.capture == "modules":
@@ -99,7 +110,13 @@ def add(program: Program, name: str, spec: AdapterSpec, on_unmatched: str, fresh
         raise
 
 
-def load(program: Program, name: str, files: AdapterFiles, strict: bool) -> LoadResult:
+def load(
+    program: Program,
+    name: str,
+    files: AdapterFiles,
+    strict: bool,
+    autocast: bool | None = None,
+) -> LoadResult:
     """Attach an adapter, inactive, with the tensors of its files; one of the same spec that is there gets their values."""
     files = files.on(program.base)
     spec = respelled_spec(program.base, files.spec, files.tensors)
@@ -108,7 +125,7 @@ def load(program: Program, name: str, files: AdapterFiles, strict: bool) -> Load
         require_unmerged(program, "load_adapter")
         _require_same_adapter(program, name, spec)
         return fill_from(program, name, files, strict, attached=False)
-    add(program, name, spec, "warn", fresh=False)
+    add(program, name, spec, "warn", fresh=False, autocast=autocast)
     try:
         return fill_from(program, name, files, strict)
     except BaseException:

@@ -11,7 +11,7 @@ from typing import Any, cast
 from peftc.api import load_spec
 from peftc.checkpoint import locate
 from peftc.errors import SpecError
-from peftc.peft.types import PeftType, TaskType
+from peftc.peft.types import VERSION, PeftType, PromptEncoderReparameterizationType, PromptTuningInit, TaskType
 from peftc.prompts.specs import PromptSpec
 from peftc.registry import spec_class_named, spec_classes
 from peftc.specs import AdapterSpec
@@ -25,6 +25,12 @@ _MISSPELT = {"encoder_reprameterization_type": "encoder_reparameterization_type"
 # Fields that PEFT turns from lists into sets.
 _SETS = ("target_modules", "exclude_modules", "feedforward_modules")
 _VERSION = "peft_version"
+# What fields that only inform have by default in PEFT, where that is not None.
+_INFORMATIVE = {"loftq_config": {}, "megatron_core": "megatron.core", "qalora_group_size": 16}
+_ENUMS = {
+    "prompt_tuning_init": PromptTuningInit,
+    "encoder_reparameterization_type": PromptEncoderReparameterizationType,
+}
 
 
 @dataclasses.dataclass
@@ -37,7 +43,7 @@ class PeftConfig:
     task_type: Any = None
     peft_type: Any = None
     auto_mapping: dict[str, Any] | None = None
-    peft_version: str | None = None
+    peft_version: str | None = VERSION
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
@@ -52,6 +58,10 @@ class PeftConfig:
             value = getattr(self, name, None)
             if isinstance(value, list | tuple):
                 setattr(self, name, set(cast("list[str]", value)))
+        for name, kind in _ENUMS.items():
+            value = getattr(self, name, None)
+            if isinstance(value, str) and value.upper() in list(kind):
+                setattr(self, name, kind(value))
         if type(self) is not PeftConfig:
             _check(self)
 
@@ -138,11 +148,13 @@ def _given(config: PeftConfig) -> dict[str, Any]:
     cls = _spec_class(config.peft_type)
     data = {key: plain(value) for key, value in vars(config).items()}
     other = cls.informative | set(cls.not_implemented)
-    return {key: value for key, value in data.items() if key not in other or value != _off(cls, key)}
+    # None stands for the default, also where that is something.
+    left = {key for key, field in cls.model_fields.items() if data.get(key) is None and not field.is_required()}
+    return {k: v for k, v in data.items() if k not in left and (k not in other or v != _off(cls, k))}
 
 
 def _off(cls: type[AdapterSpec], key: str) -> Any:
-    return cls.not_implemented.get(key)
+    return {**_INFORMATIVE, **cls.not_implemented}.get(key)
 
 
 def config_from(spec: AdapterSpec) -> Any:
@@ -178,11 +190,15 @@ def config_class(cls: type[AdapterSpec]) -> type[Any]:
     fields: list[tuple[str, Any, Any]] = []
     for name, field in cls.model_fields.items():
         default = None if field.is_required() else field.get_default(call_default_factory=True)
-        if name not in inherited:
+        if name not in inherited and not (base is PromptLearningConfig and name in cls.selectors):
             factory = functools.partial(_mutable, default)
             fields.append((name, Any, dataclasses.field(default_factory=factory)))
-    others = {**dict.fromkeys(sorted(cls.informative - {_VERSION})), **cls.not_implemented}
-    fields += [(name, Any, dataclasses.field(default=off)) for name, off in others.items()]
+    others = {
+        key: _off(cls, key) for key in (*sorted(cls.informative - {_VERSION, "enable_lora"}), *cls.not_implemented)
+    }
+    fields += [
+        (name, Any, dataclasses.field(default_factory=functools.partial(_mutable, o))) for name, o in others.items()
+    ]
     fields.append(("peft_type", Any, dataclasses.field(default=PeftType(cls.model_fields["peft_type"].default))))
     made: Any = dataclasses.make_dataclass(cls.__name__, fields, bases=(base,), namespace={"__doc__": cls.__doc__})
     made.__module__ = __name__

@@ -115,8 +115,9 @@ class BaseTunerLayer:
             compiled.enable_adapters(enabled)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate exactly these adapters of the model, and train them unless `inference_mode`."""
-        place_of(self)[0].activate(adapter_names, inference_mode)
+        """Activate exactly these adapters of the model, and train what they have here unless `inference_mode`."""
+        place_of(self)[0].activate(adapter_names, inference_mode, flags=False)
+        _set_flags(self, adapter_names, not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let these adapters of the model train, or freeze them."""
@@ -185,6 +186,18 @@ class LoraLayer(BaseTunerLayer):
     def use_dora(self) -> dict[str, bool]:
         """Whether a magnitude is trained, by adapter."""
         return {name: bool(part.edit.constants.get("kernel") is not None) for name, part in _parts(self).items()}
+
+    @Computed
+    def use_rslora(self) -> dict[str, bool]:
+        """Whether the scaling goes by the root of the rank, by adapter."""
+        specs = _program(self).plan.adapters
+        return {name: bool(getattr(specs[name], "use_rslora", False)) for name in _parts(self)}
+
+    @Computed
+    def fan_in_fan_out(self) -> bool:
+        """Whether the weight is stored (in, out)."""
+        sites = [part.site for part in _parts(self).values()]
+        return any(isinstance(site, WeightSite) and site.op == "linear" and site.layout == "in_out" for site in sites)
 
     @Computed
     def lora_dropout(self) -> nn.ModuleDict:
@@ -278,8 +291,9 @@ class AuxiliaryTrainingWrapper:
         return not _program(self).enabled
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate exactly these adapters of the model, and train them unless `inference_mode`."""
-        place_of(self)[0].activate(adapter_names, inference_mode)
+        """Activate exactly these adapters of the model, and train what they have here unless `inference_mode`."""
+        place_of(self)[0].activate(adapter_names, inference_mode, flags=False)
+        _set_flags(self, adapter_names, not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Turn the adapters of the model on or off."""
@@ -374,6 +388,18 @@ def _parts(layer: Any) -> dict[str, Part]:
     """The parts at a module, by adapter in load order."""
     adapters, edits = _program(layer).adapters, _edits(layer)
     return {name: adapters[name].part(edits[name]) for name in adapters if name in edits}
+
+
+def _set_flags(layer: Any, names: str | Sequence[str], on: bool) -> None:
+    """Let what these adapters have at a module train, or not; what others have does not."""
+    program = _program(layer)
+    wanted = [names] if isinstance(names, str) else list(names)
+    for name, part in _parts(layer).items():
+        for param in part.edit.params:
+            if param.trainable:
+                part.tensor(param.key).requires_grad_(on and name in wanted)
+    learning = [name for name in program.learning if name in wanted] if not on else wanted
+    program.learning = tuple(name for name in program.plan.adapters if name in learning and on)
 
 
 def _part(layer: Any, adapter: str) -> Part:

@@ -39,19 +39,18 @@ __all__ = [
 ]
 
 _PROMPT = "prompt_encoder"
-# What `from_pretrained` and `load_adapter` take from scripts and need not: adapters are where their weights are.
-_PLACED = [
-    "torch_device",
-    "autocast_adapter_dtype",
-    "ephemeral_gpu_offload",
-    "low_cpu_mem_usage",
-    "device_map",
-    "max_memory",
-    "offload_folder",
-    "offload_dir",
-    "offload_index",
-    "use_safetensors",
-    "ignore_mismatched_sizes",
+# What `from_pretrained` and `load_adapter` pass on; what else scripts give is about the base, or about where adapters go.
+_OPTIONS = [
+    "subfolder",
+    "revision",
+    "token",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "proxies",
+    "verify",
+    "strict",
+    "allow_pickle",
 ]
 
 
@@ -93,7 +92,6 @@ class PeftModel(nn.Module):
         else:
             self.base_model = self._tuner_class(config).around(root)
         self.register_load_state_dict_pre_hook(_as_named_here)
-        self.training = root.program.base.training
 
     @staticmethod
     def _tuner_class(config: Any) -> type[BaseTuner]:
@@ -162,14 +160,14 @@ class PeftModel(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call. `adapter_names`: the adapter of every row of the batch, `__base__` for none."""
         kwargs.pop("task_ids", None)
-        names = kwargs.pop("adapter_names", None)
-        if names is None:
+        if kwargs.get("adapter_names") is None:
+            kwargs.pop("adapter_names", None)
             return self.base_model(*args, **kwargs)
-        return call(self.root, self.get_base_model(), args, {**kwargs, "adapter_names": names})
+        return call(self.get_base_model(), args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """`generate` of the base; `adapter_names` as in a call, one per prompt."""
-        return call(self.root, self.get_base_model(), args, kwargs, several=True)
+        return call(self.get_base_model(), args, kwargs, several=True)
 
     def add_adapter(
         self,
@@ -184,8 +182,7 @@ class PeftModel(nn.Module):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate an adapter, and train it unless `inference_mode`. What is merged is unmerged first."""
-        if self.root.program.merged:
-            self.compiled.unmerge_adapter()
+        self.root.unmerge()
         self.root.activate(adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -220,6 +217,8 @@ class PeftModel(nn.Module):
         cast_up = bool(kwargs.get("autocast_adapter_dtype", True))
         options = _load_options(kwargs)
         spec = None if config is None else spec_of(config)
+        if isinstance(model, PeftModel | BaseTuner):
+            model = model.get_base_model() if isinstance(model, PeftModel) else model.model
         root = root_of(model)
         if root is None:
             compiled = CompiledModel.from_pretrained(
@@ -236,22 +235,33 @@ class PeftModel(nn.Module):
             take(root, adapter_name, config)
             adopt(root)
         else:
-            root.compiled.load_adapter(model_id, adapter_name, is_trainable, **options)
+            root.unmerge()
+            root.compiled.load_adapter(model_id, adapter_name, is_trainable, autocast_adapter_dtype=cast_up, **options)
             root.learn(adapter_name)
             root.activate(adapter_name, inference_mode=not is_trainable)
         own = root.configs[adapter_name]
         own.inference_mode = not is_trainable
         chosen = _class_for(own) if cls is PeftModel else cls
-        return chosen.around(root, own)
+        made = chosen.around(root, own)
+        return made if is_trainable else made.eval()
 
     def load_adapter(
         self, model_id: str | os.PathLike[str], adapter_name: str, is_trainable: bool = False, **kwargs: Any
     ) -> LoadResult:
-        """Attach an adapter from a folder or a Hub repository, inactive; frozen unless `is_trainable`."""
-        result = self.compiled.load_adapter(model_id, adapter_name, is_trainable, **_load_options(kwargs))
+        """Attach an adapter from a folder or a Hub repository, inactive; frozen, and the model in eval(), unless
+        `is_trainable`.
+        """
+        self.root.unmerge()
+        upcast = bool(kwargs.get("autocast_adapter_dtype", True))
+        options = _load_options(kwargs)
+        result = self.compiled.load_adapter(
+            model_id, adapter_name, is_trainable, autocast_adapter_dtype=upcast, **options
+        )
         if adapter_name not in self.peft_config:
             self.root.learn(adapter_name)
         self.peft_config[adapter_name].inference_mode = not is_trainable
+        if not is_trainable:
+            self.eval()
         return result
 
     def save_pretrained(
@@ -291,11 +301,13 @@ class PeftModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters, adapters included."""
-        return self.compiled.get_nb_trainable_parameters()
+        counts = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
 
     def print_trainable_parameters(self) -> None:
         """Print the two numbers and their ratio."""
-        self.compiled.print_trainable_parameters()
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
     def get_layer_status(self) -> list[LayerStatus]:
         """What is active, merged and learning at every adapted module."""
@@ -352,10 +364,11 @@ class PeftModel(nn.Module):
         """Take all adapters off and return the model as it was given."""
         if isinstance(self.base_model, BaseTuner):
             return self.base_model.unload()
-        root = self.root
-        model = root.compiled.unload()
-        release(root)
-        return model
+        root = root_of(self.base_model)
+        if root is not None:
+            root.compiled.unload()
+            release(root)
+        return self.base_model
 
     @property
     def _tuner(self) -> BaseTuner:
@@ -427,7 +440,8 @@ def _load_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             "key_mapping: keys of other versions of transformers are found without it; for others rename them in the file"
         )
-    return {key: value for key, value in kwargs.items() if key not in (*_PLACED, "key_mapping")}
+    # A pickle is read with weights_only=True, as in PEFT.
+    return {"allow_pickle": True, **{key: value for key, value in kwargs.items() if key in _OPTIONS}}
 
 
 def _prompts_in(root: Root) -> str:

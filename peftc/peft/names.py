@@ -16,9 +16,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from peftc.errors import PeftcError
-
-# The version of PEFT whose names these are.
-VERSION = "0.21.2"
+from peftc.peft.types import VERSION
 
 _HERE = "peftc.peft"
 _HOMES = (
@@ -62,7 +60,8 @@ def kind_of(module: str, name: str) -> tuple[Kind, str]:
     """Whether a name is served; and by what, or why not."""
     if _served(module, name) is not None:
         return "served", ""
-    origin = next((path for path, names in table().items() if path.startswith("tuners.") and name in names), module)
+    tuners = (path for path, names in table().items() if path.startswith("tuners.") and name in names)
+    origin = module if module else next(tuners, module)
     parts = origin.split(".")
     if len(parts) > 1 and parts[0] == "tuners" and parts[1] not in ("tuners_utils", "_buffer_dict"):
         return "to come", f"the method {parts[1]!r} has no part of this name yet"

@@ -6,6 +6,7 @@ attached in place, and everything else is asked of the CompiledModel.
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,24 +16,27 @@ from peftc.api import compile
 from peftc.compiled import CompiledModel
 from peftc.errors import AdapterError, NoMatchError
 from peftc.graph.finding import module_at
-from peftc.lifecycle import describe, named
+from peftc.lifecycle import describe, named, require_known
 from peftc.peft.configs import config_from, resolve, spec_of
 from peftc.peft.layers import ROOT, BaseTunerLayer, classes_at
 from peftc.plan import Edit
 from peftc.rewrite.hosts import be_also, is_host
 from peftc.rewrite.program import Program
+from peftc.rewrite.switch import activate
 
 
 class Root:
     """A compiled model and its configs by adapter, which scripts may change.
 
-    `modules` and `edits`: by fqn, those that adapters are on, and the edits there. `merging`: layers told to merge so far.
+    `modules` and `edits`: by fqn, those that adapters are on, and the edits there. `merging`: layers told to merge so far;
+    `before`: who was active and learning before others were merged.
     """
 
     def __init__(self, compiled: CompiledModel, configs: dict[str, Any]) -> None:
         self.made: Any = compiled
         self.configs = configs
         self.merging: set[str] = set()
+        self.before: tuple[tuple[str, ...], tuple[str, ...]] | None = None
         self.modules: dict[str, nn.Module] = {}
         self.edits: dict[str, list[Edit]] = {}
 
@@ -50,32 +54,55 @@ class Root:
         """The program of the compiled model."""
         return self.compiled.program
 
-    def activate(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activate exactly these adapters, and train them unless `inference_mode`; nothing happens if that is so."""
+    def activate(self, adapter_names: str | Sequence[str], inference_mode: bool = False, *, flags: bool = True) -> None:
+        """Activate exactly these adapters, and train them unless `inference_mode`. `flags`: of all parameters, again."""
         names, program = named(adapter_names), self.program
-        learning = set() if inference_mode else set(names)
-        if set(names) != set(program.active) or not learning <= set(program.learning):
+        if set(names) != set(program.active):
             self.compiled.set_adapter(names)
-        if inference_mode and set(program.learning) & set(names):
-            self.compiled.set_requires_grad(names, False)
+        # Also where nothing changes: scripts set flags themselves.
+        if flags:
+            self.compiled.set_requires_grad(names, not inference_mode)
 
     def merge_at(self, fqn: str, adapter_names: list[str] | None) -> None:
         """Merge, if all layers were told to with this one."""
         self.merging.add(fqn)
         if self.merging >= self._layers:
             self.merging.clear()
-            self.compiled.merge_adapter(adapter_names, untie=True)
+            self.merge(adapter_names)
 
     def unmerge_at(self, fqn: str) -> None:
         """Unmerge, at the first layer that is told to."""
         if self.program.merged:
-            self.compiled.unmerge_adapter()
+            self.unmerge()
             self.merging = set(self._layers)
         self.merging.discard(fqn)
 
     @property
     def _layers(self) -> set[str]:
         return {fqn for fqn, module in self.modules.items() if isinstance(module, BaseTunerLayer)}
+
+    def merge(self, adapter_names: Sequence[str] | None) -> None:
+        """Merge these adapters (default: the active ones) beside those that are, whether they are active or not."""
+        program = self.program
+        wanted = list(program.active if adapter_names is None else named(adapter_names))
+        require_known(program, wanted)
+        total = [name for name in program.plan.adapters if name in {*wanted, *program.merged}]
+        if set(total) == set(program.merged):
+            return
+        self.unmerge()
+        self.compiled.enable_adapters(True)
+        if total != list(program.active):
+            self.before = (program.active, program.learning)
+            self.compiled.set_adapter(total)
+        self.compiled.merge_adapter(total, untie=True)
+
+    def unmerge(self) -> None:
+        """Unmerge what is merged, and let the adapters be active that were."""
+        if self.program.merged:
+            self.compiled.unmerge_adapter()
+        if self.before is not None:
+            (active, learning), self.before = self.before, None
+            activate(self.program, active, learning)
 
     def learn(self, adapter_name: str) -> None:
         """Know an adapter that was attached to the compiled model itself."""
@@ -84,6 +111,7 @@ class Root:
 
     def delete(self, adapter_name: str | Sequence[str]) -> None:
         """Take adapters off, and let modules that have none any more be what they were."""
+        self.unmerge()
         self.compiled.delete_adapter(adapter_name)
         for name in named(adapter_name):
             self.configs.pop(name, None)
@@ -147,8 +175,12 @@ def attach(model: nn.Module, configs: Mapping[str, Any], *, autocast: bool) -> R
         compiled = compile(model, specs, inplace=True, on_unmatched="warn", autocast_adapter_dtype=autocast)
         root = Root(compiled, {})
     else:
+        root.unmerge()
         for name, spec in specs.items():
-            root.compiled.add_adapter(name, spec, on_unmatched="warn")
+            if name in root.configs:
+                warnings.warn(f"adapter {name!r} is there already; the new one takes its place", stacklevel=4)
+                root.delete(name)
+            root.compiled.add_adapter(name, spec, on_unmatched="warn", autocast_adapter_dtype=autocast)
     for name, config in configs.items():
         _require_some(root, name)
         take(root, name, config)
@@ -167,7 +199,7 @@ def _require_some(root: Root, name: str) -> None:
     but not without any.
     """
     plan = root.program.plan
-    if any(change.adapter == name for change in (*plan.edits, *plan.trained)):
+    if any(edit.adapter == name and not edit.whole for edit in plan.edits):
         return
     misses = " ".join(f"{type(plan.adapters[name]).__name__}.{miss}" for miss in plan.misses if miss.adapter == name)
     if len(plan.adapters) == 1:
@@ -182,6 +214,11 @@ def take(root: Root, name: str, config: Any = None) -> None:
     spec = root.program.plan.adapters[name]
     root.configs[name] = config_from(spec) if config is None else config
     resolve(root.configs[name], spec)
+    own, edits = root.configs[name], [edit for edit in root.program.plan.edits if edit.adapter == name]
+    if getattr(own, "modules_to_save", None) is None and any(edit.whole for edit in edits):
+        own.modules_to_save = list(spec.heads) or None
+    if getattr(own, "target_modules", None) == "all-linear":
+        own.target_modules = {edit.site.rpartition(".")[2] for edit in edits if not edit.whole}
     if spec.inference_mode:
         root.compiled.set_requires_grad(name, False)
 

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from peftc.errors import AdapterError
 from peftc.peft.configs import PeftConfig
-from peftc.peft.layers import BaseTunerLayer
-from peftc.peft.roots import Root, attach, release, require_root
+from peftc.peft.layers import BaseTunerLayer, IA3Layer, LoraLayer
+from peftc.peft.roots import Root, attach, release, require_root, root_of
 from peftc.peft.types import PeftType
 from peftc.rewrite.mixed import mixed
 
@@ -77,10 +77,9 @@ class BaseTuner(nn.Module):
         return list(self.root.program.active)
 
     @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapter, or the list of several."""
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
+    def active_adapter(self) -> list[str]:
+        """As `active_adapters`."""
+        return self.active_adapters
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -92,7 +91,7 @@ class BaseTuner(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call. `adapter_names`: the adapter of every row of the batch, `__base__` for none."""
-        return call(self.root, self.model, args, kwargs)
+        return call(self.model, args, kwargs)
 
     def inject_adapter(
         self,
@@ -109,8 +108,7 @@ class BaseTuner(nn.Module):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Activate exactly these adapters, and train them unless `inference_mode`. What is merged is unmerged first."""
-        if self.root.program.merged:
-            self.unmerge_adapter()
+        self.root.unmerge()
         self.root.activate(adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
@@ -131,31 +129,33 @@ class BaseTuner(nn.Module):
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters (default: the active ones) into the weights; those merged already are left."""
-        merged, active = self.root.program.merged, self.root.program.active
-        wanted = active if adapter_names is None else adapter_names
-        if not merged or not set(wanted) <= set(merged):
-            self.root.compiled.merge_adapter(adapter_names, untie=True)
+        self.root.merge(adapter_names)
 
     def unmerge_adapter(self) -> None:
         """Put the weights back, bit for bit, if any adapter is merged."""
-        if self.root.program.merged:
-            self.root.compiled.unmerge_adapter()
+        self.root.unmerge()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> nn.Module:
-        """Fold adapters (default: the active ones) and return the plain model."""
-        return _unloaded(self.root, lambda root: root.compiled.merge_and_unload(adapter_names, untie=True))
+        """Fold adapters (default: the active ones) and return the plain model; once more returns it again."""
+
+        def merged(root: Root) -> nn.Module:
+            root.merge(adapter_names)
+            return root.compiled.merge_and_unload(untie=True)
+
+        return _unloaded(self.model, merged)
 
     def unload(self) -> nn.Module:
         """Take all adapters off and return the model as it was given."""
-        return _unloaded(self.root, lambda root: root.compiled.unload())
+        return _unloaded(self.model, lambda root: root.compiled.unload())
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "", **how: Any
     ) -> None:
         """Attach an adapter that combines others; see `CompiledModel.add_weighted_adapter`."""
         root = self.root
+        root.unmerge()
         root.compiled.add_weighted_adapter(adapters, weights, adapter_name, combination_type, **how)
         root.learn(adapter_name)
 
@@ -165,17 +165,20 @@ class BaseTuner(nn.Module):
         return config.to_dict() if config is not None else {"model_type": "custom"}
 
 
-def call(root: Root, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], several: bool = False) -> Any:
-    """A call of `module`, or of its `generate` if `several`; `adapter_names` among `kwargs`: the adapters of rows."""
+def call(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], several: bool = False) -> Any:
+    """A call of `base`, or of its `generate` if `several`; `adapter_names` among `kwargs`: the adapters of rows."""
     names = kwargs.pop("adapter_names", None)
-    run = cast(Any, module).generate if several else module
+    run = cast(Any, base).generate if several else base
     if names is None:
         return run(*args, **kwargs)
-    with mixed(root.program, names, several=several):
+    with mixed(require_root(base).program, names, several=several):
         return run(*args, **kwargs)
 
 
-def _unloaded(root: Root, unload: Callable[[Root], nn.Module]) -> nn.Module:
+def _unloaded(base: nn.Module, unload: Callable[[Root], nn.Module]) -> nn.Module:
+    root = root_of(base)
+    if root is None:
+        return base
     model = unload(root)
     release(root)
     return model
@@ -185,12 +188,14 @@ class LoraModel(BaseTuner):
     """A model with LoRA."""
 
     prefix = "lora_"
+    tuner_layer_cls = LoraLayer
 
 
 class IA3Model(BaseTuner):
     """A model with (IA)³."""
 
     prefix = "ia3_"
+    tuner_layer_cls = IA3Layer
 
 
 class MixedModel(BaseTuner):

@@ -10,6 +10,8 @@ from peftc.specs.io import CONFIG_NAME
 
 __all__ = [
     "CONFIG_NAME",
+    "DUMMY_MODEL_CONFIG",
+    "DUMMY_TARGET_MODULES",
     "EMBEDDING_LAYER_NAMES",
     "INCLUDE_LINEAR_LAYERS_SHORTHAND",
     "SAFETENSORS_WEIGHTS_NAME",
@@ -24,6 +26,11 @@ __all__ = [
     "PromptTuningInit",
     "TaskType",
 ]
+
+# The version of PEFT whose names and defaults these are.
+VERSION = "0.21.2"
+DUMMY_TARGET_MODULES = "dummy-target-modules"
+DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
 INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"

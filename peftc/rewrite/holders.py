@@ -2,7 +2,7 @@
 
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftc.errors import AdapterError
 from peftc.rewrite.walking import Added
@@ -12,7 +12,7 @@ VALUE = "value"
 
 
 class Holder(nn.Module):
-    """Holds parameters of one adapter under their PEFT names. The generated code reads them; it is never called.
+    """Holds parameters of one adapter under their PEFT names. Generated code reads them and never calls it; scripts may.
 
     So a hook on it would never run, and one of accelerate's that offloads would leave the code to compute with the
     memory of nothing: that is refused, with AdapterError.
@@ -25,6 +25,23 @@ class Holder(nn.Module):
                 " Offloading has begun, so load the model again, and compile it without offloading."
             )
         super().__setattr__(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What a factor of a linear does with `x` (…, in). Raises NotImplementedError of other tensors."""
+        weight = self._parameters.get("weight")
+        if weight is None or weight.dim() != 2:
+            raise NotImplementedError("this holds tensors of an adapter, and is no linear")
+        return nn.functional.linear(x, weight, self._parameters.get("bias"))
+
+    @property
+    def in_features(self) -> int:
+        """Of a factor of a linear."""
+        return self.get_parameter("weight").shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Of a factor of a linear."""
+        return self.get_parameter("weight").shape[0]
 
 
 class Group(Added, nn.Module):
