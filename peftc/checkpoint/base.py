@@ -14,6 +14,7 @@ from peftc.graph.finding import modules_at
 from peftc.graph.sites import WeightSite, parameter_name, transformers_config
 from peftc.rewrite.hosts import original_class
 from peftc.rewrite.program import Program
+from peftc.rewrite.sharding import own, values_at
 
 _TENSORS = 32
 _VALUES = 64
@@ -36,7 +37,7 @@ class BaseFingerprint:
 def fingerprint_of(program: Program, adapter: str) -> BaseFingerprint:
     """The fingerprint of the base that `adapter` is trained on, with the weights of its own sites first.
 
-    Tensors that are not at hand (meta, quantised, sharded, merged into in place) are left out.
+    Tensors that are not at hand (meta, quantised, merged into in place) are left out.
     """
     named = originals(program, program.given.requires_grad)
     heads = tuple(f"{edit.site}." for edit in program.plan.edits if edit.whole)
@@ -117,10 +118,11 @@ def _spread(names: list[str], count: int) -> list[str]:
 
 def _sample_of(_: str, tensor: Tensor) -> str | None:
     """The sample of a tensor in memory, or None if it has no values that can be compared."""
-    if tensor.is_meta or type(tensor.data) is not Tensor or not tensor.is_floating_point() or tensor.itemsize < 2:
+    local = own(tensor)
+    if local.is_meta or type(local.data) is not Tensor or not tensor.is_floating_point() or tensor.itemsize < 2:
         return None
     shape = tuple(tensor.shape)
-    values = tensor.detach()[torch.unravel_index(places(shape).to(tensor.device), shape)].cpu()
+    values = values_at(tensor.detach(), torch.unravel_index(places(shape).to(local.device), shape)).cpu()
     return sample_from(values, shape)
 
 

@@ -14,6 +14,7 @@ from peftc.graph.sites import WeightSite, canonical
 from peftc.registry import rules_of
 from peftc.rewrite.parts import Part, weight_of, wide
 from peftc.rewrite.program import Program
+from peftc.rewrite.sharding import whole
 from peftc.rule import Bound, Rule
 
 
@@ -135,4 +136,4 @@ def _made(program: Program, part: Part, state: Any) -> Mapping[str, Tensor]:
     weight = weight_of(program.modules[part.site.owner], part.site)
     assert weight is not None, "the rule's check() asks for a weight"
     assert isinstance(part.site, WeightSite), "others have no inputs"
-    return part.edit.rule.calibrated(wide(canonical(weight.detach(), part.site)), state, bound(part))
+    return part.edit.rule.calibrated(wide(canonical(whole(weight), part.site)), state, bound(part))
