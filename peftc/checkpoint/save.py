@@ -22,7 +22,7 @@ from peftc.graph.sites import transformers_config
 from peftc.prompts.files import encoder_state, prompt_edit
 from peftc.rewrite.hosts import original_class
 from peftc.rewrite.program import Program
-from peftc.rewrite.sharding import is_sharded
+from peftc.rewrite.sharding import is_sharded, reshard
 from peftc.specs.io import CONFIG_NAME
 
 Form = Literal["peft", "serving", "per_expert"]
@@ -72,6 +72,7 @@ def _warn(program: Program, name: str, options: SaveOptions) -> None:
 
 
 def _files(program: Program, adapter: str, options: SaveOptions) -> dict[str, bytes]:
+    reshard(program.base)
     config = config_of(program, adapter, options.bake)
     if options.form == "serving":
         config, tensors = serving_form(program, adapter, config)

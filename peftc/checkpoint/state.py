@@ -51,6 +51,7 @@ def saved_state_dict(
 
     Raises CheckpointError if `full` lacks one.
     """
+    reshard(program.base)  # What FSDP2 has gathered for a call may be rounded.
     prefix, stored = program.adapters[adapter].spec.key_prefix, stored_as(program, adapter)
     state = adapter_state_dict(program, adapter) if full is None else _from_full(program, adapter, full)
     state |= embedding_state(program, adapter, prefix, save_embedding_layers)

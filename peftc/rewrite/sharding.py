@@ -175,9 +175,10 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def widest_mesh(model: nn.Module) -> Any | None:
     """The mesh of most processes that parameters of `model` lie on; None if none is sharded."""
-    meshes = [group.mesh_info.mesh for group in _groups(model)] or [
-        parameter.device_mesh for parameter in _sharded_parameters(model)
-    ]
+    return _widest(parameter.device_mesh for parameter in _sharded_parameters(model))
+
+
+def _widest(meshes: Iterable[Any]) -> Any | None:
     return max(meshes, key=lambda mesh: mesh.size(), default=None)
 
 
@@ -188,13 +189,19 @@ def managed(model: nn.Module) -> dict[int, Any]:
 
 def data_mesh(model: nn.Module) -> Any | None:
     """The mesh over which FSDP2 averages gradients; None if it does not manage any of `model`."""
-    return widest_mesh(model) if _groups(model) else None
+    return _widest(group.mesh_info.mesh for group in _groups(model))
 
 
 def _sharded_parameters(model: nn.Module) -> list[Any]:
     if sys.modules.get("torch.distributed.tensor") is None:
         return []
     return [parameter for parameter in model.parameters() if is_sharded(parameter)]
+
+
+def is_shared(model: nn.Module) -> bool:
+    """Whether several processes hold `model` together."""
+    mesh = widest_mesh(model)
+    return mesh is not None and mesh.size() > 1
 
 
 def agreed(model: nn.Module, error: Exception | None) -> bool:

@@ -79,7 +79,7 @@ def train(call: Any, parameters: Any, steps: Sequence[int], rank: int | None = N
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(mean(loss.detach()) if rank is not None else float(loss))
+        losses.append(mean(loss.detach()) if rank is not None else loss.item())
     return losses
 
 
