@@ -14,6 +14,7 @@ from peftc.graph.sites import WeightSite, canonical
 from peftc.registry import rules_of
 from peftc.rewrite.parts import Part, weight_of, wide
 from peftc.rewrite.program import Program
+from peftc.rewrite.processes import require_common_gradients
 from peftc.rewrite.sharding import whole
 from peftc.rule import Bound, Rule
 
@@ -75,18 +76,24 @@ def without_gradient(program: Program) -> list[str]:
 
 
 def watch_first_step(program: Program) -> None:
-    """Warn at the first step of an optimiser that holds the program's parameters, if some of them got no gradient."""
-    reference, looked_at = weakref.ref(program), False
+    """Look at the first step of an optimiser that holds parameters of those that learn, once for every choice of them.
+
+    Warn if some got no gradient; raise AdapterError if each of several processes would take a step of its own.
+    """
+    reference, looked_at = weakref.ref(program), set[tuple[str, ...]]()
 
     def stepping(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
-        nonlocal looked_at
-        alive = None if looked_at else reference()
-        first = next((own for own in alive.adapters.values() if own.name in alive.learning), None) if alive else None
-        held = {id(p) for group in optimiser.param_groups for p in group["params"]} if first is not None else set[int]()
-        if alive is None or first is None or not any(id(holder[leaf]) in held for holder, leaf in first.trained):
+        alive = reference()
+        if alive is None or alive.learning in looked_at:
             return
-        looked_at = True
-        missing = without_gradient(alive)
+        held = {id(p) for group in optimiser.param_groups for p in group["params"]}
+        places = [place for name in alive.learning if name in alive.adapters for place in alive.adapters[name].trained]
+        mine = [holder[leaf] for holder, leaf in places if id(holder[leaf]) in held]
+        if not mine:
+            return
+        require_common_gradients(alive, mine)
+        missing = without_gradient(alive) if not looked_at else []
+        looked_at.add(alive.learning)
         if missing:
             more = f" (and {len(missing) - 3} more)" if len(missing) > 3 else ""
             warnings.warn(
