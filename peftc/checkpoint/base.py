@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from peftc.errors import CheckpointError
 from peftc.graph.finding import modules_at
+from peftc.graph.hooked import given_class
 from peftc.graph.sites import WeightSite, parameter_name, transformers_config
 from peftc.rewrite.hosts import original_class
 from peftc.rewrite.program import Program
@@ -106,7 +107,7 @@ def _structure(named: Mapping[str, Tensor]) -> str:
 
 def _architecture(base: nn.Module) -> str:
     kind = getattr(transformers_config(base), "model_type", None)
-    return original_class(base).__name__ + (f" ({kind})" if kind else "")
+    return given_class(original_class(base)).__name__ + (f" ({kind})" if kind else "")
 
 
 def _spread(names: list[str], count: int) -> list[str]:

@@ -18,11 +18,12 @@ from peftc.checkpoint.per_expert import per_expert_form
 from peftc.checkpoint.serving import serving_form
 from peftc.checkpoint.state import saved_state_dict
 from peftc.errors import CheckpointError
+from peftc.graph.hooked import given_class
 from peftc.graph.sites import transformers_config
 from peftc.prompts.files import encoder_state, prompt_edit
 from peftc.rewrite.hosts import original_class
 from peftc.rewrite.program import Program
-from peftc.rewrite.sharding import is_sharded, reshard
+from peftc.rewrite.sharding import is_sharded, reshard, whole
 from peftc.specs.io import CONFIG_NAME
 
 Form = Literal["peft", "serving", "per_expert"]
@@ -82,6 +83,7 @@ def _files(program: Program, adapter: str, options: SaveOptions) -> dict[str, by
         return adapter_files(config, tensors, {}, fingerprint_of(program, adapter))
     edit = prompt_edit(program, adapter)
     encoder = encoder_state(program, edit) if edit is not None else {}
+    encoder = {key: whole(value) for key, value in encoder.items()}
     tensors = saved_state_dict(program, adapter, options.save_embedding_layers, options.state_dict)
     return adapter_files(config, tensors, encoder, fingerprint_of(program, adapter))
 
@@ -103,6 +105,6 @@ def config_of(program: Program, adapter: str, bake: bool = False) -> dict[str, A
     if config["base_model_name_or_path"] is None and base_config is not None:
         config["base_model_name_or_path"] = base_config.name_or_path or None
     if config["task_type"] is None and config["auto_mapping"] is None and base_config is not None:
-        cls = original_class(program.base)
+        cls = given_class(original_class(program.base))
         config["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     return config

@@ -4,6 +4,7 @@ Accelerate patches `forward` on the instance, and keeps the real one as `_old_fo
 device and loads weights that are offloaded; what is inside of it can be traced and rewritten.
 """
 
+import sys
 from types import MethodType
 from typing import Any
 
@@ -18,6 +19,12 @@ NAMES = frozenset({HOOK, INNER, "forward"})
 def compiled_inside(module: nn.Module) -> nn.Module | None:
     """The module that torch.compile has wrapped as `module`; None for any other."""
     return module._modules["_orig_mod"] if type(module).__module__ == "torch._dynamo.eval_frame" else None
+
+
+def given_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that FSDP2 has made `cls` from, by which models are known; any other is itself."""
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return next(base for base in cls.__bases__ if base is not fsdp) if fsdp in cls.__bases__ else cls
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from peftc.graph.finding import parameter_at
+from peftc.rewrite.sharding import is_sharded, put, reshard
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Overlay:
 
     def bring(self, base: nn.Module, name: str, adapter: str, value: Tensor | None = None) -> None:
         """Give `adapter` a tensor `name` of its own: `value`, or a copy of the base's."""
+        reshard(base)
         parameter = parameter_at(base, name)
         self.present.setdefault(name, None)
         own = self.base_value(base, name) if value is None else value
@@ -38,9 +40,14 @@ class Overlay:
     def place(self, base: nn.Module, name: str, adapter: str | None) -> None:
         """Put the tensor `name` of `adapter` into the model, or with None the base's own."""
         if self.present[name] != adapter:
+            reshard(base)
             parameter = parameter_at(base, name)
             value = self.aside.pop((name, adapter)).to(device=parameter.device, dtype=parameter.dtype)
-            self.aside[name, self.present[name]], parameter.data = parameter.data, value
+            if is_sharded(parameter):  # FSDP2 gathers from the memory that it knows.
+                self.aside[name, self.present[name]] = parameter.detach().clone()
+                put(parameter, value)
+            else:
+                self.aside[name, self.present[name]], parameter.data = parameter.data, value
             self.present[name] = adapter
 
     def show(self, base: nn.Module, active: tuple[str, ...]) -> None:
