@@ -1,7 +1,7 @@
 """Who sees to it that adapters learn the same in all processes: DDP, FSDP2, or what averages gradients here."""
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,6 +44,24 @@ def require_common_gradients(program: Program, parameters: Iterable[Tensor]) -> 
             f"{learning}: some of what trains is in modules that fully_shard was not given, so each process would learn"
             " its own. Nothing was changed. Call fully_shard on the whole model too, after its layers; or once more"
             " set_adapter, which sees that nobody averages these gradients."
+        )
+
+
+def require_same_gradients(program: Program, names: Collection[str]) -> None:
+    """Raise AdapterError if a batch of rows for the adapters `names` could give others gradients than in other processes.
+
+    FSDP2 adds up what got one, and processes that bring other tensors than each other fail, or hang.
+    """
+    left = [name for name in program.learning if name not in names and name in program.adapters]
+    known = managed(program.base) if left else {}
+    missing = [name for name in left if any(id(holder[leaf]) in known for holder, leaf in program.adapters[name].trained)]
+    mesh = data_mesh(program.base) if missing else None
+    if mesh is not None and mesh.size() > 1:
+        raise AdapterError(
+            f"adapter_names: {missing[0]!r} trains and has no row in this batch; under fully_shard all processes have to give"
+            " gradients to the same adapters in every step. Give each process's batch a row of each that trains, or let"
+            f" fewer train (set_requires_grad({missing[0]!r}, False)). Adapters that are added after fully_shard are free of"
+            " this."
         )
 
 

@@ -143,3 +143,85 @@ def _merges(rank: int, folder: Path, order: str) -> None:
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_shards_are_merged_as_wholes_are_and_unmerged_bit_for_bit(order: str, tmp_path: Path) -> None:
     run(_merges, order, folder=tmp_path)
+
+
+def _refuses(rank: int, folder: Path, order: str) -> None:
+    """What one process refuses, both do, and go on together."""
+    states = {name: state_of(perturb(peftc.compile(llama(), SPECS)), name) for name in SPECS}
+    compiled = sharded(order, SPECS, states)
+    with torch.no_grad():
+        expected = compiled(**batch(0)).logits
+    broken = {name: state_of(compiled, name) for name in SPECS}
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+    live = compiled.adapter_state_dict("a")[key]
+    with torch.no_grad():
+        # The last row, which is in the shard of the last process.
+        live.copy_(torch.where(torch.arange(32)[:, None] == 31, torch.inf, full(live)) if order == "before" else live)
+        if order == "after" and rank == 1:
+            live.to_local()[-1] = torch.inf
+    with pytest.raises(peftc.MergeError, match="NaN or Inf" if rank == 1 else "another process"):
+        compiled.merge_adapter()
+    assert not compiled.merged_adapters
+    peftc.set_peft_model_state_dict(compiled, broken["a"], "a")
+    compiled.merge_adapter()
+    compiled.unmerge_adapter()
+    with pytest.raises(peftc.MergeError, match="undo='keep'"):
+        compiled.merge_adapter(undo="residual")
+    with torch.no_grad():
+        close(compiled(**batch(0)).logits, expected)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_what_one_process_can_not_merge_none_does(order: str, tmp_path: Path) -> None:
+    run(_refuses, order, folder=tmp_path)
+
+
+def _tied(rank: int, folder: Path, order: str) -> None:
+    model = llama(tie_word_embeddings=True)
+    if order == "before":
+        shard(model)
+    compiled = perturb(peftc.compile(model, peftc.LoraConfig(r=4, target_modules=["lm_head"]), inplace=True))
+    if order == "after":
+        shard(compiled.base)
+    with torch.no_grad():
+        expected = compiled(**batch(0)).logits
+    with pytest.raises(peftc.MergeError, match="Pass untie=True"):
+        compiled.merge_adapter()
+    with pytest.raises(peftc.MergeError, match="fully_shard has made one tensor of both"):
+        compiled.merge_adapter(untie=True)
+    with torch.no_grad():
+        close(compiled(**batch(0)).logits, expected)
+    assert compiled.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_a_tie_that_is_sharded_is_not_cut(order: str, tmp_path: Path) -> None:
+    run(_tied, order, folder=tmp_path)
+
+
+def _mixed_batches(rank: int, folder: Path, order: str) -> None:
+    alone = perturb(peftc.compile(llama(), SPECS))
+    states = {name: state_of(alone, name) for name in SPECS}
+    compiled = sharded(order, SPECS, states)
+    names = ["a", "__base__", "b", "b"]
+    mine = names[2 * rank : 2 * rank + 2]
+    with torch.no_grad():
+        expected = alone(**batch(0), adapter_names=names)
+        close(compiled(**batch(0, rank), adapter_names=mine).logits, expected.logits.chunk(2)[rank])
+    for model in (alone, compiled):
+        model.set_requires_grad(["a", "b"])
+    if order == "after":
+        with pytest.raises(peftc.PeftcError, match="under fully_shard all processes have to give gradients to the same"):
+            compiled(**batch(0, rank), adapter_names=mine)
+        names = ["a", "b", "b", "a"]
+        mine = names[2 * rank : 2 * rank + 2]
+    alone(**batch(0), adapter_names=names).loss.backward()
+    compiled(**batch(0, rank), adapter_names=mine).loss.backward()
+    for name in SPECS:
+        for key, tensor in alone.adapter_state_dict(name).items():
+            close(full(compiled.adapter_state_dict(name)[key].grad), tensor.grad)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_mixed_batches(order: str, tmp_path: Path) -> None:
+    run(_mixed_batches, order, folder=tmp_path)
