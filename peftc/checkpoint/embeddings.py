@@ -78,7 +78,7 @@ def take_over(program: Program, adapter: str, name: str, value: Tensor) -> None:
     )
     program.overlay.bring(program.base, name, adapter, value)
     if program.enabled and adapter in program.active:
-        program.overlay.place(program.base, name, adapter)
+        program.overlay.place(program.base, {name: adapter})
 
 
 def _embeddings(program: Program) -> list[str]:

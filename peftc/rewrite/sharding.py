@@ -41,6 +41,17 @@ def put(target: Tensor, value: Tensor) -> None:
         own(target).copy_(own(value if is_sharded(value) else shard_as(value, target)))
 
 
+def exchanged(parameter: Any, value: Tensor) -> Tensor:
+    """What `parameter` had, which has `value` now: each in its own memory, as others may share that."""
+    if not is_sharded(parameter):
+        before, parameter.data = parameter.data, value
+        return before
+    before = parameter.detach()
+    new: Any = value if is_sharded(value) else shard_as(value, parameter)
+    parameter._local_tensor.data = new._local_tensor
+    return before
+
+
 def shard_as(value: Tensor, like: Any) -> Tensor:
     """`value` in the device, dtype and sharding of `like`; every process has the whole of it, so nothing is sent."""
     from torch.distributed.tensor import distribute_tensor
