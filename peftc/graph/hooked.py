@@ -39,6 +39,20 @@ def is_patched(module: nn.Module) -> bool:
     return "forward" in module.__dict__ and not is_hooked(module)
 
 
+# transformers' styles of tensor parallelism that cut a linear's or an embedding's weight, and nothing else.
+_STYLES = ("ColwiseParallel", "RowwiseParallel", "EmbeddingParallel")
+
+
+def parallel_style(forward: Any) -> tuple[Any, Any] | None:
+    """The style and the mesh of a `forward` that transformers' tensor parallelism has put around a module's own."""
+    if getattr(forward, "__name__", "") != "tp_forward":
+        return None
+    held = dict(zip(forward.__code__.co_freevars, (cell.cell_contents for cell in forward.__closure__), strict=True))
+    if type(held.get("self")).__name__ not in _STYLES or not isinstance(held.get("original_forward"), MethodType):
+        return None
+    return held["self"], held["mesh"]
+
+
 def is_offloaded(module: nn.Module, weight: torch.Tensor | None) -> bool:
     """Whether `weight` of `module` is in memory during its calls only."""
     return weight is not None and weight.is_meta and HOOK in module.__dict__

@@ -23,6 +23,7 @@ from peftc.rewrite.hosts import BOUND, install, is_host, original_class, reads, 
 from peftc.rewrite.learning import watch_steps
 from peftc.rewrite.parts import Adapter, attach, containers, detach, start, weight_of
 from peftc.rewrite.passes import Pass
+from peftc.rewrite.processes import require_placed
 from peftc.rewrite.program import Program
 from peftc.rewrite.route import BASE
 from peftc.rewrite.sharding import Places, places_of, reshard, widest_mesh
@@ -61,7 +62,9 @@ def no_collection() -> Generator[None]:
 
 
 def check_names(model: nn.Module, plan: Plan, adapters: Collection[str]) -> None:
-    """Refuse adapter names that can't be part of a parameter's name, and sites that have such a child already."""
+    """Refuse adapter names that can't be part of a parameter's name, sites that have such a child already, and what can't
+    be laid out over processes as the model is.
+    """
     taken = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict()), BASE}
     for name in adapters:
         if not isinstance(cast(Any, name), str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", name) or name in taken:
@@ -69,6 +72,7 @@ def check_names(model: nn.Module, plan: Plan, adapters: Collection[str]) -> None
                 f"adapter name {name!r}: it becomes part of parameter names; use letters, digits, '_' and '-'"
                 f" (and no method name of nn.ModuleDict, nor {BASE!r}, which rows of a mixed batch say for no adapter)"
             )
+    require_placed(model, plan, adapters)
     owners = {fqn: site.owner for fqn, site in plan.sites.items()}
     modules = modules_at(model, owners.values())
     for edit in (edit for edit in plan.edits if edit.adapter in adapters):

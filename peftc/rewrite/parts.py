@@ -259,10 +259,19 @@ def _copy_of(module: nn.Module, places: Places) -> nn.Module:
         sharded = {
             name for name, tensor in module.named_parameters() if is_sharded(tensor) and id(tensor) not in places.laid
         }
-        return _gathered(pristine_copy(module), sharded)
+        return _gathered(_without_layout_hooks(pristine_copy(module)), sharded)
     finally:
         if others is not None:
             module._modules[MODULES_TO_SAVE] = others
+
+
+def _without_layout_hooks(module: nn.Module) -> nn.Module:
+    """`module` without the hooks that lay out its inputs and outputs, for a copy that is called inside of them."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number, hook in list(hooks.items()):
+            if getattr(hook, "__qualname__", "").startswith("distribute_module.<locals>"):
+                del hooks[number]
+    return module
 
 
 def _gathered(module: nn.Module, names: Iterable[str]) -> nn.Module:

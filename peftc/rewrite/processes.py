@@ -1,7 +1,7 @@
 """Who sees to it that adapters learn the same in all processes: DDP, FSDP2, or what averages gradients here."""
 
 import weakref
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Container, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,8 +9,12 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
 from peftc.errors import AdapterError
+from peftc.graph.finding import module_at
+from peftc.graph.hooked import parallel_style
+from peftc.graph.sites import Site, WeightSite
+from peftc.plan import Edit, Plan
 from peftc.rewrite.program import Program
-from peftc.rewrite.sharding import data_mesh, managed
+from peftc.rewrite.sharding import Places, data_mesh, managed, places_of
 
 # By wrapper, the ids of the parameters whose gradients it averages: those that trained when it was made.
 _WRAPPERS = weakref.WeakKeyDictionary[nn.Module, frozenset[int]]()
@@ -22,6 +26,33 @@ def _note_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> None
 
 
 register_module_module_registration_hook(_note_wrapper)
+
+
+def require_placed(model: nn.Module, plan: Plan, adapters: Container[str]) -> None:
+    """Raise AdapterError if one of `adapters` can't be laid out as the tensor parallel `model` is."""
+    places = places_of(model)
+    for edit in plan.edits if places.laid else ():
+        reason = _unplaced(model, plan.sites[edit.site], edit, places) if edit.adapter in adapters else None
+        if reason is not None:
+            raise AdapterError(f"{edit.site or 'the model'}: {edit.adapter!r} can't be on a tensor parallel model: {reason}")
+
+
+def _unplaced(model: nn.Module, site: Site, edit: Edit, places: Places) -> str | None:
+    owner = module_at(model, site.owner)
+    around = parallel_style(owner.__dict__.get("forward"))
+    laid = any(id(parameter) in places.laid for parameter in owner.parameters())
+    if "past" in edit.slots:
+        return "its keys and values are those of all heads, and each process has some of them. Prompt tuning works."
+    if edit.whole and laid and any("forward" in module.__dict__ for module in owner.modules()):
+        return (
+            "transformers has put tensor parallelism around its forward, which a copy would share with the original."
+            " Adapt it (target_modules), or leave it out of the tensor parallel plan."
+        )
+    if isinstance(site, WeightSite) and laid and site.host is not None:
+        return "its module computes with the weight in a way of its own. Leave it out of the tensor parallel plan."
+    if around is not None and site.op == "linear" and edit.slots == ("weight",):
+        return f"{edit.rule.name} replaces the weight, of which transformers gives each process's forward its own part."
+    return None
 
 
 def require_common_gradients(program: Program, parameters: Iterable[Tensor]) -> None:
@@ -44,6 +75,15 @@ def require_common_gradients(program: Program, parameters: Iterable[Tensor]) -> 
             f"{learning}: some of what trains is in modules that fully_shard was not given, so each process would learn"
             " its own. Nothing was changed. Call fully_shard on the whole model too, after its layers; or once more"
             " set_adapter, which sees that nobody averages these gradients."
+        )
+
+
+def require_whole_rows(program: Program) -> None:
+    """Raise AdapterError if the model is tensor parallel."""
+    if places_of(program.base).laid:
+        raise AdapterError(
+            "adapter_names: the model is tensor parallel, and rows of tensors that are laid out over processes can't be"
+            " picked one by one. Give each adapter a batch of its own (set_adapter)."
         )
 
 
