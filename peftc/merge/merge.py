@@ -20,7 +20,7 @@ from peftc.merge.undo import fold_in_place, owner_of, require_intact, restore, s
 from peftc.merge.undo_log import checksum, require_zstandard
 from peftc.plan import Edit
 from peftc.rewrite.program import Merged, Program, Replaced, require_idle
-from peftc.rewrite.sharding import agreed, is_shared, is_sharded, managed, own, put, reshard, shard_as, whole
+from peftc.rewrite.sharding import agreed, is_sharded, is_shared, managed, own, put, reshard, shard_as, whole
 from peftc.rewrite.switch import emit, train
 
 Undo = Literal["keep", "residual", "none"]
@@ -147,7 +147,9 @@ def _all_folded(
             if not is_shared(program.base):
                 break
     if not agreed(program.base, error):
-        raise error or MergeError("another process found values that can't be merged, and says which; nothing was merged")
+        raise error or MergeError(
+            "another process found values that can't be merged, and says which; nothing was merged"
+        )
     return found
 
 

@@ -1,7 +1,6 @@
 """Prompt adapters in files: the rows themselves, which is all PEFT knows, and the encoder that training goes on with."""
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +43,9 @@ def prompt_embeddings(program: Program, edit: Edit) -> Tensor:
         with torch.no_grad():
             made = _Rows(encoder.eval())
             tensors = {name: whole(tensor) for name, tensor in made.named_parameters() if is_sharded(tensor)}
-            return functional_call(made, tensors, (edit.constants["rows"],)) if tensors else made(edit.constants["rows"])
+            return (
+                functional_call(made, tensors, (edit.constants["rows"],)) if tensors else made(edit.constants["rows"])
+            )
     finally:
         encoder.train(training)
 

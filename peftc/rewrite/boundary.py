@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from peftc.graph.hooked import parallel_style
@@ -67,6 +68,6 @@ def _laid_out(tensor: Any, mesh: Any, placement: Any, width: int) -> Any:
 
     if not placement.is_shard():
         return DTensor.from_local(tensor, mesh, [placement], run_check=False)
-    shape = (*tensor.shape[:-1], width)
+    shape = torch.Size((*tensor.shape[:-1], width))
     stride = tensor.new_empty(shape, device="meta").stride()
     return DTensor.from_local(tensor, mesh, [placement], run_check=False, shape=shape, stride=stride)

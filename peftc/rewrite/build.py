@@ -165,9 +165,7 @@ def extend(
             program.overlay.bring(program.base, tensor.name, tensor.adapter)
 
 
-def _attach(
-    program: Program, adapter: Adapter, edit: Edit, fresh: bool, shared: set[str], places: Places
-) -> None:
+def _attach(program: Program, adapter: Adapter, edit: Edit, fresh: bool, shared: set[str], places: Places) -> None:
     """Attach one edit; `shared` are the keys of tensors that the adapter's sites have in common and that are there."""
     site = program.plan.sites[edit.site]
     holder, weight = program.modules[site.holder], weight_of(program.modules[site.owner], site)

@@ -13,8 +13,8 @@ from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite, canonical
 from peftc.registry import rules_of
 from peftc.rewrite.parts import Part, weight_of, wide
-from peftc.rewrite.program import Program
 from peftc.rewrite.processes import require_common_gradients
+from peftc.rewrite.program import Program
 from peftc.rewrite.sharding import whole
 from peftc.rule import Bound, Rule
 

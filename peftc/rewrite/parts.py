@@ -275,7 +275,7 @@ def _without_layout_hooks(module: nn.Module) -> nn.Module:
 
 
 def _gathered(module: nn.Module, names: Iterable[str]) -> nn.Module:
-    """`module` with whole tensors of these `names`, where FSDP2 gathers those that it was copied from, and not the copy's."""
+    """`module` with whole tensors of these `names`, where FSDP2 gathers those that it copies, and not its own."""
     for name in names:
         path, _, leaf = name.rpartition(".")
         inner = module.get_submodule(path)

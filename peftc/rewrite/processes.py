@@ -34,7 +34,9 @@ def require_placed(model: nn.Module, plan: Plan, adapters: Container[str]) -> No
     for edit in plan.edits if places.laid else ():
         reason = _unplaced(model, plan.sites[edit.site], edit, places) if edit.adapter in adapters else None
         if reason is not None:
-            raise AdapterError(f"{edit.site or 'the model'}: {edit.adapter!r} can't be on a tensor parallel model: {reason}")
+            raise AdapterError(
+                f"{edit.site or 'the model'}: {edit.adapter!r} can't be on a tensor parallel model: {reason}"
+            )
 
 
 def _unplaced(model: nn.Module, site: Site, edit: Edit, places: Places) -> str | None:
@@ -94,14 +96,16 @@ def require_same_gradients(program: Program, names: Collection[str]) -> None:
     """
     left = [name for name in program.learning if name not in names and name in program.adapters]
     known = managed(program.base) if left else {}
-    missing = [name for name in left if any(id(holder[leaf]) in known for holder, leaf in program.adapters[name].trained)]
+    missing = [
+        name for name in left if any(id(holder[leaf]) in known for holder, leaf in program.adapters[name].trained)
+    ]
     mesh = data_mesh(program.base) if missing else None
     if mesh is not None and mesh.size() > 1:
         raise AdapterError(
-            f"adapter_names: {missing[0]!r} trains and has no row in this batch; under fully_shard all processes have to give"
-            " gradients to the same adapters in every step. Give each process's batch a row of each that trains, or let"
-            f" fewer train (set_requires_grad({missing[0]!r}, False)). Adapters that are added after fully_shard are free of"
-            " this."
+            f"adapter_names: {missing[0]!r} trains and has no row in this batch; under fully_shard all processes have to"
+            " give gradients to the same adapters in every step. Give each process's batch a row of each that trains, or"
+            f" let fewer train (set_requires_grad({missing[0]!r}, False)). Adapters that are added after fully_shard are"
+            " free of this."
         )
 
 

@@ -138,9 +138,9 @@ def layout_of(site: WeightSite, placed: tuple[Any, tuple[Any, ...]]) -> Layout:
 
 def spread(tensors: Iterable[Tensor], mesh: Any | None) -> None:
     """Let whole tensors, which every process has drawn by itself, be on all of `mesh` what the first has."""
-    for tensor in tensors if mesh is not None else ():
-        for dim in range(mesh.ndim):
-            group = mesh.get_group(dim)
+    groups = [mesh.get_group(dim) for dim in range(mesh.ndim)] if mesh is not None else []
+    for tensor in tensors:
+        for group in groups:
             torch.distributed.broadcast(tensor.detach(), torch.distributed.get_global_rank(group, 0), group)
 
 

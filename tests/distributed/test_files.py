@@ -8,15 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
 from torch import Tensor, distributed
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
     set_model_state_dict,
     set_state_dict,
 )
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -163,7 +162,9 @@ def _broadcasts(rank: int, folder: Path, order: str) -> None:
     """The first process reads what it has; the others get it from there."""
     compiled = sharded(order)
     alone = compiled_llama()
-    state = {name: tensor.detach() for name, tensor in alone.named_parameters() if ".lora_" in name} if rank == 0 else {}
+    state = (
+        {name: tensor.detach() for name, tensor in alone.named_parameters() if ".lora_" in name} if rank == 0 else {}
+    )
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(compiled, state, options=options)
     for key, value in tensors(alone, "pissa").items():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 import peftc
@@ -211,7 +211,9 @@ def _mixed_batches(rank: int, folder: Path, order: str) -> None:
     for model in (alone, compiled):
         model.set_requires_grad(["a", "b"])
     if order == "after":
-        with pytest.raises(peftc.PeftcError, match="under fully_shard all processes have to give gradients to the same"):
+        with pytest.raises(
+            peftc.PeftcError, match="under fully_shard all processes have to give gradients to the same"
+        ):
             compiled(**batch(0, rank), adapter_names=mine)
         names = ["a", "b", "b", "a"]
         mine = names[2 * rank : 2 * rank + 2]

@@ -76,7 +76,12 @@ def _computes(rank: int, folder: Path, inplace: bool) -> None:
         peftc.set_peft_model_state_dict(compiled, state, name)
     live = compiled.adapter_state_dict("a")
     layer = "base_model.model.model.layers.0"
-    placed = {"q_proj.lora_A": Replicate(), "q_proj.lora_B": Shard(0), "o_proj.lora_A": Shard(1), "o_proj.lora_B": Replicate()}
+    placed = {
+        "q_proj.lora_A": Replicate(),
+        "q_proj.lora_B": Shard(0),
+        "o_proj.lora_A": Shard(1),
+        "o_proj.lora_B": Replicate(),
+    }
     for key, placement in placed.items():
         assert live[f"{layer}.self_attn.{key}.weight"].placements == (placement,)
     for name in [*SPECS, ["a", "b"]]:
