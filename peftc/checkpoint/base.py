@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import CheckpointError
-from peftc.graph.finding import modules_at
+from peftc.graph.finding import modules_at, parameter_at
 from peftc.graph.hooked import given_class
 from peftc.graph.sites import WeightSite, parameter_name, transformers_config
 from peftc.rewrite.hosts import original_class
 from peftc.rewrite.program import Program
-from peftc.rewrite.sharding import own, values_at
+from peftc.rewrite.sharding import is_flattened, is_sharded, own, values_at
 
 _TENSORS = 32
 _VALUES = 64
@@ -35,12 +35,21 @@ class BaseFingerprint:
     samples: Mapping[str, str]
 
 
-def fingerprint_of(program: Program, adapter: str) -> BaseFingerprint:
+def fingerprint_of(program: Program, adapter: str, full: Mapping[str, Tensor] | None = None) -> BaseFingerprint:
     """The fingerprint of the base that `adapter` is trained on, with the weights of its own sites first.
+
+    `full`: the tensors of the whole model by name, in the place of what is sharded, which one process alone can't read.
 
     Tensors that are not at hand (meta, quantised, merged into in place) are left out.
     """
     named = originals(program, program.given.requires_grad)
+    if full is not None:
+        flat = {name for name in named if is_flattened(parameter_at(program.base, name))}
+        named = {
+            name: full.get(name, tensor) if is_sharded(tensor) or name in flat else tensor
+            for name, tensor in named.items()
+        }
+        named = {name: tensor for name, tensor in named.items() if not is_sharded(tensor)}
     heads = tuple(f"{edit.site}." for edit in program.plan.edits if edit.whole)
     whole = {name: t for name, t in named.items() if t.dim() >= 2 and not name.startswith(heads)}
     sites = (program.plan.sites[edit.site] for edit in program.adapters[adapter].edits)

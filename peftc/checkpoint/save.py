@@ -16,6 +16,7 @@ from peftc.checkpoint.files import ENCODER_NAME, adapter_files
 from peftc.checkpoint.misread import misread_by_peft
 from peftc.checkpoint.per_expert import per_expert_form
 from peftc.checkpoint.serving import serving_form
+from peftc.checkpoint.spelling import by_plain_names
 from peftc.checkpoint.state import saved_state_dict
 from peftc.errors import CheckpointError
 from peftc.graph.hooked import given_class
@@ -85,7 +86,8 @@ def _files(program: Program, adapter: str, options: SaveOptions) -> dict[str, by
     encoder = encoder_state(program, edit) if edit is not None else {}
     encoder = {key: whole(value) for key, value in encoder.items()}
     tensors = saved_state_dict(program, adapter, options.save_embedding_layers, options.state_dict)
-    return adapter_files(config, tensors, encoder, fingerprint_of(program, adapter))
+    full = None if options.state_dict is None else by_plain_names(options.state_dict)
+    return adapter_files(config, tensors, encoder, fingerprint_of(program, adapter, full))
 
 
 def gather(program: Program, adapters: Sequence[str], options: SaveOptions) -> None:

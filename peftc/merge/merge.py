@@ -19,6 +19,7 @@ from peftc.merge.ownership import require_own
 from peftc.merge.undo import fold_in_place, owner_of, require_intact, restore, slots_of, tensor_of
 from peftc.merge.undo_log import checksum, require_zstandard
 from peftc.plan import Edit
+from peftc.rewrite.processes import require_unflattened
 from peftc.rewrite.program import Merged, Program, Replaced, require_idle
 from peftc.rewrite.sharding import agreed, is_sharded, is_shared, managed, own, put, reshard, shard_as, whole
 from peftc.rewrite.switch import emit, train
@@ -100,6 +101,9 @@ def _require_state(program: Program, names: Sequence[str], undo: str) -> None:
         raise MergeError(f"{', '.join(program.merged)} merged already; call unmerge_adapter() first")
     if not program.enabled:
         raise MergeError("adapters are disabled; merge outside of disable_adapter()")
+    require_unflattened(
+        program, names, MergeError, "Save the adapter and merge on one process, or on disk (merge_checkpoint)."
+    )
     for name in names:
         if name not in program.active:
             raise AdapterError(

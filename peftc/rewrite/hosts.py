@@ -111,9 +111,14 @@ def _reader(leaf: str) -> property:
         return own if inside or not in_forward() else bound.lent(prefix + leaf, own)
 
     def write(self: nn.Module, value: Any) -> None:
-        self.__dict__[leaf] = value  # What nn.DataParallel gives its replicas is no parameter.
+        self.__dict__[leaf] = value  # What nn.DataParallel and FSDP1 give in its place for a while is no parameter.
 
-    return property(read, write)
+    def delete(self: nn.Module) -> None:
+        if leaf not in self.__dict__:
+            raise AttributeError(leaf)
+        del self.__dict__[leaf]
+
+    return property(read, write, delete)
 
 
 def _own_reader(leaf: str) -> property:
@@ -124,7 +129,11 @@ def _own_reader(leaf: str) -> property:
 def _stored(module: nn.Module, leaf: str) -> Any:
     if leaf in module._parameters:
         return module._parameters[leaf]
-    return module._buffers[leaf] if leaf in module._buffers else module.__dict__[leaf]
+    if leaf in module._buffers:
+        return module._buffers[leaf]
+    if leaf not in module.__dict__:
+        raise AttributeError(f"{type(module).__name__!r} object has no attribute {leaf!r}")
+    return module.__dict__[leaf]
 
 
 def own_path(path: str) -> str:

@@ -71,7 +71,8 @@ def without_gradient(program: Program) -> list[str]:
         for param in part.edit.params
         if param.trainable
     }
-    missing = [name for name, tensor in trained.items() if tensor.requires_grad and tensor.grad is None]
+    # FSDP1 leaves of many tensors nothing to a process.
+    missing = [name for name, t in trained.items() if t.requires_grad and t.grad is None and t.numel()]
     return missing if len(missing) < len(trained) else []
 
 

@@ -1,20 +1,20 @@
 """Who sees to it that adapters learn the same in all processes: DDP, FSDP2, or what averages gradients here."""
 
 import weakref
-from collections.abc import Collection, Container, Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from peftc.errors import AdapterError
+from peftc.errors import AdapterError, PeftcError
 from peftc.graph.finding import module_at
 from peftc.graph.hooked import parallel_style
 from peftc.graph.sites import Site, WeightSite
 from peftc.plan import Edit, Plan
 from peftc.rewrite.program import Program
-from peftc.rewrite.sharding import Places, data_mesh, managed, places_of
+from peftc.rewrite.sharding import Places, data_mesh, is_flattened, managed, places_of
 
 # By wrapper, the ids of the parameters whose gradients it averages: those that trained when it was made.
 _WRAPPERS = weakref.WeakKeyDictionary[nn.Module, frozenset[int]]()
@@ -28,7 +28,17 @@ def _note_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> None
 register_module_module_registration_hook(_note_wrapper)
 
 
-def require_placed(model: nn.Module, plan: Plan, adapters: Container[str]) -> None:
+def require_growable(model: nn.Module) -> None:
+    """Raise AdapterError if FSDP1 has flattened `model`."""
+    flat = next((name for name, parameter in model.named_parameters() if is_flattened(parameter)), None)
+    if flat is not None:
+        raise AdapterError(
+            f"{flat}: FullyShardedDataParallel has flattened the model, which then takes no more parameters. Compile it, with"
+            " all adapters, before it is wrapped (use_orig_params=True); or use fully_shard, which may come first."
+        )
+
+
+def require_placed(model: nn.Module, plan: Plan, adapters: Collection[str]) -> None:
     """Raise AdapterError if one of `adapters` can't be laid out as the tensor parallel `model` is."""
     places = places_of(model)
     for edit in plan.edits if places.laid else ():
@@ -55,6 +65,19 @@ def _unplaced(model: nn.Module, site: Site, edit: Edit, places: Places) -> str |
     if around is not None and site.op == "linear" and edit.slots == ("weight",):
         return f"{edit.rule.name} replaces the weight, of which transformers gives each process's forward its own part."
     return None
+
+
+def require_unflattened(program: Program, adapters: Iterable[str], error: type[PeftcError], what: str) -> None:
+    """Raise `error` if FSDP1 has made pieces of flat memory of the tensors of `adapters`; `what` to do instead."""
+    for name in adapters:
+        for part in program.adapters[name].parts.values():
+            for param in part.edit.params:
+                tensor = part.tensor(param.key)
+                if is_flattened(tensor) and tuple(tensor.shape) != tuple(param.shape):
+                    raise error(
+                        f"{part.edit.site}.{param.key} of {name!r}: FullyShardedDataParallel has flattened the model, and a"
+                        f" process has no tensor of it, but pieces of memory. Nothing was changed. {what}"
+                    )
 
 
 def require_common_gradients(program: Program, parameters: Iterable[Tensor]) -> None:

@@ -20,6 +20,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
+def is_flattened(tensor: Tensor) -> bool:
+    """Whether FSDP1 manages `tensor`: a piece of flat memory between calls."""
+    return getattr(tensor, "_fsdp_flattened", False)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor, detached: gathered, if it is sharded."""
     sharded: Any = tensor.detach()
