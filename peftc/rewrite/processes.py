@@ -33,8 +33,8 @@ def require_growable(model: nn.Module) -> None:
     flat = next((name for name, parameter in model.named_parameters() if is_flattened(parameter)), None)
     if flat is not None:
         raise AdapterError(
-            f"{flat}: FullyShardedDataParallel has flattened the model, which then takes no more parameters. Compile it, with"
-            " all adapters, before it is wrapped (use_orig_params=True); or use fully_shard, which may come first."
+            f"{flat}: FullyShardedDataParallel has flattened the model, which then takes no more parameters. Compile it,"
+            " with all adapters, before it is wrapped (use_orig_params=True); or use fully_shard, which may come first."
         )
 
 
