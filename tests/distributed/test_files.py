@@ -35,6 +35,7 @@ SPECS = {
     "recurrent": peftc.PromptEncoderConfig(
         num_virtual_tokens=3, encoder_hidden_size=8, encoder_reparameterization_type="LSTM", task_type="CAUSAL_LM"
     ),
+    "prefix": peftc.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     "prompt": peftc.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
 }
 
@@ -44,9 +45,9 @@ def compiled_llama() -> peftc.CompiledModel:
     return perturb(peftc.compile(llama(attention_bias=True), copy.deepcopy(SPECS)))
 
 
-def sharded(order: str) -> peftc.CompiledModel:
+def sharded(order: str, seed: int = 1) -> peftc.CompiledModel:
     """A model with the same adapters, whose numbers are others."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     model = llama(attention_bias=True)
     compiled = peftc.compile(model, copy.deepcopy(SPECS), inplace=True) if order == "after" else None
     for layer in model.model.layers:
@@ -85,6 +86,21 @@ def _saves(rank: int, folder: Path, order: str) -> None:
     written = sorted(path.relative_to(folder / "alone") for path in (folder / "alone").rglob("*") if path.is_file())
     for path in written:
         assert (folder / "saved" / path).read_bytes() == (folder / "alone" / path).read_bytes(), path
+
+
+def _starts(rank: int, folder: Path, order: str) -> None:
+    compiled = sharded(order, seed=rank)
+    compiled.add_adapter("later", SPECS["pissa"])
+    for name in ["later", *(SPECS if order == "before" else ())]:
+        for key, value in tensors(compiled, name).items():
+            others = [torch.empty_like(value) for _ in range(2)]
+            distributed.all_gather(others, value.contiguous())
+            assert torch.equal(*others), key
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_adapters_that_come_to_a_sharded_model_start_the_same_everywhere(order: str, tmp_path: Path) -> None:
+    run(_starts, order, folder=tmp_path)
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
