@@ -45,7 +45,8 @@ def planned(
     """
     if isinstance(model, CompiledGraph):
         raise AdapterError("the model is compiled already: use its add_adapter or its .plan, or unload it first")
-    require_growable(model)
+    if isinstance(cast(Any, model), nn.Module):
+        require_growable(model)
     if fresh:
         specs = {name: with_heads(model, spec) for name, spec in specs.items()}
     return make_plan(model, specs, capture, autocast, fresh=fresh)
