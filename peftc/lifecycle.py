@@ -17,6 +17,7 @@ from peftc.merge.combine import checked, combined_spec, fill, pairs
 from peftc.plan import Plan, make_plan, without
 from peftc.plan.heads import with_heads
 from peftc.rewrite.build import check_names, extend, parked, remove, require_applicable
+from peftc.rewrite.processes import require_growable
 from peftc.rewrite.program import Program, require_idle
 from peftc.rewrite.switch import activate, emit
 from peftc.rule import Combination
@@ -45,6 +46,8 @@ def planned(
     """
     if isinstance(model, CompiledGraph):
         raise AdapterError("the model is compiled already: use its add_adapter or its .plan, or unload it first")
+    if isinstance(cast(Any, model), nn.Module):
+        require_growable(model)
     if fresh:
         specs = {name: with_heads(model, spec) for name, spec in specs.items()}
     return make_plan(model, specs, capture, autocast, fresh=fresh)
@@ -90,6 +93,7 @@ def add(
     if name in program.plan.adapters:
         raise AdapterError(f"adapter {name!r} exists already; choose another name, or delete it first")
     require_unmerged(program, "add_adapter")
+    require_growable(program.base)
     with parked(program) as base:
         specs = {name: with_heads(base, spec) if fresh else spec}
         before = program.plan

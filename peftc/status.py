@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from peftc.graph.hooked import given_class
 from peftc.graph.sites import WeightSite, dtype_of
 from peftc.plan import Edit
 from peftc.rewrite.hosts import original_class
@@ -76,7 +77,7 @@ def model_status(program: Program) -> ModelStatus:
         name: [t for edit in own.edits for t in _tensors(program, edit)] for name, own in program.adapters.items()
     }
     return ModelStatus(
-        base_model_type=original_class(program.base).__name__,
+        base_model_type=given_class(original_class(program.base)).__name__,
         adapter_model_type="CompiledModel",
         peft_types={name: str(spec.peft_type) for name, spec in program.plan.adapters.items()},
         trainable_params=sum(count for count, trains in parameters if trains),

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import CheckpointError
-from peftc.graph.finding import modules_at
+from peftc.graph.finding import modules_at, parameter_at
+from peftc.graph.hooked import given_class
 from peftc.graph.sites import WeightSite, parameter_name, transformers_config
 from peftc.rewrite.hosts import original_class
 from peftc.rewrite.program import Program
+from peftc.rewrite.sharding import is_flattened, is_sharded, own, values_at
 
 _TENSORS = 32
 _VALUES = 64
@@ -33,12 +35,21 @@ class BaseFingerprint:
     samples: Mapping[str, str]
 
 
-def fingerprint_of(program: Program, adapter: str) -> BaseFingerprint:
+def fingerprint_of(program: Program, adapter: str, full: Mapping[str, Tensor] | None = None) -> BaseFingerprint:
     """The fingerprint of the base that `adapter` is trained on, with the weights of its own sites first.
 
-    Tensors that are not at hand (meta, quantised, sharded, merged into in place) are left out.
+    `full`: the tensors of the whole model by name, in the place of what is sharded, which one process alone can't read.
+
+    Tensors that are not at hand (meta, quantised, merged into in place) are left out.
     """
     named = originals(program, program.given.requires_grad)
+    if full is not None:
+        flat = {name for name in named if is_flattened(parameter_at(program.base, name))}
+        named = {
+            name: full.get(name, tensor) if is_sharded(tensor) or name in flat else tensor
+            for name, tensor in named.items()
+        }
+        named = {name: tensor for name, tensor in named.items() if not is_sharded(tensor)}
     heads = tuple(f"{edit.site}." for edit in program.plan.edits if edit.whole)
     whole = {name: t for name, t in named.items() if t.dim() >= 2 and not name.startswith(heads)}
     sites = (program.plan.sites[edit.site] for edit in program.adapters[adapter].edits)
@@ -105,7 +116,7 @@ def _structure(named: Mapping[str, Tensor]) -> str:
 
 def _architecture(base: nn.Module) -> str:
     kind = getattr(transformers_config(base), "model_type", None)
-    return original_class(base).__name__ + (f" ({kind})" if kind else "")
+    return given_class(original_class(base)).__name__ + (f" ({kind})" if kind else "")
 
 
 def _spread(names: list[str], count: int) -> list[str]:
@@ -117,10 +128,11 @@ def _spread(names: list[str], count: int) -> list[str]:
 
 def _sample_of(_: str, tensor: Tensor) -> str | None:
     """The sample of a tensor in memory, or None if it has no values that can be compared."""
-    if tensor.is_meta or type(tensor.data) is not Tensor or not tensor.is_floating_point() or tensor.itemsize < 2:
+    local = own(tensor)
+    if local.is_meta or type(local.data) is not Tensor or not tensor.is_floating_point() or tensor.itemsize < 2:
         return None
     shape = tuple(tensor.shape)
-    values = tensor.detach()[torch.unravel_index(places(shape).to(tensor.device), shape)].cpu()
+    values = values_at(tensor.detach(), torch.unravel_index(places(shape).to(local.device), shape)).cpu()
     return sample_from(values, shape)
 
 

@@ -1,7 +1,7 @@
 """Whole embeddings in an adapter's file: PEFT's `save_embedding_layers`, and what a file brings of its own."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import Any, Literal, cast
 
@@ -13,14 +13,18 @@ from peftc.errors import CheckpointError
 from peftc.graph.finding import module_at, parameter_at
 from peftc.graph.sites import is_pretrained, parameter_name, transformers_config
 from peftc.rewrite.program import Program
+from peftc.rewrite.sharding import is_flattened, is_sharded
 
 SaveEmbeddings = bool | Literal["auto"]
 # PEFT's own list: the names for which `auto` saves a targeted embedding.
 _COMMON = ("embed_tokens", "lm_head")
 
 
-def embedding_state(program: Program, adapter: str, prefix: str, save: SaveEmbeddings) -> dict[str, Tensor]:
-    """The whole embeddings to save with `adapter`, by key: detached, as they are while it is active.
+def embedding_state(
+    program: Program, adapter: str, prefix: str, save: SaveEmbeddings, full: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The whole embeddings to save with `adapter`, by key: detached, as they are while it is active. Of sharded ones,
+    those in `full`, by name, if they are there.
 
     `auto`: those that it adapts under their common names or brought itself, and all if the vocabulary was resized since
     the base was saved. Raises CheckpointError if `save` is none of the three.
@@ -48,7 +52,8 @@ def embedding_state(program: Program, adapter: str, prefix: str, save: SaveEmbed
                 and (every or common or program.overlay.brings(name, adapter))
             ):
                 key = prefix + parameter_name(fqn, f"base_layer.{leaf}" if fqn in targeted else leaf)
-                found[key] = _value(program, name, adapter)
+                value = _value(program, name, adapter)
+                found[key] = full.get(name, value) if is_sharded(value) or is_flattened(value) else value
     return found
 
 
@@ -78,7 +83,7 @@ def take_over(program: Program, adapter: str, name: str, value: Tensor) -> None:
     )
     program.overlay.bring(program.base, name, adapter, value)
     if program.enabled and adapter in program.active:
-        program.overlay.place(program.base, name, adapter)
+        program.overlay.place(program.base, {name: adapter})
 
 
 def _embeddings(program: Program) -> list[str]:

@@ -16,13 +16,15 @@ from peftc.checkpoint.files import ENCODER_NAME, adapter_files
 from peftc.checkpoint.misread import misread_by_peft
 from peftc.checkpoint.per_expert import per_expert_form
 from peftc.checkpoint.serving import serving_form
+from peftc.checkpoint.spelling import by_plain_names
 from peftc.checkpoint.state import saved_state_dict
 from peftc.errors import CheckpointError
+from peftc.graph.hooked import given_class
 from peftc.graph.sites import transformers_config
 from peftc.prompts.files import encoder_state, prompt_edit
 from peftc.rewrite.hosts import original_class
 from peftc.rewrite.program import Program
-from peftc.rewrite.sharding import is_sharded
+from peftc.rewrite.sharding import is_sharded, reshard, whole
 from peftc.specs.io import CONFIG_NAME
 
 Form = Literal["peft", "serving", "per_expert"]
@@ -72,6 +74,7 @@ def _warn(program: Program, name: str, options: SaveOptions) -> None:
 
 
 def _files(program: Program, adapter: str, options: SaveOptions) -> dict[str, bytes]:
+    reshard(program.base)
     config = config_of(program, adapter, options.bake)
     if options.form == "serving":
         config, tensors = serving_form(program, adapter, config)
@@ -81,8 +84,10 @@ def _files(program: Program, adapter: str, options: SaveOptions) -> dict[str, by
         return adapter_files(config, tensors, {}, fingerprint_of(program, adapter))
     edit = prompt_edit(program, adapter)
     encoder = encoder_state(program, edit) if edit is not None else {}
+    encoder = {key: whole(value) for key, value in encoder.items()}
     tensors = saved_state_dict(program, adapter, options.save_embedding_layers, options.state_dict)
-    return adapter_files(config, tensors, encoder, fingerprint_of(program, adapter))
+    full = None if options.state_dict is None else by_plain_names(options.state_dict)
+    return adapter_files(config, tensors, encoder, fingerprint_of(program, adapter, full))
 
 
 def gather(program: Program, adapters: Sequence[str], options: SaveOptions) -> None:
@@ -102,6 +107,6 @@ def config_of(program: Program, adapter: str, bake: bool = False) -> dict[str, A
     if config["base_model_name_or_path"] is None and base_config is not None:
         config["base_model_name_or_path"] = base_config.name_or_path or None
     if config["task_type"] is None and config["auto_mapping"] is None and base_config is not None:
-        cls = original_class(program.base)
+        cls = given_class(original_class(program.base))
         config["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     return config

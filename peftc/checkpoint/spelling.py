@@ -5,7 +5,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftc.graph.sites import is_pretrained
 from peftc.plan import MODULES_TO_SAVE
@@ -15,6 +15,11 @@ from peftc.specs import AdapterSpec, ParameterSelection
 
 # What wrappers of modules put into names: torch.compile, FSDP, torch's activation checkpointing.
 _WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def by_plain_names(full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A whole model's tensors by their names in the base; those given may carry wrappers and the compiled model's own."""
+    return {unwrapped(name).removeprefix("module.").removeprefix("base."): value for name, value in full.items()}
 
 
 def unwrapped(name: str) -> str:

@@ -9,17 +9,18 @@ from torch import Tensor, nn
 
 from peftc.checkpoint.embeddings import SaveEmbeddings, embedding_state, split_embeddings, take_over
 from peftc.checkpoint.keys import LoadResult, require_fit
-from peftc.checkpoint.spelling import respelled, unwrapped
+from peftc.checkpoint.spelling import by_plain_names, respelled, unwrapped
 from peftc.errors import CheckpointError
 from peftc.graph.finding import parameter_at
 from peftc.graph.sites import dtype_name, parameter_name
 from peftc.merge.fold import is_finite
 from peftc.plan import Edit, PlannedParam
-from peftc.prompts.files import PROMPT_KEY, load_prompt, prompt_edit, prompt_embeddings
+from peftc.prompts.files import PROMPT_KEY, encoder_state, load_prompt, prompt_edit, prompt_embeddings
 from peftc.prompts.find import is_virtual
 from peftc.rewrite.build import start_alone
+from peftc.rewrite.processes import require_unflattened
 from peftc.rewrite.program import Program
-from peftc.rewrite.sharding import put, reshard, whole
+from peftc.rewrite.sharding import is_sharded, put, reshard, whole
 from peftc.specs import AdapterSpec
 
 
@@ -51,9 +52,18 @@ def saved_state_dict(
 
     Raises CheckpointError if `full` lacks one.
     """
+    reshard(program.base)  # What FSDP2 has gathered for a call may be rounded.
+    if full is None:
+        require_unflattened(
+            program,
+            [adapter],
+            CheckpointError,
+            "Pass state_dict=, the whole model's, on the process that saves (a Trainer does), or save inside of"
+            " FullyShardedDataParallel.summon_full_params.",
+        )
     prefix, stored = program.adapters[adapter].spec.key_prefix, stored_as(program, adapter)
     state = adapter_state_dict(program, adapter) if full is None else _from_full(program, adapter, full)
-    state |= embedding_state(program, adapter, prefix, save_embedding_layers)
+    state |= embedding_state(program, adapter, prefix, save_embedding_layers, by_plain_names(full or {}))
     state = {key: whole(value) for key, value in state.items()}
     return {key: value * stored[key] if key in stored else value for key, value in state.items()}
 
@@ -67,7 +77,13 @@ def stored_as(program: Program, adapter: str) -> dict[str, float]:
 
 def _from_full(program: Program, adapter: str, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The adapter's tensors out of a whole model's (gathered by FSDP or a trainer; names may carry their wrappers)."""
-    plain = {unwrapped(name).removeprefix("module.").removeprefix("base."): value for name, value in full.items()}
+    plain = by_plain_names(full)
+    edit = prompt_edit(program, adapter)
+    if edit is not None and any(is_sharded(tensor) for tensor in encoder_state(program, edit).values()):
+        raise CheckpointError(
+            f"{adapter!r}: an encoder makes its rows, whose tensors are sharded, and state_dict has no rows. Call"
+            " save_pretrained on all processes, without state_dict."
+        )
     live = {id(tensor): name for name, tensor in _named(program.base)}
     state: dict[str, Tensor] = {}
     for key, tensor in adapter_state_dict(program, adapter).items():
@@ -120,6 +136,7 @@ def load_state(
     differs. Raises CheckpointError, with nothing copied, on NaN, Inf or integers, and with `strict` on missing, unexpected
     or mis-shaped keys; else these are left out, with a warning (mis-shaped ones only if `resized`).
     """
+    require_unflattened(program, [adapter], CheckpointError, "Load before the model is wrapped.")
     fit = fit_of(program, adapter, tensors)
     odd = bool(fit.result.mismatched_keys)
     left = require_fit(fit.result, fit.own, where, strict or (odd and not resized))

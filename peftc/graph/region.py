@@ -252,6 +252,31 @@ def call_input(graph: fx.Graph, node: fx.Node) -> fx.Node:
         return graph.call_function(first_argument, (node.kwargs.get("more_args"), node.kwargs.get("more_kwargs")))
 
 
+def replace_call_input(graph: fx.Graph, node: fx.Node, first: fx.Node, x: fx.Node) -> None:
+    """Let a module's call have `x` in the place of `first`, what `call_input` gave for it."""
+    if first.target is not first_argument:
+        node.replace_input_with(first, x)
+        return
+    args, kwargs = first.args
+    with graph.inserting_before(node):
+        new = {
+            "more_args": graph.call_function(positional_with, (args, x)),
+            "more_kwargs": graph.call_function(named_with, (args, kwargs, x)),
+        }
+    node.kwargs = {**node.kwargs, **new}
+
+
+def positional_with(args: tuple[Any, ...] | None, x: Any) -> tuple[Any, ...]:
+    """The positional arguments of a call whose first argument is to be `x`."""
+    return (x, *args[1:]) if args else ()
+
+
+def named_with(args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None, x: Any) -> dict[str, Any]:
+    """The named arguments of a call whose first argument is to be `x`."""
+    named = dict(kwargs or {})
+    return named if args else {**named, next(iter(named)): x}
+
+
 def first_argument(args: tuple[Any, ...] | None, kwargs: Mapping[str, Any] | None) -> Any:
     """The first of a call's arguments."""
     return args[0] if args else next(iter((kwargs or {}).values()))

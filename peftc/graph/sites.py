@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from peftc.graph.hooked import device_of, is_offloaded
+from peftc.graph.hooked import device_of, given_class, is_offloaded
 from peftc.graph.ops import Layout, Shape, is_packed, shapes
 
 
@@ -165,7 +165,7 @@ def index_sites(model: nn.Module, role_of: Callable[[str], str | None]) -> SiteI
         if known != fqn:
             aliases[fqn] = known
             continue
-        modules[fqn] = type(module).__name__
+        modules[fqn] = given_class(type(module)).__name__
         found.append((fqn, module))
     # Not by the second name of a shared module: that is the same parameter of the same module.
     named = [
@@ -291,7 +291,7 @@ def _site(
     return WeightSite(
         fqn=fqn,
         op=op,
-        module=type(module).__name__,
+        module=given_class(type(module)).__name__,
         in_features=shape.in_features,
         out_features=shape.out_features,
         layout=shape.layout,
@@ -351,7 +351,7 @@ def parameter_sites(
             WeightSite(
                 fqn=own,
                 op="parameter",
-                module=type(module).__name__,
+                module=given_class(type(module)).__name__,
                 in_features=columns,
                 out_features=rows,
                 layout=layout,

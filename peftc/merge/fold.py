@@ -6,7 +6,7 @@ site and rounded once; a large one tile by tile, where the rules allow it.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ from peftc.graph.sites import WeightSite, canonical, parameter_name
 from peftc.merge.threads import side_by_side
 from peftc.plan import Edit, PlannedParam
 from peftc.rewrite.program import Program
-from peftc.rewrite.sharding import whole
+from peftc.rewrite.sharding import is_sharded, own, part_of, shard_as, shard_like, whole
 from peftc.rule import Bound, Rule
 
 # What gives the tensor of a parameter.
@@ -48,10 +48,14 @@ class Step:
         """What the rule gets as `p` for the part from `start` to `stop` of the weight along `axis`; `weight` is that part
         as it is before this edit.
         """
+        lazy: dict[str, Callable[[], Any]] = {"weight": lambda: weight, "bias": lambda: bias}
+        return Bound({**self.cut(axis, start, stop).values, **self.edit.constants}, lazy)
+
+    def cut(self, axis: str, start: int, stop: int) -> "Step":
+        """The same for the part from `start` to `stop` of the weight along `axis`."""
         axes = self.axes
         cut = {name: _cut(value, axes[name] or "", axis, start, stop) for name, value in self.values.items()}
-        lazy: dict[str, Callable[[], Any]] = {"weight": lambda: weight, "bias": lambda: bias}
-        return Bound({**cut, **self.edit.constants}, lazy)
+        return replace(self, values=cut)
 
 
 @dataclass(frozen=True)
@@ -161,9 +165,38 @@ def fold_of(
 
 
 def fold_weight(program: Program, site: WeightSite, edits: Sequence[Edit], weight: Tensor) -> Tensor:
-    """The folded value of the whole weight of `site`. Raises MergeError if it is not finite."""
-    weight = whole(weight)
-    fold, new = fold_of(site, edits, weight, value_in(program)), torch.empty_like(weight)
+    """The folded value of the weight of `site`, sharded as that is. Raises MergeError if it is not finite.
+
+    Of a shard, if the rules are local along the axes that are cut; else of the whole, one weight at a time.
+    """
+    steps = steps_of(edits, fold_dtype(weight), value_in(program))
+    if not is_sharded(weight):
+        return _folded(site, edits, weight, steps)
+    cut = _cut_as(site, steps, weight)
+    if cut is not None:
+        return shard_like(_folded(site, edits, own(weight), cut), weight)
+    return shard_as(_folded(site, edits, whole(weight), steps), weight)
+
+
+def _cut_as(site: WeightSite, steps: Sequence[Step], weight: Tensor) -> list[Step] | None:
+    """`steps` for this process's shard of `weight` alone; None if a rule needs more than that to fold it."""
+    part = part_of(weight)
+    if part is None or site.experts is not None:
+        return None
+    stored, found = "io" if site.layout == "in_out" else "oi", list(steps)
+    for dim, one in enumerate(part):
+        if one == slice(0, weight.shape[dim]):
+            continue
+        axis = stored[dim] if dim < len(stored) else ""
+        if any(not axis or axis not in step.rule.local or None in step.axes.values() for step in steps):
+            return None
+        found = [step.cut(axis, one.start, one.stop) for step in found]
+    return found
+
+
+def _folded(site: WeightSite, edits: Sequence[Edit], weight: Tensor, steps: Sequence[Step]) -> Tensor:
+    """What `steps` make of a weight, tile by tile."""
+    fold, new = Fold(site, edits, steps, [], tuple(tiles(site, weight, steps))), torch.empty_like(weight)
 
     def write(part: slice, axis: str) -> None:
         new[part] = fold.new(part, axis, weight[part])

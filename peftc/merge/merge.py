@@ -4,7 +4,7 @@ Nothing is half merged. Values that get a tensor of their own are all computed b
 are folded in place (`undo="residual"`) are restored from their logs if anything fails.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Container, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -19,8 +19,9 @@ from peftc.merge.ownership import require_own
 from peftc.merge.undo import fold_in_place, owner_of, require_intact, restore, slots_of, tensor_of
 from peftc.merge.undo_log import checksum, require_zstandard
 from peftc.plan import Edit
+from peftc.rewrite.processes import require_unflattened
 from peftc.rewrite.program import Merged, Program, Replaced, require_idle
-from peftc.rewrite.sharding import is_sharded, own, put, reshard, whole
+from peftc.rewrite.sharding import agreed, is_sharded, is_shared, managed, own, put, reshard, shard_as, whole
 from peftc.rewrite.switch import emit, train
 
 Undo = Literal["keep", "residual", "none"]
@@ -38,7 +39,7 @@ def merge(program: Program, names: Sequence[str], untie: bool, undo: str) -> Non
     inside = _in_place(program, groups) if undo == "residual" else {}
     reshard(program.base)
     with _quiet(program):
-        outside = [item for site, edits in groups.items() for item in _fold(program, site, edits, site in inside)]
+        outside = _all_folded(program, groups, inside)
         if untie:
             outside = ties.untied(program, outside)
         else:
@@ -50,8 +51,9 @@ def merge(program: Program, names: Sequence[str], untie: bool, undo: str) -> Non
             emit(program)
             for site in inside:
                 fold_in_place(program, inside[site], groups[site])
+            held = managed(program.base)
             for item in outside:
-                _exchange(program, item, keep=undo != "none")
+                _exchange(program, item, keep=undo != "none", held=held)
             train(program, [name for name in program.learning if name not in names])
         except BaseException:
             restore(program, check=False)
@@ -99,6 +101,9 @@ def _require_state(program: Program, names: Sequence[str], undo: str) -> None:
         raise MergeError(f"{', '.join(program.merged)} merged already; call unmerge_adapter() first")
     if not program.enabled:
         raise MergeError("adapters are disabled; merge outside of disable_adapter()")
+    require_unflattened(
+        program, names, MergeError, "Save the adapter and merge on one process, or on disk (merge_checkpoint)."
+    )
     for name in names:
         if name not in program.active:
             raise AdapterError(
@@ -127,6 +132,29 @@ def _require_order(program: Program, names: Sequence[str], fqn: str, edits: Sequ
                     f"{fqn}: {edit.adapter!r} was loaded after {other.adapter!r}, which would stay unmerged, and the two"
                     " do not commute. Merge both, or deactivate one."
                 )
+
+
+def _all_folded(
+    program: Program, groups: Mapping[str, Sequence[Edit]], inside: Mapping[str, WeightSite]
+) -> list[Folded]:
+    """The new values of all that is not folded in place. Raises MergeError if one is not finite, in whatever process.
+
+    Each folds its own shards, and all gather adapters: who finds that one is broken goes on until all can know.
+    """
+    found: list[Folded] = []
+    error: MergeError | None = None
+    for site, edits in groups.items():
+        try:
+            found += _fold(program, site, edits, site in inside)
+        except MergeError as broken:
+            error = error or broken
+            if not is_shared(program.base):
+                break
+    if not agreed(program.base, error):
+        raise error or MergeError(
+            "another process found values that can't be merged, and says which; nothing was merged"
+        )
+    return found
 
 
 def _fold(program: Program, fqn: str, edits: Sequence[Edit], weight_in_place: bool) -> list[Folded]:
@@ -164,22 +192,26 @@ def _in_place(program: Program, groups: dict[str, list[Edit]]) -> dict[str, Weig
     return {fqn: sites[fqn] for fqn in weights}
 
 
-def _exchange(program: Program, item: Folded, keep: bool) -> None:
-    """Put the new tensor in the place of the old one, which the journal keeps as it is: the same object, ties and all."""
+def _exchange(program: Program, item: Folded, keep: bool, held: Container[int]) -> None:
+    """Put the new tensor in the place of the old one, which the journal keeps as it is: the same object, ties and all.
+
+    `held`: by id, the parameters that FSDP2 manages.
+    """
     slots = slots_of(program, item.owner, item.leaf)
     old: Tensor = slots[item.leaf]
-    if is_sharded(old):
-        # Whoever shards it holds the parameter itself, so the values change and the object stays.
+    if id(old) in held:
+        # FSDP2 holds the parameter itself, so the values change and the object stays.
         original = own(old).clone() if keep else None
         put(old, item.value)
         sums = (checksum(original), checksum(old)) if original is not None else (None, None)
         program.merge.replaced.append(Replaced(item.owner, item.leaf, sums[0], original, sums[1]))
         return
     ties.cut(program, item.owner, item.leaf)
-    original, crc, new = (old, checksum(old), checksum(item.value)) if keep else (None, None, None)
-    shape = tuple(item.value.shape) if keep else None
+    value = shard_as(item.value, old) if is_sharded(old) and not is_sharded(item.value) else item.value
+    original, crc, new = (old, checksum(old), checksum(value)) if keep else (None, None, None)
+    shape = tuple(value.shape) if keep else None
     program.merge.replaced.append(Replaced(item.owner, item.leaf, crc, original, new, shape))
-    slots[item.leaf] = nn.Parameter(item.value, requires_grad=False) if isinstance(old, nn.Parameter) else item.value
+    slots[item.leaf] = nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
 
 
 def _is_gone(item: Replaced) -> bool:

@@ -13,7 +13,7 @@ from peftc.graph.sites import parameter_name, transformers_config
 from peftc.merge.fold import Folded
 from peftc.rewrite.build import parked
 from peftc.rewrite.program import Program
-from peftc.rewrite.sharding import whole
+from peftc.rewrite.sharding import managed, whole
 
 
 def partner(program: Program, owner: str, leaf: str) -> str | None:
@@ -42,6 +42,14 @@ def untied(program: Program, folded: Sequence[Folded]) -> list[Folded]:
     inputs are scaled because it is tied gets that factor. Raises MergeError if that can't be told.
     """
     found = {parameter_name(item.owner, item.leaf): item for item in folded}
+    held = managed(program.base)
+    for item in folded if held else ():
+        other = partner(program, item.owner, item.leaf)
+        if other is not None and id(_parameter(program, other)) in held:
+            raise MergeError(
+                f"{item.owner}: its {item.leaf} is tied to {other}, and fully_shard has made one tensor of both for good."
+                " Merge before fully_shard, or save the adapter and merge on disk (merge_checkpoint)."
+            )
     if not any(partner(program, item.owner, item.leaf) for item in folded) or not says_tied(program):
         return list(folded)
     head = output_weight(program)

@@ -85,8 +85,8 @@ def require_intact(program: Program, item: Replaced, check: bool) -> None:
     name = parameter_name(item.owner, item.leaf)
     now = tensor_of(program, item.owner, item.leaf)
     if item.original is not None:
-        now = own(now)
         merged = item.original.shape if item.shape is None else item.shape
+        now = own(now) if item.shape is None else now  # Of what FSDP2 holds, shards are compared.
         if now.shape != merged:
             raise MergeError(
                 f"{name}: was resized from {tuple(merged)} to {tuple(now.shape)} while merged; the original"
@@ -128,7 +128,7 @@ def restore(program: Program, check: bool) -> None:
         item = merge.replaced[-1]
         slots = slots_of(program, item.owner, item.leaf)
         now = slots[item.leaf]
-        if item.original is not None and is_sharded(now):
+        if item.original is not None and is_sharded(now) and not is_sharded(item.original):
             own(now).copy_(item.original)
         elif item.original is not None:
             # Moved or cast since: the original goes along.

@@ -33,13 +33,14 @@ class Claim:
 class Access:
     """What of a site can be reached. `operands`: input and output of its op, in a graph. `opaque`: its module is called as
     it is; `known`: it is a linear map all the same (its class is torch's own, or another library's). `weights`: a weight
-    that no op in a graph uses can be replaced too.
+    that no op in a graph uses can be replaced too. `parallel`: what is around its op is transformers' tensor parallelism.
     """
 
     operands: bool = True
     opaque: bool = False
     known: bool = False
     weights: bool = True
+    parallel: bool = False
 
 
 def weight_edit(
@@ -103,7 +104,7 @@ def _unmergeable(
     rule: Rule[Any], spec: AdapterSpec, site: WeightSite, slots: Sequence[str], access: Access
 ) -> str | None:
     reason = _no_weight(site) or site.no_fold
-    if reason is None and access.opaque and "weight" not in slots:
+    if reason is None and access.opaque and not access.parallel and "weight" not in slots:
         return f"the forward of {site.module} can't be traced, so what it does with its weight is not known"
     return reason or rule.cannot_fold(spec, site)
 

@@ -16,7 +16,7 @@ from peftc.graph.copying import structural_copy
 from peftc.graph.dry_run import unused
 from peftc.graph.finding import modules_at
 from peftc.graph.fingerprint import fingerprint
-from peftc.graph.hooked import is_offloaded
+from peftc.graph.hooked import given_class, is_offloaded, parallel_style
 from peftc.graph.ops import op_named
 from peftc.graph.region import Capture, Region
 from peftc.graph.rows import is_known_linear
@@ -64,7 +64,7 @@ def make_plan(
     edits += [_save(name, model, fqn) for name, found in matches.items() for fqn in found.saved]
     trained = tuple(t for name, found in matches.items() for t in _trained(name, found, index))
     plan = Plan(
-        model=type(model).__name__,
+        model=given_class(type(model)).__name__,
         capture=level,
         fingerprint=fingerprint(model, index),
         adapters={name: found.spec for name, found in matches.items()},
@@ -201,7 +201,9 @@ def _access(
             continue
         source = sources[fqn]
         operands = not source.opaque and source.anchors[0].node is not None
-        found[fqn] = Access(operands, source.opaque, source.opaque and is_known_linear(modules[fqn]))
+        known = source.opaque and is_known_linear(modules[fqn])
+        parallel = known and parallel_style(modules[fqn].__dict__.get("forward")) is not None
+        found[fqn] = Access(operands, source.opaque, known, parallel=parallel)
     return found
 
 

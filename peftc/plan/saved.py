@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from peftc.graph.hooked import given_class
 from peftc.graph.sites import ModuleSite, dtype_name
 from peftc.rule import Rule
 
@@ -32,7 +33,7 @@ def saved_site(model: nn.Module, fqn: str, role: str | None) -> ModuleSite:
     return ModuleSite(
         fqn=fqn,
         op="module",
-        module=type(module).__name__,
+        module=given_class(type(module)).__name__,
         dtype=dtype_name(first.dtype) if first is not None else "float32",
         device=str(first.device) if first is not None else "cpu",
         role=role,

@@ -1,10 +1,10 @@
 """Prompt adapters in files: the rows themselves, which is all PEFT knows, and the encoder that training goes on with."""
 
 from collections.abc import Mapping
-from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from peftc.errors import CheckpointError
 from peftc.plan import Edit
@@ -13,6 +13,7 @@ from peftc.prompts.rule import PromptRule
 from peftc.prompts.virtual import rows
 from peftc.registry import rules_of
 from peftc.rewrite.program import Program
+from peftc.rewrite.sharding import is_sharded, put, whole
 from peftc.specs import AdapterSpec
 
 # The one tensor of a prompt adapter's file.
@@ -40,9 +41,24 @@ def prompt_embeddings(program: Program, edit: Edit) -> Tensor:
     training = encoder.training
     try:
         with torch.no_grad():
-            return rows(encoder.eval(), cast(int, edit.constants["rows"]))
+            made = _Rows(encoder.eval())
+            tensors = {name: whole(tensor) for name, tensor in made.named_parameters() if is_sharded(tensor)}
+            return (
+                functional_call(made, tensors, (edit.constants["rows"],)) if tensors else made(edit.constants["rows"])
+            )
     finally:
         encoder.train(training)
+
+
+class _Rows(nn.Module):
+    """The rows that an encoder makes, as a module: of one that is sharded, nobody gathers the tensors for this."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, number: int) -> Tensor:
+        return rows(self.encoder, number)
 
 
 def is_reparameterised(edit: Edit) -> bool:
@@ -55,8 +71,8 @@ def encoder_state(program: Program, edit: Edit) -> dict[str, Tensor]:
     if is_reparameterised(edit):
         return program.adapters[edit.adapter].part(edit).tensors()
     loaded, encoder = program.adapters[edit.adapter].extras.get(_FIRST, (None, {}))
-    rows_now = program.adapters[edit.adapter].tensor(edit, _ROWS)
-    return encoder if loaded is not None and torch.equal(rows_now.detach().cpu(), loaded) else {}
+    rows_now = whole(program.adapters[edit.adapter].tensor(edit, _ROWS)).cpu()
+    return encoder if loaded is not None and torch.equal(rows_now, loaded) else {}
 
 
 def trainable_spec(spec: AdapterSpec, encoder: Mapping[str, Tensor]) -> tuple[AdapterSpec, str | None]:
@@ -81,7 +97,7 @@ def load_prompt(program: Program, edit: Edit, value: Tensor, encoder: Mapping[st
     """
     if not is_reparameterised(edit):
         target = program.adapters[edit.adapter].tensor(edit, _ROWS)
-        target.copy_(value)
+        put(target, value)
         if encoder:
             program.adapters[edit.adapter].extras[_FIRST] = (value.to("cpu", target.dtype, copy=True), dict(encoder))
         return
@@ -93,7 +109,7 @@ def load_prompt(program: Program, edit: Edit, value: Tensor, encoder: Mapping[st
             " is_trainable=False, which needs only the prompt_embeddings, or remove the file to train on those."
         )
     for name, target in targets.items():
-        target.copy_(encoder[name])
+        put(target, encoder[name])
     made = prompt_embeddings(program, edit)
     if not made.is_meta and not torch.allclose(made, value.to(made), rtol=1e-3, atol=1e-3 * float(value.abs().max())):
         raise CheckpointError(

@@ -23,9 +23,11 @@ from peftc.rewrite.hosts import BOUND, install, is_host, original_class, reads, 
 from peftc.rewrite.learning import watch_steps
 from peftc.rewrite.parts import Adapter, attach, containers, detach, start, weight_of
 from peftc.rewrite.passes import Pass
+from peftc.rewrite.processes import require_placed
 from peftc.rewrite.program import Program
 from peftc.rewrite.route import BASE
-from peftc.rewrite.switch import activate
+from peftc.rewrite.sharding import Places, places_of, reshard, widest_mesh
+from peftc.rewrite.switch import activate, stop_averaging
 
 
 def require_applicable(plan: Plan, on_unmatched: str) -> None:
@@ -60,7 +62,9 @@ def no_collection() -> Generator[None]:
 
 
 def check_names(model: nn.Module, plan: Plan, adapters: Collection[str]) -> None:
-    """Refuse adapter names that can't be part of a parameter's name, and sites that have such a child already."""
+    """Refuse adapter names that can't be part of a parameter's name, sites that have such a child already, and what can't
+    be laid out over processes as the model is.
+    """
     taken = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict()), BASE}
     for name in adapters:
         if not isinstance(cast(Any, name), str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", name) or name in taken:
@@ -68,6 +72,7 @@ def check_names(model: nn.Module, plan: Plan, adapters: Collection[str]) -> None
                 f"adapter name {name!r}: it becomes part of parameter names; use letters, digits, '_' and '-'"
                 f" (and no method name of nn.ModuleDict, nor {BASE!r}, which rows of a mixed batch say for no adapter)"
             )
+    require_placed(model, plan, adapters)
     owners = {fqn: site.owner for fqn, site in plan.sites.items()}
     modules = modules_at(model, owners.values())
     for edit in (edit for edit in plan.edits if edit.adapter in adapters):
@@ -144,12 +149,14 @@ def extend(
             owner._modules.setdefault(site.added, Group().train(owner.training))
     program.look_up()
     _close_fast_paths(program)
+    reshard(program.base)
+    places = places_of(program.base)
     for name in adapters:
         adapter, shared = Adapter(name, plan.adapters[name]), set[str]()
         program.adapters[name] = adapter
         for edit in plan.edits:
             if edit.adapter == name:
-                _attach(program, adapter, edit, fresh, shared)
+                _attach(program, adapter, edit, fresh, shared, places)
     for region in regions:
         _install(program, region)
     watch_steps(program)
@@ -158,16 +165,16 @@ def extend(
             program.overlay.bring(program.base, tensor.name, tensor.adapter)
 
 
-def _attach(program: Program, adapter: Adapter, edit: Edit, fresh: bool, shared: set[str]) -> None:
+def _attach(program: Program, adapter: Adapter, edit: Edit, fresh: bool, shared: set[str], places: Places) -> None:
     """Attach one edit; `shared` are the keys of tensors that the adapter's sites have in common and that are there."""
     site = program.plan.sites[edit.site]
     holder, weight = program.modules[site.holder], weight_of(program.modules[site.owner], site)
-    part = attach(edit, site, holder, _common(program, edit.adapter), adapter.spec, weight)
+    part = attach(edit, site, holder, _common(program, edit.adapter), adapter.spec, weight, places)
     adapter.parts[edit.site, edit.rule.name] = part
     program.children |= dict.fromkeys([*containers(edit), *(p.key.partition(".")[0] for p in edit.params if p.shared)])
     if fresh:
         own = [param for param in edit.params if param.key not in shared] if shared else list(edit.params)
-        start(part, adapter.spec, own, holder, weight)
+        start(part, adapter.spec, own, holder, weight, places.mesh)
     shared |= {param.key for param in edit.params if param.shared}
 
 
@@ -220,7 +227,8 @@ def start_alone(program: Program, edit: Edit, params: Collection[PlannedParam]) 
     """Initialise these parameters of an edit that was attached with `fresh=False`."""
     adapter, site = program.adapters[edit.adapter], program.plan.sites[edit.site]
     holder = program.modules[site.holder]
-    start(adapter.part(edit), adapter.spec, list(params), holder, weight_of(program.modules[site.owner], site))
+    weight = weight_of(program.modules[site.owner], site)
+    start(adapter.part(edit), adapter.spec, list(params), holder, weight, widest_mesh(program.base))
 
 
 def remove(program: Program, adapter: str) -> None:
@@ -237,6 +245,7 @@ def remove(program: Program, adapter: str) -> None:
 
 def undo(program: Program) -> nn.Module:
     """The base model as it was: classes, tensors, flags and attributes. The program is spent afterwards."""
+    stop_averaging(program)
     for adapter in list(program.adapters):
         remove(program, adapter)
     for module in list(_hosts(program)):

@@ -69,12 +69,15 @@ class _Through(dict[str, Any]):
         leaves = self.__dict__.setdefault("leaves", {})  # A pickle brings them later.
         leaves.setdefault(name, Holder())._parameters[VALUE] = value
 
+    # The leaf stays: code reads it, and FSDP1 takes parameters out and puts others in, in every call.
+
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
-        del self.leaves[name]
+        del self.leaves[name]._parameters[VALUE]
 
     def pop(self, name: str, *default: Any) -> Any:
-        self.leaves.pop(name, None)
+        if name in self.leaves:
+            self.leaves[name]._parameters.pop(VALUE, None)
         return super().pop(name, *default)
 
 
@@ -88,6 +91,20 @@ class Vectors(Added, nn.ParameterDict):
     def __init__(self) -> None:
         super().__init__()
         self.__dict__["_parameters"] = _Through()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        leaves = (
+            cast(_Through, self._parameters).leaves if isinstance(self.__dict__.get("_parameters"), _Through) else {}
+        )
+        if name in leaves and isinstance(value, Tensor) and name not in self._parameters:
+            leaves[name].__dict__[VALUE] = value  # What FSDP1 gives in the parameter's place for a while.
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        leaf = cast(_Through, self._parameters).leaves.get(name)
+        if leaf is not None:
+            leaf.__dict__.pop(VALUE, None)
 
     def leaf(self, adapter: str) -> nn.Module:
         """The leaf of an adapter's parameter."""

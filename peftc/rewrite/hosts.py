@@ -15,12 +15,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from peftc.errors import AdapterError
 from peftc.graph.hooked import INNER, is_hooked
 from peftc.graph.region import OPAQUE
+from peftc.rewrite.boundary import boundary_of
 from peftc.rewrite.lent import in_forward, lent
+from peftc.rewrite.sharding import is_sharded
 from peftc.rewrite.walking import TRACED, Added, children, hidden, hiding, is_walking, may_walk, set_children
 
 # The attribute of a host that holds what it runs now: a binding, or None.
@@ -46,10 +51,12 @@ class Unbound:
 
     def __init__(self, host: nn.Module) -> None:
         self.host = host
+        self.boundary = boundary_of(host, host.__dict__.get(_PATCHED))
         self.standing: Mapping[str, Tensor] | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _as_it_was(self.host, original_class(self.host), args, kwargs)
+        result = _as_it_was(self.host, original_class(self.host), args, kwargs)
+        return result if self.boundary is None else self.boundary.given(result)
 
 
 def _as_it_was(host: nn.Module, original: type[nn.Module], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -106,9 +113,14 @@ def _reader(leaf: str) -> property:
         return own if inside or not in_forward() else bound.lent(prefix + leaf, own)
 
     def write(self: nn.Module, value: Any) -> None:
-        self.__dict__[leaf] = value  # What nn.DataParallel gives its replicas is no parameter.
+        self.__dict__[leaf] = value  # What nn.DataParallel and FSDP1 give in its place for a while is no parameter.
 
-    return property(read, write)
+    def delete(self: nn.Module) -> None:
+        if leaf not in self.__dict__:
+            raise AttributeError(leaf)
+        del self.__dict__[leaf]
+
+    return property(read, write, delete)
 
 
 def _own_reader(leaf: str) -> property:
@@ -119,7 +131,11 @@ def _own_reader(leaf: str) -> property:
 def _stored(module: nn.Module, leaf: str) -> Any:
     if leaf in module._parameters:
         return module._parameters[leaf]
-    return module._buffers[leaf] if leaf in module._buffers else module.__dict__[leaf]
+    if leaf in module._buffers:
+        return module._buffers[leaf]
+    if leaf not in module.__dict__:
+        raise AttributeError(f"{type(module).__name__!r} object has no attribute {leaf!r}")
+    return module.__dict__[leaf]
 
 
 def own_path(path: str) -> str:
@@ -157,6 +173,8 @@ class Binding:
         self.host = host
         if code.calls_base:
             self.base = base_of(host)
+            if self.base.boundary is not None:
+                self.run = self.base.boundary.around(code.forward)
         self.__dict__.update({f"a{number}": part for number, part in enumerate(parts)})
 
     def __getstate__(self) -> dict[str, Any]:
@@ -331,7 +349,20 @@ def _keep_hosts(parent: nn.Module, name: str, child: nn.Module | None) -> None:
         )
 
 
+def _keep_layout(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """Refuse to let the weights of a host be laid out over processes past its adapters."""
+    old = module._parameters.get(name)
+    if old is None or parameter is None or not is_host(module):
+        return
+    if is_sharded(parameter) and not is_sharded(old):
+        raise AdapterError(
+            f"{type(module).__name__}.{name}: adapters are on it, which parallelize_module does not lay out with it."
+            " Parallelise first, then compile and load adapters, which are laid out as their weights are."
+        )
+
+
 register_module_module_registration_hook(cast(Any, _keep_hosts))
+register_module_parameter_registration_hook(cast(Any, _keep_layout))
 
 
 def _exchange(module: nn.Module, cls: type[nn.Module]) -> None:

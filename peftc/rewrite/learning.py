@@ -13,7 +13,9 @@ from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite, canonical
 from peftc.registry import rules_of
 from peftc.rewrite.parts import Part, weight_of, wide
+from peftc.rewrite.processes import require_common_gradients
 from peftc.rewrite.program import Program
+from peftc.rewrite.sharding import whole
 from peftc.rule import Bound, Rule
 
 
@@ -69,23 +71,30 @@ def without_gradient(program: Program) -> list[str]:
         for param in part.edit.params
         if param.trainable
     }
-    missing = [name for name, tensor in trained.items() if tensor.requires_grad and tensor.grad is None]
+    # FSDP1 leaves of many tensors nothing to a process.
+    missing = [name for name, t in trained.items() if t.requires_grad and t.grad is None and t.numel()]
     return missing if len(missing) < len(trained) else []
 
 
 def watch_first_step(program: Program) -> None:
-    """Warn at the first step of an optimiser that holds the program's parameters, if some of them got no gradient."""
-    reference, looked_at = weakref.ref(program), False
+    """Look at the first step of an optimiser that holds parameters of those that learn, once for every choice of them.
+
+    Warn if some got no gradient; raise AdapterError if each of several processes would take a step of its own.
+    """
+    reference, looked_at = weakref.ref(program), set[tuple[str, ...]]()
 
     def stepping(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
-        nonlocal looked_at
-        alive = None if looked_at else reference()
-        first = next((own for own in alive.adapters.values() if own.name in alive.learning), None) if alive else None
-        held = {id(p) for group in optimiser.param_groups for p in group["params"]} if first is not None else set[int]()
-        if alive is None or first is None or not any(id(holder[leaf]) in held for holder, leaf in first.trained):
+        alive = reference()
+        if alive is None or alive.learning in looked_at:
             return
-        looked_at = True
-        missing = without_gradient(alive)
+        held = {id(p) for group in optimiser.param_groups for p in group["params"]}
+        places = [place for name in alive.learning if name in alive.adapters for place in alive.adapters[name].trained]
+        mine = [holder[leaf] for holder, leaf in places if id(holder[leaf]) in held]
+        if not mine:
+            return
+        require_common_gradients(alive, mine)
+        missing = without_gradient(alive) if not looked_at else []
+        looked_at.add(alive.learning)
         if missing:
             more = f" (and {len(missing) - 3} more)" if len(missing) > 3 else ""
             warnings.warn(
@@ -135,4 +144,4 @@ def _made(program: Program, part: Part, state: Any) -> Mapping[str, Tensor]:
     weight = weight_of(program.modules[part.site.owner], part.site)
     assert weight is not None, "the rule's check() asks for a weight"
     assert isinstance(part.site, WeightSite), "others have no inputs"
-    return part.edit.rule.calibrated(wide(canonical(weight.detach(), part.site)), state, bound(part))
+    return part.edit.rule.calibrated(wide(canonical(whole(weight), part.site)), state, bound(part))

@@ -7,6 +7,7 @@ It is known when it happens, so no source is looked through, and helpers and com
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ def in_forward() -> bool:
     """Whether a forward is running that calls this, and not a hook of a call or a tool that looks at the model."""
     if torch.compiler.is_compiling():
         return True
+    if sys._getframe(2).f_code.co_filename.startswith(_DISTRIBUTED):
+        return False
     frame, inner = sys._getframe(1), sys._getframe(1)
     while frame is not None and frame.f_code.co_name != "forward":
         if frame.f_code.co_filename == _CALLS and frame.f_code.co_name in ("_call_impl", "inner"):
@@ -31,6 +34,8 @@ def in_forward() -> bool:
     return frame is not None
 
 
+# Where FSDP1 is, whose forward, around the model's, gathers weights.
+_DISTRIBUTED = str(Path(torch.__file__).parent / "distributed")
 # The file in which torch calls modules.
 _CALLS = nn.Module._call_impl.__code__.co_filename
 

@@ -24,6 +24,7 @@ from peftc.rewrite.checkpointing import CHECKPOINT
 from peftc.rewrite.hosts import BOUND, Binding, Code, install, is_host, uninstall
 from peftc.rewrite.parts import Part
 from peftc.rewrite.passes import piped
+from peftc.rewrite.processes import require_same_gradients, require_whole_rows
 from peftc.rewrite.program import Program
 from peftc.rewrite.route import BASE, ByRow, Route, Routed, current
 from peftc.rewrite.splice import follow, stored_path
@@ -77,6 +78,9 @@ def _checked(program: Program, names: Any) -> tuple[str, ...]:
         raise AdapterError(
             "adapter_names: an active adapter has put biases or embeddings of its own into the base; set_adapter([]) first"
         )
+    require_whole_rows(program)
+    if torch.is_grad_enabled():
+        require_same_gradients(program, rows)
     return rows
 
 

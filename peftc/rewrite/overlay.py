@@ -4,11 +4,13 @@ Biases that it trains, embeddings that its file brings. The two exchange their v
 (ties, optimisers, graphs) see what stands there.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from peftc.graph.finding import parameter_at
+from peftc.rewrite.sharding import exchanged, managed, put, reshard
 
 
 @dataclass
@@ -26,6 +28,7 @@ class Overlay:
 
     def bring(self, base: nn.Module, name: str, adapter: str, value: Tensor | None = None) -> None:
         """Give `adapter` a tensor `name` of its own: `value`, or a copy of the base's."""
+        reshard(base)
         parameter = parameter_at(base, name)
         self.present.setdefault(name, None)
         own = self.base_value(base, name) if value is None else value
@@ -35,25 +38,32 @@ class Overlay:
         """The base's own tensor `name`."""
         return parameter_at(base, name).detach() if self.present.get(name) is None else self.aside[name, None]
 
-    def place(self, base: nn.Module, name: str, adapter: str | None) -> None:
-        """Put the tensor `name` of `adapter` into the model, or with None the base's own."""
-        if self.present[name] != adapter:
+    def place(self, base: nn.Module, adapters: Mapping[str, str | None]) -> None:
+        """Put tensors by name into the model, those of the adapter named or with None the base's own."""
+        wanted = {name: adapter for name, adapter in adapters.items() if self.present[name] != adapter}
+        if wanted:
+            reshard(base)
+        held = managed(base) if wanted else {}
+        for name, adapter in wanted.items():
             parameter = parameter_at(base, name)
             value = self.aside.pop((name, adapter)).to(device=parameter.device, dtype=parameter.dtype)
-            self.aside[name, self.present[name]], parameter.data = parameter.data, value
+            if id(parameter) in held:  # FSDP2 gathers from the memory that it knows.
+                self.aside[name, self.present[name]] = parameter.detach().clone()
+                put(parameter, value)
+            else:
+                self.aside[name, self.present[name]] = exchanged(parameter, value)
             self.present[name] = adapter
 
     def show(self, base: nn.Module, active: tuple[str, ...]) -> None:
         """Let the tensors of the adapters `active` be in the model; of several for one, that of the last."""
-        for name in self.present:
-            owners = [adapter for adapter in active if self.brings(name, adapter)]
-            self.place(base, name, owners[-1] if owners else None)
+        owners = {name: [adapter for adapter in active if self.brings(name, adapter)] for name in self.present}
+        self.place(base, {name: own[-1] if own else None for name, own in owners.items()})
 
     def drop(self, base: nn.Module, adapter: str) -> None:
         """Forget what `adapter` brought."""
         for name in [name for name in self.present if self.brings(name, adapter)]:
             if self.present[name] == adapter:
-                self.place(base, name, None)
+                self.place(base, {name: None})
             del self.aside[name, adapter]
             if not any(other is not None for key, other in self.aside if key == name):
                 del self.present[name]

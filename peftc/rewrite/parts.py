@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,7 +16,7 @@ from peftc.graph.sites import Site, WeightSite, canonical, dtype_of
 from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
 from peftc.rewrite.holders import VALUE, Container, Holder, Vectors, code_path
 from peftc.rewrite.hosts import pristine_copy
-from peftc.rewrite.sharding import is_sharded, whole
+from peftc.rewrite.sharding import Layout, Places, is_sharded, own, put, spread, whole
 from peftc.rule import Bound, fill
 from peftc.specs import AdapterSpec
 
@@ -166,20 +166,27 @@ def containers(edit: Edit) -> list[str]:
 
 
 def attach(
-    edit: Edit, site: Site, holder: nn.Module, root: nn.Module, spec: AdapterSpec, weight: nn.Parameter | None
+    edit: Edit,
+    site: Site,
+    holder: nn.Module,
+    root: nn.Module,
+    spec: AdapterSpec,
+    weight: nn.Parameter | None,
+    places: Places,
 ) -> Part:
     """Create what `edit` adds to `holder`, the module that holds adapters at `site`; not initialised yet.
 
-    `root` is the model, for tensors that all sites share; `weight` the site's, for the device.
+    `root` is the model, for tensors that all sites share; `weight` the site's, for the device and the layout.
     """
     part = Part(edit, site)
     if edit.rule.container is not None:
         if containers(edit):
-            _attach_module(part, holder, _copy_of(holder) if edit.whole else _encoder(part, holder, spec))
+            _attach_module(part, holder, _copy_of(holder, places) if edit.whole else _encoder(part, holder, spec))
         return part
     device = device_of(holder, weight) if weight is not None else torch.device(site.device)
+    layout = places.layout(site, weight)
     for param in edit.params:
-        _attach_tensor(part, param, root if param.shared else holder, device)
+        _attach_tensor(part, param, root if param.shared else holder, device, layout)
     for name, probability in edit.dropouts.items():
         if probability > 0:
             dropouts = _child(holder, name, Container)
@@ -187,7 +194,9 @@ def attach(
     return part
 
 
-def _attach_tensor(part: Part, param: PlannedParam, holder: nn.Module, device: torch.device) -> None:
+def _attach_tensor(
+    part: Part, param: PlannedParam, holder: nn.Module, device: torch.device, layout: Layout | None
+) -> None:
     adapter = part.edit.adapter
     first, dot, rest = param.key.partition(".")
     if dot:
@@ -202,7 +211,7 @@ def _attach_tensor(part: Part, param: PlannedParam, holder: nn.Module, device: t
         module, rest = vectors, adapter
         part.owners[param.key] = (vectors, adapter)
     if rest not in module._parameters:
-        parameter = nn.Parameter(_allocated(part, param, device), requires_grad=False)
+        parameter = nn.Parameter(_allocated(part, param, device, layout), requires_grad=False)
         if dot:
             module._parameters[rest] = parameter
         else:
@@ -243,22 +252,35 @@ def _attach_module(part: Part, holder: nn.Module, module: nn.Module) -> None:
         part.owners[param.key] = (module.get_submodule(path), leaf)
 
 
-def _copy_of(module: nn.Module) -> nn.Module:
+def _copy_of(module: nn.Module, places: Places) -> nn.Module:
     """A real copy of `module`, as it was before any rewrite, for an adapter to train."""
     others = module._modules.pop(MODULES_TO_SAVE, None)
     try:
-        return _gathered(pristine_copy(module))
+        sharded = {
+            name for name, tensor in module.named_parameters() if is_sharded(tensor) and id(tensor) not in places.laid
+        }
+        return _gathered(_without_layout_hooks(pristine_copy(module)), sharded)
     finally:
         if others is not None:
             module._modules[MODULES_TO_SAVE] = others
 
 
-def _gathered(module: nn.Module) -> nn.Module:
-    """`module` with whole tensors, where those that it was copied from are sharded: nobody gathers the copy's."""
-    for inner in module.modules():
-        for name, tensor in inner._parameters.items():
-            if tensor is not None and is_sharded(tensor):
-                inner._parameters[name] = nn.Parameter(whole(tensor), tensor.requires_grad)
+def _without_layout_hooks(module: nn.Module) -> nn.Module:
+    """`module` without the hooks that lay out its inputs and outputs, for a copy that is called inside of them."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number, hook in list(hooks.items()):
+            if getattr(hook, "__qualname__", "").startswith("distribute_module.<locals>"):
+                del hooks[number]
+    return module
+
+
+def _gathered(module: nn.Module, names: Iterable[str]) -> nn.Module:
+    """`module` with whole tensors of these `names`, where FSDP2 gathers those that it copies, and not its own."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        inner = module.get_submodule(path)
+        tensor = inner.get_parameter(leaf)
+        inner._parameters[leaf] = nn.Parameter(whole(tensor), tensor.requires_grad)
     return module
 
 
@@ -269,9 +291,11 @@ def _encoder(part: Part, holder: nn.Module, spec: AdapterSpec) -> nn.Module:
     return module.train(holder.training).requires_grad_(False)
 
 
-def _allocated(part: Part, param: PlannedParam, device: torch.device) -> Tensor:
+def _allocated(part: Part, param: PlannedParam, device: torch.device, layout: Layout | None) -> Tensor:
     dtype = dtype_of(param.dtype)
     try:
+        if layout is not None:
+            return layout.empty(param.shape, dtype, param.axes)
         return torch.empty(param.shape, dtype=dtype, device=device)
     except (RuntimeError, MemoryError) as error:
         raise AdapterError(
@@ -282,27 +306,41 @@ def _allocated(part: Part, param: PlannedParam, device: torch.device) -> Tensor:
 
 
 def start(
-    part: Part, spec: AdapterSpec, params: list[PlannedParam], host: nn.Module, weight: nn.Parameter | None
+    part: Part, spec: AdapterSpec, params: list[PlannedParam], host: nn.Module, weight: nn.Parameter | None, mesh: Any
 ) -> None:
-    """Initialise `params` of a part as a new adapter has them. `host`: the site's module, `weight` its weight."""
+    """Initialise `params` of a part as a new adapter has them: the same on all processes of `mesh`, if that is not None.
+
+    `host`: the site's module, `weight` its weight.
+    """
     if part.edit.rule.container is not None:
         if params and not part.edit.whole:
             with torch.no_grad():
                 part.edit.rule.start_module(part.module, spec, part.edit.constants, host)
+            spread(part.module.parameters(), mesh)
         return
-    tensors = {param.name: part.tensor(param.key) for param in params}
-    given = [param for param in params if not tensors[param.name].is_meta]
-    own = [param for param in given if param.init == "rule"]
+    live = {param.name: part.tensor(param.key) for param in params}
+    given = [param for param in params if not live[param.name].is_meta]
+    tensors = {param.name: _unsharded(live[param.name]) for param in given}
+    by_rule = [param for param in given if param.init == "rule"]
     for param in given:
         if param.init != "rule":
             fill(tensors[param.name], param.init, param.seed)
-    if own:
-        _start_by_rule(part, own, tensors, weight, host._parameters.get("bias"))
+    if by_rule:
+        _start_by_rule(part, by_rule, tensors, weight, host._parameters.get("bias"))
+    spread(tensors.values(), mesh)
+    for name, tensor in tensors.items():
+        if is_sharded(live[name]):
+            put(live[name], tensor)
+
+
+def _unsharded(tensor: Tensor) -> Tensor:
+    """A whole tensor to be filled in the place of a sharded one; any other is itself."""
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=own(tensor).device) if is_sharded(tensor) else tensor
 
 
 def _start_by_rule(
     part: Part,
-    own: list[PlannedParam],
+    params: list[PlannedParam],
     tensors: Mapping[str, Tensor],
     weight: nn.Parameter | None,
     bias: nn.Parameter | None,
@@ -318,18 +356,20 @@ def _start_by_rule(
     shapes = {param.name: param.shape for param in edit.params if param.init == "rule"}
     try:
         with torch.no_grad():
-            base = wide(canonical(weight.detach(), part.site))
-            lazy = {"bias": lambda: None if bias is None else wide(bias.detach())}
-            values = rule.initialise(base, shapes, Bound({**_others(part, shapes), **edit.constants}, lazy))
-            for param in own:
+            base = wide(canonical(whole(weight), part.site))
+            lazy = {"bias": lambda: None if bias is None else wide(whole(bias))}
+            values = rule.initialise(base, shapes, Bound({**_others(part, tensors, shapes), **edit.constants}, lazy))
+            for param in params:
                 tensors[param.name].copy_(values[param.name])
     except (NotImplementedError, KeyError, RuntimeError, TypeError) as error:
         raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}.initialise) at {edit.site}: {error!r}") from error
 
 
-def _others(part: Part, shapes: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The parameters that have their values already, for those that start from them."""
-    return {name: wide(tensor.detach()) for name, tensor in part.tensors().items() if name not in shapes}
+def _others(part: Part, started: Mapping[str, Tensor], shapes: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The parameters that have their values already, for those that start from them; `started` with them, whole."""
+    names = [name for name in part.tensors() if name not in shapes]
+    found = {name: started[name] if name in started else whole(part.tensors()[name]) for name in names}
+    return {name: wide(tensor.detach()) for name, tensor in found.items()}
 
 
 def wide(weight: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from peftc.errors import AdapterError
 from peftc.graph.finding import modules_at
 from peftc.graph.region import Region
 from peftc.plan import Edit, Plan
+from peftc.rewrite.averaging import Averaging
 from peftc.rewrite.hosts import BOUND, Binding, Code
 from peftc.rewrite.overlay import Overlay
 from peftc.rewrite.parts import Adapter
@@ -58,12 +59,14 @@ class Given:
 @dataclass
 class Made:
     """What was made so far and can be made again: `codes` by what they are made of; `layouts`, what all hosts run, by the
-    names that are active; `mixed`, what they run in batches of several, by the set of names.
+    names that are active; `mixed`, what they run in batches of several, by the set of names. `averaging`: what averages
+    the gradients of those that learn over processes.
     """
 
     codes: dict[Any, Code] = field(default_factory=dict[Any, Code])
     layouts: dict[Any, dict[str, Binding]] = field(default_factory=dict[Any, dict[str, Binding]])
     mixed: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    averaging: Averaging | None = None
 
 
 @dataclass

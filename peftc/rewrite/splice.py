@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from peftc.errors import AdapterError, RuleError
 from peftc.graph.ops import Use, op_named, operand, replace_operand, use_of
-from peftc.graph.region import HOST, Anchor, Source, call_input
+from peftc.graph.region import HOST, Anchor, Source, call_input, replace_call_input
 from peftc.graph.rows import POINTWISE, dequantised
 from peftc.graph.sites import Site, WeightSite, dtype_of
 from peftc.plan import Edit, PlannedParam
@@ -213,7 +213,7 @@ def _replace_input_and_output(place: _Place, node: fx.Node, edits: Sequence[Acti
         if use is not None:
             replace_operand(node, use.form.x, x)
         else:
-            node.replace_input_with(first, x)
+            replace_call_input(graph, node, first, x)
     users, y = list(node.users), node
     for number, (active, own_x) in enumerate(zip(edits, seen, strict=True)):
         if "output" in active.edit.slots:

@@ -10,11 +10,12 @@ from peftc.errors import AdapterError
 from peftc.graph.finding import parameter_at
 from peftc.graph.region import Anchor, Region
 from peftc.graph.sites import WeightSite, parameter_name
+from peftc.rewrite.averaging import Averaging
 from peftc.rewrite.hosts import BOUND, Binding, Code
 from peftc.rewrite.parts import Part
 from peftc.rewrite.passes import rewritten
 from peftc.rewrite.program import Program, require_idle
-from peftc.rewrite.sharding import follow_flags, reshard
+from peftc.rewrite.sharding import data_mesh, follow_flags, managed, reshard
 from peftc.rewrite.splice import Active
 from peftc.rewrite.verify import example_for
 
@@ -62,6 +63,30 @@ def train(program: Program, names: Iterable[str]) -> None:
                 parameter_at(program.base, tensor.name).requires_grad_(on)
     follow_flags(program.base)
     program.learning = chosen
+    _average(program)
+
+
+def _average(program: Program) -> None:
+    """Let the gradients of what learns be averaged over processes, where FSDP2 leaves that to others."""
+    stop_averaging(program)
+    mesh = data_mesh(program.base)
+    if mesh is None or mesh.size() == 1:
+        return
+    known = managed(program.base)
+    adapters = [own for name, own in program.adapters.items() if name in program.learning]
+    trained = [parameters[leaf] for own in adapters for parameters, leaf in own.trained]
+    names = [tensor.name for tensor in program.plan.trained if tensor.adapter in program.learning]
+    trained += [parameter_at(program.base, name) for name in names]
+    left = {id(parameter): parameter for parameter in trained if id(parameter) not in known}
+    if left:
+        program.made.averaging = Averaging(mesh, left.values())
+
+
+def stop_averaging(program: Program) -> None:
+    """Leave gradients to each process."""
+    if program.made.averaging is not None:
+        program.made.averaging.stop()
+        program.made.averaging = None
 
 
 def emit(program: Program) -> None:

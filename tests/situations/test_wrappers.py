@@ -83,6 +83,21 @@ def test_prefixes_that_wrappers_leave_in_files_are_read(left: str, tmp_path: Pat
     assert torch.equal(peftc.load(llama(), tmp_path)(IDS).logits, compiled(IDS).logits)
 
 
+def test_an_input_that_is_replaced_reaches_a_patched_forward_of_any_arguments() -> None:
+    spec = peftc.IA3Config(target_modules=["down_proj"], feedforward_modules=["down_proj"])
+    compiled = perturb(peftc.compile(llama(), spec))
+    model = llama()
+    for layer in model.model.layers:
+        linear = layer.mlp.down_proj
+        linear.forward = lambda *args, own=linear.forward, **kwargs: own(*args, **kwargs)
+    patched = peftc.compile(model, spec, inplace=True)
+    peftc.set_peft_model_state_dict(patched, peftc.get_peft_model_state_dict(compiled))
+    assert torch.equal(patched(IDS).logits, compiled(IDS).logits)
+    down = patched.base.model.layers[0].mlp.down_proj
+    x = torch.randn(2, down.in_features)
+    assert torch.equal(down(input=x), down(x))
+
+
 class Doubles(ModelHook):
     """Changes what goes in and what comes out."""
 
