@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from peftc.errors import AdapterError
 from peftc.graph.sites import Site, WeightSite, canonical
@@ -45,6 +46,12 @@ class Computed:
         self.make = make
         self.__doc__ = make.__doc__
 
+    def assigned(self, assign: Callable[[Any, Any], None]) -> "Computed":
+        """The same attribute, which can be assigned to."""
+        made = _Assigned(self.make)
+        made.assign = assign
+        return made
+
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
 
@@ -56,6 +63,23 @@ class Computed:
             if self.name in own:
                 return own[self.name]
         return self.make(module)
+
+
+class _Assigned(Computed):
+    """One that can be assigned to, but where the module has one of that name itself."""
+
+    assign: Callable[[Any, Any], None]
+
+    def __get__(self, module: Any, owner: type | None = None) -> Any:
+        if module is not None and self.name in module.__dict__:
+            return module.__dict__[self.name]
+        return super().__get__(module, owner)
+
+    def __set__(self, module: Any, value: Any) -> None:
+        if isinstance(value, Mapping) and self.name not in module.__dict__ and ROOT in module.__dict__:
+            self.assign(module, value)
+        else:
+            module.__dict__[self.name] = value
 
 
 class BaseTunerLayer:
@@ -172,10 +196,7 @@ class LoraLayer(BaseTunerLayer):
         """`lora_alpha` by adapter."""
         return {name: part.edit.constants["lora_alpha"] for name, part in _parts(self).items()}
 
-    @Computed
-    def scaling(self) -> "_Scaling":
-        """The scaling by adapter; assigning to an item changes it."""
-        return _Scaling(self)
+    scaling = Computed(lambda layer: _Scaling(layer)).assigned(lambda layer, values: _Scaling(layer).take(values))
 
     @Computed
     def lora_bias(self) -> dict[str, Any]:
@@ -313,6 +334,18 @@ class AuxiliaryTrainingWrapper:
         return {} if part is None else {key: f"modules_to_save.{adapter_name}.{key}" for key in part.owners}
 
 
+def _keep_base(parent: nn.Module, name: str, child: nn.Module | None) -> None:
+    """Refuse to let the module as it was be exchanged alone: it is the adapted one itself."""
+    if name == "base_layer" and isinstance(parent, BaseTunerLayer) and ROOT in parent.__dict__:
+        raise AdapterError(
+            "base_layer: is the adapted module itself, without its adapters. Exchange modules first, then adapt them; or"
+            " change its weight"
+        )
+
+
+register_module_module_registration_hook(cast(Any, _keep_base))
+
+
 class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """A module that adapters save whole: `modules_to_save` has the copies by adapter."""
 
@@ -329,6 +362,11 @@ class _Scaling(dict[str, float]):
             {name: float(cast(float, part.edit.constants["scaling"])) for name, part in _parts(layer).items()}
         )
         self.layer = layer
+
+    def take(self, values: Mapping[str, float]) -> None:
+        """Let the scalings be these."""
+        for name, value in values.items():
+            self[name] = value
 
     def __setitem__(self, adapter: str, value: float) -> None:
         super().__setitem__(adapter, value)

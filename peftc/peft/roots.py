@@ -184,8 +184,19 @@ def attach(model: nn.Module, configs: Mapping[str, Any], *, autocast: bool) -> R
     for name, config in configs.items():
         _require_some(root, name)
         take(root, name, config)
+        _let_drop(root, name)
     adopt(root)
     return root
+
+
+def _let_drop(root: Root, name: str) -> None:
+    """Let what is new be in train(), as new modules are, whatever the base is in."""
+    for part in root.program.adapters[name].parts.values():
+        for dropout, probability in part.edit.dropouts.items():
+            if probability > 0:
+                getattr(part, dropout).train()
+        if part.edit.rule.container is not None:
+            part.module.train()
 
 
 def _is_left(root: Root) -> bool:

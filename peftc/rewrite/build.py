@@ -267,17 +267,28 @@ def parked(program: Program) -> Generator[nn.Module]:
     """The base model without its adapters for a while, to be planned on: no rewritten class, no added child."""
     hosts = [(module, type(module), _state(module)) for module in _hosts(program) if is_host(module)]
     children = [(module, name, module._modules.pop(name)) for module, name in _added(program)]
+    noted = [(module, _noted(module)) for module in (program.base, *(module for module, _, _ in hosts))]
     for module, _, _ in hosts:
         uninstall(module)
+    for module, names in noted:
+        for name in names:
+            module.__dict__.pop(name, None)
     try:
         yield program.base
     finally:
+        for module, names in noted:
+            module.__dict__.update(names)
         for module, cls, state in hosts:
             module.__dict__.pop("forward", None)
             module.__dict__.update(state)
             object.__setattr__(module, "__class__", cls)
         for module, name, child in children:
             module._modules[name] = child
+
+
+def _noted(module: nn.Module) -> dict[str, Any]:
+    """What peftc has noted on a module, which is none of the module's own state."""
+    return {name: value for name, value in module.__dict__.items() if name.startswith(BOUND)}
 
 
 def _state(module: nn.Module) -> dict[str, Any]:

@@ -26,6 +26,15 @@ class Holder(nn.Module):
             )
         super().__setattr__(name, value)
 
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises AdapterError: it would never run."""
+        raise AdapterError(
+            "a hook on the tensors of an adapter would not run: generated code reads them, and they are never called. Put"
+            " it on the adapted module"
+        )
+
+    register_forward_pre_hook = register_forward_hook
+
     def forward(self, x: Tensor) -> Tensor:
         """What a factor of a linear does with `x` (…, in). Raises NotImplementedError of other tensors."""
         weight = self._parameters.get("weight")
@@ -53,6 +62,14 @@ class Container(Added, nn.ModuleDict):
 
     def _get_name(self) -> str:
         return "ModuleDict"  # As PEFT's print.
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        if isinstance(self._modules.get(key), Holder) and module is not self._modules[key]:
+            raise AdapterError(
+                f"{key}: generated code reads the tensors that are there, and not another module's: copy values into its"
+                " parameters"
+            )
+        super().__setitem__(key, module)
 
 
 class _Through(dict[str, Any]):
