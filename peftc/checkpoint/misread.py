@@ -9,9 +9,9 @@ from peftc.rewrite.program import Program
 from peftc.rule import Rule
 
 # What peft (0.21, utils/transformers_weight_conversion.py) takes for linears of single experts wherever they are, by the
-# model type whose checkpoints are laid out alike.
-_EXPERTS: Mapping[str, tuple[str, ...]] = {
-    "mixtral": ("w1", "w2", "w3"),
+# model type whose checkpoints are laid out alike: the two that are fused, and the third.
+EXPERTS: Mapping[str, tuple[str, str, str]] = {
+    "mixtral": ("w1", "w3", "w2"),
     "qwen2_moe": ("gate_proj", "up_proj", "down_proj"),
 }
 
@@ -21,7 +21,7 @@ def misread_by_peft(program: Program, adapter: str) -> str | None:
     config, spec = transformers_config(program.base), program.adapters[adapter].spec
     if config is None or not any(type(rule).factors is not Rule.factors for rule in rules_of(spec)):
         return None
-    ends = _EXPERTS.get(_alike(config.model_type), ())
+    ends = EXPERTS.get(experts_alike(config.model_type), ())
     lost = [
         edit.site
         for edit in program.adapters[adapter].edits
@@ -36,7 +36,7 @@ def misread_by_peft(program: Program, adapter: str) -> str | None:
     )
 
 
-def _alike(model_type: str) -> str:
+def experts_alike(model_type: str) -> str:
     """The model type whose checkpoints those of `model_type` are laid out like."""
     from transformers import conversion_mapping
 

@@ -18,6 +18,7 @@ from peftc.errors import AdapterError, NoMatchError
 from peftc.graph.finding import module_at
 from peftc.lifecycle import describe, named, require_known
 from peftc.peft.configs import config_from, resolve, spec_of
+from peftc.peft.experts import with_experts
 from peftc.peft.layers import ROOT, BaseTunerLayer, classes_at
 from peftc.plan import Edit
 from peftc.rewrite.hosts import be_also, is_host
@@ -166,7 +167,7 @@ def require_root(module: Any) -> Root:
 
 def attach(model: nn.Module, configs: Mapping[str, Any], *, autocast: bool) -> Root:
     """Give `model`, in place, the adapters that `configs` describe. The first is active if there was none before."""
-    specs = {name: spec_of(config) for name, config in configs.items()}
+    specs = {name: with_experts(model, spec_of(config)) for name, config in configs.items()}
     root = root_of(model)
     if root is not None and _is_left(root):
         release(root)

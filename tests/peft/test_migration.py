@@ -14,7 +14,7 @@ from tests.support.small import small_model
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 SECTIONS: list[dict[str, Any]] = yaml.safe_load((DOCS / "migration.yaml").read_text())
-DOCUMENTED = {name for section in SECTIONS if "of" not in section for name in section["names"]}
+DOCUMENTED = {name for section in SECTIONS if "of" not in section for name in section.get("names", ())}
 
 
 def page() -> str:
@@ -29,6 +29,9 @@ def page() -> str:
         "Out of reach is code that patches PEFT's classes from outside (axolotl, unsloth and ms-swift do, in parts).",
     ]
     for section in SECTIONS:
+        if "notes" in section:
+            lines += ["", f"## {section['section']}", "", *(f"- {note}" for note in section["notes"])]
+            continue
         lines += ["", f"## {section['section']}", "", "| name | here | how it differs |", "|---|---|---|"]
         lines += [f"| `{name}` | {row['here']} | {row['differs']} |" for name, row in section["names"].items()]
     for kind, title in (("to come", "Not yet: methods and variants to come"), ("refused", "Not served")):

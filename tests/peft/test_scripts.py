@@ -183,6 +183,31 @@ def test_defaults_that_are_looked_at(lib: Any) -> None:
     assert lib.LoraConfig(rank_pattern=None, inference_mode=None).r == 8
 
 
+@pytest.mark.parametrize(
+    ("kind", "targets"),
+    [
+        ("qwen3_moe", ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        ("qwen3_moe", "all-linear"),
+        ("mixtral", ["q_proj", "w1", "w2", "w3"]),
+        ("mixtral", ["q_proj", "gate"]),
+        ("mixtral", "all-linear"),
+    ],
+    ids=str,
+)
+def test_targets_that_are_fused_experts_now_are_the_experts(kind: str, targets: Any, tmp_path: Path) -> None:
+    cls = {"qwen3_moe": "Qwen3MoeForCausalLM", "mixtral": "MixtralForCausalLM"}[kind]
+    more = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    models = [
+        lib.get_peft_model(base(cls, kind, **more), lib.LoraConfig(r=2, target_modules=targets))
+        for lib in (peft, peftc.peft)
+    ]
+    theirs, ours = (model.get_nb_trainable_parameters()[0] for model in models)
+    assert theirs == ours
+    models[1].save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base(cls, kind, **more), str(tmp_path))
+    assert sum(p.numel() for name, p in again.named_parameters() if "lora_" in name) == ours
+
+
 def test_loading_onto_a_model_with_adapters_keeps_them(tmp_path: Path) -> None:
     adapted(peftc.peft).save_pretrained(tmp_path)
     model = adapted(peftc.peft)
