@@ -11,19 +11,19 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # Waiting threads sleep instead of spinning, so that other work on the machine does not slow torch down tenfold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-clients quick lint format bench clean
+.PHONY: demo test test-slow test-clients lint format bench clean
 
 demo: $(VENV)/demo.done  ## The main job: fine-tune, save, load, merge and export SmolLM2 (about three minutes)
 	$(BIN)/python examples/finetune_smollm2.py
 
-test: $(VENV)/test.done  ## All tests, but those of clients' packages
-	$(PYTEST) --ignore=tests/clients
+test: $(VENV)/test.done  ## The tests that take less than ten seconds each
+	$(PYTEST) -m "not slow" --ignore=tests/clients
+
+test-slow: $(VENV)/test.done  ## The others: several processes, killed ones, all architectures, exports
+	$(PYTEST) -m slow --ignore=tests/clients
 
 test-clients: $(VENV)/clients.done  ## The real packages of real clients: trl, diffusers, accelerate, bitsandbytes, …
 	$(PYTEST) tests/clients
-
-quick: $(VENV)/test.done  ## The tests that take less than ten seconds each
-	$(PYTEST) -m "not slow" --ignore=tests/clients
 
 lint: $(VENV)/test.done  ## ruff, pyright strict, the layers
 	$(BIN)/ruff check .

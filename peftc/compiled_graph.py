@@ -47,6 +47,18 @@ class BaseModel:
         return self._body()(*args, **kwargs)
 
 
+def trainable(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters of a model."""
+    counts = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
+
+
+def trainable_line(model: nn.Module) -> str:
+    """The two numbers and their ratio in PEFT's words."""
+    own, total = trainable(model)
+    return f"trainable params: {own:,} || all params: {total:,} || trainable%: {100 * own / total:.4f}"
+
+
 class CompiledGraph(fx.GraphModule):
     """A GraphModule around the rewritten model `base`: what of a CompiledModel is no adapter's business."""
 
@@ -187,13 +199,11 @@ class CompiledGraph(fx.GraphModule):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters, adapters included."""
-        counts = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
-        return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
+        return trainable(self)
 
     def print_trainable_parameters(self) -> None:
         """Print the two numbers and their ratio in PEFT's words."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+        print(trainable_line(self))
 
     def site_code(self) -> dict[str, str]:
         """The generated code of every host; hosts with equal code together (`layers.{0–29}.self_attn.q_proj, …`)."""

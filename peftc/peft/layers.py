@@ -14,9 +14,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from peftc.errors import AdapterError
 from peftc.graph.sites import Site, WeightSite, canonical
 from peftc.plan import Edit
-from peftc.rewrite.hosts import as_it_was
 from peftc.rewrite.parts import Part
 from peftc.rewrite.scale import set_scale_at
+from peftc.rewrite.views import as_it_was
 from peftc.rule import Bound
 
 __all__ = [

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peftc.checkpoint import LoadResult
 from peftc.compiled import CompiledModel
+from peftc.compiled_graph import trainable, trainable_line
 from peftc.errors import AdapterError, CheckpointError
 from peftc.graph.finding import module_at
 from peftc.graph.sites import parameter_name, transformers_config
@@ -301,13 +302,11 @@ class PeftModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) parameters, adapters included."""
-        counts = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
-        return sum(count for count, trained in counts if trained), sum(count for count, _ in counts)
+        return trainable(self)
 
     def print_trainable_parameters(self) -> None:
         """Print the two numbers and their ratio."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+        print(trainable_line(self))
 
     def get_layer_status(self) -> list[LayerStatus]:
         """What is active, merged and learning at every adapted module."""

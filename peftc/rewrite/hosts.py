@@ -26,19 +26,19 @@ from peftc.graph.region import OPAQUE
 from peftc.rewrite.boundary import boundary_of
 from peftc.rewrite.lent import in_forward, lent
 from peftc.rewrite.sharding import is_sharded
-from peftc.rewrite.walking import TRACED, Added, children, hidden, hiding, is_walking, may_walk, set_children
+from peftc.rewrite.walking import TRACED, children, hidden, hiding, is_walking, may_walk, set_children
 
 # The attribute of a host that holds what it runs now: a binding, or None.
 BOUND = "peftc"
 # The attribute of a host that holds it as it was.
-_BASE = "peftc_base"
+BASE = "peftc_base"
 # The attribute that holds a forward which was patched on the instance before it became a host.
 _PATCHED = "peftc_patched"
 # The attribute of a module whose weights may be stood in for: the host that computes with them, as it was, and the
 # path from that host to the module.
-_READS = "peftc_reads"
+READS = "peftc_reads"
 # The attribute of a view of a host as it was: the host.
-_VIEWED = "peftc_viewed"
+VIEWED = "peftc_viewed"
 # How generated code reads a weight of its host: past what others get who read it.
 _OWN = "peftc_"
 
@@ -99,7 +99,7 @@ def _reader(leaf: str) -> property:
 
     def read(self: nn.Module) -> Any:
         own = _stored(self, leaf)
-        reads = self.__dict__.get(_READS)
+        reads = self.__dict__.get(READS)
         host, prefix = (self, "") if reads is None else (reads[0].host, reads[1])
         bound = host.__dict__.get(BOUND)
         if bound is None or own is None:
@@ -238,10 +238,10 @@ def _host_class(
 def _replicate(self: nn.Module) -> nn.Module:
     """The host as nn.DataParallel copies it to another device: bound to what its copy has there, at its first call."""
     replica = nn.Module._replicate_for_data_parallel(self)
-    reads = replica.__dict__.pop(_READS, None)
-    replica.__dict__.pop(_BASE, None)
+    reads = replica.__dict__.pop(READS, None)
+    replica.__dict__.pop(BASE, None)
     if reads is not None:
-        replica.__dict__[_READS] = (base_of(replica), reads[1])
+        replica.__dict__[READS] = (base_of(replica), reads[1])
     bound = replica.__dict__.get(BOUND)
     if bound is not None:
         replica.__dict__[BOUND] = _Replica(replica, bound)
@@ -339,7 +339,7 @@ def _keep_hosts(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     copied = parent.__dict__.get("_is_replica", False)  # By nn.DataParallel, which gives it copies of the children.
     if old is None or old is child or copied or type(parent).__module__ == "torch._dynamo.eval_frame":
         return
-    if child is not None and child.__dict__.get(_VIEWED) is old:
+    if child is not None and child.__dict__.get(VIEWED) is old:
         return  # The host as it was takes its own place: that is how some take adapters off.
     hosts = [module for module in old.modules() if is_host(module)]
     if hosts and (child is None or not any(module is hosts[0] for module in child.modules())):
@@ -385,31 +385,22 @@ def _is_made(cls: type) -> bool:
 
 def base_of(host: nn.Module) -> Unbound:
     """The host as it was before the rewrite."""
-    base = host.__dict__.get(_BASE)
+    base = host.__dict__.get(BASE)
     if base is None:
-        base = host.__dict__[_BASE] = Unbound(host)
+        base = host.__dict__[BASE] = Unbound(host)
     return base
 
 
 def reads(module: nn.Module, host: nn.Module, prefix: str) -> None:
     """Let the attributes of `module`, at path `prefix` of a host, be stood in for in the calls of that host."""
-    module.__dict__[_READS] = (base_of(host), prefix)
-
-
-def as_it_was(host: nn.Module) -> nn.Module:
-    """A view of a host without adapters: of its own class, with its own parameters, buffers and children."""
-    view: nn.Module = object.__new__(original_class(host))
-    children = {name: child for name, child in host.__dict__["_modules"].items() if not isinstance(child, Added)}
-    state = {name: value for name, value in host.__dict__.items() if not name.startswith("peftc")}
-    view.__dict__.update({**state, "_modules": children, _VIEWED: host})
-    return view
+    module.__dict__[READS] = (base_of(host), prefix)
 
 
 def uninstall(module: nn.Module) -> None:
     """Put the class back that `module` had, and its forward if that was patched."""
     if not is_host(module):
         return
-    for name in (BOUND, _BASE, _READS, TRACED):
+    for name in (BOUND, BASE, READS, TRACED):
         module.__dict__.pop(name, None)
     patched = module.__dict__.pop(_PATCHED, None)
     if patched is not None:
@@ -418,14 +409,3 @@ def uninstall(module: nn.Module) -> None:
     _exchange(module, original_class(module))
     if hooked:
         module.__dict__[INNER] = types.MethodType(type(module).forward, module)
-
-
-def pristine_copy(module: nn.Module) -> nn.Module:
-    """A deep copy of `module` as it was before it was a host."""
-    state = {name: module.__dict__.pop(name) for name in (BOUND, _BASE, _READS) if name in module.__dict__}
-    try:
-        new = copy.deepcopy(module)
-    finally:
-        module.__dict__.update(state)
-    uninstall(new)
-    return new

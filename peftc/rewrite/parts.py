@@ -15,8 +15,8 @@ from peftc.graph.hooked import device_of
 from peftc.graph.sites import Site, WeightSite, canonical, dtype_of
 from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
 from peftc.rewrite.holders import VALUE, Container, Holder, Vectors, code_path
-from peftc.rewrite.hosts import pristine_copy
 from peftc.rewrite.sharding import Layout, Places, is_sharded, own, put, spread, whole
+from peftc.rewrite.views import pristine_copy
 from peftc.rule import Bound, fill
 from peftc.specs import AdapterSpec
 

@@ -19,25 +19,10 @@ from torch import nn
 import peftc
 import peftc.peft
 from peftc.peft.layers import BaseTunerLayer
-from tests.support.small import small_model
+from tests.support.scripts import base, filled
 
 IDS = torch.tensor([[5, 6, 7, 8], [8, 7, 6, 5]])
 BOTH = pytest.mark.parametrize("lib", [peft, peftc.peft], ids=["peft", "peftc"])
-
-
-def base(cls: str = "LlamaForCausalLM", kind: str = "llama", **more: Any) -> Any:
-    torch.manual_seed(0)
-    model = small_model(kind, cls, **more)
-    assert model is not None
-    return model
-
-
-def filled(model: Any, seed: int = 1) -> Any:
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in sorted((name.replace(".base_layer", ""), p) for name, p in model.named_parameters()):
-        if "lora_" in name or "prompt_encoder" in name:
-            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def adapted(lib: Any, **more: Any) -> Any:

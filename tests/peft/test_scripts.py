@@ -11,17 +11,10 @@ import torch
 from torch import nn
 
 import peftc.peft
-from tests.support.small import small_model
+from tests.support.scripts import base
 
 IDS = torch.tensor([[5, 6, 7, 8], [8, 7, 6, 5]])
 BOTH = pytest.mark.parametrize("lib", [peft, peftc.peft], ids=["peft", "peftc"])
-
-
-def base(cls: str = "LlamaForCausalLM", kind: str = "llama", **more: Any) -> Any:
-    torch.manual_seed(0)
-    model = small_model(kind, cls, **more)
-    assert model is not None
-    return model
 
 
 def lora(lib: Any, **more: Any) -> Any:

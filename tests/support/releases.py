@@ -122,7 +122,6 @@ EARLY: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # What would change the result, and peftc has not.
 REFUSED: dict[str, Any] = {
-    "use_dora": True,
     "layer_replication": [[0, 2], [1, 3]],
     "megatron_config": {"hidden_size": 32},
     "trainable_token_indices": {"embed_tokens": [1, 2]},
