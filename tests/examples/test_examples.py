@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+import peftc
+from tests.support.adapters import perturb
+
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
@@ -51,6 +54,20 @@ def tiny_model(finetune: ModuleType, folder: Path) -> None:
         tie_word_embeddings=True,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_deploy_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    finetune = example("finetune_smollm2", monkeypatch)
+    tiny_model(finetune, tmp_path / "tiny")
+    compiled = peftc.compile(finetune.load_base(str(tmp_path / "tiny")), finetune.LORA)
+    perturb(compiled).save_pretrained(tmp_path / "adapter")
+    deploy = example("deploy", monkeypatch)
+    deploy.main(
+        model=str(tmp_path / "tiny"), adapter=tmp_path / "adapter", out=tmp_path / "out", to=["hf", "pt2", "onnx"]
+    )
+    printed = capsys.readouterr().out
+    assert all(f"{target}: the greedy tokens are the live model's" in printed for target in ("hf", "pt2", "onnx"))
 
 
 @pytest.mark.slow
