@@ -51,8 +51,9 @@ def written(found: dict[str, list[str]]) -> str:
 def test_the_table_is_that_of_the_installed_package() -> None:
     assert peft.__version__ == names.VERSION
     known = json.loads(FILE.read_text())
-    found = table()
-    assert {module: known.get(module) for module in found} == found
+    # Some names are there only where packages for quantised models are.
+    missing = {module: set(own) - set(known.get(module, ())) for module, own in table().items()}
+    assert not {module: own for module, own in missing.items() if own}
     assert set(known[""]) >= set(peft.__all__)
 
 
