@@ -16,6 +16,8 @@ from peftc.plan import Edit, Plan
 from peftc.rewrite.program import Program
 from peftc.rewrite.sharding import Places, data_mesh, is_flattened, managed, places_of
 
+# What DeepSpeed notes on the parameters that it partitions.
+_ZERO3 = "ds_id"
 # By wrapper, the ids of the parameters whose gradients it averages: those that trained when it was made.
 _WRAPPERS = weakref.WeakKeyDictionary[nn.Module, frozenset[int]]()
 
@@ -29,7 +31,13 @@ register_module_module_registration_hook(_note_wrapper)
 
 
 def require_growable(model: nn.Module) -> None:
-    """Raise AdapterError if FSDP1 has flattened `model`."""
+    """Raise AdapterError if FSDP1 has flattened `model`, or DeepSpeed has taken its parameters apart."""
+    apart = next((name for name, parameter in model.named_parameters() if _ZERO3 in parameter.__dict__), None)
+    if apart is not None:
+        raise AdapterError(
+            f"{apart}: DeepSpeed's ZeRO-3 holds it in pieces, and gathers them in hooks of modules, past which generated code"
+            " reads the tensors of adapters. Use ZeRO-2, which leaves parameters whole, or fully_shard."
+        )
     flat = next((name for name, parameter in model.named_parameters() if is_flattened(parameter)), None)
     if flat is not None:
         raise AdapterError(

@@ -205,3 +205,12 @@ class TestOffload:
         with pytest.raises(peftc.PeftcError, match="offloaded"):
             peftc.compile(model, lora("q_proj", modules_to_save=["lm_head"]))
         assert isinstance(model.model.layers[1].self_attn.q_proj._hf_hook, AlignDevicesHook)
+
+
+def test_a_model_that_deepspeed_has_taken_apart_is_refused_before_anything_is_done() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    vars(model[1].weight)["ds_id"] = 7  # As ZeRO-3 marks what it partitions.
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(peftc.AdapterError, match=r"1.weight: DeepSpeed's ZeRO-3 .* Use ZeRO-2"):
+        peftc.compile(model, peftc.LoraConfig(target_modules=["0"]), inplace=True)
+    assert {name: type(module) for name, module in model.named_modules()} == before
