@@ -35,8 +35,8 @@ def require_growable(model: nn.Module) -> None:
     apart = next((name for name, parameter in model.named_parameters() if _ZERO3 in parameter.__dict__), None)
     if apart is not None:
         raise AdapterError(
-            f"{apart}: DeepSpeed's ZeRO-3 holds it in pieces, and gathers them in hooks of modules, past which generated code"
-            " reads the tensors of adapters. Use ZeRO-2, which leaves parameters whole, or fully_shard."
+            f"{apart}: DeepSpeed's ZeRO-3 holds it in pieces, and gathers them in hooks of modules, past which generated"
+            " code reads the tensors of adapters. Use ZeRO-2, which leaves parameters whole, or fully_shard."
         )
     flat = next((name for name, parameter in model.named_parameters() if is_flattened(parameter)), None)
     if flat is not None:
