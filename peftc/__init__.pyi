@@ -29,6 +29,7 @@ from peftc.specs import AdapterSpec
 from peftc.stream import merge_checkpoint, unmerge_checkpoint
 
 from peftc_rules.ia3.config import IA3Config
+from peftc_rules.loha import LoHaConfig
 from peftc_rules.lora.config import LoraConfig
 from peftc_rules.p_tuning import PromptEncoderConfig
 from peftc_rules.prefix_tuning import PrefixTuningConfig
@@ -44,6 +45,7 @@ __all__ = [
     "ExportError",
     "Form",
     "IA3Config",
+    "LoHaConfig",
     "LoadResult",
     "LoraConfig",
     "MergeError",

@@ -28,6 +28,7 @@ __all__ = [
     "Embedding",
     "IA3Layer",
     "Linear",
+    "LoHaLayer",
     "LoraLayer",
     "ModulesToSaveWrapper",
     "ParamWrapper",
@@ -276,6 +277,22 @@ class ParamWrapper(LoraLayer):
     """A module with LoRA on parameters of its own (experts)."""
 
 
+class LoHaLayer(BaseTunerLayer):
+    """A module with LoHa: `hada_w1_a` and the others by adapter."""
+
+    adapter_layer_names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
+
+    @Computed
+    def r(self) -> dict[str, Any]:
+        """The ranks by adapter."""
+        return {name: part.edit.constants["r"] for name, part in _parts(self).items()}
+
+    @Computed
+    def scaling(self) -> dict[str, Any]:
+        """The scaling by adapter."""
+        return {name: part.edit.constants["scaling"] for name, part in _parts(self).items()}
+
+
 class IA3Layer(BaseTunerLayer):
     """A module with (IA)³: `ia3_l` by adapter."""
 
@@ -382,7 +399,7 @@ _CLASSES: Mapping[tuple[str, str], type[Any]] = {
     ("lora", "conv3d"): Conv3d,
     ("lora", "parameter"): ParamWrapper,
 }
-_BY_RULE: Mapping[str, type[Any]] = {"lora": LoraLayer, "ia3": IA3Layer}
+_BY_RULE: Mapping[str, type[Any]] = {"lora": LoraLayer, "ia3": IA3Layer, "loha": LoHaLayer}
 
 
 def classes_at(edits: Iterable[Edit], sites: Mapping[str, Site]) -> tuple[type[Any], ...]:

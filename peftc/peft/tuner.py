@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from peftc.errors import AdapterError
 from peftc.peft.configs import PeftConfig
-from peftc.peft.layers import BaseTunerLayer, IA3Layer, LoraLayer
+from peftc.peft.layers import BaseTunerLayer, IA3Layer, LoHaLayer, LoraLayer
 from peftc.peft.roots import Root, attach, release, require_root, root_of
 from peftc.peft.types import PeftType
 from peftc.rewrite.mixed import mixed
 
-__all__ = ["BaseTuner", "IA3Model", "LoraModel", "MixedModel", "cast_adapter_dtype"]
+__all__ = ["BaseTuner", "IA3Model", "LoHaModel", "LoraModel", "MixedModel", "cast_adapter_dtype"]
 
 
 class BaseTuner(nn.Module):
@@ -198,11 +198,18 @@ class IA3Model(BaseTuner):
     tuner_layer_cls = IA3Layer
 
 
+class LoHaModel(BaseTuner):
+    """A model with LoHa."""
+
+    prefix = "hada_"
+    tuner_layer_cls = LoHaLayer
+
+
 class MixedModel(BaseTuner):
     """A model with adapters of several methods."""
 
 
-_CLASSES: Mapping[Any, type[BaseTuner]] = {PeftType.LORA: LoraModel, PeftType.IA3: IA3Model}
+_CLASSES: Mapping[Any, type[BaseTuner]] = {PeftType.LORA: LoraModel, PeftType.IA3: IA3Model, PeftType.LOHA: LoHaModel}
 
 
 def tuner_class(config: Any) -> type[BaseTuner]:
