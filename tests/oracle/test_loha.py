@@ -55,6 +55,8 @@ def test_outputs_gradients_and_files(variant: str, tmp_path: Path) -> None:
     }
     assert own.keys() == theirs.keys()
     for name, gradient in theirs.items():
+        if variant == "effective" and name.startswith(("c.", "d.")) and "_a." in name:
+            continue  # peft's own backward is wrong there, as the next test shows.
         torch.testing.assert_close(own[name], gradient, rtol=1e-3, atol=1e-3)
     ours.save_pretrained(tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(tmp_path / "ours")).eval()
@@ -63,6 +65,27 @@ def test_outputs_gradients_and_files(variant: str, tmp_path: Path) -> None:
     with ours.merged():
         torch.testing.assert_close(ours(X), y, rtol=1e-4, atol=1e-4)
     assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items())
+
+
+def test_gradients_of_the_effective_form_are_those_of_differences() -> None:
+    torch.manual_seed(0)
+    spec = peftc.LoHaConfig(**FIELDS, use_effective_conv2d=True, init_weights=False)
+    ours = peftc.compile(Net().double(), spec).eval()
+    x, step = X.double(), 1e-6
+    ours(x).square().sum().backward()
+    for name, parameter in ours.named_parameters():
+        if parameter.requires_grad:
+            first = (0,) * parameter.dim()
+            sums: list[Tensor] = []
+            with torch.no_grad():
+                for change in (step, -2 * step):
+                    parameter[first] += change
+                    sums.append(ours(x).square().sum())
+                parameter[first] += step
+            assert parameter.grad is not None
+            torch.testing.assert_close(
+                parameter.grad[first], (sums[0] - sums[1]) / (2 * step), rtol=1e-4, atol=1e-6, msg=name
+            )
 
 
 def test_a_fresh_one_is_the_base_and_a_random_one_is_not() -> None:
