@@ -1,5 +1,6 @@
 """Who sees to it that adapters learn the same in all processes: DDP, FSDP2, or what averages gradients here."""
 
+import sys
 import weakref
 from collections.abc import Collection, Iterable
 from typing import Any
@@ -14,7 +15,7 @@ from peftc.graph.hooked import parallel_style
 from peftc.graph.sites import Site, WeightSite
 from peftc.plan import Edit, Plan
 from peftc.rewrite.program import Program
-from peftc.rewrite.sharding import Places, data_mesh, is_flattened, managed, places_of
+from peftc.rewrite.sharding import Places, data_mesh, has_processes, is_flattened, managed, places_of
 
 # What DeepSpeed notes on the parameters that it partitions.
 _ZERO3 = "ds_id"
@@ -32,6 +33,8 @@ register_module_module_registration_hook(_note_wrapper)
 
 def require_growable(model: nn.Module) -> None:
     """Raise AdapterError if FSDP1 has flattened `model`, or DeepSpeed has taken its parameters apart."""
+    if "deepspeed" not in sys.modules and not has_processes():
+        return
     apart = next((name for name, parameter in model.named_parameters() if _ZERO3 in parameter.__dict__), None)
     if apart is not None:
         raise AdapterError(

@@ -20,6 +20,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return distributed is not None and isinstance(tensor, distributed.DTensor)
 
 
+def has_processes() -> bool:
+    """Whether this is one of several processes, or could be: without, nothing is sharded, and nobody has to look."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_flattened(tensor: Tensor) -> bool:
     """Whether FSDP1 manages `tensor`: a piece of flat memory between calls."""
     return getattr(tensor, "_fsdp_flattened", False)
@@ -209,9 +214,7 @@ def data_mesh(model: nn.Module) -> Any | None:
 
 
 def _sharded_parameters(model: nn.Module) -> list[Any]:
-    if sys.modules.get("torch.distributed.tensor") is None:
-        return []
-    return [parameter for parameter in model.parameters() if is_sharded(parameter)]
+    return [parameter for parameter in model.parameters() if is_sharded(parameter)] if has_processes() else []
 
 
 def is_shared(model: nn.Module) -> bool:
@@ -259,6 +262,5 @@ def _groups(model: nn.Module) -> list[Any]:
 
 def _fully_sharded(model: nn.Module) -> list[Any]:
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    running = torch.distributed.is_available() and torch.distributed.is_initialized()
-    cls = getattr(fsdp, "FSDPModule", None) if running else None
+    cls = getattr(fsdp, "FSDPModule", None) if has_processes() else None
     return [] if cls is None else [module for module in model.modules() if isinstance(module, cls)]

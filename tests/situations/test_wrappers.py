@@ -1,7 +1,9 @@
 """Models that others have wrapped: torch.compile, accelerate's hooks, and what wrappers leave in files."""
 
 import copy
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import peft
@@ -207,7 +209,10 @@ class TestOffload:
         assert isinstance(model.model.layers[1].self_attn.q_proj._hf_hook, AlignDevicesHook)
 
 
-def test_a_model_that_deepspeed_has_taken_apart_is_refused_before_anything_is_done() -> None:
+def test_a_model_that_deepspeed_has_taken_apart_is_refused_before_anything_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", ModuleType("deepspeed"))
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     vars(model[1].weight)["ds_id"] = 7  # As ZeRO-3 marks what it partitions.
     before = {name: type(module) for name, module in model.named_modules()}
