@@ -3,7 +3,7 @@
 import gc
 import re
 import warnings
-from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -267,17 +267,15 @@ def parked(program: Program) -> Generator[nn.Module]:
     """The base model without its adapters for a while, to be planned on: no rewritten class, no added child."""
     hosts = [(module, type(module), _state(module)) for module in _hosts(program) if is_host(module)]
     children = [(module, name, module._modules.pop(name)) for module, name in _added(program)]
-    noted = [(module, _noted(module)) for module in (program.base, *(module for module, _, _ in hosts))]
-    for module, _, _ in hosts:
+    noted = {name: value for name, value in program.base.__dict__.items() if name.startswith(BOUND)}
+    for module, _, state in hosts:
         uninstall(module)
-    for module, names in noted:
-        for name in names:
-            module.__dict__.pop(name, None)
+        _forget(module, state)
+    _forget(program.base, noted)
     try:
         yield program.base
     finally:
-        for module, names in noted:
-            module.__dict__.update(names)
+        program.base.__dict__.update(noted)
         for module, cls, state in hosts:
             module.__dict__.pop("forward", None)
             module.__dict__.update(state)
@@ -286,9 +284,11 @@ def parked(program: Program) -> Generator[nn.Module]:
             module._modules[name] = child
 
 
-def _noted(module: nn.Module) -> dict[str, Any]:
-    """What peftc has noted on a module, which is none of the module's own state."""
-    return {name: value for name, value in module.__dict__.items() if name.startswith(BOUND)}
+def _forget(module: nn.Module, names: Iterable[str]) -> None:
+    """Take off what peftc has noted on a module, which is none of the module's own state."""
+    for name in names:
+        if name.startswith(BOUND):
+            module.__dict__.pop(name, None)
 
 
 def _state(module: nn.Module) -> dict[str, Any]:
