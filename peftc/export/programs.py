@@ -237,7 +237,7 @@ def _plain_program(model: nn.Module, stage: Path, given: Mapping[str, Tensor]) -
     batched = {name: {0: torch.export.Dim.AUTO} for name in given}
     try:
         made = torch.export.export(model, (), dict(given), dynamic_shapes=batched)
-    except Exception as error:
+    except Exception as error:  # A user's forward may raise anything while it is traced.
         raise ExportError(f"{original_class(model).__name__} can't be exported: {_first(error)}") from error
     torch.export.save(made, stage / PLAIN)
     return lambda inputs: torch.export.load(stage / PLAIN).module()(**inputs)
@@ -251,7 +251,7 @@ def _plain_onnx(model: nn.Module, stage: Path, given: Mapping[str, Tensor]) -> R
             torch.onnx.export(
                 model, (), str(path), kwargs=dict(given), dynamic_shapes=batched, dynamo=True, verbose=False
             )
-        except Exception as error:
+        except Exception as error:  # As above; and what has no ONNX operator.
             raise ExportError(f"{original_class(model).__name__} can't be exported: {_first(error)}") from error
     return lambda inputs: run_onnx(path, inputs)
 

@@ -72,9 +72,9 @@ class AutoPeftModel:
         if cls.auto_class is not None:
             return getattr(transformers, cls.auto_class)
         mapped = config.auto_mapping or {}
-        name = mapped.get("base_model_class")
-        if mapped.get("parent_library", "").startswith("transformers") and hasattr(transformers, str(name)):
-            return getattr(transformers, str(name))
+        own = getattr(transformers, str(mapped.get("base_model_class")), None)
+        if mapped.get("parent_library", "").startswith("transformers") and own is not None:
+            return own
         found = _BY_TASK.get(config.task_type)
         if found is None:
             raise CheckpointError(

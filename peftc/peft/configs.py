@@ -170,7 +170,7 @@ def config_from(spec: AdapterSpec) -> Any:
 def resolve(config: Any, spec: AdapterSpec) -> None:
     """Fill in what compiling has found out: default targets, sizes of prompts."""
     for key, value in spec.to_dict().items():
-        if isinstance(config, PeftConfig) and hasattr(config, key) and getattr(config, key) is None:
+        if isinstance(config, PeftConfig) and key in vars(config) and vars(config)[key] is None:
             setattr(config, key, set(value) if key in _SETS and isinstance(value, list) else value)
 
 
