@@ -26,6 +26,7 @@ def compile(
     adapter_name: str = "default",
     *,
     capture: Capture = "modules",
+    inputs: Mapping[str, Any] | None = None,
     inplace: bool = False,
     on_unmatched: OnUnmatched = "error",
     autocast_adapter_dtype: bool = True,
@@ -35,7 +36,8 @@ def compile(
 
     `spec`: a spec, a dict, a path to `adapter_config.json` or YAML, an object with PEFT's `to_dict()`, a mapping of
     adapter names to any of these (the first becomes active), or a Plan, which is applied exactly as it is.
-    `capture`: `modules` (any model), or `symbolic` (one flat graph, for models that torch.fx traces).
+    `capture`: `modules` (any model), `symbolic` (one flat graph, for models that torch.fx traces), or `export` (one flat
+    graph of aten ops, by torch.export, which takes exactly what `inputs` names: examples of two rows and more).
     `inplace`: rewrite the model itself instead of a structural copy; `unload()` then gives it back intact.
     `on_unmatched`: `warn` goes on without selectors that match nothing. `autocast_adapter_dtype`: adapters of float16
     and bfloat16 weights are float32. `passes`: run in this order over every rewritten graph (see `peftc.Pass`).
@@ -48,12 +50,12 @@ def compile(
     model = looked_through(model)
     with no_collection():
         if isinstance(spec, Plan):
-            made, regions = planned(model, spec.adapters, spec.capture, spec.autocast_adapter_dtype)
+            made, regions = planned(model, spec.adapters, spec.capture, spec.autocast_adapter_dtype, inputs=inputs)
             require_same(spec, made)
             made = spec
         else:
             specs = load_specs(spec, adapter_name, spec_classes())
-            made, regions = planned(model, specs, capture, autocast_adapter_dtype)
+            made, regions = planned(model, specs, capture, autocast_adapter_dtype, inputs=inputs)
         require_applicable(made, on_unmatched)
         lost = unsaved(model, made)
         if lost is not None:
@@ -67,6 +69,7 @@ def plan(
     adapter_name: str = "default",
     *,
     capture: Capture = "modules",
+    inputs: Mapping[str, Any] | None = None,
     autocast_adapter_dtype: bool = True,
 ) -> Plan:
     """What `compile` would change, without changing anything or reading a weight. Arguments as there.
@@ -77,7 +80,8 @@ def plan(
     the model type), CaptureError.
     """
     model = looked_through(model)
-    made = planned(model, load_specs(spec, adapter_name, spec_classes()), capture, autocast_adapter_dtype)[0]
+    specs = load_specs(spec, adapter_name, spec_classes())
+    made = planned(model, specs, capture, autocast_adapter_dtype, inputs=inputs)[0]
     lost = unsaved(model, made)
     return made if lost is None else replace(made, cautions=(*made.cautions, lost))
 

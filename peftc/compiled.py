@@ -353,6 +353,7 @@ class CompiledModel(CompiledFiles):
         config: Any = None,
         *,
         capture: Capture = "modules",
+        inputs: Mapping[str, Any] | None = None,
         inplace: bool = False,
         autocast_adapter_dtype: bool = True,
         subfolder: str | None = None,
@@ -376,7 +377,9 @@ class CompiledModel(CompiledFiles):
         model = lifecycle.looked_through(model)
         files = files.on(model)
         spec = respelled_spec(model, files.spec, files.tensors)
-        made, regions = lifecycle.planned(model, {adapter_name: spec}, capture, autocast_adapter_dtype, fresh=False)
+        made, regions = lifecycle.planned(
+            model, {adapter_name: spec}, capture, autocast_adapter_dtype, fresh=False, inputs=inputs
+        )
         require_applicable(made, "warn")
         compiled = cls(build(model, made, regions, inplace, fresh=False))
         try:

@@ -124,20 +124,31 @@ class CompiledGraph(fx.GraphModule):
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """`generate` of the base model; `adapter_names` as in a call, one per prompt."""
+        self._require_python("generate", "which calls the model with caches and positions")
         generate = getattr(self.base, "generate")  # noqa: B009 - nn.Module's attributes are tensors or modules by type
         if adapter_names is None:
             return generate(*args, **kwargs)
         with mixed(self.program, adapter_names, several=True):
             return generate(*args, **kwargs)
 
+    def _require_python(self, what: str, why: str) -> None:
+        """Raise AdapterError if the model runs as one program, where `what` has no effect or a wrong one."""
+        if self.plan.capture == "export":
+            raise AdapterError(
+                f"{what}: {why}; this model runs as one program, captured with capture='export'. Compile it with"
+                " capture='modules', load the adapter there and do it then."
+            )
+
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """As of the base model. The reentrant kind needs no `enable_input_require_grads` here, whatever the input is."""
+        self._require_python("gradient_checkpointing_enable", "which acts where modules are called")
         enable = getattr(self.base, "gradient_checkpointing_enable")  # noqa: B009 - as in generate
         enable(*args, **kwargs)
         let_gradients_through(self.base)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
         """As of the base model. Raises AdapterError, with nothing changed, if an adapter changes or saves an embedding."""
+        self._require_python("resize_token_embeddings", "after which the graph's sizes would be wrong")
         base: Any = self.base
         ends = [base.get_input_embeddings(), base.get_output_embeddings()]
         touched = [

@@ -11,8 +11,10 @@ from peftc.checkpoint import AdapterFiles, LoadResult, load_state, require_base,
 from peftc.checkpoint.heads import fit_heads
 from peftc.compiled_graph import CompiledGraph
 from peftc.errors import AdapterError, MergeError, nearest
+from peftc.graph.capture import whole
+from peftc.graph.exported import Flat
 from peftc.graph.hooked import compiled_inside
-from peftc.graph.region import Capture, Region
+from peftc.graph.region import Capture, Region, Source
 from peftc.merge.combine import checked, combined_spec, fill, pairs
 from peftc.plan import Plan, make_plan, without
 from peftc.plan.heads import with_heads
@@ -38,11 +40,17 @@ def looked_through(model: nn.Module) -> nn.Module:
 
 
 def planned(
-    model: nn.Module, specs: Mapping[str, AdapterSpec], capture: Capture, autocast: bool, fresh: bool = True
+    model: nn.Module,
+    specs: Mapping[str, AdapterSpec],
+    capture: Capture,
+    autocast: bool,
+    fresh: bool = True,
+    inputs: Any = None,
 ) -> tuple[Plan, tuple[Region, ...]]:
     """The plan of a model that has no adapters yet, and its regions. Raises AdapterError if it has.
 
     `fresh`: the adapters are new, and heads of their tasks are theirs; of a file that says what it holds, they are not.
+    `inputs`: what the model is called with, for `export` to trace.
     """
     if isinstance(model, CompiledGraph):
         raise AdapterError("the model is compiled already: use its add_adapter or its .plan, or unload it first")
@@ -50,7 +58,7 @@ def planned(
         require_growable(model)
     if fresh:
         specs = {name: with_heads(model, spec) for name, spec in specs.items()}
-    return make_plan(model, specs, capture, autocast, fresh=fresh)
+    return make_plan(model, specs, capture, autocast, fresh=fresh, flat=whole(model, capture, inputs))
 
 
 def named(names: str | Iterable[str]) -> list[str]:
@@ -98,7 +106,7 @@ def add(
         specs = {name: with_heads(base, spec) if fresh else spec}
         before = program.plan
         upcast = before.autocast_adapter_dtype if autocast is None else autocast
-        plan, regions = make_plan(base, specs, before.capture, upcast, before, fresh)
+        plan, regions = make_plan(base, specs, before.capture, upcast, before, fresh, _flat(program))
         plan = replace(plan, autocast_adapter_dtype=before.autocast_adapter_dtype)
         require_applicable(plan, on_unmatched)
         check_names(base, plan, [name])
@@ -112,6 +120,17 @@ def add(
     except BaseException:
         _shrink(program, name)
         raise
+
+
+def _flat(program: Program) -> Flat | None:
+    """The whole program, if the model was captured as one."""
+    return _flat_of(program.regions[0].source) if program.plan.capture == "export" else None
+
+
+def _flat_of(source: Source | None) -> Flat | None:
+    if source is None or source.signature is None:
+        return None
+    return Flat(source.graph, source.signature, _flat_of(source.training))
 
 
 def load(
@@ -208,6 +227,6 @@ def _shrink(program: Program, name: str) -> None:
     remove(program, name)
     plan = without(program.plan, name)
     hosts = {site.owner for site in plan.sites.values()}
-    used = [region for region in program.regions if plan.capture == "symbolic" or region.host in hosts]
+    used = [region for region in program.regions if plan.capture != "modules" or region.host in hosts]
     extend(program, plan, tuple(used), [])
     emit(program)

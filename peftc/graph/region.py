@@ -1,7 +1,7 @@
 """Regions: traced pieces of a model, each run by one host module, with the ops that sites anchor edits to.
 
 Nothing here assumes that a site has a graph of its own: under `modules` capture every site hosts its own region, under
-`symbolic` one region, hosted by the model, holds them all.
+`symbolic` and `export` one region, hosted by the model, holds them all.
 """
 
 import inspect
@@ -13,12 +13,14 @@ from typing import Any, Literal, cast
 import torch
 from torch import fx, nn
 
+from peftc.graph.calling import Signature
 from peftc.graph.hooked import NAMES, is_hooked, is_patched
 from peftc.graph.ops import is_turn, use_of
+from peftc.graph.packing import packed, unpacked
 from peftc.graph.rows import is_plain
 from peftc.graph.stand_in import STANDARD, has_changed, isolated, kept_by
 
-Capture = Literal["modules", "symbolic"]
+Capture = Literal["modules", "symbolic", "export"]
 
 # What generated code calls `self`: a binding, with the module that runs it, and that module as it was before.
 HOST = "host"
@@ -41,11 +43,23 @@ class Anchor:
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A traced graph with its anchors; equal hosts share one. `opaque`: the host itself is a node of the graph."""
+    """A traced graph with its anchors; equal hosts share one. `opaque`: the host itself is a node of the graph.
+
+    `signature`: how a whole program is called, whose placeholders are the tensors among its inputs. `training`: what runs
+    in its place under train(), if that is another graph.
+    """
 
     graph: fx.Graph
     anchors: tuple[Anchor, ...]
     opaque: bool = False
+    signature: Signature | None = None
+    training: "Source | None" = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "graph": packed(self.graph)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, graph=unpacked(state["graph"]))
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def _lookup(node: fx.Node) -> Any:
 def _convolution(dims: int) -> Op:
     cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
     function = (F.conv1d, F.conv2d, F.conv3d)[dims - 1]
-    overload = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)[dims - 1]
+    aten_form = (aten.conv1d, aten.conv2d, aten.conv3d)[dims - 1]
 
     def shape_of(module: nn.Module) -> Shape | None:
         if not isinstance(module, cls):
@@ -115,7 +115,7 @@ def _convolution(dims: int) -> Op:
         geometry.update({name: node.kwargs[name] for name in names if name in node.kwargs})
         return partial(function, **geometry)
 
-    forms = {function: Form(), overload: Form()}
+    forms = {function: Form(), aten_form.default: Form(), aten_form.padding: Form()}
     return Op(f"conv{dims}d", forms, shape_of, apply)
 
 

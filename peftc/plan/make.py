@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from peftc.architectures import families
 from peftc.edits import Costs, Edit, Miss, PlannedParam, TrainedTensor
@@ -14,14 +14,16 @@ from peftc.errors import CaptureError, PlanError, RuleError
 from peftc.graph.capture import capture
 from peftc.graph.copying import structural_copy
 from peftc.graph.dry_run import unused
+from peftc.graph.exported import Flat
 from peftc.graph.finding import modules_at
 from peftc.graph.fingerprint import fingerprint
 from peftc.graph.hooked import given_class, is_offloaded, parallel_style
+from peftc.graph.lineage import with_ops
 from peftc.graph.ops import op_named
-from peftc.graph.region import Capture, Region
+from peftc.graph.region import Capture, Region, Source
 from peftc.graph.rows import is_known_linear
 from peftc.graph.sites import SiteIndex, WeightSite, dtype_name, index_sites, transformers_config
-from peftc.graph.symbolic import with_ops
+from peftc.graph.symbolic import graph_of
 from peftc.plan.claims import Access, adapter_dtype, weight_edit
 from peftc.plan.join import add_costs, added_costs, joined
 from peftc.plan.match import Match, match, match_saved
@@ -39,16 +41,16 @@ def make_plan(
     autocast_adapter_dtype: bool,
     among: Plan | None = None,
     fresh: bool = True,
+    flat: Flat | None = None,
 ) -> tuple[Plan, tuple[Region, ...]]:
     """The plan of adapting `model` with `specs` (by adapter name, in order), and the regions it was made on.
 
     `among`: the plan of the adapters that the model has already; the new plan is of all, the regions are those of the new
-    sites (of all, with `symbolic`). Misses and conflicts are in the plan, not raised. Raises NoMatchError (no defaults
-    for the model type), CaptureError.
+    sites (of all, where one graph is the whole model). `flat`: the program that `export` captured. Misses and conflicts
+    are in the plan, not raised. Raises NoMatchError (no defaults for the model type), CaptureError.
     """
-    _require_capturable(model, level)
     dtype_for = partial(adapter_dtype, autocast=autocast_adapter_dtype)
-    index = _indexed(model, level, specs)
+    index = _indexed(model, level, specs, flat)
     matches = {name: _match(name, spec, model, level, index, dtype_for) for name, spec in specs.items()}
     if fresh:
         matches = {name: _without_unused(name, found, model, index) for name, found in matches.items()}
@@ -57,7 +59,7 @@ def make_plan(
     # A site inside a module that another adapter saves is a conflict; it is captured as the site it also is.
     whole = {fqn for found in matches.values() for fqn in found.saved} - sites.keys()
     calls = {claim.site.fqn: claim.site for found in matches.values() for claim in found.claims}
-    regions = _captured(model, level, sites, {*whole, *calls}, index, among)
+    regions = _captured(model, level, sites, {*whole, *calls}, index, among, flat)
     access = _access(level, regions, sites, model)
     edits = [edit for name, found in matches.items() for edit in _edits(name, found, access, dtype_for)]
     # Copies come last: what they copy is the module before any rewrite.
@@ -82,17 +84,12 @@ def make_plan(
     return joined(among, plan, order), regions
 
 
-def _require_capturable(model: Any, level: str) -> None:
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"expected a torch.nn.Module, got {model!r}")
-    if level not in ("modules", "symbolic"):
-        raise CaptureError(f"capture={level!r}: valid are 'modules' and 'symbolic'")
-
-
-def _indexed(model: nn.Module, level: Capture, specs: Mapping[str, AdapterSpec]) -> SiteIndex:
+def _indexed(model: nn.Module, level: Capture, specs: Mapping[str, AdapterSpec], flat: Flat | None) -> SiteIndex:
     index = index_sites(model, role_of(model))
+    if flat is not None:
+        return with_ops(index, flat.graph, model)
     by_weight = any(isinstance(spec, ParameterSelection) and spec.target_parameters for spec in specs.values())
-    return with_ops(structural_copy(model), index) if level == "symbolic" and by_weight else index
+    return with_ops(index, graph_of(structural_copy(model)), model) if level == "symbolic" and by_weight else index
 
 
 def role_of(model: nn.Module) -> Callable[[str], str | None]:
@@ -159,20 +156,19 @@ def _captured(
     called: set[str],
     index: SiteIndex,
     among: Plan | None,
+    flat: Flat | None,
 ) -> tuple[Region, ...]:
-    """The regions of sites and modules that are called as they are; with `symbolic`, of those that are there too."""
+    """The regions of sites and modules that are called as they are; of one graph, with those that are there already."""
     hosts = {
         site.host: _weights(index, site.host)
         for site in sites.values()
         if site.op == "parameter" and site.host is not None
     }
-    if hosts and level != "modules":
-        raise CaptureError(f"{next(iter(hosts))}: its weights can be adapted with capture='modules' only")
-    if among is not None and level == "symbolic":
+    if among is not None and level != "modules":
         before = {fqn: site for fqn, site in among.sites.items() if isinstance(site, WeightSite)}
         called |= among.sites.keys() - before.keys()
         sites = {**before, **sites}
-    return capture(model, level, sites, sorted(called - sites.keys()), hosts)
+    return capture(model, level, sites, sorted(called - sites.keys()), hosts, flat)
 
 
 def _weights(index: SiteIndex, host: str) -> tuple[str, ...]:
@@ -185,13 +181,8 @@ def _access(
     level: Capture, regions: Sequence[Region], sites: Mapping[str, WeightSite], model: nn.Module
 ) -> dict[str, Access]:
     """How every site can be reached in the regions."""
-    if level == "symbolic":
-        nodes = {node.name: node for region in regions for node in region.source.graph.nodes}
-        anchors = [anchor for region in regions for anchor in region.source.anchors if anchor.site in sites]
-        opaque = {a.site for a in anchors if a.node is not None and nodes[a.node].op == "call_module"}
-        modules = modules_at(model, opaque)
-        known = {fqn: is_known_linear(module) for fqn, module in modules.items()}
-        return {fqn: Access(fqn not in opaque, fqn in opaque, known.get(fqn, False), weights=False) for fqn in sites}
+    if level != "modules":
+        return _access_in_one(regions[0].source, sites, model)
     sources = {region.host: region.source for region in regions}
     found: dict[str, Access] = {}
     modules = modules_at(model, [fqn for fqn, site in sites.items() if site.host is None and sources[fqn].opaque])
@@ -205,6 +196,26 @@ def _access(
         parallel = known and parallel_style(modules[fqn].__dict__.get("forward")) is not None
         found[fqn] = Access(operands, source.opaque, known, parallel=parallel)
     return found
+
+
+def _access_in_one(source: Source, sites: Mapping[str, WeightSite], model: nn.Module) -> dict[str, Access]:
+    """The same in the graph of the whole model: the op of a site, a call of its module, or reads of its weight."""
+    by_site: dict[str, list[fx.Node | None]] = {}
+    for one in (source, source.training) if source.training is not None else (source,):
+        nodes = {node.name: node for node in one.graph.nodes}
+        for anchor in one.anchors:
+            by_site.setdefault(anchor.site, []).append(nodes.get(anchor.node or ""))
+    opaque = [fqn for fqn in sites if any(node is not None and node.op == "call_module" for node in by_site[fqn])]
+    known = {fqn: is_known_linear(module) for fqn, module in modules_at(model, opaque).items()}
+    return {
+        fqn: Access(
+            operands=None not in by_site[fqn] and fqn not in known,
+            opaque=fqn in known,
+            known=known.get(fqn, False),
+            weights=fqn not in known,
+        )
+        for fqn in sites
+    }
 
 
 def _edits(adapter: str, found: Match, access: Mapping[str, Access], dtype_for: Callable[[str], str]) -> list[Edit]:

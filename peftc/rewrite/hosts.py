@@ -21,7 +21,9 @@ from torch.nn.modules.module import (
 )
 
 from peftc.errors import AdapterError
+from peftc.graph.calling import Signature, by_mode_of_host
 from peftc.graph.hooked import INNER, is_hooked
+from peftc.graph.packing import Rows, packed, unpacked
 from peftc.graph.region import OPAQUE
 from peftc.rewrite.boundary import boundary_of
 from peftc.rewrite.lent import in_forward, lent
@@ -147,7 +149,13 @@ def own_path(path: str) -> str:
 class Code:
     """A rewritten graph and the function that runs it: `forward(binding, …)`. Equal hosts share it; it names no adapter."""
 
-    def __init__(self, graph: fx.Graph, ran: tuple[Any, ...] = ()) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        ran: tuple[Any, ...] = (),
+        signature: Signature | None = None,
+        training: "Code | None" = None,
+    ) -> None:
         template = fx.GraphModule(nn.Module(), fx.Graph())
         template.graph = graph
         graph.owning_module = None  # The template is done with, and a pickled graph would take it along.
@@ -155,13 +163,23 @@ class Code:
         self.ran = ran  # What every pass did to it.
         self.calls_base = any(str(node.target) == OPAQUE for node in graph.nodes)
         self.text = template.code
+        self.signature = signature  # Of a whole program, which takes its inputs apart.
+        self.training = training  # What runs in its place under train().
         self.forward: Callable[..., Any] = type(template).forward
+        if signature is not None:
+            self.forward = signature.around(self.forward)
+        if training is not None:
+            self.forward = by_mode_of_host(self.forward, training.forward)
 
     def __reduce__(self) -> Any:
-        return Code, (self.graph, self.ran)
+        return _unpacked_code, (packed(self.graph), self.ran, self.signature, self.training)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Code":
         return self
+
+
+def _unpacked_code(rows: Rows, *made: Any) -> Code:
+    return Code(unpacked(rows), *made)
 
 
 class Binding:

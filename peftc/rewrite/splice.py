@@ -61,22 +61,29 @@ def splice(source: Source, active: Mapping[str, Sequence[Active]]) -> fx.Graph:
         for node in copies.values():
             if node.op in ("get_attr", "call_module"):
                 node.target = stored_path(source, str(node.target))
-    for anchor in source.anchors:
-        edits = active.get(anchor.site, ())
-        if edits:
-            node = by_name[anchor.node] if anchor.node is not None else None
-            own = op_named(edits[0].site.op).splice
-            if own is None:
-                _splice_weight_site(graph, node, source, anchor, edits)
-            else:
-                assert node is not None, "only weights have anchors without a node"
+    for anchors in _by_site(source.anchors):
+        edits = active.get(anchors[0].site, ())
+        own = op_named(edits[0].site.op).splice if edits else None
+        nodes = [by_name[anchor.node] if anchor.node is not None else None for anchor in anchors]
+        if own is not None:
+            for node in nodes:
                 with marked(graph, edits[0], "splice"):
                     own(graph, node, edits)
+        elif edits:
+            _splice_weight_site(graph, nodes, source, anchors[0], edits)
     for node in reversed(graph.nodes):
         if not node.users and (node.op == "get_attr" or ORIGIN in node.meta) and node.op != "output":
             graph.erase_node(node)
     graph.lint()
     return graph
+
+
+def _by_site(anchors: Sequence[Anchor]) -> list[list[Anchor]]:
+    """The anchors of every site: all uses of its weight."""
+    found: dict[str, list[Anchor]] = {}
+    for anchor in anchors:
+        found.setdefault(anchor.site, []).append(anchor)
+    return list(found.values())
 
 
 def stored_path(source: Source, path: str) -> str:
@@ -127,19 +134,23 @@ class _Place:
 
 
 def _splice_weight_site(
-    graph: fx.Graph, node: fx.Node | None, source: Source, anchor: Anchor, edits: Sequence[Active]
+    graph: fx.Graph, nodes: Sequence[fx.Node | None], source: Source, anchor: Anchor, edits: Sequence[Active]
 ) -> None:
+    """Splice the edits of one site into all `nodes` that use its weight."""
     site = edits[0].site
     assert isinstance(site, WeightSite), "other ops have a splice of their own"
-    use = use_of(node, lambda _: len(site.kernel_size) + 2) if node is not None else None
-    place = _Place(graph, node, source, anchor, site, use, GraphAppendingTracer(graph))
     by_weight = [number for number, active in enumerate(edits) if "weight" in active.edit.slots]
     cut = by_weight[-1] + 1 if by_weight else 0
-    if cut:
-        place = _replace_weight(place, edits[:cut])
-    if cut < len(edits):
-        assert place.node is not None, "the planner asks for operands that can be reached"
-        _replace_input_and_output(place, place.node, edits[cut:], edits[:cut])
+    dims = len(site.kernel_size) + 2
+    uses = [use_of(node, lambda _: dims) if node is not None else None for node in nodes]
+    for number, (node, use) in enumerate(zip(nodes, uses, strict=True)):
+        place = _Place(graph, node, source, anchor, site, use, GraphAppendingTracer(graph))
+        # What reads the weight in this graph has the new one with the first use.
+        if cut and (place.is_call or number == 0):
+            place = _replace_weight(place, edits[:cut])
+        if cut < len(edits):
+            assert place.node is not None, "the planner asks for operands that can be reached"
+            _replace_input_and_output(place, place.node, edits[cut:], edits[:cut])
 
 
 def _replace_weight(place: _Place, edits: Sequence[Active]) -> _Place:

@@ -116,7 +116,10 @@ def layout(program: Program, names: Sequence[str]) -> dict[str, Binding]:
             for part in program.adapters[name].parts.values():
                 parts.setdefault(part.edit.site, []).append(part)
         pairs = ((region, at(region, parts)) for region in program.regions)
-        layouts[key] = {region.host: binding_of(program, region, here) for region, here in pairs if here}
+        # A whole program runs as such also without any.
+        layouts[key] = {
+            region.host: binding_of(program, region, here) for region, here in pairs if here or region.source.signature
+        }
     return layouts[key]
 
 
@@ -148,10 +151,13 @@ def binding_of(program: Program, region: Region, parts: Mapping[str, Sequence[Pa
     # A binding without code is what the verifier looks attributes up on.
     root = Binding.__new__(Binding)
     root.__dict__.update(host=host, **{f"a{number}": part for number, part in enumerate(flat)})
-    single = flat[0].site if len(region.source.anchors) == 1 and not region.source.opaque else None
+    single = flat[0].site if flat and len(region.source.anchors) == 1 and not region.source.opaque else None
     example = example_for(single) if isinstance(single, WeightSite) else None
-    graph, ran = rewritten(region.source, active, program.passes, root, example)
-    code = Code(graph, ran)
+    source = region.source
+    training = None
+    if source.training is not None:
+        training = Code(*rewritten(source.training, active, program.passes, root, None), source.training.signature)
+    code = Code(*rewritten(source, active, program.passes, root, example), source.signature, training)
     # Constants that the rule does not use, and names, make no other code.
     code = program.made.codes[key] = program.made.codes.setdefault((region.source, code.text), code)
     return Binding(code, host, flat)

@@ -1,0 +1,129 @@
+"""How a flat program is called: the names, sizes and dtypes of its inputs, and what its outputs make."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from peftc.errors import CaptureError
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One placeholder: a tensor of these `sizes` (names where they are open) and this dtype, or a fixed `value`."""
+
+    name: str
+    sizes: tuple[int | str, ...] = ()
+    dtype: torch.dtype | None = None
+    value: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Signature:
+    """The inputs by `names`, the placeholders they come apart to, and how outputs are put together.
+
+    `defaults`: of all arguments of the model, in order.
+    """
+
+    names: tuple[str, ...]
+    defaults: Mapping[str, Any]
+    leaves: tuple[Leaf, ...]
+    inputs: pytree.TreeSpec
+    outputs: pytree.TreeSpec
+
+    def flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """The placeholders' values in a call.
+
+        Raises CaptureError if other inputs are given, or ones of another size or dtype than the program was captured for.
+        """
+        given = {**dict(zip(self.defaults, args, strict=False)), **kwargs}
+        given = {name: value for name, value in given.items() if not is_default(self.defaults, name, value)}
+        if set(given) != set(self.names):
+            raise CaptureError(self._names(given))
+        values, spec = pytree.tree_flatten({name: given[name] for name in self.names})
+        if spec != self.inputs:
+            raise CaptureError(f"the program was captured with {self.inputs}, and is called with {spec}")
+        sizes: dict[str, int] = {}
+        for leaf, value in zip(self.leaves, values, strict=True):
+            wrong = _wrong(leaf, value, sizes)
+            if wrong:
+                raise CaptureError(
+                    f"{leaf.name}: {wrong}; capture again with inputs like these, or use capture='modules'"
+                )
+        return values
+
+    def _names(self, given: Mapping[str, Any]) -> str:
+        missing = [name for name in self.names if name not in given]
+        extra = [name for name in given if name not in self.names]
+        parts = [f"{', '.join(names)} {word}" for names, word in ((missing, "missing"), (extra, "not known")) if names]
+        return (
+            f"the program takes exactly {', '.join(self.names)}: {'; '.join(parts)}. Name what it is called with in inputs="
+            " when compiling, or use capture='modules', which keeps the model's own call."
+        )
+
+    def around(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """`run`, which takes the placeholders' values, as what takes the model's arguments and gives its outputs."""
+
+        def call(bound: Any, *args: Any, **kwargs: Any) -> Any:
+            if not torch.compiler.is_compiling():
+                refuse_hooks(bound.host)
+            return pytree.tree_unflatten(run(bound, *self.flat(args, kwargs)), self.outputs)
+
+        return call
+
+
+def by_mode_of_host(evaluate: Callable[..., Any], train: Callable[..., Any]) -> Callable[..., Any]:
+    """What runs one of two graphs, by the mode of the whole model. Raises CaptureError if parts of it are in another."""
+
+    def forward(bound: Any, *args: Any, **kwargs: Any) -> Any:
+        training = bound.host.training
+        for fqn, module in bound.host.named_modules():
+            if isinstance(module, _WITH_MODES) and module.training is not training:
+                raise CaptureError(
+                    f"{fqn}: is not in the mode of the whole model, of which train() and eval() are two graphs"
+                    " (capture='export'). Put both in one mode, or use capture='modules'."
+                )
+        return (train if training else evaluate)(bound, *args, **kwargs)
+
+    return forward
+
+
+# Those that do something else in train() than in eval().
+_WITH_MODES = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+
+
+def refuse_hooks(model: nn.Module) -> None:
+    """Raise CaptureError if a module inside of `model` has hooks, which one flat graph does not run."""
+    for fqn, module in model.named_modules():
+        if module is not model and (module._forward_hooks or module._forward_pre_hooks):
+            raise CaptureError(
+                f"{fqn}: has hooks, which do not run in one flat graph (capture='export'). Remove them, or use"
+                " capture='modules'."
+            )
+
+
+def is_default(defaults: Mapping[str, Any], name: str, value: Any) -> bool:
+    """Whether a call that leaves `name` out gives it this value."""
+    default = defaults.get(name)
+    return value is default or (type(value) in (bool, int, float, str) and value == default)
+
+
+def _wrong(leaf: Leaf, value: Any, sizes: dict[str, int]) -> str | None:
+    """What of a value is not as in the trace; `sizes` are those of the open dimensions so far."""
+    if leaf.dtype is None:
+        return None if value == leaf.value else f"is {value!r}, and was {leaf.value!r} in the trace"
+    if not isinstance(value, Tensor):
+        return f"is {type(value).__name__}, no tensor"
+    if value.dtype != leaf.dtype or value.dim() != len(leaf.sizes):
+        return f"is {value.dtype} {list(value.shape)}, and was {leaf.dtype} {_said(leaf)} in the trace"
+    for size, expected in zip(value.shape, leaf.sizes, strict=True):
+        if (sizes.setdefault(expected, size) if isinstance(expected, str) else expected) != size:
+            return f"is of shape {list(value.shape)}, where the trace fixed {_said(leaf)}"
+    return None
+
+
+def _said(leaf: Leaf) -> str:
+    return f"[{', '.join(map(str, leaf.sizes))}]"

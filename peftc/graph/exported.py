@@ -1,0 +1,332 @@
+"""Export capture: a whole model as one flat graph of aten ops, traced by torch.export.
+
+The graph reads the model's own tensors under their names, runs under train() and eval(), on any device, and for any size
+of the dimensions that the trace left open.
+"""
+
+import copy
+import inspect
+import linecache
+import operator
+import warnings
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from peftc.errors import CaptureError
+from peftc.graph.calling import Leaf, Signature, is_default, refuse_hooks
+from peftc.graph.copying import structural_copy
+from peftc.graph.lineage import split_ties
+from peftc.graph.modes import both_modes
+from peftc.graph.sites import is_pretrained
+
+# What a node's meta says of the tensor it gives: its dtype and its sizes, names where they are open.
+VALUE = "value"
+_STACK = "nn_module_stack"
+
+
+@dataclass(frozen=True, eq=False)
+class Flat:
+    """A whole model as one graph: its placeholders are the tensors among the inputs, its output those of the outputs.
+
+    `training`: the graph under train(), if that is not the same but for numbers and flags.
+    """
+
+    graph: fx.Graph
+    signature: Signature
+    training: "Flat | None" = None
+
+
+def export_model(model: nn.Module, inputs: Any) -> Flat:
+    """Trace `model`, as it is called with `inputs` (by name), in train() and in eval().
+
+    Traced on a structural copy, without values, so nothing of the model is touched. All sizes of the inputs but 1 are left
+    open where the model leaves them so. Raises CaptureError, with the module and the line, if torch.export can't.
+    """
+    defaults = {name: parameter.default for name, parameter in inspect.signature(model.forward).parameters.items()}
+    given = {name: v for name, v in _checked(model, inputs).items() if not is_default(defaults, name, v)}
+    shadow = _shadow(model)
+    programs = [_exported(shadow.train(training), given) for training in (True, False)]
+    graphs = [_Unlifted(program, shadow).graph for program in programs]
+    alike = programs[0].call_spec.out_spec == programs[1].call_spec.out_spec
+    joined = both_modes(*graphs) if alike else None
+    leaves = [_merged(*pair) for pair in zip(*map(_leaves, programs), strict=True)]
+    flats = [
+        Flat(graph, _signature(program, leaves, given, defaults))
+        for graph, program in zip(graphs if joined is None else [joined], programs, strict=False)
+    ]
+    for flat in flats:
+        split_ties(flat.graph, shadow)
+    return flats[0] if joined is not None else replace(flats[1], training=flats[0])
+
+
+def _checked(model: nn.Module, inputs: Any) -> dict[str, Any]:
+    """The inputs. Raises CaptureError."""
+    if not isinstance(inputs, Mapping) or not any(
+        isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(dict(inputs))
+    ):
+        raise CaptureError(
+            "capture='export': give inputs={name: tensor, …}, what the model is called with: the program takes exactly"
+            " these names (labels, if it is to return a loss)"
+        )
+    refuse_hooks(model)
+    return dict(cast("Mapping[str, Any]", inputs))
+
+
+def _shadow(model: nn.Module) -> nn.Module:
+    """A copy whose modules may be put in a mode, and whose parameters want gradients, so that no op is traced without."""
+    shadow = structural_copy(model)
+    for parameter in shadow.parameters():
+        if parameter.is_floating_point():
+            parameter.requires_grad_(True)
+    return shadow
+
+
+@contextmanager
+def _exportable(model: nn.Module, given: Mapping[str, Any]) -> Generator[None]:
+    """What has to be in the way while `model` is traced: transformers' own patches for their models, no fused paths."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with ExitStack() as stack, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if is_pretrained(model):
+                theirs = import_module("transformers.exporters.exporter_dynamo")
+                patches = import_module("transformers.exporters.utils")
+                theirs.register_cache_pytrees_for_model(model)
+                stack.enter_context(patches.apply_patches("dynamo"))
+                stack.enter_context(theirs.reset_model_state(model))
+                stack.enter_context(theirs.patch_forward_signature(model, given))
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _exported(model: nn.Module, given: Mapping[str, Any]) -> Any:
+    # Copied apart: torch.export takes one tensor given twice for one input.
+    own = {name: copy.deepcopy(value) for name, value in given.items()}
+    open_sizes = pytree.tree_map(_open, own)
+    with _exportable(model, own), torch.enable_grad():
+        try:
+            return torch.export.export(model, (), own, dynamic_shapes=open_sizes, strict=False)
+        except Exception as error:  # Whatever the model's own code raises where it is traced.
+            raise CaptureError(_reason(model, error)) from error
+
+
+def _open(leaf: Any) -> Any:
+    return dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, Tensor) else None
+
+
+def _reason(model: nn.Module, error: BaseException) -> str:
+    mode = "train()" if model.training else "eval()"
+    lines = str(error).strip().splitlines() or [""]
+    return (
+        f"capture='export': {type(model).__name__} can't be exported in {mode}{_place(model, error)}:"
+        f" {type(error).__name__}: {lines[0][:300]} Use capture='modules', which keeps the model's Python."
+    )
+
+
+def _place(model: nn.Module, error: BaseException) -> str:
+    """The innermost module whose forward the error came out of, and the line of that."""
+    named = {id(module): fqn for fqn, module in model.named_modules()}
+    found, step = "", error.__traceback__
+    while step is not None:
+        own, code = step.tb_frame.f_locals.get("self"), step.tb_frame.f_code
+        if id(own) in named and code.co_name == "forward":
+            line = linecache.getline(code.co_filename, step.tb_lineno).strip()
+            where = named[id(own)] or "the model"
+            found = f", in {where} ({type(own).__name__}) at {code.co_filename}:{step.tb_lineno} `{line}`"
+        step = step.tb_next
+    return found
+
+
+@dataclass
+class _Unlifted:
+    """The graph of an exported program with the model's tensors read from it, and without what belongs to the trace."""
+
+    program: Any
+    model: nn.Module
+    graph: fx.Graph = field(default_factory=fx.Graph)
+
+    def __post_init__(self) -> None:
+        signature = self.program.graph_signature
+        self.lifted = {spec.arg.name: spec for spec in signature.input_specs if spec.target is not None}
+        self.traced_on = _device(self.program)
+        self.device: fx.Node | None = None
+        result = self._copied(self.program.graph_module, None)
+        self.graph.output(result)
+        self.graph.eliminate_dead_code(lambda node: node.op != "placeholder" and _changes_something(node))
+        self.graph.lint()
+
+    def _copied(self, module: fx.GraphModule, given: Sequence[Any] | None) -> Any:
+        """Copy a graph; `given` are the values of an inner one's placeholders. Returns what its output is."""
+        places = [node for node in module.graph.nodes if node.op == "placeholder"]
+        # The inputs first, as in any graph; the trace has the model's tensors before them.
+        places.sort(key=lambda node: node.name in self.lifted)
+        values = dict(zip(places, map(self._input, places) if given is None else given, strict=True))
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                return map_arg(node.args[0], values.__getitem__)
+            elif node.op == "get_attr":
+                values[node] = getattr(module, str(node.target))  # The graph of a region.
+            elif str(node.target) in _CHECKS:
+                continue  # True by the trace; the device and the sizes may be others now.
+            else:
+                values[node] = self._op(node, values)
+        raise AssertionError("a graph has an output")
+
+    def _input(self, node: fx.Node) -> fx.Node:
+        spec = self.lifted.get(node.name)
+        if spec is None:
+            new = self.graph.placeholder(node.name)
+            if self.device is None and isinstance(node.meta.get("val"), Tensor):
+                self.device = self.graph.call_function(getattr, (new, "device"))
+        elif _has(self.model, spec.target):
+            new = self.graph.get_attr(spec.target)
+        else:
+            new = self._constant(spec.target)
+        return _described(new, node)
+
+    def _constant(self, name: str) -> fx.Node:
+        """A tensor that the forward makes of numbers, as its numbers."""
+        value: Tensor = self.program.constants[name]
+        if value.numel() > _MOST:
+            raise CaptureError(
+                f"capture='export': the forward makes a tensor of {value.numel():,} numbers; register it as a buffer, or"
+                " use capture='modules'"
+            )
+        how = {"dtype": value.dtype, "device": self._where()}
+        if not value.numel():
+            return self.graph.call_function(torch.empty, (tuple(value.shape),), how)
+        if value.is_meta:
+            raise CaptureError("capture='export': the forward makes a tensor of numbers, which a model on meta has not")
+        return self.graph.call_function(torch.tensor, (value.tolist(),), how)
+
+    def _op(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+        region = _REGIONS.get(str(node.target))
+        if region is not None:
+            return region(self, [values[arg] if isinstance(arg, fx.Node) else arg for arg in node.args])
+        if node.target is operator.getitem and isinstance(values.get(cast(Any, node.args[0])), tuple | list):
+            return values[cast(Any, node.args[0])][node.args[1]]
+        args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+        args, kwargs = pytree.tree_map(self._anywhere, (args, kwargs))
+        return _described(self.graph.create_node(node.op, node.target, tuple(args), dict(kwargs), node.name), node)
+
+    def _anywhere(self, value: Any) -> Any:
+        """The device that the trace was on as the one that the inputs are on."""
+        return self._where() if value == self.traced_on and isinstance(value, torch.device) else value
+
+    def _where(self) -> Any:
+        return self.device if self.device is not None else self.traced_on
+
+    def graded(self, args: Sequence[Any]) -> Any:
+        """A region without gradients (or with them again): what comes out of it is detached."""
+        enabled, module, *given = args
+        made = self._copied(module, given)
+        return made if enabled else pytree.tree_map(self._detached, made)
+
+    def _detached(self, value: Any) -> Any:
+        if not isinstance(value, fx.Node) or not isinstance(value.meta.get(VALUE), tuple):
+            return value
+        new = self.graph.call_function(torch.ops.aten.detach.default, (value,))
+        new.meta.update(value.meta)
+        return new
+
+    def cast(self, args: Sequence[Any]) -> Any:
+        """A region with autocasting on or off."""
+        *how, module = args[:5]
+        # The device of the region, whatever the program runs on.
+        entered = self.graph.call_function(_enter_autocast, (self._type(how[0]), *how[1:]))
+        made = self._copied(module, args[5:])
+        self.graph.call_function(_exit_autocast, (entered,))
+        return made
+
+    def _type(self, traced: str) -> Any:
+        if traced != self.traced_on.type or self.device is None:
+            return traced
+        return self.graph.call_function(getattr, (self.device, "type"))
+
+
+# The largest tensor that is spelled out in a graph.
+_MOST = 4096
+_CHECKS = frozenset(
+    {
+        "aten._assert_tensor_metadata.default",
+        "aten._assert_scalar.default",
+        "aten._assert_async.msg",
+        "aten.sym_constrain_range.default",
+        "aten.sym_constrain_range_for_size.default",
+    }
+)
+_REGIONS = {"wrap_with_set_grad_enabled": _Unlifted.graded, "wrap_with_autocast": _Unlifted.cast}
+
+
+def _changes_something(node: fx.Node) -> bool:
+    """Whether a node that nobody uses is there for what it does."""
+    if node.target in (_enter_autocast, _exit_autocast) or node.op == "output":
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)
+
+
+def _device(program: Any) -> torch.device:
+    values = (node.meta.get("val") for node in program.graph.nodes)
+    return next((value.device for value in values if isinstance(value, Tensor)), torch.device("cpu"))
+
+
+def _described(new: fx.Node, node: fx.Node) -> fx.Node:
+    """The new node with what is worth knowing of the traced one, and can be copied and pickled."""
+    stack = cast("Mapping[str, tuple[str, Any]]", node.meta.get(_STACK) or {})
+    new.meta[_STACK] = {fqn: cls if isinstance(cls, str) else cls.__name__ for fqn, cls in stack.values()}
+    value = node.meta.get("val")
+    if isinstance(value, Tensor):
+        new.meta[VALUE] = (value.dtype, sizes_of(value))
+    return new
+
+
+def sizes_of(value: Tensor) -> tuple[int | str, ...]:
+    """The sizes of a traced tensor, names where they are open."""
+    return tuple(int(text) if (text := str(size)).isdigit() else text for size in value.shape)
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        return isinstance(operator.attrgetter(path)(model), Tensor)
+    except AttributeError:
+        return False
+
+
+def _signature(
+    program: Any, leaves: Sequence[Leaf], given: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> Signature:
+    names = pytree.tree_flatten(dict(given))[1]
+    return Signature(tuple(given), defaults, tuple(leaves), names, program.call_spec.out_spec)
+
+
+def _leaves(program: Any) -> list[Leaf]:
+    users = [spec for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    found: list[Leaf] = []
+    for spec in users:
+        value = values[spec.arg.name]
+        if isinstance(value, Tensor):
+            found.append(Leaf(spec.arg.name, sizes_of(value), value.dtype))
+        else:
+            found.append(Leaf(spec.arg.name, value=getattr(spec.arg, "value", None)))
+    return found
+
+
+def _merged(one: Leaf, other: Leaf) -> Leaf:
+    """What either trace fixed is fixed."""
+    sizes = tuple(theirs if isinstance(own, str) else own for own, theirs in zip(one.sizes, other.sizes, strict=True))
+    return replace(one, sizes=sizes)
