@@ -16,7 +16,7 @@ from peftc.errors import (
     RuleError,
     SpecError,
 )
-from peftc.export import verify
+from peftc.export import preflight, verify
 from peftc.graph.ops import Form, Op, Shape, register_op, unregister_op
 from peftc.integrations.trainer import install as _install
 from peftc.plan import Plan
@@ -71,6 +71,7 @@ __all__ = [
     "load_spec",
     "merge_checkpoint",
     "plan",
+    "preflight",
     "register",
     "register_op",
     "set_peft_model_state_dict",

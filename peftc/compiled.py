@@ -307,7 +307,7 @@ class CompiledModel(CompiledFiles):
         folder: str | os.PathLike[str],
         to: Target = "hf",
         *,
-        adapters: Adapters = "merged",
+        adapters: Adapters | None = None,
         inputs: Mapping[str, Tensor] | None = None,
         generation: bool = False,
     ) -> Certificate:
@@ -316,9 +316,10 @@ class CompiledModel(CompiledFiles):
         `to`: `hf`, a plain transformers checkpoint; `pt2`, a torch.export program; `onnx`, a model for onnxruntime (needs
         `peftc[export]`). Programs take any batch and length, and run without peftc: those of transformers' models by
         `transformers.exporters.ExportedModel.from_pretrained(folder)`, with prefill and decode in `folder/generation` if
-        `generation`; others by `torch.export.load(folder / "model.pt2")` or onnxruntime. `adapters`: `merged` into the
-        weights, or `inside`, as the ops that they are. `inputs`: what the model is called with, tensors by name, two rows
-        at least; ids are made for models that take them.
+        `generation`; others by `torch.export.load(folder / "model.pt2")` or onnxruntime. `gguf`, `mlx`: every active LoRA
+        adapter as a file of its own, for the base that llama.cpp or mlx-lm has. `adapters`: `merged` into the weights (by
+        default), or `inside`, as the ops that they are; `beside` for those files. `inputs`: what the model is called with,
+        tensors by name, two rows at least; ids are made for models that take them.
 
         All of it is written or, if anything fails or is killed, nothing; this model is as it was, bit for bit. The result
         is also in the folder (`certificate.json`), for `peftc.verify(folder)`.

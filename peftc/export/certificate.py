@@ -16,7 +16,7 @@ from peftc.errors import ExportError
 
 NAME = "certificate.json"
 SAMPLES = "certificate.safetensors"
-_VERSIONS = ("peftc", "torch", "transformers", "onnx", "onnxruntime", "onnxscript")
+_VERSIONS = ("peftc", "torch", "transformers", "onnx", "onnxruntime", "onnxscript", "gguf")
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Certificate:
     `to` and `adapters` as they were exported; `names` of the adapters in it. `difference`: the largest of any output, and
     `scale` the largest output. `tokens`: greedy tokens that were compared, `tokens_equal` how many of them are the same
     before the first that is not (None: the model generates none). `files`: the SHA-256 of every file of the artefact.
+    `of`: what the difference is of: outputs, or the changes of weights that adapters beside a base make.
     """
 
     to: str
@@ -37,10 +38,11 @@ class Certificate:
     tokens_equal: int | None
     files: Mapping[str, str]
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
+    of: str = "outputs"
 
     def __str__(self) -> str:
         said = f"{self.to}, adapters {self.adapters} ({', '.join(self.names) or 'none'})"
-        lines = [f"{said}: outputs differ by {self.difference:.2g} at most, of {self.scale:.3g}"]
+        lines = [f"{said}: {self.of} differ by {self.difference:.2g} at most, of {self.scale:.3g}"]
         if self.tokens is not None:
             lines.append(f"greedy tokens: {self.tokens_equal} of {self.tokens} are the same")
         return "; ".join(lines)

@@ -18,14 +18,23 @@ from torch import Tensor, nn
 
 from peftc.checkpoint.atomic import staged
 from peftc.errors import ExportError, MergeError
+from peftc.export.adapter_files import write_adapter
 from peftc.export.certificate import Certificate, difference, hashes, tensors_of, versions
 from peftc.graph.sites import is_pretrained
 from peftc.merge import merge, unmerge
 from peftc.rewrite.hosts import original_class
 from peftc.rewrite.program import Program, require_idle
 
-Target = Literal["hf", "pt2", "onnx"]
-Adapters = Literal["merged", "inside"]
+Target = Literal["hf", "pt2", "onnx", "gguf", "mlx"]
+Adapters = Literal["merged", "inside", "beside"]
+# What becomes of the adapters, if nothing else is asked for.
+_DEFAULT: Mapping[str, Adapters] = {
+    "hf": "merged",
+    "pt2": "merged",
+    "onnx": "merged",
+    "gguf": "beside",
+    "mlx": "beside",
+}
 _TOKENS = 8  # That are compared.
 # What torch.export's own programs are called, of models that are not of transformers.
 PLAIN = "model.pt2"
@@ -36,12 +45,15 @@ def export(
     program: Program,
     folder: Path,
     to: Target,
-    adapters: Adapters,
+    adapters: Adapters | None,
     inputs: Mapping[str, Tensor] | None,
     generation: bool,
 ) -> Certificate:
     """Write the model to `folder` and compare what was written with it; see `CompiledModel.export`."""
+    adapters = _DEFAULT.get(to, "merged") if adapters is None else adapters
     _require(program, to, adapters, generation)
+    if adapters == "beside":
+        return _beside(program, folder, to)
     given = _inputs(program.base, inputs)
     with _for_inference(program.base):
         expected = tensors_of(program.base(**given))
@@ -57,6 +69,20 @@ def export(
                 to, adapters, names, largest, scale, *_agreement(made, tokens), hashes(stage), versions()
             )
             certificate.write(stage, given, expected)
+    return certificate
+
+
+def _beside(program: Program, folder: Path, to: Target) -> Certificate:
+    """Every active adapter as a file of its own, for a base that the runtime has."""
+    if not program.spliced:
+        raise ExportError(f"to={to!r}: no adapter is active and unmerged, so there is nothing to write")
+    with staged(folder, _HEADS) as stage:
+        found = [write_adapter(program, name, to, stage) for name in program.spliced]
+        largest, scale = (max(numbers) for numbers in zip(*found, strict=True))
+        certificate = Certificate(
+            to, "beside", program.spliced, largest, scale, None, None, hashes(stage), versions(), of="weight changes"
+        )
+        certificate.write(stage, {}, {})
     return certificate
 
 
@@ -90,6 +116,11 @@ def _require(program: Program, to: str, adapters: str, generation: bool) -> None
         raise ExportError(
             f"to={to!r}, adapters={adapters!r}: valid are {', '.join(get_args(Target))};"
             f" {', '.join(get_args(Adapters))}"
+        )
+    if (adapters == "beside") != (_DEFAULT[to] == "beside"):
+        raise ExportError(
+            f"to={to!r}, adapters={adapters!r}: gguf and mlx take adapters beside a base (adapters='beside'), hf, pt2 and"
+            " onnx are whole models (adapters='merged' or 'inside')"
         )
     if program.merged and adapters == "inside":
         raise ExportError(f"{', '.join(program.merged)} merged: unmerge_adapter() first, or export adapters='merged'")

@@ -44,6 +44,8 @@ def _exported(folder: Path, tolerance: float) -> Certificate:
     wrong = [name for name, sha in certificate.files.items() if now.get(name) != sha]  # Others may lie beside them.
     if wrong:
         raise ExportError(f"{folder}: {', '.join(sorted(wrong))} is not what was exported")
+    if certificate.adapters == "beside":
+        return certificate  # The files are those; what they change was compared when they were written.
     with torch.no_grad():
         largest, scale = difference(tensors_of(_run(folder, certificate, inputs)), outputs)
     if largest > tolerance * max(scale, 1e-30):

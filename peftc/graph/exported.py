@@ -163,7 +163,7 @@ class _Unlifted:
         self.device: fx.Node | None = None
         result = self._copied(self.program.graph_module, None)
         self.graph.output(result)
-        self.graph.eliminate_dead_code(lambda node: node.op != "placeholder" and _changes_something(node))
+        self.graph.eliminate_dead_code(_changes_something)
         self.graph.lint()
 
     def _copied(self, module: fx.GraphModule, given: Sequence[Any] | None) -> Any:
@@ -273,7 +273,7 @@ _REGIONS = {"wrap_with_set_grad_enabled": _Unlifted.graded, "wrap_with_autocast"
 
 def _changes_something(node: fx.Node) -> bool:
     """Whether a node that nobody uses is there for what it does."""
-    if node.target in (_enter_autocast, _exit_autocast) or node.op == "output":
+    if node.target in (_enter_autocast, _exit_autocast) or node.op in ("placeholder", "output"):
         return True
     schema = getattr(node.target, "_schema", None)
     return schema is not None and any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments)

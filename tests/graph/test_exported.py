@@ -191,6 +191,32 @@ def test_the_lifecycle_needs_no_second_capture(tmp_path: Path, monkeypatch: pyte
     assert torch.equal(loaded(**inputs).logits, plain(**inputs).logits)
 
 
+def test_inputs_that_are_no_tensors_or_make_no_difference() -> None:
+    """`use_cache` is fixed; positions of a model that has none are taken and not used."""
+
+    class Ignores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor, unused: Tensor, twice: bool = False) -> Tensor:
+            return self.linear(x) * (2 if twice else 1)
+
+    x, spec = torch.randn(2, 3), peftc.LoraConfig(target_modules=["linear"])
+    model = Ignores()
+    compiled = peftc.compile(model, spec, capture="export", inputs={"x": x, "unused": x, "twice": True})
+    assert torch.equal(compiled(x, x, True), 2 * model.linear(x))
+    with pytest.raises(peftc.CaptureError, match="twice missing"):
+        compiled(x, x)
+    llama = program_model("llama")
+    inputs = {**program_inputs("llama", llama), "use_cache": False}
+    program = peftc.compile(
+        llama, spec.model_copy(update={"target_modules": ("q_proj",)}), capture="export", inputs=inputs
+    )
+    assert torch.equal(program(**inputs).logits, llama(**inputs).logits)
+    assert program(**inputs).past_key_values is None
+
+
 def test_a_plan_is_looked_at_first_and_applied_as_it_is() -> None:
     model = program_model("llama")
     inputs = program_inputs("llama", model)
