@@ -318,8 +318,9 @@ class CompiledModel(CompiledFiles):
         `transformers.exporters.ExportedModel.from_pretrained(folder)`, with prefill and decode in `folder/generation` if
         `generation`; others by `torch.export.load(folder / "model.pt2")` or onnxruntime. `gguf`, `mlx`: every active LoRA
         adapter as a file of its own, for the base that llama.cpp or mlx-lm has. `adapters`: `merged` into the weights (by
-        default), or `inside`, as the ops that they are; `beside` for those files. `inputs`: what the model is called with,
-        tensors by name, two rows at least; ids are made for models that take them.
+        default); `inside`, as the ops that they are; `inputs` (pt2, onnx), all that are loaded, as files in
+        `folder/adapters` whose factors the program takes, of any rank or none; `beside` for gguf and mlx. `inputs`: what
+        the model is called with, tensors by name, two rows at least; ids are made for models that take them.
 
         All of it is written or, if anything fails or is killed, nothing; this model is as it was, bit for bit. The result
         is also in the folder (`certificate.json`), for `peftc.verify(folder)`.

@@ -20,8 +20,10 @@ from peftc.rewrite.program import Program
 from peftc.rule import Bound, Factors, Rule
 
 
-def serving_form(program: Program, adapter: str, config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and tensors (by PEFT's keys) of `adapter` in normal form.
+def serving_form(
+    program: Program, adapter: str, config: dict[str, Any], least_rank: int = 1
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and tensors (by PEFT's keys) of `adapter` in normal form, of rank `least_rank` at least.
 
     Raises CheckpointError, naming the sites, for what servers do not take: another method than LoRA, saved modules,
     trained biases, B with a bias, sites that are neither linear nor embeddings.
@@ -38,7 +40,7 @@ def serving_form(program: Program, adapter: str, config: dict[str, Any]) -> tupl
             f"form='serving': {'; '.join(reasons[:3])}{more}: servers don't take that. Merge it instead."
         )
     factors = {edit.site: _factors(program, edit) for edit in edits}
-    r = max(a.shape[0] for a, _ in factors.values())
+    r = max(least_rank, *(a.shape[0] for a, _ in factors.values()))
     tensors: dict[str, Tensor] = {}
     for edit in edits:
         a, b = factors[edit.site]

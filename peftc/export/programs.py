@@ -19,14 +19,17 @@ from torch import Tensor, nn
 from peftc.checkpoint.atomic import staged
 from peftc.errors import ExportError, MergeError
 from peftc.export.adapter_files import write_adapter
+from peftc.export.adapter_inputs import WRITERS as INPUT_WRITERS
+from peftc.export.adapter_inputs import adapter_tensors, run_with_adapter, template, traced
 from peftc.export.certificate import Certificate, difference, hashes, tensors_of, versions
 from peftc.graph.sites import is_pretrained
 from peftc.merge import merge, unmerge
 from peftc.rewrite.hosts import original_class
 from peftc.rewrite.program import Program, require_idle
+from peftc.rewrite.switch import activate
 
 Target = Literal["hf", "pt2", "onnx", "gguf", "mlx"]
-Adapters = Literal["merged", "inside", "beside"]
+Adapters = Literal["merged", "inside", "inputs", "beside"]
 # What becomes of the adapters, if nothing else is asked for.
 _DEFAULT: Mapping[str, Adapters] = {
     "hf": "merged",
@@ -55,6 +58,8 @@ def export(
     if adapters == "beside":
         return _beside(program, folder, to)
     given = _inputs(program.base, inputs)
+    if adapters == "inputs":
+        return _as_inputs(program, folder, to, given)
     with _for_inference(program.base):
         expected = tensors_of(program.base(**given))
         if not expected:
@@ -84,6 +89,37 @@ def _beside(program: Program, folder: Path, to: Target) -> Certificate:
         )
         certificate.write(stage, {}, {})
     return certificate
+
+
+def _as_inputs(program: Program, folder: Path, to: Target, given: Mapping[str, Tensor]) -> Certificate:
+    """One program whose factors are inputs, and a file for every adapter."""
+    taken = inspect.signature(original_class(program.base).forward).parameters
+    more = {"use_cache": False} if "use_cache" in taken else {}
+    with _for_inference(program.base):
+        expected = {name: _live(program, name, given, more) for name in program.adapters}
+        tensors, config = adapter_tensors(program)
+        with staged(folder, _HEADS) as stage:
+            with template(program, config) as made, _quiet():
+                whole = traced(program.base, made, given, more)
+                INPUT_WRITERS[to](whole, made, list(next(iter(expected.values()))), tensors, stage)
+            found = [difference(run_with_adapter(stage, name, given), outputs) for name, outputs in expected.items()]
+            largest, scale = (max(numbers) for numbers in zip(*found, strict=True))
+            names = tuple(expected)
+            certificate = Certificate(to, "inputs", names, largest, scale, None, None, hashes(stage), versions())
+            certificate.write(stage, given, expected[names[0]])
+    return certificate
+
+
+def _live(program: Program, name: str, given: Mapping[str, Tensor], more: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the model computes with one adapter."""
+    active, learning, enabled = program.active, program.learning, program.enabled
+    try:
+        program.enabled = True
+        activate(program, [name], [])
+        return tensors_of(program.base(**given, **more))
+    finally:
+        program.enabled = enabled
+        activate(program, active, learning)
 
 
 def _greedy(run: "Run", model: nn.Module, given: Mapping[str, Tensor]) -> list[int] | None:
@@ -120,11 +156,13 @@ def _require(program: Program, to: str, adapters: str, generation: bool) -> None
     if (adapters == "beside") != (_DEFAULT[to] == "beside"):
         raise ExportError(
             f"to={to!r}, adapters={adapters!r}: gguf and mlx take adapters beside a base (adapters='beside'), hf, pt2 and"
-            " onnx are whole models (adapters='merged' or 'inside')"
+            " onnx are whole models (adapters='merged', 'inside' or 'inputs')"
         )
     if program.merged and adapters == "inside":
         raise ExportError(f"{', '.join(program.merged)} merged: unmerge_adapter() first, or export adapters='merged'")
-    if to == "hf" and adapters == "inside":
+    if adapters == "inputs" and program.merged:
+        raise ExportError(f"{', '.join(program.merged)} merged: unmerge_adapter() first")
+    if to == "hf" and adapters != "merged":
         raise ExportError(
             "to='hf': a transformers checkpoint has no place for adapters; save_pretrained writes them beside it, or export"
             " adapters='merged'"

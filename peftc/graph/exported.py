@@ -91,8 +91,8 @@ def _shadow(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _exportable(model: nn.Module, given: Mapping[str, Any]) -> Generator[None]:
-    """What has to be in the way while `model` is traced: transformers' own patches for their models, no fused paths."""
+def exportable(model: nn.Module) -> Generator[None]:
+    """A context in which `model` is traced: with transformers' own patches for their models, without fused paths."""
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -104,7 +104,6 @@ def _exportable(model: nn.Module, given: Mapping[str, Any]) -> Generator[None]:
                 theirs.register_cache_pytrees_for_model(model)
                 stack.enter_context(patches.apply_patches("dynamo"))
                 stack.enter_context(theirs.reset_model_state(model))
-                stack.enter_context(theirs.patch_forward_signature(model, given))
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -114,11 +113,28 @@ def _exported(model: nn.Module, given: Mapping[str, Any]) -> Any:
     # Copied apart: torch.export takes one tensor given twice for one input.
     own = {name: copy.deepcopy(value) for name, value in given.items()}
     open_sizes = pytree.tree_map(_open, own)
-    with _exportable(model, own), torch.enable_grad():
+    with exportable(model), _taking(model, own), torch.enable_grad():
         try:
             return torch.export.export(model, (), own, dynamic_shapes=open_sizes, strict=False)
         except Exception as error:  # Whatever the model's own code raises where it is traced.
             raise CaptureError(_reason(model, error)) from error
+
+
+@contextmanager
+def _taking(model: nn.Module, given: Mapping[str, Any]) -> Generator[None]:
+    """A context in which the forward of `model` says that it takes what is given; torch.export counts `**kwargs` as one."""
+    forward = model.forward
+
+    def flat(**inputs: Any) -> Any:
+        return forward(**inputs)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    flat.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in given])  # type: ignore[attr-defined]
+    model.forward = flat
+    try:
+        yield
+    finally:
+        del model.forward
 
 
 def _open(leaf: Any) -> Any:

@@ -1,0 +1,190 @@
+"""One program, any number of adapters beside it: the factors are inputs, of any rank, that may be left out.
+
+`onnx`: onnxruntime's own adapter files (`AdapterFormat`, `RunOptions.add_active_adapter`); without one, the factors have
+rank 0 and the program is the base. `pt2`: safetensors with the inputs by name; factors of zeros for the base.
+"""
+
+import inspect
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from peftc import lifecycle
+from peftc.checkpoint.save import config_of
+from peftc.checkpoint.serving import serving_form
+from peftc.checkpoint.state import key_of
+from peftc.errors import CheckpointError, ExportError
+from peftc.export.certificate import tensors_of
+from peftc.graph.exported import exportable
+from peftc.merge.combine import target_names
+from peftc.registry import spec_classes
+from peftc.rewrite.program import Program
+from peftc.rewrite.switch import activate, emit
+from peftc.specs import load_spec
+
+# The adapter that the program is made with, whose factors become inputs.
+_TEMPLATE = "exported_inputs"
+_PREFIX = "base_model.model."
+ADAPTERS = "adapters"
+
+
+def input_name(key: str) -> str:
+    """What an input is called, by the key of its tensor in PEFT's files."""
+    name = key.removeprefix(_PREFIX).removesuffix(".weight").replace(".", "_").lower()
+    return name if name.isidentifier() else f"module_{name}"
+
+
+@dataclass(frozen=True)
+class Template:
+    """The adapter that is exported: by input, the live parameter's name in the model and its axis of the rank."""
+
+    parameters: Mapping[str, str]
+    axes: Mapping[str, int]
+
+
+def adapter_tensors(program: Program) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """By adapter, its factors by input name, with the scaling in them; and a config that has all their sites.
+
+    Raises ExportError for adapters that are no such factors.
+    """
+    tensors: dict[str, dict[str, Tensor]] = {}
+    config: dict[str, Any] = {}
+    for name in program.adapters:
+        try:
+            config, own = serving_form(program, name, config_of(program, name), least_rank=2)
+        except CheckpointError as error:
+            raise ExportError(f"adapters='inputs': {error} adapters='merged' takes anything.") from None
+        tensors[name] = {input_name(key): tensor.detach().cpu().contiguous() for key, tensor in own.items()}
+    sites = list(dict.fromkeys(edit.site for adapter in program.adapters.values() for edit in adapter.edits))
+    return tensors, {**config, "target_modules": list(target_names(program.base, sites))}
+
+
+@contextmanager
+def template(program: Program, config: Mapping[str, Any]) -> Generator[Template]:
+    """A context in which an adapter with all sites of `config` is the active one; all is as it was afterwards."""
+    active, learning, enabled = program.active, program.learning, program.enabled
+    lifecycle.add(program, _TEMPLATE, load_spec(dict(config), spec_classes()), "error", autocast=False)
+    try:
+        program.enabled = True
+        activate(program, [_TEMPLATE], [])
+        named = {id(parameter): name for name, parameter in program.base.named_parameters()}
+        adapter = program.adapters[_TEMPLATE]
+        parameters: dict[str, str] = {}
+        axes: dict[str, int] = {}
+        for edit in adapter.edits:
+            for axis, param in enumerate(param for param in edit.params if param.trainable):
+                name = input_name(key_of(adapter.spec, edit, param))
+                parameters[name], axes[name] = named[id(adapter.tensor(edit, param.key))], axis
+        yield Template(parameters, axes)
+    finally:
+        program.enabled = enabled
+        activate(program, active, learning)
+        lifecycle.delete(program, _TEMPLATE)
+        emit(program)
+
+
+class _Calls(nn.Module):
+    """The model as a function of its inputs and of the factors, with its outputs by name."""
+
+    def __init__(self, model: nn.Module, made: Template, names: Sequence[str], more: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.model = model
+
+        def forward(**given: Tensor) -> dict[str, Tensor]:
+            factors = {path: given.pop(name) for name, path in made.parameters.items()}
+            return tensors_of(functional_call(model, factors, (), {**given, **more}))
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        parameters = [inspect.Parameter(name, kind) for name in (*names, *made.parameters)]
+        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        self.forward = forward
+
+
+def traced(model: nn.Module, made: Template, given: Mapping[str, Tensor], more: Mapping[str, Any]) -> Any:
+    """The torch.export program of `model` with factors as inputs. `more`: what else every call has. Raises ExportError."""
+    factors = {name: model.get_parameter(path).detach().clone() for name, path in made.parameters.items()}
+    auto = torch.export.Dim.AUTO
+    sizes: dict[str, Any] = {name: dict.fromkeys(range(value.dim()), auto) for name, value in given.items()}
+    sizes |= {name: {axis: auto} for name, axis in made.axes.items()}
+    calls = _Calls(model, made, list(given), more)
+    with torch.no_grad(), exportable(model):
+        try:
+            return torch.export.export(calls, (), {**given, **factors}, dynamic_shapes=sizes, strict=False)
+        except Exception as error:  # Whatever tracing raises, of models that it can't take.
+            raise ExportError(f"{type(model).__name__} can't be exported: {type(error).__name__}: {error}") from error
+
+
+def write_pt2(program: Any, made: Template, outputs: Sequence[str], tensors: Mapping[str, Any], stage: Path) -> None:
+    """`model.pt2`, and the inputs of every adapter as safetensors."""
+    torch.export.save(program, stage / "model.pt2")
+    (stage / ADAPTERS).mkdir()
+    for name, own in tensors.items():
+        save_file(own, stage / ADAPTERS / f"{name}.safetensors")
+
+
+def write_onnx(program: Any, made: Template, outputs: Sequence[str], tensors: Mapping[str, Any], stage: Path) -> None:
+    """`model.onnx`, whose factors have rank 0 unless they are given, and an `.onnx_adapter` for every adapter."""
+    onnx, runtime = import_module("onnx"), import_module("onnxruntime")
+    written: Any = torch.onnx.export(program, dynamo=True, verbose=False, output_names=list(outputs))
+    model: Any = written.model_proto
+    dtypes = {name: tensor.dtype for own in tensors.values() for name, tensor in own.items()}
+    for entry in model.graph.input:
+        axis = made.axes.get(entry.name)
+        if axis is not None:
+            sizes = [dim.dim_value for dim in entry.type.tensor_type.shape.dim]
+            sizes[axis] = 0
+            empty = torch.zeros(sizes, dtype=dtypes[entry.name]).numpy()
+            model.graph.initializer.append(onnx.numpy_helper.from_array(empty, entry.name))
+    onnx.save(model, stage / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+    (stage / ADAPTERS).mkdir()
+    for name, own in tensors.items():
+        form = runtime.AdapterFormat()
+        form.set_adapter_version(1)
+        form.set_model_version(1)
+        values = {key: runtime.OrtValue.ortvalue_from_numpy(value.numpy()) for key, value in own.items()}
+        form.set_parameters(values)
+        form.export_adapter(str(stage / ADAPTERS / f"{name}.onnx_adapter"))
+
+
+WRITERS: Mapping[str, Callable[..., None]] = {"pt2": write_pt2, "onnx": write_onnx}
+
+
+def run_with_adapter(folder: Path, adapter: str | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The outputs by name of the program in `folder` with one of its adapters, or as the base."""
+    if (folder / "model.onnx").exists():
+        return _run_onnx(folder, adapter, inputs)
+    program: Any = torch.export.load(folder / "model.pt2")
+    factors = load_file(folder / ADAPTERS / f"{adapter}.safetensors") if adapter is not None else {}
+    given = {**inputs, **factors}
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and node.name in _users(program) and node.name not in given:
+            sizes = [int(str(size)) if str(size).isdigit() else 2 for size in node.meta["val"].shape]
+            given[node.name] = torch.zeros(sizes, dtype=node.meta["val"].dtype)
+    return tensors_of(program.module()(**{name: given[name] for name in _users(program)}))
+
+
+def _users(program: Any) -> list[str]:
+    return [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+
+
+def _run_onnx(folder: Path, adapter: str | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    runtime: Any = import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3  # It warns of every input that has a default, which is the purpose.
+    session = runtime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    run = runtime.RunOptions()
+    if adapter is not None:
+        own = runtime.LoraAdapter()
+        own.Load(str(folder / ADAPTERS / f"{adapter}.onnx_adapter"))
+        run.add_active_adapter(own)
+    made = session.run(None, {name: value.detach().cpu().numpy() for name, value in inputs.items()}, run)
+    names = [output.name for output in session.get_outputs()]
+    return {name: torch.from_numpy(value) for name, value in zip(names, made, strict=True)}
