@@ -26,6 +26,7 @@ from peftc.prompts.rule import PromptRule
 from peftc.prompts.specs import PromptSpec
 from peftc.registry import register, spec_class_named, spec_classes, unregister
 from peftc.rewrite.passes import Pass
+from peftc.rewrite.program_passes import program_passes
 from peftc.rule import Param, Rule
 from peftc.specs import AdapterSpec
 from peftc.stream import merge_checkpoint, unmerge_checkpoint
@@ -61,6 +62,7 @@ __all__ = [
     "merge_checkpoint",
     "plan",
     "preflight",
+    "program_passes",
     "register",
     "register_op",
     "set_peft_model_state_dict",

@@ -179,7 +179,7 @@ class _Unlifted:
         self.device: fx.Node | None = None
         result = self._copied(self.program.graph_module, None)
         self.graph.output(result)
-        self.graph.eliminate_dead_code(_changes_something)
+        self.graph.eliminate_dead_code(changes_something)
         self.graph.lint()
 
     def _copied(self, module: fx.GraphModule, given: Sequence[Any] | None) -> Any:
@@ -287,7 +287,7 @@ _CHECKS = frozenset(
 _REGIONS = {"wrap_with_set_grad_enabled": _Unlifted.graded, "wrap_with_autocast": _Unlifted.cast}
 
 
-def _changes_something(node: fx.Node) -> bool:
+def changes_something(node: fx.Node) -> bool:
     """Whether a node that nobody uses is there for what it does."""
     if node.target in (_enter_autocast, _exit_autocast) or node.op in ("placeholder", "output"):
         return True

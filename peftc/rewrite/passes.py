@@ -8,6 +8,7 @@ from torch import fx
 
 from peftc.errors import RuleError
 from peftc.graph.region import Source
+from peftc.rewrite.program_passes import annotate
 from peftc.rewrite.splice import Active, splice
 from peftc.rewrite.verify import Example, signature_of, verify
 
@@ -58,6 +59,8 @@ def rewritten(
     of another shape or dtype afterwards.
     """
     graph = splice(source, active)
+    if passes:
+        annotate(graph, root)
     expected = signature_of(source.graph, root, example, bare=not source.opaque)
     verify(graph, root, example, expected, "splice")
     graph, ran = piped(graph, passes, lambda new, name: verify(new, root, example, expected, name))

@@ -1,0 +1,98 @@
+"""Passes on whole programs: the same function, fewer nodes, and nothing removed that does something."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+import peftc
+from tests.support.adapters import perturb
+from tests.support.programs import gradients, loss_of, program_inputs, program_model, tensors
+
+SPEC: dict[str, Any] = {"r": 4, "target_modules": "all-linear"}
+
+
+def programs(kind: str, **fields: Any) -> tuple[Any, Any, Any]:
+    """The model, and its program without and with the passes."""
+    model, spec = program_model(kind), peftc.LoraConfig(**{**SPEC, **fields})
+    inputs = program_inputs(kind, model)
+    plain = perturb(peftc.compile(model, spec, capture="export", inputs=inputs))
+    fused = peftc.compile(model, spec, capture="export", inputs=inputs, passes=peftc.program_passes())
+    fused.load_state_dict(plain.state_dict())
+    return model, plain, fused
+
+
+def ops(compiled: Any) -> Counter[str]:
+    return Counter(str(getattr(node.target, "__name__", node.target)) for node in compiled.graph_of("").nodes)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "mixtral", pytest.param("t5", marks=pytest.mark.slow)])
+def test_the_function_is_the_same(kind: str) -> None:
+    torch.manual_seed(0)
+    model, plain, fused = programs(kind)
+    inputs = program_inputs(kind, model, 3, 9)
+    for training in (False, True):
+        results: list[Any] = []
+        for compiled in (plain.train(training), fused.train(training)):
+            compiled.zero_grad()
+            torch.manual_seed(1)
+            results.append(compiled(**inputs))
+            loss_of(results[-1]).backward()
+        for name, value in tensors(results[0]).items():
+            torch.testing.assert_close(tensors(results[1])[name], value, rtol=1e-5, atol=1e-5)
+        expected = gradients(plain)
+        for name, value in gradients(fused).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_what_ran_and_what_it_changed() -> None:
+    """q/k/v and gate/up read one input each: five first products become two."""
+    _, plain, fused = programs("llama")
+    ran = {one.name: (one.before, one.after) for one in fused.passes[""]}
+    assert list(ran) == ["splice", "no-ops-removed", "casts-removed", "siblings-fused"]
+    assert ran == {
+        "splice": (154, 231), "no-ops-removed": (231, 217), "casts-removed": (217, 180), "siblings-fused": (180, 191),
+    }  # fmt: skip
+    products = {
+        name: sum(ops(one)[f] for f in ("linear", "linear.default")) for name, one in (("a", plain), ("b", fused))
+    }
+    assert products == {"a": 8 + 2 * 7, "b": 8 + 2 * 7 - 3}
+    assert ops(fused)["split"] == 2
+    assert ops(plain)["to"] == 14  # Each edit casts x to the adapter's dtype, and y back.
+    assert ops(fused)["to"] == 0
+    with fused.merged():
+        assert "split" not in ops(fused)
+
+
+def test_masks_of_their_own_keep_siblings_apart() -> None:
+    _, _, fused = programs("llama", lora_dropout=0.1)
+    assert ops(fused)["split"] == 0
+    assert ops(fused)["to"] == 0
+
+
+def test_casts_that_do_something_stay() -> None:
+    """A base in bfloat16 under adapters in float32."""
+    model = program_model("llama").to(torch.bfloat16)
+    inputs = program_inputs("llama", model)
+    spec = peftc.LoraConfig(**SPEC)
+    torch.manual_seed(0)
+    plain = perturb(peftc.compile(model, spec, capture="export", inputs=inputs))
+    fused = peftc.compile(model, spec, capture="export", inputs=inputs, passes=peftc.program_passes())
+    fused.load_state_dict(plain.state_dict())
+    assert ops(fused)["to"] == 14
+    assert fused(**inputs).logits.dtype == torch.bfloat16
+    assert torch.equal(fused(**inputs).logits, plain(**inputs).logits)
+
+
+def test_other_ranks_run_the_same_code() -> None:
+    model, plain, fused = programs("llama")
+    inputs = program_inputs("llama", model)
+    for compiled in (plain, fused):
+        torch.manual_seed(3)
+        compiled.add_adapter("wide", peftc.LoraConfig(**{**SPEC, "r": 7, "rank_pattern": {"k_proj": 2}}))
+        perturb(compiled)
+        compiled.set_adapter("wide")
+    codes = len(fused.program.made.codes)
+    torch.testing.assert_close(fused(**inputs).logits, plain(**inputs).logits, rtol=1e-5, atol=1e-5)
+    assert codes == len(plain.program.made.codes)
