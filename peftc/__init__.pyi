@@ -30,6 +30,7 @@ from peftc.stream import merge_checkpoint, unmerge_checkpoint
 
 from peftc_rules.ia3.config import IA3Config
 from peftc_rules.loha import LoHaConfig
+from peftc_rules.lokr import LoKrConfig
 from peftc_rules.lora.config import LoraConfig
 from peftc_rules.p_tuning import PromptEncoderConfig
 from peftc_rules.prefix_tuning import PrefixTuningConfig
@@ -46,6 +47,7 @@ __all__ = [
     "Form",
     "IA3Config",
     "LoHaConfig",
+    "LoKrConfig",
     "LoadResult",
     "LoraConfig",
     "MergeError",

@@ -16,11 +16,10 @@ import peftc
 from peftc.registry import rules
 from peftc.rule import Rule
 from peftc.testing import check_rule
-from tests.methods import dora, ln_tuning, loha, oft, token_rows, vera
+from tests.methods import dora, ln_tuning, oft, token_rows, vera
 from tests.support.models import tiny, token_ids
 
 METHODS: dict[str, Rule[Any]] = {
-    "loha": loha.Loha(),
     "oft": oft.Oft(),
     "dora": dora.Dora(),
     "vera": vera.Vera(),
@@ -87,13 +86,6 @@ class TestAgainstPeft:
             renamed[f"base_model.model.{site}.{new}"] = value.flatten() if new == magnitude else value
         config = peft.LoraConfig(r=2, lora_alpha=2, use_dora=True, target_modules=["0", "2"])
         x = torch.randn(3, 8, dtype=torch.float64)
-        torch.testing.assert_close(compiled(x), self.theirs(model, config, renamed)(x))
-
-    def test_loha(self, model: nn.Module) -> None:
-        compiled = moved(peftc.compile(model, loha.LohaConfig(r=2, alpha=3.0, target_modules=["0", "2"])))
-        renamed = {f"{key}.default": value for key, value in compiled.adapter_state_dict().items()}
-        x = torch.randn(3, 8, dtype=torch.float64)
-        config = peft.LoHaConfig(r=2, alpha=3, target_modules=["0", "2"])
         torch.testing.assert_close(compiled(x), self.theirs(model, config, renamed)(x))
 
 

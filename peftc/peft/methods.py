@@ -1,0 +1,25 @@
+"""PEFT's names for the methods whose adapters are on modules."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from peftc.peft.types import PeftType
+
+
+class Method(NamedTuple):
+    """A method's module in `peft.tuners`, which is the name of its rules too, its classes of models and of layers, and
+    what the names of its tensors begin with.
+    """
+
+    module: str
+    model: str
+    layer: str
+    prefix: str
+
+
+METHODS: Mapping[PeftType, Method] = {
+    PeftType.LORA: Method("lora", "LoraModel", "LoraLayer", "lora_"),
+    PeftType.IA3: Method("ia3", "IA3Model", "IA3Layer", "ia3_"),
+    PeftType.LOHA: Method("loha", "LoHaModel", "LoHaLayer", "hada_"),
+    PeftType.LOKR: Method("lokr", "LoKrModel", "LoKrLayer", "lokr_"),
+}
