@@ -32,6 +32,7 @@ from peftc_rules.ia3.config import IA3Config
 from peftc_rules.loha import LoHaConfig
 from peftc_rules.lokr import LoKrConfig
 from peftc_rules.lora.config import LoraConfig
+from peftc_rules.oft import OFTConfig
 from peftc_rules.p_tuning import PromptEncoderConfig
 from peftc_rules.prefix_tuning import PrefixTuningConfig
 from peftc_rules.prompt_tuning import PromptTuningConfig
@@ -52,6 +53,7 @@ __all__ = [
     "LoraConfig",
     "MergeError",
     "NoMatchError",
+    "OFTConfig",
     "Op",
     "Param",
     "Pass",

@@ -226,9 +226,9 @@ class Rule(Generic[S]):
         """A term of the loss, of one site's tensors: `compiled.penalty()` adds them up."""
         return None
 
-    def after_step(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """What happens to a site's tensors, by name, after the step number `step` (from 1) of an optimiser that holds
-        some; in place, without gradient.
+    def after_step(self, tensors: Mapping[str, Any], step: int) -> None:
+        """What happens to a site's tensors, by name (constants are there too), after the step number `step` (from 1) of an
+        optimiser that holds some; in place, without gradient.
         """
 
     def calibrate(self, x: Tensor, state: Any, p: Any) -> Any:

@@ -22,4 +22,5 @@ METHODS: Mapping[PeftType, Method] = {
     PeftType.IA3: Method("ia3", "IA3Model", "IA3Layer", "ia3_"),
     PeftType.LOHA: Method("loha", "LoHaModel", "LoHaLayer", "hada_"),
     PeftType.LOKR: Method("lokr", "LoKrModel", "LoKrLayer", "lokr_"),
+    PeftType.OFT: Method("oft", "OFTModel", "OFTLayer", "oft_"),
 }

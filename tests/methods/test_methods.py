@@ -16,11 +16,10 @@ import peftc
 from peftc.registry import rules
 from peftc.rule import Rule
 from peftc.testing import check_rule
-from tests.methods import dora, ln_tuning, oft, token_rows, vera
+from tests.methods import dora, ln_tuning, token_rows, vera
 from tests.support.models import tiny, token_ids
 
 METHODS: dict[str, Rule[Any]] = {
-    "oft": oft.Oft(),
     "dora": dora.Dora(),
     "vera": vera.Vera(),
     "ln_tuning": ln_tuning.LnTuning(),
@@ -163,7 +162,7 @@ def test_a_weight_only_rule_after_lora_on_one_site() -> None:
     for order in (["lora", "oft", "scale"], ["oft", "lora", "scale"], ["scale", "lora", "oft"]):
         made = {
             "lora": lora,
-            "oft": oft.OftConfig(target_modules=["0"]),
+            "oft": peftc.OFTConfig(oft_block_size=2, target_modules=["0"]),
             "scale": peftc.IA3Config(target_modules=["0"], feedforward_modules=[]),
         }
         compiled = peftc.compile(model, {name: made[name] for name in order})

@@ -28,7 +28,8 @@ def gradients(model: Any, x: Any) -> dict[str, Tensor]:
     model.zero_grad()
     model(x).float().square().sum().backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name.removeprefix("base_model.model.").removeprefix("base."): value for name, value in found.items()}
+    plain = {name.replace(".base_layer.", "."): value for name, value in found.items()}
+    return {name.removeprefix("base_model.model.").removeprefix("base."): value for name, value in plain.items()}
 
 
 def same_as_peft(
