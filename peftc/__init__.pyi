@@ -28,6 +28,8 @@ from peftc.rule import Param, Rule
 from peftc.specs import AdapterSpec
 from peftc.stream import merge_checkpoint, unmerge_checkpoint
 
+from peftc_rules.boft import BOFTConfig
+from peftc_rules.hra import HRAConfig
 from peftc_rules.ia3.config import IA3Config
 from peftc_rules.loha import LoHaConfig
 from peftc_rules.lokr import LoKrConfig
@@ -40,12 +42,14 @@ from peftc_rules.prompt_tuning import PromptTuningConfig
 __all__ = [
     "AdapterError",
     "AdapterSpec",
+    "BOFTConfig",
     "CaptureError",
     "CheckpointError",
     "CompiledModel",
     "ConflictError",
     "ExportError",
     "Form",
+    "HRAConfig",
     "IA3Config",
     "LoHaConfig",
     "LoKrConfig",

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -12,7 +11,7 @@ from peftc.rule import Constant, Param, Rule
 from peftc.specs.base import TrainedBiases
 from peftc.specs.selection import LayerSelection
 
-from .rotation import cayley, eye, kept, rotated, unfit, width
+from .rotation import cayley, constrained, kept, nearest_divisor, rotated, series, unfit, unpacked, width
 
 
 class OFTConfig(LayerSelection):
@@ -58,14 +57,7 @@ class OFTConfig(LayerSelection):
 
     def block_for(self, size: int) -> int:
         """How many of `size` inputs a block has."""
-        return size // _nearest(size, self.r) if self.r else _nearest(size, self.oft_block_size)
-
-
-def _nearest(size: int, wanted: int) -> int:
-    """The divisor of `size` that is nearest to `wanted`, the smaller of two."""
-    if wanted >= size:
-        return size
-    return min((n for n in range(1, size + 1) if size % n == 0), key=lambda n: (abs(n - wanted), n))
+        return size // nearest_divisor(size, self.r) if self.r else nearest_divisor(size, self.oft_block_size)
 
 
 class Oft(Rule[OFTConfig]):
@@ -109,16 +101,16 @@ class Oft(Rule[OFTConfig]):
 
     def after_step(self, tensors: Mapping[str, Any], step: int) -> None:
         if tensors["constrained"]:
-            tensors["oft_R"].copy_(_constrained(tensors["oft_R"], tensors["eps"]))
+            tensors["oft_R"].copy_(constrained(tensors["oft_R"], tensors["eps"]))
 
     def rotation(self, p: Any, training: bool = False) -> Tensor:
         """The blocks of R, (n, b, b), or one for all (b, b)."""
         packed = p.oft_R
         if p.constrained:
             # As if the parameter were what the constraint makes of it.
-            packed = packed + (_constrained(packed, p.eps) - packed).detach()
-        skew = _skew(packed, p.block)
-        blocks = _series(skew, p.terms) if p.terms else cayley(skew)
+            packed = packed + (constrained(packed, p.eps) - packed).detach()
+        skew = unpacked(packed, p.block)
+        blocks = series(skew, p.terms) if p.terms else cayley(skew)
         if p.shared:
             return blocks[0]
         return kept(blocks, p.module_dropout) if training and p.drops else blocks
@@ -153,35 +145,6 @@ class OftEmbedding(Oft):
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         blocks = self.rotation(p, training=True)
         return rotated(y.to(blocks.dtype), blocks, p.shared)
-
-
-def _skew(packed: Tensor, size: int) -> Tensor:
-    """Skew-symmetric matrices (n, size, size) from their upper triangles."""
-    upper = packed.new_ones(size, size, dtype=torch.int64).triu(1)
-    places = (upper.flatten().cumsum(0) - 1).clamp(min=0)
-    matrices = packed.index_select(1, places).unflatten(1, (size, size)) * upper
-    return matrices - matrices.mT
-
-
-def _series(skew: Tensor, terms: int) -> Tensor:
-    """I + 2S + 2S² + … + Sⁿ⁻¹, which is (I + S)(I − S)⁻¹ up to an error of that order; four terms are as three in peft."""
-    total = eye(skew).expand_as(skew)
-    if terms > 1:
-        total = total + 2 * skew
-    if terms > 2:
-        power = skew @ skew
-        total = total + 2 * power
-        for _ in range(3, terms - 1):
-            power = power @ skew
-            total = total + 2 * power
-        total = total + power @ skew
-    return total
-
-
-def _constrained(packed: Tensor, eps: Any) -> Tensor:
-    """Scaled down to matrices of norm `eps` / √n where theirs is larger.  arXiv:2306.07280, section 4.2."""
-    norm = torch.linalg.vector_norm(packed, dim=1, keepdim=True) * 2**0.5
-    return packed * (eps / packed.shape[0] ** 0.5 / norm.clamp(min=1e-30)).clamp(max=1)
 
 
 RULES = (Oft(), OftConv(), OftEmbedding())

@@ -23,4 +23,6 @@ METHODS: Mapping[PeftType, Method] = {
     PeftType.LOHA: Method("loha", "LoHaModel", "LoHaLayer", "hada_"),
     PeftType.LOKR: Method("lokr", "LoKrModel", "LoKrLayer", "lokr_"),
     PeftType.OFT: Method("oft", "OFTModel", "OFTLayer", "oft_"),
+    PeftType.BOFT: Method("boft", "BOFTModel", "BOFTLayer", "boft_"),
+    PeftType.HRA: Method("hra", "HRAModel", "HRALayer", "hra_"),
 }
