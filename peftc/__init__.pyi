@@ -34,10 +34,12 @@ from peftc_rules.ia3.config import IA3Config
 from peftc_rules.loha import LoHaConfig
 from peftc_rules.lokr import LoKrConfig
 from peftc_rules.lora.config import LoraConfig
+from peftc_rules.miss import MissConfig
 from peftc_rules.oft import OFTConfig
 from peftc_rules.p_tuning import PromptEncoderConfig
 from peftc_rules.prefix_tuning import PrefixTuningConfig
 from peftc_rules.prompt_tuning import PromptTuningConfig
+from peftc_rules.road import RoadConfig
 
 __all__ = [
     "AdapterError",
@@ -56,6 +58,7 @@ __all__ = [
     "LoadResult",
     "LoraConfig",
     "MergeError",
+    "MissConfig",
     "NoMatchError",
     "OFTConfig",
     "Op",
@@ -69,6 +72,7 @@ __all__ = [
     "PromptRule",
     "PromptSpec",
     "PromptTuningConfig",
+    "RoadConfig",
     "Rule",
     "RuleError",
     "Shape",

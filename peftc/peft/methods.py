@@ -25,4 +25,6 @@ METHODS: Mapping[PeftType, Method] = {
     PeftType.OFT: Method("oft", "OFTModel", "OFTLayer", "oft_"),
     PeftType.BOFT: Method("boft", "BOFTModel", "BOFTLayer", "boft_"),
     PeftType.HRA: Method("hra", "HRAModel", "HRALayer", "hra_"),
+    PeftType.MISS: Method("miss", "MissModel", "MissLayer", "miss_"),
+    PeftType.ROAD: Method("road", "RoadModel", "RoadLayer", "road_"),
 }
