@@ -29,6 +29,10 @@ from peftc.specs import AdapterSpec
 from peftc.stream import merge_checkpoint, unmerge_checkpoint
 
 from peftc_rules.boft import BOFTConfig
+from peftc_rules.c3a import C3AConfig
+from peftc_rules.delora import DeloraConfig
+from peftc_rules.gralora import GraloraConfig
+from peftc_rules.hira import HiraConfig
 from peftc_rules.hra import HRAConfig
 from peftc_rules.ia3.config import IA3Config
 from peftc_rules.loha import LoHaConfig
@@ -45,13 +49,17 @@ __all__ = [
     "AdapterError",
     "AdapterSpec",
     "BOFTConfig",
+    "C3AConfig",
     "CaptureError",
     "CheckpointError",
     "CompiledModel",
     "ConflictError",
+    "DeloraConfig",
     "ExportError",
     "Form",
+    "GraloraConfig",
     "HRAConfig",
+    "HiraConfig",
     "IA3Config",
     "LoHaConfig",
     "LoKrConfig",

@@ -16,8 +16,8 @@ class RoadConfig(AdapterSpec):
     """Rotation adaptation of outputs in pairs, by an angle θ and a scale α. Liao and Monz 2024, arXiv:2409.00119.
 
     In groups of `group_size` outputs each of the first half is paired with one of the second. `variant`: one θ and one α
-    for a pair ("road_1"), for each of its rows ("road_2"), or for each entry of its matrix ("road_4"). `init_weights=False`:
-    a random start, which changes the model.
+    for a pair ("road_1"), for each of its rows ("road_2"), or for each entry of its matrix ("road_4").
+    `init_weights=False`: a random start, which changes the model.
 
     Example: RoadConfig(variant="road_2", group_size=64, target_modules=["q_proj", "v_proj"])
     """

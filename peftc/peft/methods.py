@@ -27,4 +27,8 @@ METHODS: Mapping[PeftType, Method] = {
     PeftType.HRA: Method("hra", "HRAModel", "HRALayer", "hra_"),
     PeftType.MISS: Method("miss", "MissModel", "MissLayer", "miss_"),
     PeftType.ROAD: Method("road", "RoadModel", "RoadLayer", "road_"),
+    PeftType.GRALORA: Method("gralora", "GraloraModel", "GraloraLayer", "gralora_"),
+    PeftType.C3A: Method("c3a", "C3AModel", "C3ALayer", "c3a_"),
+    PeftType.HIRA: Method("hira", "HiraModel", "HiraLayer", "hira_"),
+    PeftType.DELORA: Method("delora", "DeloraModel", "DeloraLayer", "delora_"),
 }

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -102,6 +102,30 @@ class PatternedAlpha(AdapterSpec):
         return super().goes_by_plain_names and not self.alpha_pattern
 
 
+class OtherPatterns(AdapterSpec):
+    """A spec with numbers of its own that are others at some sites: `patterns` names the fields, of the same form."""
+
+    patterns: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="after")
+    def _check_patterns(self) -> Self:
+        for field in self.patterns:
+            for key in getattr(self, field):
+                require_regex(field, key, _PATTERN)
+        return self
+
+    def respelled(self, names: Mapping[str, str]) -> Self:
+        update: dict[str, Any] = {}
+        for field in self.patterns:
+            found = {re.escape(new): first_match(getattr(self, field), old, None) for old, new in names.items()}
+            update[field] = {name: value for name, value in found.items() if value is not None}
+        return super().respelled(names).model_copy(update=update)
+
+    @property
+    def goes_by_plain_names(self) -> bool:
+        return super().goes_by_plain_names and not any(getattr(self, field) for field in self.patterns)
+
+
 # The class that a spec must inherit for the engine to serve a field.
 SELECTIONS: Mapping[str, type[AdapterSpec]] = {
     "layers_to_transform": LayerSelection,
@@ -119,6 +143,8 @@ def patterns_of(spec: AdapterSpec) -> dict[str, Mapping[str, Any]]:
         found["rank_pattern"] = spec.rank_pattern
     if isinstance(spec, PatternedAlpha):
         found["alpha_pattern"] = spec.alpha_pattern
+    if isinstance(spec, OtherPatterns):
+        found |= {field: getattr(spec, field) for field in spec.patterns}
     return found
 
 

@@ -32,6 +32,7 @@ SPECS: dict[str, peftc.AdapterSpec] = {
     "Miss": peftc.MissConfig(r=2),
     "Bat": peftc.MissConfig(r=2, init_weights="bat"),
     "Road": peftc.RoadConfig(group_size=2),
+    "C3A": peftc.C3AConfig(block_size=2),
     **{f"Dora{op}": peftc.LoraConfig(use_dora=True) for op in ("Linear", "Embedding", "Conv")},
 }
 
