@@ -20,7 +20,7 @@ Size = Annotated[int, Field(gt=0)]
 class C3AConfig(LayerSelection, OtherPatterns):
     """Circular convolution adaptation. Chen et al. 2024, arXiv:2407.19342.
 
-    The weight is cut into blocks of `block_size` × `block_size` (`block_size_pattern`: others at some modules), each of which
+    The weight is cut into blocks of `block_size` × `block_size` (`block_size_pattern`: others at some modules), and each
     has a vector, whose rotations are the rows of what is added, divided by the number of inputs. `init_weights`:
     "xavier_uniform" (also false), "kaiming_uniform", "gaussian", which change the model, or true (zeros, which does not).
     `bias` trains base biases (`all`, or those of adapted modules).
