@@ -54,7 +54,11 @@ class BOFTConfig(LayerSelection):
     def on_model(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
         # Without its CUDA extension peft makes one factor, and writes the number that was asked for.
         found = {len(tensor) for key, tensor in tensors.items() if key.endswith("boft_R")}
-        return (self.model_copy(update={"boft_n_butterfly_factor": 1}) if found == {1} else self), tensors
+        return (
+            self.model_copy(update={"boft_n_butterfly_factor": 1})
+            if self.boft_n_butterfly_factor > 1 and found == {1}
+            else self
+        ), tensors
 
     def block_for(self, size: int) -> int:
         """How many of `size` inputs a block has."""

@@ -37,7 +37,9 @@ class HiraConfig(LayerSelection, PatternedRank):
     def on_model(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
         # peft writes rank_pattern and does not go by it.
         found = {tensor.shape[0] for key, tensor in tensors.items() if key.endswith("_A")}
-        return (self.model_copy(update={"rank_pattern": {}}) if found == {self.r} else self), tensors
+        return (
+            self.model_copy(update={"rank_pattern": {}}) if self.rank_pattern and found == {self.r} else self
+        ), tensors
 
 
 class Hira(Rule[HiraConfig]):
