@@ -1,7 +1,7 @@
 """BOFT: s ⊙ (W·Rᵀ) with R a product of butterfly factors, orthogonal.  Liu et al. 2023, arXiv:2311.06243, section 4."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -21,8 +21,7 @@ class BOFTConfig(LayerSelection):
     A factor has blocks of `boft_block_size` inputs, or `boft_block_num` blocks: give one of the two, the other is 0. Of
     `boft_n_butterfly_factor` factors each after the first brings halves of blocks that are further apart together.
     `boft_dropout`: the share of one factor's blocks that are left out while training. `bias` trains base biases (`all`, or
-    those of adapted modules). `init_weights=False`: a random start, which changes the model. `fan_in_fan_out` is
-    informative.
+    those of adapted modules). `init_weights=False`: a random start. `fan_in_fan_out` is informative.
 
     Example: BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, target_modules=["q_proj", "v_proj"])
     """
@@ -70,6 +69,7 @@ class Boft(Rule[BOFTConfig]):
 
     name, spec, ops, local = "boft", BOFTConfig, ("linear",), "o"
     keys = ("boft_R", "boft_s")
+    columns: ClassVar[Mapping[str, str]] = {"block": "block", "factors": "factors"}
 
     def params(self, spec: BOFTConfig, site: WeightSite) -> dict[str, Param]:
         block, fresh = spec.block_for(width(site)), spec.init_weights

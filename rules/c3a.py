@@ -1,5 +1,6 @@
 """C3A: circulant blocks are added to the weight.  Chen et al. 2024, arXiv:2407.19342, section 3."""
 
+from collections.abc import Mapping
 from math import sqrt
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -51,6 +52,7 @@ class C3A(Rule[C3AConfig]):
 
     name, spec, ops, additive, identity = "c3a", C3AConfig, ("linear",), True, False  # Its default start is random.
     keys = ("c3a_kernel",)
+    columns: ClassVar[Mapping[str, str]] = {"block": "block"}
 
     def params(self, spec: C3AConfig, site: WeightSite) -> dict[str, Param]:
         block, rows, columns = spec.block_for(site.name), site.out_features, site.in_features

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from math import sqrt
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -45,6 +45,7 @@ class Hra(Rule[HRAConfig]):
 
     name, spec, ops, local, identity = "hra", HRAConfig, ("linear",), "o", False  # A fresh one changes roundings.
     keys = ("hra_u",)
+    columns: ClassVar[Mapping[str, str]] = {"r": "r"}
 
     def params(self, spec: HRAConfig, site: WeightSite) -> dict[str, Param]:
         # Orthogonal to each other, vectors that are the same have no direction.

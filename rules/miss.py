@@ -3,7 +3,8 @@
 The paper's first versions called it Bone; Bat is its form that goes by the weight (section 3.2).
 """
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -46,6 +47,7 @@ class Miss(Rule[MissConfig]):
 
     name, spec, ops, local, additive = "miss", MissConfig, ("linear",), "o", True
     keys = ("miss_block",)
+    columns: ClassVar[Mapping[str, str]] = {"r": "r"}
 
     def serves(self, spec: MissConfig) -> bool:
         return spec.init_weights != "bat"

@@ -19,10 +19,9 @@ class OFTConfig(LayerSelection):
 
     `oft_block_size` inputs are rotated with each other, or `r` blocks are made: give one of the two, the other is 0. What
     does not divide the inputs is replaced by the nearest number that does. `block_share`: one block for all.
-    `use_cayley_neumann` takes the first `num_cayley_neumann_terms` of a series instead of an inverse (2025,
-    arXiv:2506.19847, section 3.2), in the other direction of rotation. `coft`: blocks stay within `eps` of the identity.
-    `module_dropout` leaves blocks out while training. `bias` trains base biases (`all`, or those of adapted modules).
-    `init_weights=False`: a random start, which changes the model. `fan_in_fan_out` is informative.
+    `use_cayley_neumann` takes the first `num_cayley_neumann_terms` of a series instead of an inverse (arXiv:2506.19847), in
+    the other direction of rotation. `coft`: blocks stay within `eps` of the identity. `module_dropout` leaves blocks out
+    while training. `bias` trains base biases (`all`, or those of adapted modules). `init_weights=False`: a random start.
 
     Example: OFTConfig(oft_block_size=32, target_modules=["q_proj", "v_proj"])
     """
@@ -65,6 +64,7 @@ class Oft(Rule[OFTConfig]):
 
     name, spec, ops, local = "oft", OFTConfig, ("linear",), "o"
     keys = ("oft_R", "oft_embedding_R")
+    columns: ClassVar[Mapping[str, str]] = {"block": "block"}
     key: ClassVar[str] = "oft_R.weight"
 
     def params(self, spec: OFTConfig, site: WeightSite) -> dict[str, Param]:
@@ -123,7 +123,7 @@ class Oft(Rule[OFTConfig]):
 
 
 class OftConv(Oft):
-    """On convolutions: rows of the weight are rotated with their kernel. peft's own call sums patches that overlap."""
+    """On convolutions: rows of the weight are rotated with their kernel."""
 
     ops = ("conv2d",)
 

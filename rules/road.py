@@ -1,7 +1,7 @@
 """RoAd: pairs of outputs are rotated and scaled.  Liao and Monz 2024, arXiv:2409.00119, section 3."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -35,6 +35,7 @@ class Road(Rule[RoadConfig]):
 
     name, spec, ops, local = "road", RoadConfig, ("linear",), "i"
     keys = ("road_theta", "road_alpha")
+    columns: ClassVar[Mapping[str, str]] = {"variant": "variant"}
 
     def params(self, spec: RoadConfig, site: WeightSite) -> dict[str, Param]:
         size = site.out_features * {"road_1": 1, "road_2": 2, "road_4": 4}[spec.variant] // 2
