@@ -27,6 +27,8 @@ class Net(nn.Module):
 
 X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
 FIELDS = {"block_size": 4, "target_modules": ["l", "m", "n"]}
+# What is in front of the last layer.
+BEFORE = ("l.c3a", "l.bias", "m.c3a")
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "zeros": {"init_weights": True},
@@ -54,7 +56,7 @@ def test_it_is_peft_s(variant: str, tmp_path: Path) -> None:
     net, x = (Odd(), torch.randn(3, 9)) if variant == "odd blocks" else (Net(), X)
     fields = {**FIELDS, **VARIANTS[variant]}
     # What peft's backward passes on to the layers before is wrong, as the next test shows.
-    without = () if variant in ("odd blocks", "patterns") else ("l.", "m.")
+    without = () if variant in ("odd blocks", "patterns") else BEFORE
     same_as_peft(net, config_of("C3AConfig", fields), x, tmp_path, without=without)
 
 
@@ -80,7 +82,8 @@ def test_gradients_of_inputs_are_those_of_differences() -> None:
 
 
 def test_half_precision(tmp_path: Path) -> None:
-    half_as_peft(Net(), config_of("C3AConfig", {**FIELDS, "init_weights": "gaussian"}), X, tmp_path)
+    config = config_of("C3AConfig", {**FIELDS, "init_weights": "gaussian"})
+    half_as_peft(Net(), config, X, tmp_path, without=BEFORE)
 
 
 def test_half_precision_parameters_are_transformed_in_float32() -> None:

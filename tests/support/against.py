@@ -71,16 +71,24 @@ def _merges(ours: peftc.CompiledModel, x: Any, tolerance: float) -> None:
     assert all(torch.equal(value, before[name]) for name, value in ours.state_dict().items()), "undone, but for bits"
 
 
-def half_as_peft(net: nn.Module, config: Any, x: Tensor, folder: Path, tolerance: float = 2e-2) -> None:
-    """The same outputs in bfloat16, within its rounding."""
+def half_as_peft(
+    net: nn.Module, config: Any, x: Tensor, folder: Path, tolerance: float = 2e-2, without: tuple[str, ...] = ()
+) -> None:
+    """The same outputs and gradients in bfloat16, within its rounding."""
     net = copy.deepcopy(net).bfloat16()
     x = x.bfloat16() if x.is_floating_point() else x
     model = adapted(net, config)
     quietly(model.save_pretrained, folder / "half")
-    ours = peftc.load(net, folder / "half").eval()
+    ours = peftc.load(net, folder / "half", is_trainable=True).eval()
     y = ours(x)
     assert y.dtype == torch.bfloat16
-    near(y.float(), model(x).float(), tolerance, "outputs in bfloat16")
+    near(y.float(), model(x).float(), tolerance, "bfloat16: outputs")
+    own, theirs = gradients(ours, x), gradients(model, x)
+    assert own.keys() == theirs.keys()
+    largest = max(float(gradient.abs().max()) for gradient in theirs.values())
+    for name, gradient in theirs.items():
+        if not any(part in name for part in without):
+            near(own[name].float(), gradient.float(), 2 * tolerance, f"bfloat16: gradients of {name}", largest)
 
 
 def near(ours: Tensor, theirs: Tensor, tolerance: float, what: str, largest: float | None = None) -> None:
@@ -88,7 +96,8 @@ def near(ours: Tensor, theirs: Tensor, tolerance: float, what: str, largest: flo
     assert ours.shape == theirs.shape, f"{what}: {tuple(ours.shape)}, not {tuple(theirs.shape)}"
     scale = largest or float(theirs.detach().abs().max()) or 1.0
     error = float((ours - theirs).detach().abs().max()) / scale
-    RECORDED[what.partition(" of ")[0]] = max(error, RECORDED.get(what.partition(" of ")[0], 0.0))
+    kind = what.partition(" of ")[0]
+    RECORDED[kind] = max(error, RECORDED.get(kind, 0.0))
     assert error <= tolerance, f"{what}: relative error {error:.2e}"
 
 
