@@ -29,28 +29,47 @@ from peftc.rule import Param, Rule
 from peftc.specs import AdapterSpec
 from peftc.stream import merge_checkpoint, unmerge_checkpoint
 
+from peftc_rules.boft import BOFTConfig
+from peftc_rules.c3a import C3AConfig
+from peftc_rules.delora import DeloraConfig
+from peftc_rules.gralora import GraloraConfig
+from peftc_rules.hira import HiraConfig
+from peftc_rules.hra import HRAConfig
 from peftc_rules.ia3.config import IA3Config
 from peftc_rules.loha import LoHaConfig
+from peftc_rules.lokr import LoKrConfig
 from peftc_rules.lora.config import LoraConfig
+from peftc_rules.miss import MissConfig
+from peftc_rules.oft import OFTConfig
 from peftc_rules.p_tuning import PromptEncoderConfig
 from peftc_rules.prefix_tuning import PrefixTuningConfig
 from peftc_rules.prompt_tuning import PromptTuningConfig
+from peftc_rules.road import RoadConfig
 
 __all__ = [
     "AdapterError",
     "AdapterSpec",
+    "BOFTConfig",
+    "C3AConfig",
     "CaptureError",
     "CheckpointError",
     "CompiledModel",
     "ConflictError",
+    "DeloraConfig",
     "ExportError",
     "Form",
+    "GraloraConfig",
+    "HRAConfig",
+    "HiraConfig",
     "IA3Config",
     "LoHaConfig",
+    "LoKrConfig",
     "LoadResult",
     "LoraConfig",
     "MergeError",
+    "MissConfig",
     "NoMatchError",
+    "OFTConfig",
     "Op",
     "Param",
     "Pass",
@@ -62,6 +81,7 @@ __all__ = [
     "PromptRule",
     "PromptSpec",
     "PromptTuningConfig",
+    "RoadConfig",
     "Rule",
     "RuleError",
     "Shape",

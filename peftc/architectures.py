@@ -34,6 +34,10 @@ class Family(BaseModel):
     defaults: dict[str, Defaults] = {}
     roles: dict[str, Names] = {}
 
+    def defaults_of(self, peft_type: str, like: str | None = None) -> Defaults | None:
+        """The default selectors of a method, or those of the method `like`; None if there are none."""
+        return self.defaults.get(peft_type) or self.defaults.get(like or "")
+
     def role_of(self, fqn: str) -> str | None:
         """The role of module `fqn`: `attention.query`, `mlp.down`, `head` …"""
         path = f".{fqn}"

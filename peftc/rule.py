@@ -27,8 +27,8 @@ SLOTS = ("input", "weight", "output")
 class Param:
     """A tensor that an adapter adds to a site.
 
-    `init`: `zeros`, `ones`, `normal` or `normal:<std>`, `kaiming_uniform`, or `rule` (by `Rule.initialise`). `seed`: draw
-    it with this seed, the same everywhere; such a tensor need not be saved.
+    `init`: `zeros`, `ones`, `normal` or `normal:<std>`, `uniform:<bound>`, `kaiming_uniform`, or `rule` (by
+    `Rule.initialise`). `seed`: draw it with this seed, the same everywhere; such a tensor need not be saved.
     `key`: its name in checkpoints, by default its name in the rule; the live name has the adapter's name after the
     first part (`lora_A.weight` is the parameter `lora_A.default.weight`). `dtype`: its own, if not the adapter's; an
     integer one is never trained. `trainable=False`: frozen; saved only if its `init` is `rule`, and a file without it
@@ -226,9 +226,9 @@ class Rule(Generic[S]):
         """A term of the loss, of one site's tensors: `compiled.penalty()` adds them up."""
         return None
 
-    def after_step(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """What happens to a site's tensors, by name, after the step number `step` (from 1) of an optimiser that holds
-        some; in place, without gradient.
+    def after_step(self, tensors: Mapping[str, Any], step: int) -> None:
+        """What happens to a site's tensors, by name (constants are there too), after the step number `step` (from 1) of an
+        optimiser that holds some; in place, without gradient.
         """
 
     def calibrate(self, x: Tensor, state: Any, p: Any) -> Any:
@@ -287,7 +287,7 @@ class Rule(Generic[S]):
         raise NotImplementedError
 
 
-_INITS = r"zeros|ones|kaiming_uniform|rule|normal(:[\d.e-]+)?"
+_INITS = r"zeros|ones|kaiming_uniform|rule|normal(:[\d.e-]+)?|uniform:[\d.e-]+"
 
 
 def validate(
@@ -347,6 +347,7 @@ def fill(tensor: Tensor, init: str, seed: int | None = None) -> None:
         "zeros": nn.init.zeros_,
         "ones": nn.init.ones_,
         "normal": lambda t: nn.init.normal_(t, std=float(argument or 1)),
+        "uniform": lambda t: nn.init.uniform_(t, -float(argument), float(argument)),
         "kaiming_uniform": lambda t: nn.init.kaiming_uniform_(t, a=sqrt(5)),
     }
     with torch.no_grad():

@@ -37,9 +37,10 @@ class AdapterFiles:
     where: str
 
     def on(self, model: nn.Module) -> "AdapterFiles":
-        """The same for `model`, where what the file adapts is laid out otherwise now (experts that were linears each)."""
+        """The same for `model`, where the file is of another layout (experts that were linears each)."""
         spec, tensors = self.spec.on_model(model, self.tensors)
-        return self if tensors is self.tensors else replace(self, spec=spec, tensors=tensors)
+        same = spec is self.spec and tensors is self.tensors
+        return self if same else replace(self, spec=spec, tensors=tensors)
 
 
 def read_folder(

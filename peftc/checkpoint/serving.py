@@ -1,4 +1,5 @@
-"""The serving normal form of a LoRA adapter: what vLLM and llama.cpp's converter take, with equal outputs.
+"""The serving normal form of an adapter that adds products to weights, as LoRA does: what vLLM and llama.cpp's converter
+take, with equal outputs.
 
 Every site has the same rank (smaller ones padded with zeros) and a scaling of 1 (baked into A), and the config has no
 patterns. vLLM reads `r` and `lora_alpha` only (vllm/lora/peft_helper.py); llama.cpp's convert_lora_to_gguf.py only
@@ -18,6 +19,11 @@ from peftc.plan import Edit
 from peftc.registry import rules_of
 from peftc.rewrite.program import Program
 from peftc.rule import Bound, Factors, Rule
+from peftc.specs import AdapterSpec
+
+# What servers read: the method that adapters are of, and the keys of its factors by op.
+_METHOD = "LORA"
+_KEYS = {"linear": ("lora_A.weight", "lora_B.weight"), "embedding": ("lora_embedding_A", "lora_embedding_B")}
 
 
 def serving_form(
@@ -25,8 +31,8 @@ def serving_form(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and tensors (by PEFT's keys) of `adapter` in normal form, of rank `least_rank` at least.
 
-    Raises CheckpointError, naming the sites, for what servers do not take: another method than LoRA, saved modules,
-    trained biases, B with a bias, sites that are neither linear nor embeddings.
+    Raises CheckpointError, naming the sites, for what servers do not take: another method than one that adds products,
+    saved modules, trained biases, B with a bias, sites that are neither linear nor embeddings.
     """
     spec, edits = program.adapters[adapter].spec, program.adapters[adapter].edits
     if not any(type(rule).factors is not Rule.factors for rule in rules_of(spec)):
@@ -44,13 +50,17 @@ def serving_form(
     tensors: dict[str, Tensor] = {}
     for edit in edits:
         a, b = factors[edit.site]
-        keys = [key_of(spec, edit, param) for param in edit.params if param.trainable]
-        tensors[keys[0]] = F.pad(a, (0, 0, 0, r - a.shape[0]))
-        tensors[keys[1]] = F.pad(b, (0, r - b.shape[1]))
+        own = edit.params[0]
+        stem = key_of(spec, edit, own).removesuffix(own.key)
+        one, other = _KEYS[program.plan.sites[edit.site].op]
+        tensors[stem + one] = F.pad(a, (0, 0, 0, r - a.shape[0]))
+        tensors[stem + other] = F.pad(b, (0, r - b.shape[1]))
     targets = target_names(program.base, list(factors))
     plain = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "init_lora_weights": True, "bias": "none"}
     selectors = {"target_modules": list(targets), "exclude_modules": None, "modules_to_save": None}
     layers = {"layers_to_transform": None, "layers_pattern": None}
+    if config["peft_type"] != _METHOD:
+        config = {key: config[key] for key in AdapterSpec.model_fields if key in config} | {"peft_type": _METHOD}
     return {**config, **plain, **selectors, **layers, "r": r, "lora_alpha": r, "lora_dropout": 0.0}, tensors
 
 
@@ -61,7 +71,7 @@ def _refusal(site: Site, edit: Edit) -> str | None:
         return f"{edit.site} is a {site.op}"
     if not edit.rule.additive:
         return f"{edit.site}: {type(edit.rule).__name__} is no sum of products"
-    return f"{edit.site}: lora_bias" if edit.constants["biased"] else None
+    return f"{edit.site}: lora_bias" if edit.constants.get("biased") else None
 
 
 def _factors(program: Program, edit: Edit) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from peftc.errors import AdapterError
 from peftc.graph.sites import Site, WeightSite, canonical
+from peftc.peft.methods import METHODS
 from peftc.plan import Edit
+from peftc.registry import rules
 from peftc.rewrite.parts import Part
 from peftc.rewrite.scale import set_scale_at
 from peftc.rewrite.views import as_it_was
@@ -28,7 +30,6 @@ __all__ = [
     "Embedding",
     "IA3Layer",
     "Linear",
-    "LoHaLayer",
     "LoraLayer",
     "ModulesToSaveWrapper",
     "ParamWrapper",
@@ -277,20 +278,12 @@ class ParamWrapper(LoraLayer):
     """A module with LoRA on parameters of its own (experts)."""
 
 
-class LoHaLayer(BaseTunerLayer):
-    """A module with LoHa: `hada_w1_a` and the others by adapter."""
+class _MethodLayer(BaseTunerLayer):
+    """A module with an adapter of a method that has no class of its own here: by adapter, its numbers."""
 
-    adapter_layer_names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
-
-    @Computed
-    def r(self) -> dict[str, Any]:
-        """The ranks by adapter."""
-        return {name: part.edit.constants["r"] for name, part in _parts(self).items()}
-
-    @Computed
-    def scaling(self) -> dict[str, Any]:
-        """The scaling by adapter."""
-        return {name: part.edit.constants["scaling"] for name, part in _parts(self).items()}
+    r = Computed(lambda layer: _numbers(layer, "r"))
+    alpha = Computed(lambda layer: _numbers(layer, "alpha"))
+    scaling = Computed(lambda layer: _numbers(layer, "scaling"))
 
 
 class IA3Layer(BaseTunerLayer):
@@ -399,7 +392,19 @@ _CLASSES: Mapping[tuple[str, str], type[Any]] = {
     ("lora", "conv3d"): Conv3d,
     ("lora", "parameter"): ParamWrapper,
 }
-_BY_RULE: Mapping[str, type[Any]] = {"lora": LoraLayer, "ia3": IA3Layer, "loha": LoHaLayer}
+_BY_RULE: dict[str, type[Any]] = {"lora": LoraLayer, "ia3": IA3Layer}
+
+
+def _make_classes() -> None:
+    """A class for every method of the table that has none above, under PEFT's name."""
+    keys = {rule.name: rule.keys for rule in rules()}
+    for module, _, name, _ in METHODS.values():
+        if module in keys and module not in _BY_RULE:
+            names = {"adapter_layer_names": keys[module], "__module__": __name__, "__doc__": f"A module with {module}."}
+            _BY_RULE[module] = globals()[name] = type(name, (_MethodLayer,), names)
+
+
+_make_classes()
 
 
 def classes_at(edits: Iterable[Edit], sites: Mapping[str, Site]) -> tuple[type[Any], ...]:
@@ -455,6 +460,12 @@ def _set_flags(layer: Any, names: str | Sequence[str], on: bool) -> None:
                 part.tensor(param.key).requires_grad_(on and name in wanted)
     learning = [name for name in program.learning if name in wanted] if not on else wanted
     program.learning = tuple(name for name in program.plan.adapters if name in learning and on)
+
+
+def _numbers(layer: Any, name: str) -> dict[str, Any]:
+    """One of the method's numbers by adapter."""
+    found = {adapter: part.edit.constants.get(name) for adapter, part in _parts(layer).items()}
+    return {adapter: number for adapter, number in found.items() if number is not None}
 
 
 def _part(layer: Any, adapter: str) -> Part:

@@ -7,12 +7,10 @@ from typing import Any
 
 from peftc.architectures import families
 from peftc.peft.configs import config_class
+from peftc.peft.methods import METHODS
 from peftc.peft.tuner import BaseTuner, tuner_class
 from peftc.peft.types import PeftType
 from peftc.registry import spec_classes
-
-# Methods whose adapters are on modules, by the first name of their tensors.
-_PREFIXES = {PeftType.LORA: "lora_", PeftType.IA3: "ia3_", PeftType.LOHA: "hada_"}
 
 
 def _configs() -> dict[Any, type[Any]]:
@@ -20,11 +18,13 @@ def _configs() -> dict[Any, type[Any]]:
 
 
 def _tuners() -> dict[Any, type[BaseTuner]]:
-    return {name: tuner_class(cls()) for name, cls in _configs().items() if name in _PREFIXES}
+    return {name: tuner_class(cls()) for name, cls in _configs().items() if name in METHODS}
 
 
 def _targets(method: str, field: str) -> dict[str, Any]:
-    found = {model: family.defaults.get(method, {}).get(field) for model, family in families().items()}
+    like = spec_classes()[method].defaults_like
+    defaults = {model: family.defaults_of(method, like) or {} for model, family in families().items()}
+    found = {model: own.get(field) for model, own in defaults.items()}
     return {model: list(value) if isinstance(value, tuple) else value for model, value in found.items() if value}
 
 
@@ -33,9 +33,13 @@ TABLES: dict[str, Callable[[], dict[Any, Any]]] = {
     "PEFT_TYPE_TO_CONFIG_MAPPING": _configs,
     "PEFT_TYPE_TO_TUNER_MAPPING": _tuners,
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": _tuners,
-    "PEFT_TYPE_TO_PREFIX_MAPPING": lambda: dict(_PREFIXES),
-    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING": partial(_targets, "LORA", "target_modules"),
-    "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING": partial(_targets, "IA3", "target_modules"),
+    "PEFT_TYPE_TO_PREFIX_MAPPING": lambda: {name: method.prefix for name, method in METHODS.items()},
+    **{
+        f"TRANSFORMERS_MODELS_TO_{name.replace('_', '')}_TARGET_MODULES_MAPPING": partial(
+            _targets, name.value, "target_modules"
+        )
+        for name in METHODS
+    },
     "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING": partial(_targets, "IA3", "feedforward_modules"),
 }
 

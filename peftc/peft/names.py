@@ -16,6 +16,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 from peftc.errors import PeftcError
+from peftc.peft.methods import METHODS
 from peftc.peft.types import VERSION
 
 _HERE = "peftc.peft"
@@ -39,10 +40,14 @@ _BY_METHOD: dict[str, dict[str, str]] = {
     "tuners.lora": {
         name: f"layers.{name}" for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "ParamWrapper")
     },
-    "tuners.ia3": dict.fromkeys(("Linear", "Conv2d", "Conv3d", "IA3Layer"), "layers.IA3Layer"),
-    "tuners.loha": dict.fromkeys(("Linear", "Conv1d", "Conv2d", "LoHaLayer"), "layers.LoHaLayer"),
 }
 _ALIKE = frozenset(_BY_METHOD["tuners.lora"])
+for _method in METHODS.values():
+    # Every layer of another method is of its one class here.
+    _BY_METHOD.setdefault(
+        f"tuners.{_method.module}", dict.fromkeys((*_ALIKE, _method.layer), f"layers.{_method.layer}")
+    )
+    _OTHERWISE.update({_method.model: f"tuner.{_method.model}", _method.layer: f"layers.{_method.layer}"})
 
 Kind = Literal["served", "to come", "refused"]
 

@@ -7,13 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import AdapterError
+from peftc.peft import layers
 from peftc.peft.configs import PeftConfig
-from peftc.peft.layers import BaseTunerLayer, IA3Layer, LoHaLayer, LoraLayer
+from peftc.peft.layers import BaseTunerLayer
+from peftc.peft.methods import METHODS
 from peftc.peft.roots import Root, attach, release, require_root, root_of
-from peftc.peft.types import PeftType
 from peftc.rewrite.mixed import mixed
 
-__all__ = ["BaseTuner", "IA3Model", "LoHaModel", "LoraModel", "MixedModel", "cast_adapter_dtype"]
+__all__ = ["BaseTuner", "MixedModel", "cast_adapter_dtype"]
 
 
 class BaseTuner(nn.Module):
@@ -184,32 +185,24 @@ def _unloaded(base: nn.Module, unload: Callable[[Root], nn.Module]) -> nn.Module
     return model
 
 
-class LoraModel(BaseTuner):
-    """A model with LoRA."""
-
-    prefix = "lora_"
-    tuner_layer_cls = LoraLayer
-
-
-class IA3Model(BaseTuner):
-    """A model with (IA)³."""
-
-    prefix = "ia3_"
-    tuner_layer_cls = IA3Layer
-
-
-class LoHaModel(BaseTuner):
-    """A model with LoHa."""
-
-    prefix = "hada_"
-    tuner_layer_cls = LoHaLayer
-
-
 class MixedModel(BaseTuner):
     """A model with adapters of several methods."""
 
 
-_CLASSES: Mapping[Any, type[BaseTuner]] = {PeftType.LORA: LoraModel, PeftType.IA3: IA3Model, PeftType.LOHA: LoHaModel}
+_CLASSES: dict[Any, type[BaseTuner]] = {}
+
+
+def _make_classes() -> None:
+    """A class for every method of the table, under PEFT's name."""
+    for name, method in METHODS.items():
+        layer = getattr(layers, method.layer, None)
+        if layer is not None:
+            own = {"prefix": method.prefix, "tuner_layer_cls": layer, "__module__": __name__}
+            own["__doc__"] = f"A model with {method.module}."
+            _CLASSES[name] = globals()[method.model] = type(method.model, (BaseTuner,), own)
+
+
+_make_classes()
 
 
 def tuner_class(config: Any) -> type[BaseTuner]:

@@ -56,7 +56,7 @@ def watch_steps(program: Program) -> None:
             steps[optimiser] = steps.get(optimiser, 0) + 1
             with torch.no_grad():
                 for part in mine:
-                    part.edit.rule.after_step(part.tensors(), steps[optimiser])
+                    part.edit.rule.after_step({**part.tensors(), **part.edit.constants}, steps[optimiser])
 
     weakref.finalize(program, register_optimizer_step_post_hook(stepped).remove)
     program.watching = True

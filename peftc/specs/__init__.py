@@ -2,11 +2,12 @@
 
 from peftc.specs.base import AdapterSpec
 from peftc.specs.io import load_spec, load_specs
-from peftc.specs.selection import LayerSelection, ParameterSelection, PatternedAlpha, PatternedRank
+from peftc.specs.selection import LayerSelection, OtherPatterns, ParameterSelection, PatternedAlpha, PatternedRank
 
 __all__ = [
     "AdapterSpec",
     "LayerSelection",
+    "OtherPatterns",
     "ParameterSelection",
     "PatternedAlpha",
     "PatternedRank",

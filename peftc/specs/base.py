@@ -84,6 +84,8 @@ class AdapterSpec(BaseModel):
     # Fields that select modules; one that is None has a default for the model's architecture, if it is in `defaulted`.
     selectors: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules")
     defaulted: ClassVar[tuple[str, ...]] = ("target_modules",)
+    # The `peft_type` of the method whose defaults these are, where a family names none for this one.
+    defaults_like: ClassVar[str | None] = None
     # What the keys of files begin with.
     key_prefix: ClassVar[str] = "base_model.model."
 

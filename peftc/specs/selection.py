@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -39,6 +39,13 @@ class LayerSelection(AdapterSpec):
             require_regex("layers_pattern", pattern, LAYERS_PATTERN)
         return self
 
+    def respelled(self, names: Mapping[str, str]) -> Self:
+        return super().respelled(names).model_copy(update={"layers_to_transform": None, "layers_pattern": None})
+
+    @property
+    def goes_by_plain_names(self) -> bool:
+        return super().goes_by_plain_names and not self.layers_pattern
+
 
 class ParameterSelection(AdapterSpec):
     """A spec that can name parameters (`experts.gate_up_proj`) which no module that is an op holds."""
@@ -64,6 +71,15 @@ class PatternedRank(AdapterSpec):
         """The rank at module `fqn`, after `rank_pattern`."""
         return first_match(self.rank_pattern, fqn, self.r)
 
+    def respelled(self, names: Mapping[str, str]) -> Self:
+        ranks = {re.escape(new): self.rank_for(old) for old, new in names.items()}
+        update = {"rank_pattern": {name: rank for name, rank in ranks.items() if rank != self.r}}
+        return super().respelled(names).model_copy(update=update)
+
+    @property
+    def goes_by_plain_names(self) -> bool:
+        return super().goes_by_plain_names and not self.rank_pattern
+
 
 class PatternedAlpha(AdapterSpec):
     """A spec with an alpha, and others at some sites, by the same patterns."""
@@ -75,6 +91,39 @@ class PatternedAlpha(AdapterSpec):
         for key in self.alpha_pattern:
             require_regex("alpha_pattern", key, _PATTERN)
         return self
+
+    def respelled(self, names: Mapping[str, str]) -> Self:
+        found = {re.escape(new): first_match(self.alpha_pattern, old, None) for old, new in names.items()}
+        update = {"alpha_pattern": {name: alpha for name, alpha in found.items() if alpha is not None}}
+        return super().respelled(names).model_copy(update=update)
+
+    @property
+    def goes_by_plain_names(self) -> bool:
+        return super().goes_by_plain_names and not self.alpha_pattern
+
+
+class OtherPatterns(AdapterSpec):
+    """A spec with numbers of its own that are others at some sites: `patterns` names the fields, of the same form."""
+
+    patterns: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="after")
+    def _check_patterns(self) -> Self:
+        for field in self.patterns:
+            for key in getattr(self, field):
+                require_regex(field, key, _PATTERN)
+        return self
+
+    def respelled(self, names: Mapping[str, str]) -> Self:
+        update: dict[str, Any] = {}
+        for field in self.patterns:
+            found = {re.escape(new): first_match(getattr(self, field), old, None) for old, new in names.items()}
+            update[field] = {name: value for name, value in found.items() if value is not None}
+        return super().respelled(names).model_copy(update=update)
+
+    @property
+    def goes_by_plain_names(self) -> bool:
+        return super().goes_by_plain_names and not any(getattr(self, field) for field in self.patterns)
 
 
 # The class that a spec must inherit for the engine to serve a field.
@@ -94,6 +143,8 @@ def patterns_of(spec: AdapterSpec) -> dict[str, Mapping[str, Any]]:
         found["rank_pattern"] = spec.rank_pattern
     if isinstance(spec, PatternedAlpha):
         found["alpha_pattern"] = spec.alpha_pattern
+    if isinstance(spec, OtherPatterns):
+        found |= {field: getattr(spec, field) for field in spec.patterns}
     return found
 
 

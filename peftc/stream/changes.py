@@ -128,8 +128,8 @@ def _on_model(
 ) -> tuple[AdapterFiles, FileTensors]:
     """An adapter as the base has it: of one that is laid out otherwise there, a copy for the time of the merge."""
     new = files.on(base)
-    if new is files:
-        return files, tensors
+    if new.tensors is files.tensors:
+        return new, tensors
     if options.undo:
         raise CheckpointError(
             f"{files.where}: is of a model whose experts were linears each, and undo=True needs the adapter as it is here."

@@ -99,24 +99,3 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
         """s = alpha / r, or alpha / sqrt(r) with `use_rslora`."""
         rank = self.rank_for(fqn)
         return self.alpha_for(fqn) / (math.sqrt(rank) if self.use_rslora else rank)
-
-    def respelled(self, names: Mapping[str, str]) -> Self:
-        ranks = {re.escape(new): self.rank_for(old) for old, new in names.items()}
-        alphas = {re.escape(new): self.alpha_for(old) for old, new in names.items()}
-        return (
-            super()
-            .respelled(names)
-            .model_copy(
-                update={
-                    "layers_to_transform": None,
-                    "layers_pattern": None,
-                    "rank_pattern": {name: rank for name, rank in ranks.items() if rank != self.r},
-                    "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != self.lora_alpha},
-                }
-            )
-        )
-
-    @property
-    def goes_by_plain_names(self) -> bool:
-        patterned = self.rank_pattern or self.alpha_pattern or self.layers_pattern
-        return super().goes_by_plain_names and not patterned

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import peftc
+from peftc.testing import check_rule
+from peftc_rules.loha import Loha
+from tests.support.against import config_of, half_as_peft, same_as_peft
 
 
 class Net(nn.Module):
@@ -96,9 +99,18 @@ def test_a_fresh_one_is_the_base_and_a_random_one_is_not() -> None:
         assert not torch.equal(peftc.compile(net, random)(X), net(X))
 
 
-def test_what_it_has_not_is_refused() -> None:
-    with pytest.raises(peftc.SpecError, match=r"module_dropout=0\.1 is not implemented"):
-        peftc.LoHaConfig(module_dropout=0.1)
-    grouped = nn.Sequential(nn.Conv1d(4, 4, 3, groups=2))
-    with pytest.raises(peftc.NoMatchError, match="its 2 groups have weights that"):
-        peftc.compile(grouped, peftc.LoHaConfig(target_modules=["0"]))
+def test_convolutions_in_groups(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = nn.Sequential(nn.Conv2d(4, 6, 3, groups=2), nn.Conv2d(6, 4, 1, groups=2)), torch.randn(2, 4, 5, 5)
+    for effective in (False, True):
+        fields = {"r": 2, "target_modules": ["0", "1"], "use_effective_conv2d": effective}
+        without = ("_a.",) if effective else ()
+        same_as_peft(net, config_of("LoHaConfig", fields), x, tmp_path / str(effective), without=without)
+
+
+def test_half_precision(tmp_path: Path) -> None:
+    half_as_peft(Net(), config_of("LoHaConfig", FIELDS), X, tmp_path)
+
+
+def test_its_form_on_the_output_keeps_the_laws() -> None:
+    assert check_rule(Loha(), peftc.LoHaConfig(rank_dropout=0.5))

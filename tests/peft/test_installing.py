@@ -96,7 +96,7 @@ try:
 except ModuleNotFoundError as error:
     assert "peft 0.21.2" in str(error)
 try:
-    peft.BOFTConfig(r=4)
+    peft.ShadowConfig(r=4)
 except NotImplementedError as error:
     print(error)
 """

@@ -1,0 +1,34 @@
+"""PEFT's names for the methods whose adapters are on modules."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from peftc.peft.types import PeftType
+
+
+class Method(NamedTuple):
+    """A method's module in `peft.tuners`, which is the name of its rules too, its classes of models and of layers, and
+    what the names of its tensors begin with.
+    """
+
+    module: str
+    model: str
+    layer: str
+    prefix: str
+
+
+METHODS: Mapping[PeftType, Method] = {
+    PeftType.LORA: Method("lora", "LoraModel", "LoraLayer", "lora_"),
+    PeftType.IA3: Method("ia3", "IA3Model", "IA3Layer", "ia3_"),
+    PeftType.LOHA: Method("loha", "LoHaModel", "LoHaLayer", "hada_"),
+    PeftType.LOKR: Method("lokr", "LoKrModel", "LoKrLayer", "lokr_"),
+    PeftType.OFT: Method("oft", "OFTModel", "OFTLayer", "oft_"),
+    PeftType.BOFT: Method("boft", "BOFTModel", "BOFTLayer", "boft_"),
+    PeftType.HRA: Method("hra", "HRAModel", "HRALayer", "hra_"),
+    PeftType.MISS: Method("miss", "MissModel", "MissLayer", "miss_"),
+    PeftType.ROAD: Method("road", "RoadModel", "RoadLayer", "road_"),
+    PeftType.GRALORA: Method("gralora", "GraloraModel", "GraloraLayer", "gralora_"),
+    PeftType.C3A: Method("c3a", "C3AModel", "C3ALayer", "c3a_"),
+    PeftType.HIRA: Method("hira", "HiraModel", "HiraLayer", "hira_"),
+    PeftType.DELORA: Method("delora", "DeloraModel", "DeloraLayer", "delora_"),
+}

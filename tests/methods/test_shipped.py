@@ -1,0 +1,76 @@
+"""Every method that adapts weights, on a model of transformers: merged on disk, compiled by torch, served as LoRA."""
+
+import copy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+import peftc
+from tests.support.interchange import perturbed, quietly
+from tests.support.models import tiny, token_ids
+
+TARGETS = ("q_proj", "v_proj", "down_proj")
+SPECS: dict[str, peftc.AdapterSpec] = {
+    "LoHa": peftc.LoHaConfig(r=2),
+    "LoKr": peftc.LoKrConfig(r=2),
+    "OFT": peftc.OFTConfig(oft_block_size=8),
+    "OFT exactly": peftc.OFTConfig(oft_block_size=8, use_cayley_neumann=False),
+    "BOFT": peftc.BOFTConfig(boft_n_butterfly_factor=2),
+    "HRA": peftc.HRAConfig(r=4),
+    "MiSS": peftc.MissConfig(r=7),
+    "Bat": peftc.MissConfig(r=8, init_weights="bat"),
+    "RoAd": peftc.RoadConfig(group_size=4),
+    "GraLoRA": peftc.GraloraConfig(r=4),
+    "C3A": peftc.C3AConfig(block_size=8),
+    "HiRA": peftc.HiraConfig(r=2),
+    "DeLoRA": peftc.DeloraConfig(r=2),
+}
+PRODUCTS = ("MiSS", "DeLoRA")
+IDS = token_ids(2, 7, 64)
+
+
+def adapted(name: str) -> tuple[torch.nn.Module, peftc.CompiledModel, torch.Tensor]:
+    """A model, the same with a trained adapter, and what that gives."""
+    model = tiny("llama")
+    ours = perturbed(peftc.compile(model, SPECS[name].model_copy(update={"target_modules": TARGETS})), 1)
+    y = ours(IDS).logits.detach()
+    assert not torch.allclose(y, model(IDS).logits, atol=1e-3)
+    return model, ours, y
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_it_is_merged_on_disk_and_undone_byte_for_byte(name: str, tmp_path: Path) -> None:
+    model, ours, y = adapted(name)
+    model.save_pretrained(tmp_path / "base")
+    ours.save_pretrained(tmp_path / "adapter")
+    peftc.merge_checkpoint(tmp_path / "base", tmp_path / "adapter", tmp_path / "merged", undo=True, progress=False)
+    torch.testing.assert_close(type(model).from_pretrained(tmp_path / "merged")(IDS).logits, y, rtol=1e-4, atol=1e-5)
+    peftc.unmerge_checkpoint(tmp_path / "merged", tmp_path / "again", progress=False)
+    first, again = (tmp_path / folder / "model.safetensors" for folder in ("base", "again"))
+    assert first.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_it_is_one_graph_for_torch_compile(name: str) -> None:
+    _, ours, y = adapted(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours.base, backend="aot_eager", fullgraph=True)
+    found = compiled(IDS).logits
+    torch.testing.assert_close(found, y)
+    found.square().sum().backward()
+    assert all(p.grad is not None for p in ours.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_what_adds_products_is_served_as_lora(name: str, tmp_path: Path) -> None:
+    model, ours, y = adapted(name)
+    if name not in PRODUCTS:
+        with pytest.raises(peftc.CheckpointError, match=r"(servers take LoRA|is no sum of products)"):
+            ours.save_pretrained(tmp_path, form="serving")
+        return
+    ours.save_pretrained(tmp_path, form="serving")
+    assert peftc.load_spec(tmp_path).peft_type == "LORA"
+    theirs = quietly(peft.PeftModel.from_pretrained, copy.deepcopy(model), tmp_path).eval()
+    torch.testing.assert_close(theirs(IDS).logits, y, rtol=1e-4, atol=1e-5)

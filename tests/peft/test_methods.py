@@ -1,0 +1,74 @@
+"""Methods under PEFT's names: configs, defaults by model type, tensors, layers and results are peft's."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.utils import constants
+
+import peftc.peft as served
+from peftc.peft.methods import METHODS
+from tests.support.interchange import perturbed, quietly
+from tests.support.models import inputs_for, tiny
+
+# Fields that the small model needs, or that let a fresh adapter change something.
+FIELDS: dict[str, dict[str, Any]] = {"MISS": {"r": 8}, "ROAD": {"group_size": 4}, "C3A": {"block_size": 8}}
+NAMES = [name for name in METHODS if name not in ("LORA", "IA3")]
+
+
+def classes(name: str) -> tuple[Any, Any]:
+    """The config's class in peft, and here."""
+    theirs = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[name]
+    return theirs, getattr(served, theirs.__name__)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fields_and_defaults_are_peft_s(name: str) -> None:
+    theirs, ours = classes(name)
+    left_out = {"peft_version", "peft_type"}
+    expected = {key: value for key, value in vars(theirs()).items() if key not in left_out}
+    # Every spec here can exclude modules.
+    left_out |= {"exclude_modules"} - expected.keys()
+    found = {key: value for key, value in vars(ours()).items() if key not in left_out}
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_default_targets_are_peft_s(name: str) -> None:
+    table = f"TRANSFORMERS_MODELS_TO_{name.replace('_', '')}_TARGET_MODULES_MAPPING"
+    assert dict(getattr(served.utils.constants, table)) == getattr(constants, table)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_of_transformers_is_adapted_as_by_peft(name: str, tmp_path: Path) -> None:
+    theirs, ours = classes(name)
+    method, fields, model = METHODS[served.PeftType(name)], FIELDS.get(name, {}), tiny("llama")
+    base = copy.deepcopy(model)
+    one = perturbed(quietly(peft.get_peft_model, copy.deepcopy(base), theirs(task_type="CAUSAL_LM", **fields)), 1)
+    other = served.get_peft_model(model, ours(task_type="CAUSAL_LM", **fields))
+    state, own = (library.get_peft_model_state_dict(m) for library, m in ((peft, one), (served, other)))
+    assert {key: tensor.shape for key, tensor in own.items()} == {key: tensor.shape for key, tensor in state.items()}
+    # What is frozen is a parameter here, and may be a buffer there.
+    saved = one.state_dict().keys()
+    buffers = sum(tensor.numel() for key, tensor in one.named_buffers() if method.prefix in key and key in saved)
+    trained, total = one.get_nb_trainable_parameters()
+    assert other.get_nb_trainable_parameters() == (trained, total + buffers)
+    layer = getattr(getattr(served.tuners, method.module), method.layer)
+    adapted = [module for module in other.modules() if isinstance(module, layer)]
+    assert len(adapted) == len(one.base_model.targeted_module_names)
+    assert layer.adapter_layer_names
+    assert isinstance(other.base_model, getattr(served, method.model))
+    assert all(key.rpartition("model.")[2].partition(method.prefix)[1] for key in state)
+    served.set_peft_model_state_dict(other, state)
+    inputs = inputs_for("llama")
+    expected = one(**inputs).logits
+    torch.testing.assert_close(other.eval()(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    other.save_pretrained(tmp_path)
+    again = quietly(peft.PeftModel.from_pretrained, base, tmp_path).eval()
+    torch.testing.assert_close(again(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    merged = other.merge_and_unload()
+    assert merged is model
+    torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-3, atol=1e-4)
