@@ -21,6 +21,7 @@ from peftc.checkpoint.state import saved_state_dict
 from peftc.errors import CheckpointError
 from peftc.graph.hooked import given_class
 from peftc.graph.sites import transformers_config
+from peftc.merge.combine import target_names
 from peftc.prompts.files import encoder_state, prompt_edit
 from peftc.rewrite.hosts import original_class
 from peftc.rewrite.program import Program
@@ -103,6 +104,9 @@ def config_of(program: Program, adapter: str, bake: bool = False) -> dict[str, A
     """
     spec, scale = program.plan.adapters[adapter], program.adapters[adapter].scale
     config = {**(spec.scaled(scale) if bake and scale != 1 else spec).to_dict(), "inference_mode": True}
+    if not spec.excludes and config.pop("exclude_modules") is not None:
+        sites = [edit.site for edit in program.adapters[adapter].edits if not edit.whole]
+        config["target_modules"] = list(target_names(program.base, sites))
     base_config = transformers_config(program.base)
     if config["base_model_name_or_path"] is None and base_config is not None:
         config["base_model_name_or_path"] = base_config.name_or_path or None

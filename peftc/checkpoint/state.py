@@ -253,13 +253,13 @@ _BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 
 
 def _optional(program: Program, adapter: str) -> set[str]:
-    """Keys of frozen starts, which peft's files lack: they are computed from the base weight then."""
+    """Keys of frozen starts, which files may lack: they are computed from the base weight, or drawn, then."""
     own = program.adapters[adapter]
     return {
         key_of(own.spec, edit, param)
         for edit in own.edits
         for param in edit.params
-        if not param.trainable and param.init == "rule"
+        if not param.trainable and param.init in ("rule", "drawn")
     }
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "ModulesToSaveWrapper",
     "ParamWrapper",
     "TrainableTokensWrapper",
+    "VeraLayer",
 ]
 
 
@@ -181,6 +182,16 @@ class BaseTunerLayer:
         return canonical(part.edit.rule.weight(zeros, Bound({**tensors, **part.edit.constants})), site)
 
 
+def _by_adapter(constant: str, doc: str) -> Computed:
+    """An attribute with a constant of the edits at a module, by adapter."""
+
+    def values(layer: Any) -> dict[str, Any]:
+        return {name: part.edit.constants[constant] for name, part in _parts(layer).items()}
+
+    values.__doc__ = doc
+    return Computed(values)
+
+
 class LoraLayer(BaseTunerLayer):
     """A module with LoRA on it: `lora_A`, `lora_B`, and by adapter `r`, `lora_alpha` and `scaling`."""
 
@@ -282,15 +293,17 @@ class LoHaLayer(BaseTunerLayer):
 
     adapter_layer_names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2")
 
-    @Computed
-    def r(self) -> dict[str, Any]:
-        """The ranks by adapter."""
-        return {name: part.edit.constants["r"] for name, part in _parts(self).items()}
+    r = _by_adapter("r", "The ranks by adapter.")
+    scaling = _by_adapter("scaling", "The scaling by adapter.")
 
-    @Computed
-    def scaling(self) -> dict[str, Any]:
-        """The scaling by adapter."""
-        return {name: part.edit.constants["scaling"] for name, part in _parts(self).items()}
+
+class VeraLayer(BaseTunerLayer):
+    """A module with VeRA: its vectors by adapter."""
+
+    adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
+    other_param_names = ("vera_A", "vera_B", "vera_dropout", "r")
+
+    r = _by_adapter("r", "The ranks by adapter.")
 
 
 class IA3Layer(BaseTunerLayer):
@@ -399,7 +412,12 @@ _CLASSES: Mapping[tuple[str, str], type[Any]] = {
     ("lora", "conv3d"): Conv3d,
     ("lora", "parameter"): ParamWrapper,
 }
-_BY_RULE: Mapping[str, type[Any]] = {"lora": LoraLayer, "ia3": IA3Layer, "loha": LoHaLayer}
+_BY_RULE: Mapping[str, type[Any]] = {
+    "lora": LoraLayer,
+    "ia3": IA3Layer,
+    "loha": LoHaLayer,
+    "vera": VeraLayer,
+}
 
 
 def classes_at(edits: Iterable[Edit], sites: Mapping[str, Site]) -> tuple[type[Any], ...]:

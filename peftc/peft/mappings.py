@@ -12,7 +12,12 @@ from peftc.peft.types import PeftType
 from peftc.registry import spec_classes
 
 # Methods whose adapters are on modules, by the first name of their tensors.
-_PREFIXES = {PeftType.LORA: "lora_", PeftType.IA3: "ia3_", PeftType.LOHA: "hada_"}
+_PREFIXES = {
+    PeftType.LORA: "lora_",
+    PeftType.IA3: "ia3_",
+    PeftType.LOHA: "hada_",
+    PeftType.VERA: "vera_lambda_",
+}
 
 
 def _configs() -> dict[Any, type[Any]]:
@@ -24,7 +29,8 @@ def _tuners() -> dict[Any, type[BaseTuner]]:
 
 
 def _targets(method: str, field: str) -> dict[str, Any]:
-    found = {model: family.defaults.get(method, {}).get(field) for model, family in families().items()}
+    spec = spec_classes()[method]
+    found = {model: (family.defaults_for(spec) or {}).get(field) for model, family in families().items()}
     return {model: list(value) if isinstance(value, tuple) else value for model, value in found.items() if value}
 
 
@@ -34,8 +40,12 @@ TABLES: dict[str, Callable[[], dict[Any, Any]]] = {
     "PEFT_TYPE_TO_TUNER_MAPPING": _tuners,
     "PEFT_TYPE_TO_MIXED_MODEL_MAPPING": _tuners,
     "PEFT_TYPE_TO_PREFIX_MAPPING": lambda: dict(_PREFIXES),
-    "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING": partial(_targets, "LORA", "target_modules"),
-    "TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING": partial(_targets, "IA3", "target_modules"),
+    **{
+        f"TRANSFORMERS_MODELS_TO_{method.replace('_', '')}_TARGET_MODULES_MAPPING": partial(
+            _targets, method, "target_modules"
+        )
+        for method in (*("LORA", "IA3", "VERA"),)
+    },
     "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING": partial(_targets, "IA3", "feedforward_modules"),
 }
 

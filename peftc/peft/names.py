@@ -40,6 +40,7 @@ _BY_METHOD: dict[str, dict[str, str]] = {
         name: f"layers.{name}" for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "ParamWrapper")
     },
     "tuners.ia3": dict.fromkeys(("Linear", "Conv2d", "Conv3d", "IA3Layer"), "layers.IA3Layer"),
+    "tuners.vera": dict.fromkeys(("Linear", "VeraLayer"), "layers.VeraLayer"),
     "tuners.loha": dict.fromkeys(("Linear", "Conv1d", "Conv2d", "LoHaLayer"), "layers.LoHaLayer"),
 }
 _ALIKE = frozenset(_BY_METHOD["tuners.lora"])
