@@ -29,6 +29,7 @@ from peftc.specs import AdapterSpec
 from peftc.stream import merge_checkpoint, unmerge_checkpoint
 
 from peftc_rules.ia3.config import IA3Config
+from peftc_rules.ln_tuning import LNTuningConfig
 from peftc_rules.loha import LoHaConfig
 from peftc_rules.lora.config import LoraConfig
 from peftc_rules.p_tuning import PromptEncoderConfig
@@ -46,6 +47,7 @@ __all__ = [
     "ExportError",
     "Form",
     "IA3Config",
+    "LNTuningConfig",
     "LoHaConfig",
     "LoadResult",
     "LoraConfig",

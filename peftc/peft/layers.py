@@ -27,6 +27,7 @@ __all__ = [
     "Conv3d",
     "Embedding",
     "IA3Layer",
+    "LNTuningLayer",
     "Linear",
     "LoHaLayer",
     "LoraLayer",
@@ -306,6 +307,12 @@ class VeraLayer(BaseTunerLayer):
     r = _by_adapter("r", "The ranks by adapter.")
 
 
+class LNTuningLayer(BaseTunerLayer):
+    """A module with a trained weight, and bias, of its own: `ln_tuning_layers` by adapter."""
+
+    adapter_layer_names = ("ln_tuning_layers",)
+
+
 class IA3Layer(BaseTunerLayer):
     """A module with (IA)³: `ia3_l` by adapter."""
 
@@ -417,6 +424,7 @@ _BY_RULE: Mapping[str, type[Any]] = {
     "ia3": IA3Layer,
     "loha": LoHaLayer,
     "vera": VeraLayer,
+    "ln_tuning": LNTuningLayer,
 }
 
 

@@ -17,6 +17,7 @@ _PREFIXES = {
     PeftType.IA3: "ia3_",
     PeftType.LOHA: "hada_",
     PeftType.VERA: "vera_lambda_",
+    PeftType.LN_TUNING: "ln_tuning_",
 }
 
 
@@ -44,7 +45,7 @@ TABLES: dict[str, Callable[[], dict[Any, Any]]] = {
         f"TRANSFORMERS_MODELS_TO_{method.replace('_', '')}_TARGET_MODULES_MAPPING": partial(
             _targets, method, "target_modules"
         )
-        for method in (*("LORA", "IA3", "VERA"),)
+        for method in (*("LORA", "IA3", "VERA", "LN_TUNING"),)
     },
     "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING": partial(_targets, "IA3", "feedforward_modules"),
 }

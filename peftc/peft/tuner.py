@@ -8,12 +8,21 @@ from torch import Tensor, nn
 
 from peftc.errors import AdapterError
 from peftc.peft.configs import PeftConfig
-from peftc.peft.layers import BaseTunerLayer, IA3Layer, LoHaLayer, LoraLayer, VeraLayer
+from peftc.peft.layers import BaseTunerLayer, IA3Layer, LNTuningLayer, LoHaLayer, LoraLayer, VeraLayer
 from peftc.peft.roots import Root, attach, release, require_root, root_of
 from peftc.peft.types import PeftType
 from peftc.rewrite.mixed import mixed
 
-__all__ = ["BaseTuner", "IA3Model", "LoHaModel", "LoraModel", "MixedModel", "VeraModel", "cast_adapter_dtype"]
+__all__ = [
+    "BaseTuner",
+    "IA3Model",
+    "LNTuningModel",
+    "LoHaModel",
+    "LoraModel",
+    "MixedModel",
+    "VeraModel",
+    "cast_adapter_dtype",
+]
 
 
 class BaseTuner(nn.Module):
@@ -212,6 +221,13 @@ class VeraModel(BaseTuner):
     tuner_layer_cls = VeraLayer
 
 
+class LNTuningModel(BaseTuner):
+    """A model whose norms are trained."""
+
+    prefix = "ln_tuning_"
+    tuner_layer_cls = LNTuningLayer
+
+
 class MixedModel(BaseTuner):
     """A model with adapters of several methods."""
 
@@ -221,6 +237,7 @@ _CLASSES: Mapping[Any, type[BaseTuner]] = {
     PeftType.IA3: IA3Model,
     PeftType.LOHA: LoHaModel,
     PeftType.VERA: VeraModel,
+    PeftType.LN_TUNING: LNTuningModel,
 }
 
 

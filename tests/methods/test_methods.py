@@ -16,14 +16,13 @@ import peftc
 from peftc.registry import rules
 from peftc.rule import Rule
 from peftc.testing import check_rule
-from tests.methods import dora, ln_tuning, loha, oft, token_rows
+from tests.methods import dora, loha, oft, token_rows
 from tests.support.models import tiny, token_ids
 
 METHODS: dict[str, Rule[Any]] = {
     "loha": loha.Loha(),
     "oft": oft.Oft(),
     "dora": dora.Dora(),
-    "ln_tuning": ln_tuning.LnTuning(),
     "token_rows": token_rows.TokenRows(),
 }
 INSTALLED = {type(rule).__name__: rule for rule in rules() if type(rule).weight is not Rule.weight}
@@ -128,7 +127,7 @@ def test_a_model_that_runs_its_children_holds_what_is_shared_at_the_first_site(t
 
 def test_norms_of_a_real_model_are_trained_alone(tmp_path: Path) -> None:
     model, ids = tiny("llama"), token_ids(2, 5, 64)
-    compiled = peftc.compile(model, ln_tuning.LnTuningConfig(target_modules=["input_layernorm", "norm"]))
+    compiled = peftc.compile(model, peftc.LNTuningConfig(target_modules=["input_layernorm", "norm"]))
     assert {edit.slots for edit in compiled.plan.edits} == {("weight",)}
     assert torch.equal(compiled(ids).logits, model(ids).logits)
     compiled(ids, labels=ids).loss.backward()

@@ -140,7 +140,9 @@ def test_generation_equals_peft(model_type: str, tmp_path: Path) -> None:
 
 
 # Names of peft's tables by `peft_type`.
-TABLES = {"LORA": "LORA", "IA3": "IA3", "VERA": "VERA"}
+TABLES = {"LORA": "LORA", "IA3": "IA3", "VERA": "VERA", "LN_TUNING": "LNTUNING"}
+# The names that falcon had before, which peft's table for norms lacks.
+OTHERS = {("RefinedWeb", "LN_TUNING"), ("RefinedWebModel", "LN_TUNING")}
 
 
 def test_defaults_of_every_model_type_equal_peft() -> None:
@@ -151,13 +153,14 @@ def test_defaults_of_every_model_type_equal_peft() -> None:
         for method, name in TABLES.items()
     }
     feedforward = constants.TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
-    assert set(ours) == set().union(*theirs.values())
+    # What peft has for llava is a container, an embedding and a head beside norms: to be named by who wants it.
+    assert set(ours) == set().union(*theirs.values()) - {"llava"}
     for model_type, family in ours.items():
         for method, targets in theirs.items():
             default = family.defaults_for(spec_classes()[method])
             found = None if default is None else default["target_modules"]
             found = list(found) if isinstance(found, tuple) else found
-            assert found == targets.get(model_type), (model_type, method)
+            assert found == targets.get(model_type) or (model_type, method) in OTHERS, (model_type, method)
         if "IA3" in family.defaults:
             assert list(family.defaults["IA3"].get("feedforward_modules", ())) == feedforward[model_type]
 

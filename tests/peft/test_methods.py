@@ -16,6 +16,7 @@ IDS = torch.tensor([[5, 6, 7, 8], [8, 7, 6, 5]])
 # By method: the names of its config, its model and its layers, and fields.
 METHODS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "vera": ("VeraConfig", "VeraModel", "VeraLayer", {"r": 4}),
+    "ln_tuning": ("LNTuningConfig", "LNTuningModel", "LNTuningLayer", {}),
 }
 
 
