@@ -28,6 +28,7 @@ from peftc.rule import Param, Rule
 from peftc.specs import AdapterSpec
 from peftc.stream import merge_checkpoint, unmerge_checkpoint
 
+from peftc_rules.adalora.config import AdaLoraConfig
 from peftc_rules.ia3.config import IA3Config
 from peftc_rules.ln_tuning import LNTuningConfig
 from peftc_rules.loha import LoHaConfig
@@ -38,6 +39,7 @@ from peftc_rules.prompt_tuning import PromptTuningConfig
 from peftc_rules.vera import VeraConfig
 
 __all__ = [
+    "AdaLoraConfig",
     "AdapterError",
     "AdapterSpec",
     "CaptureError",

@@ -224,13 +224,23 @@ class Rule(Generic[S]):
         return None
 
     def penalty(self, p: Any) -> Tensor | None:
-        """A term of the loss, of one site's tensors: `compiled.penalty()` adds them up."""
+        """A term of the loss, of one site's tensors: `compiled.penalty()` adds them up. `p.sites`: how many sites the rule
+        has in the adapter.
+        """
         return None
 
-    def after_step(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        """What happens to a site's tensors, by name, after the step number `step` (from 1) of an optimiser that holds
-        some; in place, without gradient.
+    def after_step(
+        self, spec: S, tensors: Mapping[str, Mapping[str, Tensor]], step: int, state: dict[str, Any]
+    ) -> None:
+        """What happens to an adapter's tensors, by site and name, after the step number `step` (from 1) of an optimiser
+        that holds some; in place, without gradient. `state`: what the rule keeps from step to step, empty at first.
         """
+
+    def filed(
+        self, spec: S, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+    ) -> tuple[S, Mapping[str, Mapping[str, Tensor]]]:
+        """The spec and the tensors, by site and name, of an adapter as files hold them; `state` as `after_step` left it."""
+        return spec, tensors
 
     def calibrate(self, x: Tensor, state: Any, p: Any) -> Any:
         """A pass over data before training, `compiled.calibrate`: the site's `state` after its input `x`; None at first."""

@@ -20,6 +20,7 @@ from peftc.rewrite.views import as_it_was
 from peftc.rule import Bound
 
 __all__ = [
+    "AdaLoraLayer",
     "AuxiliaryTrainingWrapper",
     "BaseTunerLayer",
     "Conv1d",
@@ -33,6 +34,8 @@ __all__ = [
     "LoraLayer",
     "ModulesToSaveWrapper",
     "ParamWrapper",
+    "SVDConv2d",
+    "SVDLinear",
     "TrainableTokensWrapper",
     "VeraLayer",
 ]
@@ -214,7 +217,7 @@ class LoraLayer(BaseTunerLayer):
     @Computed
     def lora_bias(self) -> dict[str, Any]:
         """Whether B has a bias, by adapter."""
-        return {name: part.edit.constants["biased"] for name, part in _parts(self).items()}
+        return {name: part.edit.constants.get("biased", False) for name, part in _parts(self).items()}
 
     @Computed
     def use_dora(self) -> dict[str, bool]:
@@ -311,6 +314,26 @@ class LNTuningLayer(BaseTunerLayer):
     """A module with a trained weight, and bias, of its own: `ln_tuning_layers` by adapter."""
 
     adapter_layer_names = ("ln_tuning_layers",)
+
+
+class AdaLoraLayer(LoraLayer):
+    """A module with AdaLoRA: A, E and B by adapter."""
+
+    adapter_layer_names = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
+
+    @Computed
+    def ranknum(self) -> dict[str, Any]:
+        """The rank that the scaling goes by, by adapter: that of the start."""
+        return {name: part.edit.constants["r"] for name, part in _parts(self).items()}
+
+
+class SVDLinear(AdaLoraLayer):
+    """A linear with AdaLoRA."""
+
+
+class SVDConv2d(AdaLoraLayer):
+    """A 2d convolution with AdaLoRA."""
 
 
 class IA3Layer(BaseTunerLayer):
@@ -418,12 +441,15 @@ _CLASSES: Mapping[tuple[str, str], type[Any]] = {
     ("lora", "conv2d"): Conv2d,
     ("lora", "conv3d"): Conv3d,
     ("lora", "parameter"): ParamWrapper,
+    ("adalora", "linear"): SVDLinear,
+    ("adalora", "conv2d"): SVDConv2d,
 }
 _BY_RULE: Mapping[str, type[Any]] = {
     "lora": LoraLayer,
     "ia3": IA3Layer,
     "loha": LoHaLayer,
     "vera": VeraLayer,
+    "adalora": AdaLoraLayer,
     "ln_tuning": LNTuningLayer,
 }
 

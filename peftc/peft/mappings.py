@@ -7,7 +7,7 @@ from typing import Any
 
 from peftc.architectures import families
 from peftc.peft.configs import config_class
-from peftc.peft.tuner import BaseTuner, tuner_class
+from peftc.peft.tuner import BaseTuner, tuner_class_of
 from peftc.peft.types import PeftType
 from peftc.registry import spec_classes
 
@@ -18,6 +18,7 @@ _PREFIXES = {
     PeftType.LOHA: "hada_",
     PeftType.VERA: "vera_lambda_",
     PeftType.LN_TUNING: "ln_tuning_",
+    PeftType.ADALORA: "lora_",
 }
 
 
@@ -26,7 +27,7 @@ def _configs() -> dict[Any, type[Any]]:
 
 
 def _tuners() -> dict[Any, type[BaseTuner]]:
-    return {name: tuner_class(cls()) for name, cls in _configs().items() if name in _PREFIXES}
+    return {name: tuner_class_of(name) for name in _configs() if name in _PREFIXES}
 
 
 def _targets(method: str, field: str) -> dict[str, Any]:
@@ -45,7 +46,7 @@ TABLES: dict[str, Callable[[], dict[Any, Any]]] = {
         f"TRANSFORMERS_MODELS_TO_{method.replace('_', '')}_TARGET_MODULES_MAPPING": partial(
             _targets, method, "target_modules"
         )
-        for method in (*("LORA", "IA3", "VERA", "LN_TUNING"),)
+        for method in (*("LORA", "IA3", "VERA", "LN_TUNING", "ADALORA"),)
     },
     "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING": partial(_targets, "IA3", "feedforward_modules"),
 }

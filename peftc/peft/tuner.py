@@ -6,14 +6,17 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from peftc.checkpoint.state import spec_filed
 from peftc.errors import AdapterError
-from peftc.peft.configs import PeftConfig
-from peftc.peft.layers import BaseTunerLayer, IA3Layer, LNTuningLayer, LoHaLayer, LoraLayer, VeraLayer
+from peftc.peft.configs import PeftConfig, spec_of
+from peftc.peft.layers import AdaLoraLayer, BaseTunerLayer, IA3Layer, LNTuningLayer, LoHaLayer, LoraLayer, VeraLayer
 from peftc.peft.roots import Root, attach, release, require_root, root_of
 from peftc.peft.types import PeftType
+from peftc.rewrite.learning import after_step, with_penalty
 from peftc.rewrite.mixed import mixed
 
 __all__ = [
+    "AdaLoraModel",
     "BaseTuner",
     "IA3Model",
     "LNTuningModel",
@@ -228,6 +231,31 @@ class LNTuningModel(BaseTuner):
     tuner_layer_cls = LNTuningLayer
 
 
+class AdaLoraModel(LoraModel):
+    """A model with AdaLoRA. In train(), the loss that it returns has the penalty of orthogonality in it."""
+
+    tuner_layer_cls = AdaLoraLayer
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's call."""
+        output = super().forward(*args, **kwargs)
+        return with_penalty(self.root.program, output) if self.training else output
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Weigh what was learned and mask what is over the budget of this step: after `optimizer.step()` and before
+        `zero_grad()`, with the number of the step.
+        """
+        root = self.root
+        for name in root.program.learning:
+            adapter, config = root.program.adapters[name], root.configs[name]
+            after_step(adapter, spec_of(config), global_step)
+            config.rank_pattern = cast(Any, spec_filed(root.program, name)).rank_pattern
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: ranks that were allotted apart have no common sum."""
+        raise AdapterError("AdaLoraModel: its adapters have no weighted sum; merge them one after the other instead")
+
+
 class MixedModel(BaseTuner):
     """A model with adapters of several methods."""
 
@@ -237,6 +265,7 @@ _CLASSES: Mapping[Any, type[BaseTuner]] = {
     PeftType.IA3: IA3Model,
     PeftType.LOHA: LoHaModel,
     PeftType.VERA: VeraModel,
+    PeftType.ADALORA: AdaLoraModel,
     PeftType.LN_TUNING: LNTuningModel,
 }
 
@@ -245,7 +274,12 @@ def tuner_class(config: Any) -> type[BaseTuner]:
     """The class for a config; that of methods without one in PEFT's names is BaseTuner."""
     if isinstance(config, PeftConfig) and config.is_prompt_learning:
         raise AdapterError(f"{type(config).__name__}: virtual tokens have no tuner model; use get_peft_model")
-    return _CLASSES.get(config.peft_type, BaseTuner)
+    return tuner_class_of(config.peft_type)
+
+
+def tuner_class_of(method: Any) -> type[BaseTuner]:
+    """The class for a `peft_type`."""
+    return _CLASSES.get(method, BaseTuner)
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

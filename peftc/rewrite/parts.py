@@ -96,7 +96,8 @@ class Part:
 @dataclass
 class Adapter:
     """An adapter and its parts, by site and name of the rule. `extras`: what its files hold beside the tensors; `scale`:
-    how much of its change is applied.
+    how much of its change is applied; `states`: what its rules keep from step to step, by name; `by_hand`: who trains says
+    when a step is over.
     """
 
     name: str
@@ -104,6 +105,8 @@ class Adapter:
     parts: dict[tuple[str, str], Part] = field(default_factory=dict[tuple[str, str], Part])
     extras: dict[str, Any] = field(default_factory=dict[str, Any])
     scale: float = 1.0
+    states: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    by_hand: bool = False
 
     @functools.cached_property
     def trained(self) -> list[tuple[dict[str, Any], str]]:
@@ -223,6 +226,10 @@ def _child(module: nn.Module, name: str, cls: type[Any]) -> Any:
     child = module._modules.get(name)
     if child is None:
         child = module._modules[name] = cls() if cls is Vectors else _blank(cls)
+    elif not isinstance(child, cls):
+        raise AdapterError(
+            f"{name} holds tensors of another method here, whose files have other keys; compile another copy of the model"
+        )
     return child
 
 

@@ -16,6 +16,7 @@ IDS = torch.tensor([[5, 6, 7, 8], [8, 7, 6, 5]])
 # By method: the names of its config, its model and its layers, and fields.
 METHODS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "vera": ("VeraConfig", "VeraModel", "VeraLayer", {"r": 4}),
+    "adalora": ("AdaLoraConfig", "AdaLoraModel", "AdaLoraLayer", {"total_step": 10, "init_r": 4}),
     "ln_tuning": ("LNTuningConfig", "LNTuningModel", "LNTuningLayer", {}),
 }
 
@@ -31,7 +32,7 @@ def program(lib: Any, method: str, folder: Path) -> Any:
     with torch.no_grad():
         for _, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0].replace(".base_layer", "")):
             if parameter.requires_grad:
-                parameter += 0.1 * torch.randn(parameter.shape)
+                parameter.copy_(0.3 * torch.randn(parameter.shape))
     model.eval().save_pretrained(folder)
     seen = {
         "config": {key: value for key, value in model.peft_config["default"].to_dict().items() if key in fields},

@@ -35,8 +35,11 @@ class Sparse(peftc.Rule[SparseConfig]):
     def penalty(self, p: Any) -> Tensor:
         return p.strength * p.delta.abs().sum()
 
-    def after_step(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        tensors["delta"].clamp_(-0.01 * step, 0.01 * step)
+    def after_step(
+        self, spec: SparseConfig, tensors: Mapping[str, Mapping[str, Tensor]], step: int, state: dict[str, Any]
+    ) -> None:
+        for own in tensors.values():
+            own["delta"].clamp_(-0.01 * step, 0.01 * step)
 
     def calibrate(self, x: Tensor, state: Any, p: Any) -> Any:
         total, count = state or (0.0, 0)
@@ -105,6 +108,22 @@ def test_steps_of_copies_and_of_adapters_that_come_later_are_followed_too(how: s
     compiled(torch.randn(8, 4)).square().sum().backward()
     optimiser.step()
     assert float(compiled.base[0].delta["a"].detach().abs().max()) == pytest.approx(0.01)
+
+
+def test_an_optimiser_that_goes_on_counts_on() -> None:
+    counted: list[float] = []
+    state: Any = None
+    for _ in range(2):
+        compiled = peftc.compile(model(), SPEC)
+        optimiser = torch.optim.Adam([p for p in compiled.parameters() if p.requires_grad], lr=10.0)
+        if state is not None:
+            optimiser.load_state_dict(state)
+        for _ in range(2):
+            compiled(torch.randn(8, 4)).square().sum().backward()
+            optimiser.step()
+            counted.append(float(compiled.base[0].delta["default"].detach().abs().max()))
+        state = optimiser.state_dict()
+    assert counted == pytest.approx([0.01, 0.02, 0.03, 0.04])
 
 
 def test_a_model_that_is_gone_is_not_followed() -> None:

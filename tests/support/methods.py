@@ -33,12 +33,22 @@ def in_peft(net: nn.Module, config: Any, moved: float = 0.2) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: Any = peft.get_peft_model(copy.deepcopy(net), config).eval()
+    freeze_ranknum(model)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter += moved * torch.randn(parameter.shape, dtype=parameter.dtype)
     return model
+
+
+def freeze_ranknum(model: nn.Module) -> None:
+    """Keep AdaLoRA's count of ranks in peft what its file says: of a base that is not float32 it gets a gradient, and is
+    trained and not saved.
+    """
+    for name, parameter in model.named_parameters():
+        if ".ranknum." in name:
+            parameter.requires_grad_(False)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
