@@ -29,6 +29,7 @@ from peftc.specs import AdapterSpec
 from peftc.stream import merge_checkpoint, unmerge_checkpoint
 
 from peftc_rules.adalora.config import AdaLoraConfig
+from peftc_rules.fourierft import FourierFTConfig
 from peftc_rules.ia3.config import IA3Config
 from peftc_rules.ln_tuning import LNTuningConfig
 from peftc_rules.loha import LoHaConfig
@@ -48,6 +49,7 @@ __all__ = [
     "ConflictError",
     "ExportError",
     "Form",
+    "FourierFTConfig",
     "IA3Config",
     "LNTuningConfig",
     "LoHaConfig",

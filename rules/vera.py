@@ -81,6 +81,9 @@ class Vera(Rule[VeraConfig]):
         up, down = p.vera_lambda_b[:, None] * p.vera_B[:rows], p.vera_lambda_d[:, None] * p.vera_A[:, :columns]
         return weight + up @ down
 
+    def unfold(self, weight: Tensor, p: Any) -> Tensor:
+        return weight  # Sums of products of three numbers have other bits on another device.
+
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         rows, columns = p.sizes
         inner = p.vera_lambda_d * F.linear(p.vera_dropout(x), p.vera_A[:, :columns])

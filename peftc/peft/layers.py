@@ -27,6 +27,7 @@ __all__ = [
     "Conv2d",
     "Conv3d",
     "Embedding",
+    "FourierFTLayer",
     "IA3Layer",
     "LNTuningLayer",
     "Linear",
@@ -336,6 +337,17 @@ class SVDConv2d(AdaLoraLayer):
     """A 2d convolution with AdaLoRA."""
 
 
+class FourierFTLayer(BaseTunerLayer):
+    """A module with FourierFT: the spectrum by adapter."""
+
+    adapter_layer_names = ("fourierft_spectrum",)
+    other_param_names = ("fourierft_n_frequency", "fourierft_scaling", "fourierft_random_loc_seed", "indices")
+
+    fourierft_n_frequency = _by_adapter("n_frequency", "How many coefficients are trained, by adapter.")
+    fourierft_scaling = _by_adapter("scaling", "The scaling by adapter.")
+    fourierft_random_loc_seed = _by_adapter("random_loc_seed", "The seed of their places, by adapter.")
+
+
 class IA3Layer(BaseTunerLayer):
     """A module with (IA)³: `ia3_l` by adapter."""
 
@@ -449,6 +461,7 @@ _BY_RULE: Mapping[str, type[Any]] = {
     "ia3": IA3Layer,
     "loha": LoHaLayer,
     "vera": VeraLayer,
+    "fourierft": FourierFTLayer,
     "adalora": AdaLoraLayer,
     "ln_tuning": LNTuningLayer,
 }

@@ -19,6 +19,7 @@ _PREFIXES = {
     PeftType.VERA: "vera_lambda_",
     PeftType.LN_TUNING: "ln_tuning_",
     PeftType.ADALORA: "lora_",
+    PeftType.FOURIERFT: "fourierft_",
 }
 
 
@@ -46,7 +47,7 @@ TABLES: dict[str, Callable[[], dict[Any, Any]]] = {
         f"TRANSFORMERS_MODELS_TO_{method.replace('_', '')}_TARGET_MODULES_MAPPING": partial(
             _targets, method, "target_modules"
         )
-        for method in (*("LORA", "IA3", "VERA", "LN_TUNING", "ADALORA"),)
+        for method in (*("LORA", "IA3", "VERA", "LN_TUNING", "ADALORA", "FOURIERFT"),)
     },
     "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING": partial(_targets, "IA3", "feedforward_modules"),
 }

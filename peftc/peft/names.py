@@ -42,6 +42,13 @@ _BY_METHOD: dict[str, dict[str, str]] = {
     "tuners.ia3": dict.fromkeys(("Linear", "Conv2d", "Conv3d", "IA3Layer"), "layers.IA3Layer"),
     "tuners.vera": dict.fromkeys(("Linear", "VeraLayer"), "layers.VeraLayer"),
     "tuners.ln_tuning": dict.fromkeys(("LNTuningLayer",), "layers.LNTuningLayer"),
+    "tuners.fourierft": dict.fromkeys(
+        (
+            "FourierFTLinear",
+            "FourierFTLayer",
+        ),
+        "layers.FourierFTLayer",
+    ),
     "tuners.loha": dict.fromkeys(("Linear", "Conv1d", "Conv2d", "LoHaLayer"), "layers.LoHaLayer"),
 }
 _ALIKE = frozenset(_BY_METHOD["tuners.lora"])

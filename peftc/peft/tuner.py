@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from peftc.checkpoint.state import spec_filed
 from peftc.errors import AdapterError
 from peftc.peft.configs import PeftConfig, spec_of
-from peftc.peft.layers import AdaLoraLayer, BaseTunerLayer, IA3Layer, LNTuningLayer, LoHaLayer, LoraLayer, VeraLayer
+from peftc.peft.layers import (
+    AdaLoraLayer,
+    BaseTunerLayer,
+    FourierFTLayer,
+    IA3Layer,
+    LNTuningLayer,
+    LoHaLayer,
+    LoraLayer,
+    VeraLayer,
+)
 from peftc.peft.roots import Root, attach, release, require_root, root_of
 from peftc.peft.types import PeftType
 from peftc.rewrite.learning import after_step, with_penalty
@@ -18,6 +27,7 @@ from peftc.rewrite.mixed import mixed
 __all__ = [
     "AdaLoraModel",
     "BaseTuner",
+    "FourierFTModel",
     "IA3Model",
     "LNTuningModel",
     "LoHaModel",
@@ -256,6 +266,13 @@ class AdaLoraModel(LoraModel):
         raise AdapterError("AdaLoraModel: its adapters have no weighted sum; merge them one after the other instead")
 
 
+class FourierFTModel(BaseTuner):
+    """A model with FourierFT."""
+
+    prefix = "fourierft_"
+    tuner_layer_cls = FourierFTLayer
+
+
 class MixedModel(BaseTuner):
     """A model with adapters of several methods."""
 
@@ -265,6 +282,7 @@ _CLASSES: Mapping[Any, type[BaseTuner]] = {
     PeftType.IA3: IA3Model,
     PeftType.LOHA: LoHaModel,
     PeftType.VERA: VeraModel,
+    PeftType.FOURIERFT: FourierFTModel,
     PeftType.ADALORA: AdaLoraModel,
     PeftType.LN_TUNING: LNTuningModel,
 }

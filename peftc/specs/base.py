@@ -84,6 +84,8 @@ class AdapterSpec(BaseModel):
     # Fields that select modules; one that is None has a default for the model's architecture, if it is in `defaulted`.
     selectors: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules")
     defaulted: ClassVar[tuple[str, ...]] = ("target_modules",)
+    # Fields of its own whose keys are patterns of module names, as those of ranks are.
+    patterned: ClassVar[tuple[str, ...]] = ()
     # The method whose default selectors are this one's too, where a family of models has none for it.
     defaults_of: ClassVar[str | None] = None
     # Whether PEFT's config of the method has `exclude_modules`; where not, files name the modules that are left.

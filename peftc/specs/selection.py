@@ -89,7 +89,7 @@ SELECTIONS: Mapping[str, type[AdapterSpec]] = {
 
 def patterns_of(spec: AdapterSpec) -> dict[str, Mapping[str, Any]]:
     """The patterns of a spec by field."""
-    found: dict[str, Mapping[str, Any]] = {}
+    found: dict[str, Mapping[str, Any]] = {field: getattr(spec, field) for field in spec.patterned}
     if isinstance(spec, PatternedRank):
         found["rank_pattern"] = spec.rank_pattern
     if isinstance(spec, PatternedAlpha):

@@ -52,6 +52,9 @@ class AdaLora(Rule[AdaLoraConfig]):
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         return weight + p.scaling * (p.lora_B @ (p.lora_E * p.lora_A)).reshape(weight.shape)
 
+    def unfold(self, weight: Tensor, p: Any) -> Tensor:
+        return weight  # Sums of products of three numbers have other bits on another device.
+
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         x = p.lora_dropout(x)
         if p.kernel_shape:

@@ -140,7 +140,14 @@ def test_generation_equals_peft(model_type: str, tmp_path: Path) -> None:
 
 
 # Names of peft's tables by `peft_type`.
-TABLES = {"LORA": "LORA", "IA3": "IA3", "VERA": "VERA", "LN_TUNING": "LNTUNING", "ADALORA": "ADALORA"}
+TABLES = {
+    "LORA": "LORA",
+    "IA3": "IA3",
+    "VERA": "VERA",
+    "LN_TUNING": "LNTUNING",
+    "ADALORA": "ADALORA",
+    "FOURIERFT": "FOURIERFT",
+}
 # The names that falcon had before, which peft's table for norms lacks.
 OTHERS = {("RefinedWeb", "LN_TUNING"), ("RefinedWebModel", "LN_TUNING")}
 

@@ -17,6 +17,7 @@ IDS = torch.tensor([[5, 6, 7, 8], [8, 7, 6, 5]])
 METHODS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "vera": ("VeraConfig", "VeraModel", "VeraLayer", {"r": 4}),
     "adalora": ("AdaLoraConfig", "AdaLoraModel", "AdaLoraLayer", {"total_step": 10, "init_r": 4}),
+    "fourierft": ("FourierFTConfig", "FourierFTModel", "FourierFTLayer", {"n_frequency": 50, "scaling": 20.0}),
     "ln_tuning": ("LNTuningConfig", "LNTuningModel", "LNTuningLayer", {}),
 }
 
