@@ -37,6 +37,7 @@ from peftc_rules.lora.config import LoraConfig
 from peftc_rules.p_tuning import PromptEncoderConfig
 from peftc_rules.prefix_tuning import PrefixTuningConfig
 from peftc_rules.prompt_tuning import PromptTuningConfig
+from peftc_rules.randlora import RandLoraConfig
 from peftc_rules.vera import VeraConfig
 
 __all__ = [
@@ -68,6 +69,7 @@ __all__ = [
     "PromptRule",
     "PromptSpec",
     "PromptTuningConfig",
+    "RandLoraConfig",
     "Rule",
     "RuleError",
     "Shape",

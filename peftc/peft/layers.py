@@ -35,6 +35,7 @@ __all__ = [
     "LoraLayer",
     "ModulesToSaveWrapper",
     "ParamWrapper",
+    "RandLoraLayer",
     "SVDConv2d",
     "SVDLinear",
     "TrainableTokensWrapper",
@@ -348,6 +349,16 @@ class FourierFTLayer(BaseTunerLayer):
     fourierft_random_loc_seed = _by_adapter("random_loc_seed", "The seed of their places, by adapter.")
 
 
+class RandLoraLayer(BaseTunerLayer):
+    """A module with RandLoRA: its diagonals by adapter."""
+
+    adapter_layer_names = ("randlora_lambda", "randlora_gamma")
+    other_param_names = ("randlora_A", "randlora_B", "randlora_dropout", "r", "scaling")
+
+    r = _by_adapter("r", "The ranks of a basis by adapter.")
+    scaling = _by_adapter("scaling", "The scaling by adapter.")
+
+
 class IA3Layer(BaseTunerLayer):
     """A module with (IA)³: `ia3_l` by adapter."""
 
@@ -461,6 +472,7 @@ _BY_RULE: Mapping[str, type[Any]] = {
     "ia3": IA3Layer,
     "loha": LoHaLayer,
     "vera": VeraLayer,
+    "randlora": RandLoraLayer,
     "fourierft": FourierFTLayer,
     "adalora": AdaLoraLayer,
     "ln_tuning": LNTuningLayer,

@@ -20,6 +20,7 @@ _PREFIXES = {
     PeftType.LN_TUNING: "ln_tuning_",
     PeftType.ADALORA: "lora_",
     PeftType.FOURIERFT: "fourierft_",
+    PeftType.RANDLORA: "randlora_",
 }
 
 
@@ -47,7 +48,7 @@ TABLES: dict[str, Callable[[], dict[Any, Any]]] = {
         f"TRANSFORMERS_MODELS_TO_{method.replace('_', '')}_TARGET_MODULES_MAPPING": partial(
             _targets, method, "target_modules"
         )
-        for method in (*("LORA", "IA3", "VERA", "LN_TUNING", "ADALORA", "FOURIERFT"),)
+        for method in (*("LORA", "IA3", "VERA", "LN_TUNING", "ADALORA", "FOURIERFT", "RANDLORA"),)
     },
     "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING": partial(_targets, "IA3", "feedforward_modules"),
 }

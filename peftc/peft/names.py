@@ -49,6 +49,13 @@ _BY_METHOD: dict[str, dict[str, str]] = {
         ),
         "layers.FourierFTLayer",
     ),
+    "tuners.randlora": dict.fromkeys(
+        (
+            "Linear",
+            "RandLoraLayer",
+        ),
+        "layers.RandLoraLayer",
+    ),
     "tuners.loha": dict.fromkeys(("Linear", "Conv1d", "Conv2d", "LoHaLayer"), "layers.LoHaLayer"),
 }
 _ALIKE = frozenset(_BY_METHOD["tuners.lora"])

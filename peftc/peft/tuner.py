@@ -17,6 +17,7 @@ from peftc.peft.layers import (
     LNTuningLayer,
     LoHaLayer,
     LoraLayer,
+    RandLoraLayer,
     VeraLayer,
 )
 from peftc.peft.roots import Root, attach, release, require_root, root_of
@@ -33,6 +34,7 @@ __all__ = [
     "LoHaModel",
     "LoraModel",
     "MixedModel",
+    "RandLoraModel",
     "VeraModel",
     "cast_adapter_dtype",
 ]
@@ -273,6 +275,13 @@ class FourierFTModel(BaseTuner):
     tuner_layer_cls = FourierFTLayer
 
 
+class RandLoraModel(BaseTuner):
+    """A model with RandLoRA."""
+
+    prefix = "randlora_"
+    tuner_layer_cls = RandLoraLayer
+
+
 class MixedModel(BaseTuner):
     """A model with adapters of several methods."""
 
@@ -282,6 +291,7 @@ _CLASSES: Mapping[Any, type[BaseTuner]] = {
     PeftType.IA3: IA3Model,
     PeftType.LOHA: LoHaModel,
     PeftType.VERA: VeraModel,
+    PeftType.RANDLORA: RandLoraModel,
     PeftType.FOURIERFT: FourierFTModel,
     PeftType.ADALORA: AdaLoraModel,
     PeftType.LN_TUNING: LNTuningModel,

@@ -147,6 +147,7 @@ TABLES = {
     "LN_TUNING": "LNTUNING",
     "ADALORA": "ADALORA",
     "FOURIERFT": "FOURIERFT",
+    "RANDLORA": "RANDLORA",
 }
 # The names that falcon had before, which peft's table for norms lacks.
 OTHERS = {("RefinedWeb", "LN_TUNING"), ("RefinedWebModel", "LN_TUNING")}

@@ -15,6 +15,7 @@ from tests.support.scripts import base
 IDS = torch.tensor([[5, 6, 7, 8], [8, 7, 6, 5]])
 # By method: the names of its config, its model and its layers, and fields.
 METHODS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
+    "randlora": ("RandLoraConfig", "RandLoraModel", "RandLoraLayer", {"r": 8, "randlora_alpha": 16}),
     "vera": ("VeraConfig", "VeraModel", "VeraLayer", {"r": 4}),
     "adalora": ("AdaLoraConfig", "AdaLoraModel", "AdaLoraLayer", {"total_step": 10, "init_r": 4}),
     "fourierft": ("FourierFTConfig", "FourierFTModel", "FourierFTLayer", {"n_frequency": 50, "scaling": 20.0}),
