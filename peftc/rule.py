@@ -239,7 +239,10 @@ class Rule(Generic[S]):
     def filed(
         self, spec: S, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
     ) -> tuple[S, Mapping[str, Mapping[str, Tensor]]]:
-        """The spec and the tensors, by site and name, of an adapter as files hold them; `state` as `after_step` left it."""
+        """The spec and the tensors, by site and name, of an adapter as files hold them; `state` as `after_step` left it.
+
+        A name that no parameter has is a key of files, which the spec's `on_model` turns back.
+        """
         return spec, tensors
 
     def calibrate(self, x: Tensor, state: Any, p: Any) -> Any:

@@ -92,7 +92,10 @@ def filed(program: Program, adapter: str, state: dict[str, Tensor]) -> tuple[Ada
         }
         tensors = {site: {name: state[key] for name, key in names.items()} for site, names in keys.items()}
         spec, new = rule.filed(spec, tensors, own.states.get(rule.name, {}))
-        state = state | {keys[site][name]: value for site, values in new.items() for name, value in values.items()}
+        state = {key: value for key, value in state.items() if not any(key in own.values() for own in keys.values())}
+        for site, values in new.items():
+            others = {name: spec.key_prefix + parameter_name(site, name) for name in values}
+            state |= {(others | keys[site])[name]: value for name, value in values.items()}
     return spec, state
 
 

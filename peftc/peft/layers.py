@@ -39,6 +39,7 @@ __all__ = [
     "SVDConv2d",
     "SVDLinear",
     "TrainableTokensWrapper",
+    "VBLoRALayer",
     "VeraLayer",
 ]
 
@@ -359,6 +360,16 @@ class RandLoraLayer(BaseTunerLayer):
     scaling = _by_adapter("scaling", "The scaling by adapter.")
 
 
+class VBLoRALayer(BaseTunerLayer):
+    """A module with VB-LoRA: its logits by adapter."""
+
+    adapter_layer_names = ("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank")
+    other_param_names = ("r", "topk", "vblora_dropout")
+
+    r = _by_adapter("r", "The ranks by adapter.")
+    topk = _by_adapter("topk", "How many vectors are mixed, by adapter.")
+
+
 class IA3Layer(BaseTunerLayer):
     """A module with (IA)³: `ia3_l` by adapter."""
 
@@ -472,6 +483,7 @@ _BY_RULE: Mapping[str, type[Any]] = {
     "ia3": IA3Layer,
     "loha": LoHaLayer,
     "vera": VeraLayer,
+    "vblora": VBLoRALayer,
     "randlora": RandLoraLayer,
     "fourierft": FourierFTLayer,
     "adalora": AdaLoraLayer,

@@ -56,6 +56,13 @@ _BY_METHOD: dict[str, dict[str, str]] = {
         ),
         "layers.RandLoraLayer",
     ),
+    "tuners.vblora": dict.fromkeys(
+        (
+            "Linear",
+            "VBLoRALayer",
+        ),
+        "layers.VBLoRALayer",
+    ),
     "tuners.loha": dict.fromkeys(("Linear", "Conv1d", "Conv2d", "LoHaLayer"), "layers.LoHaLayer"),
 }
 _ALIKE = frozenset(_BY_METHOD["tuners.lora"])

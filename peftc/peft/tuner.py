@@ -18,6 +18,7 @@ from peftc.peft.layers import (
     LoHaLayer,
     LoraLayer,
     RandLoraLayer,
+    VBLoRALayer,
     VeraLayer,
 )
 from peftc.peft.roots import Root, attach, release, require_root, root_of
@@ -35,6 +36,7 @@ __all__ = [
     "LoraModel",
     "MixedModel",
     "RandLoraModel",
+    "VBLoRAModel",
     "VeraModel",
     "cast_adapter_dtype",
 ]
@@ -282,6 +284,13 @@ class RandLoraModel(BaseTuner):
     tuner_layer_cls = RandLoraLayer
 
 
+class VBLoRAModel(BaseTuner):
+    """A model with VB-LoRA."""
+
+    prefix = "vblora_"
+    tuner_layer_cls = VBLoRALayer
+
+
 class MixedModel(BaseTuner):
     """A model with adapters of several methods."""
 
@@ -291,6 +300,7 @@ _CLASSES: Mapping[Any, type[BaseTuner]] = {
     PeftType.IA3: IA3Model,
     PeftType.LOHA: LoHaModel,
     PeftType.VERA: VeraModel,
+    PeftType.VBLORA: VBLoRAModel,
     PeftType.RANDLORA: RandLoraModel,
     PeftType.FOURIERFT: FourierFTModel,
     PeftType.ADALORA: AdaLoraModel,

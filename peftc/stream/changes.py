@@ -132,8 +132,8 @@ def _on_model(
         return files, tensors
     if options.undo:
         raise CheckpointError(
-            f"{files.where}: is of a model whose experts were linears each, and undo=True needs the adapter as it is here."
-            " Load it with peftc, save it, and merge what was saved."
+            f"{files.where}: lays its tensors out otherwise than they are here (linears of single experts, say), and"
+            " undo=True needs them as they are. Load it with peftc, save it, and merge what was saved."
         )
     folder = TemporaryDirectory(prefix="peftc")
     path = Path(folder.name) / "adapter.safetensors"

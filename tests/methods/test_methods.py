@@ -26,7 +26,11 @@ METHODS: dict[str, Rule[Any]] = {
     "token_rows": token_rows.TokenRows(),
 }
 # Of methods that have required fields.
-SPECS = {"AdaLora": peftc.AdaLoraConfig(total_step=10), "FourierFT": peftc.FourierFTConfig(n_frequency=10)}
+SPECS = {
+    "VBLoRA": peftc.VBLoRAConfig(num_vectors=5, vector_length=2, init_vector_bank_bound=0.5),
+    "AdaLora": peftc.AdaLoraConfig(total_step=10),
+    "FourierFT": peftc.FourierFTConfig(n_frequency=10),
+}
 INSTALLED = {type(rule).__name__: rule for rule in rules() if type(rule).weight is not Rule.weight}
 
 

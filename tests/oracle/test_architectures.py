@@ -148,6 +148,7 @@ TABLES = {
     "ADALORA": "ADALORA",
     "FOURIERFT": "FOURIERFT",
     "RANDLORA": "RANDLORA",
+    "VBLORA": "VBLORA",
 }
 # The names that falcon had before, which peft's table for norms lacks.
 OTHERS = {("RefinedWeb", "LN_TUNING"), ("RefinedWebModel", "LN_TUNING")}

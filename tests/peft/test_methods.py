@@ -16,11 +16,17 @@ IDS = torch.tensor([[5, 6, 7, 8], [8, 7, 6, 5]])
 # By method: the names of its config, its model and its layers, and fields.
 METHODS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "randlora": ("RandLoraConfig", "RandLoraModel", "RandLoraLayer", {"r": 8, "randlora_alpha": 16}),
+    "vblora": ("VBLoRAConfig", "VBLoRAModel", "VBLoRALayer", {"num_vectors": 20, "vector_length": 8, "topk": 2}),
     "vera": ("VeraConfig", "VeraModel", "VeraLayer", {"r": 4}),
     "adalora": ("AdaLoraConfig", "AdaLoraModel", "AdaLoraLayer", {"total_step": 10, "init_r": 4}),
     "fourierft": ("FourierFTConfig", "FourierFTModel", "FourierFTLayer", {"n_frequency": 50, "scaling": 20.0}),
     "ln_tuning": ("LNTuningConfig", "LNTuningModel", "LNTuningLayer", {}),
 }
+
+
+def place(name: str) -> tuple[bool, str]:
+    """What parameters are sorted by: what all modules share is last, whatever it is named after."""
+    return "vector_bank" in name, name.rpartition("layers.")[2]
 
 
 def program(lib: Any, method: str, folder: Path) -> Any:
@@ -32,7 +38,7 @@ def program(lib: Any, method: str, folder: Path) -> Any:
         model = lib.get_peft_model(base(), getattr(lib, config)(task_type="CAUSAL_LM", **fields))
     torch.manual_seed(1)
     with torch.no_grad():
-        for _, parameter in sorted(model.named_parameters(), key=lambda pair: pair[0].replace(".base_layer", "")):
+        for _, parameter in sorted(model.named_parameters(), key=lambda pair: place(pair[0])):
             if parameter.requires_grad:
                 parameter.copy_(0.3 * torch.randn(parameter.shape))
     model.eval().save_pretrained(folder)

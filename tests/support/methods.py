@@ -1,6 +1,7 @@
 """A method in peft and here, on the same weights: outputs, gradients, files both ways, merging and undoing."""
 
 import copy
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,9 @@ def freeze_ranknum(model: nn.Module) -> None:
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Gradients by the parameter's name, without what stands before and around the base's names."""
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {
-        name.removeprefix("base_model.model.").removeprefix("base.").replace(".base_layer.", "."): gradient
-        for name, gradient in found.items()
-    }
+    plain = {name.removeprefix("base_model.model.").removeprefix("base."): gradient for name, gradient in found.items()}
+    # What sites share is named after the first of them in peft.
+    return {re.sub(r".*(vblora_vector_bank)", r"\1", n.replace(".base_layer.", ".")): g for n, g in plain.items()}
 
 
 def assert_near(found: Tensor, expected: Tensor, within: float, what: str) -> None:
