@@ -38,6 +38,7 @@ from peftc_rules.p_tuning import PromptEncoderConfig
 from peftc_rules.prefix_tuning import PrefixTuningConfig
 from peftc_rules.prompt_tuning import PromptTuningConfig
 from peftc_rules.randlora import RandLoraConfig
+from peftc_rules.shira import ShiraConfig
 from peftc_rules.vblora import VBLoRAConfig
 from peftc_rules.vera import VeraConfig
 
@@ -74,6 +75,7 @@ __all__ = [
     "Rule",
     "RuleError",
     "Shape",
+    "ShiraConfig",
     "SpecError",
     "VBLoRAConfig",
     "VeraConfig",

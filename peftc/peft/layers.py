@@ -38,6 +38,7 @@ __all__ = [
     "RandLoraLayer",
     "SVDConv2d",
     "SVDLinear",
+    "ShiraLayer",
     "TrainableTokensWrapper",
     "VBLoRALayer",
     "VeraLayer",
@@ -370,6 +371,22 @@ class VBLoRALayer(BaseTunerLayer):
     topk = _by_adapter("topk", "How many vectors are mixed, by adapter.")
 
 
+class ShiraLayer(BaseTunerLayer):
+    """A module with SHiRA: the values of its entries by adapter."""
+
+    adapter_layer_names = ("shira_weight",)
+    other_param_names = ("r", "scaling", "shira_indices")
+
+    r = _by_adapter("r", "The ranks of LoRA with as many numbers, by adapter.")
+    scaling = _by_adapter("scaling", "The scaling by adapter.")
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Let the scaling here be `scale`, if the adapter is here."""
+        edits = _edits(self)
+        if adapter in edits:
+            set_scale_at(_program(self), edits[adapter], lambda planned, now: scale)
+
+
 class IA3Layer(BaseTunerLayer):
     """A module with (IA)³: `ia3_l` by adapter."""
 
@@ -483,6 +500,7 @@ _BY_RULE: Mapping[str, type[Any]] = {
     "ia3": IA3Layer,
     "loha": LoHaLayer,
     "vera": VeraLayer,
+    "shira": ShiraLayer,
     "vblora": VBLoRALayer,
     "randlora": RandLoraLayer,
     "fourierft": FourierFTLayer,

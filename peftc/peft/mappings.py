@@ -22,6 +22,7 @@ _PREFIXES = {
     PeftType.FOURIERFT: "fourierft_",
     PeftType.RANDLORA: "randlora_",
     PeftType.VBLORA: "vblora_",
+    PeftType.SHIRA: "shira_",
 }
 
 
@@ -49,7 +50,7 @@ TABLES: dict[str, Callable[[], dict[Any, Any]]] = {
         f"TRANSFORMERS_MODELS_TO_{method.replace('_', '')}_TARGET_MODULES_MAPPING": partial(
             _targets, method, "target_modules"
         )
-        for method in (*("LORA", "IA3", "VERA", "LN_TUNING", "ADALORA", "FOURIERFT", "RANDLORA", "VBLORA"),)
+        for method in (*("LORA", "IA3", "VERA", "LN_TUNING", "ADALORA", "FOURIERFT", "RANDLORA", "VBLORA", "SHIRA"),)
     },
     "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING": partial(_targets, "IA3", "feedforward_modules"),
 }

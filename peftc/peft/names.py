@@ -63,6 +63,13 @@ _BY_METHOD: dict[str, dict[str, str]] = {
         ),
         "layers.VBLoRALayer",
     ),
+    "tuners.shira": dict.fromkeys(
+        (
+            "Linear",
+            "ShiraLayer",
+        ),
+        "layers.ShiraLayer",
+    ),
     "tuners.loha": dict.fromkeys(("Linear", "Conv1d", "Conv2d", "LoHaLayer"), "layers.LoHaLayer"),
 }
 _ALIKE = frozenset(_BY_METHOD["tuners.lora"])

@@ -18,6 +18,7 @@ from peftc.peft.layers import (
     LoHaLayer,
     LoraLayer,
     RandLoraLayer,
+    ShiraLayer,
     VBLoRALayer,
     VeraLayer,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "LoraModel",
     "MixedModel",
     "RandLoraModel",
+    "ShiraModel",
     "VBLoRAModel",
     "VeraModel",
     "cast_adapter_dtype",
@@ -291,6 +293,13 @@ class VBLoRAModel(BaseTuner):
     tuner_layer_cls = VBLoRALayer
 
 
+class ShiraModel(BaseTuner):
+    """A model with SHiRA."""
+
+    prefix = "shira_"
+    tuner_layer_cls = ShiraLayer
+
+
 class MixedModel(BaseTuner):
     """A model with adapters of several methods."""
 
@@ -300,6 +309,7 @@ _CLASSES: Mapping[Any, type[BaseTuner]] = {
     PeftType.IA3: IA3Model,
     PeftType.LOHA: LoHaModel,
     PeftType.VERA: VeraModel,
+    PeftType.SHIRA: ShiraModel,
     PeftType.VBLORA: VBLoRAModel,
     PeftType.RANDLORA: RandLoraModel,
     PeftType.FOURIERFT: FourierFTModel,

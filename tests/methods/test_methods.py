@@ -27,6 +27,7 @@ METHODS: dict[str, Rule[Any]] = {
 }
 # Of methods that have required fields.
 SPECS = {
+    "Shira": peftc.ShiraConfig(r=2),
     "VBLoRA": peftc.VBLoRAConfig(num_vectors=5, vector_length=2, init_vector_bank_bound=0.5),
     "AdaLora": peftc.AdaLoraConfig(total_step=10),
     "FourierFT": peftc.FourierFTConfig(n_frequency=10),

@@ -148,6 +148,7 @@ TABLES = {
     "ADALORA": "ADALORA",
     "FOURIERFT": "FOURIERFT",
     "RANDLORA": "RANDLORA",
+    "SHIRA": "SHIRA",
     "VBLORA": "VBLORA",
 }
 # The names that falcon had before, which peft's table for norms lacks.

@@ -17,6 +17,7 @@ IDS = torch.tensor([[5, 6, 7, 8], [8, 7, 6, 5]])
 METHODS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "randlora": ("RandLoraConfig", "RandLoraModel", "RandLoraLayer", {"r": 8, "randlora_alpha": 16}),
     "vblora": ("VBLoRAConfig", "VBLoRAModel", "VBLoRALayer", {"num_vectors": 20, "vector_length": 8, "topk": 2}),
+    "shira": ("ShiraConfig", "ShiraModel", "ShiraLayer", {"r": 4, "random_seed": 3}),
     "vera": ("VeraConfig", "VeraModel", "VeraLayer", {"r": 4}),
     "adalora": ("AdaLoraConfig", "AdaLoraModel", "AdaLoraLayer", {"total_step": 10, "init_r": 4}),
     "fourierft": ("FourierFTConfig", "FourierFTModel", "FourierFTLayer", {"n_frequency": 50, "scaling": 20.0}),
