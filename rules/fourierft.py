@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 import torch
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule
@@ -61,7 +62,7 @@ class FourierFTConfig(LayerSelection):
 
 
 class FourierFT(Rule[FourierFTConfig]):
-    """On linear sites, as a change of the weight."""
+    """On linear sites: the change has a product of its own, so that half precision does not round it with the weight."""
 
     name, spec, ops, additive, identity = "fourierft", FourierFTConfig, ("linear",), True, False
     scale, keys = "scaling", ("fourierft_spectrum",)
@@ -86,13 +87,21 @@ class FourierFT(Rule[FourierFTConfig]):
         return {"fourierft_indices": _places(p.sizes, p.n_frequency, p.random_loc_seed)}
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:
-        rows, columns = p.fourierft_indices[0], p.fourierft_indices[1]
-        dense = torch.zeros_like(weight, dtype=p.fourierft_spectrum.dtype)
-        spectrum = dense.index_put((rows, columns), p.fourierft_spectrum)
-        return weight + p.scaling * torch.fft.ifft2(spectrum).real
+        return weight + p.scaling * _change(p)
+
+    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
+        return y + F.linear(x, _change(p)) * p.scaling
 
     def unfold(self, weight: Tensor, p: Any) -> Tensor:
         return weight  # A transform has other bits on another device.
+
+
+def _change(p: Any) -> Tensor:
+    """The real part of the inverse transform of the spectrum, (out, in); half precision has no transform."""
+    values = p.fourierft_spectrum.to(torch.promote_types(p.fourierft_spectrum.dtype, torch.float32))
+    blank = torch.zeros(p.sizes, dtype=values.dtype, device=values.device)
+    dense = blank.index_put((p.fourierft_indices[0], p.fourierft_indices[1]), values)
+    return torch.fft.ifft2(dense).real.to(p.fourierft_spectrum.dtype)
 
 
 @functools.lru_cache(maxsize=8)

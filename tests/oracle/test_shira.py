@@ -39,7 +39,7 @@ def test_outputs_gradients_and_files(variant: str, tmp_path: Path) -> None:
 def test_in_bfloat16(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = peft.ShiraConfig(r=2, target_modules=TARGETS)
-    compare(Linears().bfloat16(), ROWS.bfloat16(), config, tmp_path, within=3e-2, moved=0.5)
+    compare(Linears().bfloat16(), ROWS.bfloat16(), config, tmp_path, within=1e-5, merged=4e-2, moved=0.5)
 
 
 def test_places_of_another_mask_come_with_the_file_and_are_not_drawn(tmp_path: Path) -> None:
