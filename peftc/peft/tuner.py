@@ -6,7 +6,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from peftc.checkpoint.state import spec_filed
+from peftc.checkpoint.state import saved_state_dict, spec_filed
 from peftc.errors import AdapterError
 from peftc.peft.configs import PeftConfig, spec_of
 from peftc.peft.layers import (
@@ -291,6 +291,21 @@ class VBLoRAModel(BaseTuner):
 
     prefix = "vblora_"
     tuner_layer_cls = VBLoRALayer
+
+    def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
+        """How many numbers of float32 the adapter's file has room for, and how many other parameters train."""
+        root = self.root
+        state = saved_state_dict(root.program, adapter)
+        own = sum(value.numel() * min(value.itemsize, 4) for key, value in state.items() if "vblora_" in key)
+        others = sum(p.numel() for n, p in self.named_parameters() if p.requires_grad and "vblora_" not in n)
+        return own // 4, others
+
+    def print_savable_parameters(self) -> None:
+        """Print these numbers."""
+        own, others = self.get_nb_savable_parameters()
+        print(
+            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}"
+        )
 
 
 class ShiraModel(BaseTuner):

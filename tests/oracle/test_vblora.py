@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import peftc
+import peftc.peft
 from tests.support.methods import LINEARS, ROWS, Linears, assert_near, compare, in_peft
 from tests.support.models import tiny, token_ids
 
@@ -67,6 +68,17 @@ def test_files_with_mixtures_go_both_ways(topk: int, tmp_path: Path) -> None:
     assert_near(again(ROWS), y, 2e-6, "our file")
     with pytest.raises(peftc.SpecError, match="has no logits, so training can't go on from it"):
         peftc.load(net, tmp_path / "theirs", is_trainable=True)
+
+
+@pytest.mark.parametrize("mixtures", [False, True])
+def test_savable_parameters_are_counted_alike(mixtures: bool, capsys: Any) -> None:
+    said: list[Any] = []
+    for lib in (peft, peftc.peft):
+        model: Any = lib.get_peft_model(Linears(), lib.VBLoRAConfig(**FIELDS, save_only_topk_weights=mixtures))
+        said.append(model.base_model.get_nb_savable_parameters())
+        model.base_model.print_savable_parameters()
+        said.append(capsys.readouterr().out)
+    assert said[2:] == said[:2]
 
 
 def test_mixtures_merge_on_disk(tmp_path: Path) -> None:
