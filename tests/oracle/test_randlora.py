@@ -54,3 +54,18 @@ def test_bases_are_those_that_peft_draws_with_the_same_seed(kind: str) -> None:
             key = f"base_model.model.{site}.{name}"
             assert torch.equal(own[key], named[f"{key}.default"])
     assert torch.equal(ours(ROWS), net(ROWS))
+
+
+def test_bases_that_a_file_has_count_and_not_the_seed(tmp_path: Path) -> None:
+    """peft warns of missing keys, those for every site; it takes the bases all the same."""
+    torch.manual_seed(0)
+    net = Linears()
+    compiled = peftc.compile(net, peftc.RandLoraConfig(r=4, randlora_alpha=2, target_modules=LINEARS))
+    with torch.no_grad():
+        for tensor in compiled.adapter_state_dict().values():
+            tensor += 0.3 * torch.randn(tensor.shape)
+    compiled.save_pretrained(tmp_path)
+    theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(tmp_path)).eval()
+    for again in (theirs, peftc.load(net, tmp_path)):
+        torch.testing.assert_close(again(ROWS), compiled(ROWS))
+    assert not torch.allclose(compiled(ROWS), net(ROWS), atol=1e-2)

@@ -97,3 +97,17 @@ def test_projections_that_no_file_has_are_drawn_for_a_merge_on_disk(tmp_path: Pa
     merged = type(model).from_pretrained(tmp_path / "merged").eval()
     torch.testing.assert_close(merged(ids).logits, compiled(ids).logits, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(model(ids).logits, compiled(ids).logits, atol=1e-3)
+
+
+def test_projections_that_a_file_has_count_and_not_the_seed(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Linears()
+    compiled = peftc.compile(net, peftc.VeraConfig(r=4, target_modules=LINEARS))
+    with torch.no_grad():
+        for tensor in compiled.adapter_state_dict().values():
+            tensor += 0.3 * torch.randn(tensor.shape)
+    compiled.save_pretrained(tmp_path)
+    theirs: Any = peft.PeftModel.from_pretrained(copy.deepcopy(net), str(tmp_path)).eval()
+    for again in (theirs, peftc.load(net, tmp_path)):
+        torch.testing.assert_close(again(ROWS), compiled(ROWS))
+    assert not torch.allclose(compiled(ROWS), net(ROWS), atol=1e-2)
