@@ -1,5 +1,7 @@
 """What rules do around training: a term of the loss, something after every step, a pass over data before it."""
 
+import functools
+import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
@@ -60,6 +62,32 @@ def _has(rule: Rule[Any], function: str) -> bool:
     return getattr(type(rule), function) is not getattr(Rule, function)
 
 
+# What is told of the steps of optimisers, before and after them. torch knows one hook of each kind, which stays: a model
+# that goes while hooks run can't take its own off then.
+FOLLOWERS: dict[str, dict[int, Callable[[Optimizer], None]]] = {"before": {}, "after": {}}
+_numbers = itertools.count()
+
+
+@functools.cache
+def _hook(kind: str) -> None:
+    """Let torch tell the followers of a kind; once."""
+    register = {"before": register_optimizer_step_pre_hook, "after": register_optimizer_step_post_hook}[kind]
+
+    def tell(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
+        for follower in list(FOLLOWERS[kind].values()):
+            follower(optimiser)
+
+    register(tell)
+
+
+def _follow(kind: str, program: Program, follower: Callable[[Optimizer], None]) -> None:
+    """Tell `follower` of steps for as long as there is `program`."""
+    _hook(kind)
+    number = next(_numbers)
+    FOLLOWERS[kind][number] = follower
+    weakref.finalize(program, FOLLOWERS[kind].pop, number, None)
+
+
 def watch_steps(program: Program) -> None:
     """Let the rules that want it act after every step of an optimiser that holds their parameters."""
     rules = {rule for own in program.adapters.values() for rule in rules_of(own.spec)}
@@ -67,7 +95,7 @@ def watch_steps(program: Program) -> None:
         return
     reference, steps = weakref.ref(program), weakref.WeakKeyDictionary[Optimizer, int]()
 
-    def stepped(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
+    def stepped(optimiser: Optimizer) -> None:
         alive = reference()
         if alive is None:
             return
@@ -78,7 +106,7 @@ def watch_steps(program: Program) -> None:
             for own in mine:
                 after_step(own, own.spec, steps[optimiser])
 
-    weakref.finalize(program, register_optimizer_step_post_hook(stepped).remove)
+    _follow("after", program, stepped)
     program.watching = True
 
 
@@ -121,7 +149,7 @@ def watch_first_step(program: Program) -> None:
     """
     reference, looked_at = weakref.ref(program), set[tuple[str, ...]]()
 
-    def stepping(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
+    def stepping(optimiser: Optimizer) -> None:
         alive = reference()
         if alive is None or alive.learning in looked_at:
             return
@@ -141,7 +169,7 @@ def watch_first_step(program: Program) -> None:
                 stacklevel=2,
             )
 
-    weakref.finalize(program, register_optimizer_step_pre_hook(stepping).remove)
+    _follow("before", program, stepping)
 
 
 def calibrate(program: Program, name: str, batches: Iterable[Any], call: Callable[[Any], Any]) -> None:

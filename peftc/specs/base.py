@@ -86,6 +86,8 @@ class AdapterSpec(BaseModel):
     defaulted: ClassVar[tuple[str, ...]] = ("target_modules",)
     # Fields of its own whose keys are patterns of module names, as those of ranks are.
     patterned: ClassVar[tuple[str, ...]] = ()
+    # Fields of its own that are named like one that the engine serves, and mean something else.
+    apart: ClassVar[frozenset[str]] = frozenset()
     # The method whose default selectors are this one's too, where a family of models has none for it.
     defaults_of: ClassVar[str | None] = None
     # Whether PEFT's config of the method has `exclude_modules`; where not, files name the modules that are left.

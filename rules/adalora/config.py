@@ -49,6 +49,8 @@ class AdaLoraConfig(LayerSelection):
         *("megatron_core", "qalora_group_size", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
     }
 
+    apart = frozenset({"rank_pattern"})
+
     peft_type: Literal["ADALORA"] = "ADALORA"
     total_step: Annotated[int, Field(gt=0)]
     r: int = 8
