@@ -216,3 +216,21 @@ def test_wrong_fields_are_refused() -> None:
     with pytest.raises(peftc.AdapterError, match="lora_A holds tensors of another method here"):
         lora.add_adapter("b", peftc.AdaLoraConfig(total_step=9, target_modules=LINEARS))
     assert list(lora.peft_config) == ["default"]
+
+
+def test_a_trainer_allots_ranks_without_a_callback(tmp_path: Path) -> None:
+    """In peft it takes one; here the steps of its optimiser do it. Sites may be left with none."""
+    from transformers import Trainer, TrainingArguments
+
+    base, ids = tiny("llama"), token_ids(16, 9, 64)
+    spec = peftc.AdaLoraConfig(target_modules=TARGETS, init_r=4, target_r=1, total_step=8, tfinal=1)
+    compiled = peftc.compile(base, spec)
+    options = {"max_steps": 8, "per_device_train_batch_size": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True}
+    arguments = TrainingArguments(str(tmp_path / "run"), save_strategy="no", **options)
+    trainer = Trainer(compiled, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids])
+    trainer.train()
+    assert sum(map(sum, masks(compiled.adapter_state_dict()).values())) == 6
+    trainer.save_model(str(tmp_path / "saved"))
+    again = peftc.load(base, tmp_path / "saved")
+    assert sum(len(E) for key, E in again.adapter_state_dict().items() if "lora_E" in key) == 6
+    torch.testing.assert_close(again(ids).logits, compiled.eval()(ids).logits)
