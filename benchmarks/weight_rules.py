@@ -24,7 +24,7 @@ def measure(method: str) -> None:
     from torch import Tensor, nn
 
     import peftc
-    from tests.methods import ln_tuning, loha, oft, token_rows, vera
+    from tests.methods import loha, oft, token_rows
 
     class Product(nn.Module):
         def __init__(self) -> None:
@@ -40,15 +40,15 @@ def measure(method: str) -> None:
     rules = {
         "LoHa": (loha.Loha(), loha.LohaConfig(r=16, target_modules=["0"])),
         "OFT": (oft.Oft(), oft.OftConfig(block_size=32, target_modules=["0"])),
-        "VeRA": (vera.Vera(), vera.VeraConfig(r=256, target_modules=["0"])),
         "token rows": (token_rows.TokenRows(), token_rows.TokenRowsConfig(target_modules=["0"])),
-        "LN-tuning": (ln_tuning.LnTuning(), ln_tuning.LnTuningConfig(target_modules=["0"])),
     }
     if method in rules:
         rule, spec = rules[method]
         peftc.register(rule)
+    if method == "VeRA":
+        spec = peftc.VeraConfig(r=256, target_modules=["0"])
     if method == "LN-tuning":
-        base = nn.Sequential(nn.LayerNorm(WIDTH))
+        base, spec = nn.Sequential(nn.LayerNorm(WIDTH)), peftc.LNTuningConfig(target_modules=["0"])
     if method == "LoRA on a parameter":
         base, spec = nn.Sequential(Product()), peftc.LoraConfig(r=16, target_parameters=["0.w"])
     model = base.requires_grad_(False) if method == "bare" else peftc.compile(base, spec)

@@ -29,13 +29,16 @@ from peftc.rule import Param, Rule
 from peftc.specs import AdapterSpec
 from peftc.stream import merge_checkpoint, unmerge_checkpoint
 
+from peftc_rules.adalora.config import AdaLoraConfig
 from peftc_rules.boft import BOFTConfig
 from peftc_rules.c3a import C3AConfig
 from peftc_rules.delora import DeloraConfig
+from peftc_rules.fourierft import FourierFTConfig
 from peftc_rules.gralora import GraloraConfig
 from peftc_rules.hira import HiraConfig
 from peftc_rules.hra import HRAConfig
 from peftc_rules.ia3.config import IA3Config
+from peftc_rules.ln_tuning import LNTuningConfig
 from peftc_rules.loha import LoHaConfig
 from peftc_rules.lokr import LoKrConfig
 from peftc_rules.lora.config import LoraConfig
@@ -44,9 +47,14 @@ from peftc_rules.oft import OFTConfig
 from peftc_rules.p_tuning import PromptEncoderConfig
 from peftc_rules.prefix_tuning import PrefixTuningConfig
 from peftc_rules.prompt_tuning import PromptTuningConfig
+from peftc_rules.randlora import RandLoraConfig
 from peftc_rules.road import RoadConfig
+from peftc_rules.shira import ShiraConfig
+from peftc_rules.vblora import VBLoRAConfig
+from peftc_rules.vera import VeraConfig
 
 __all__ = [
+    "AdaLoraConfig",
     "AdapterError",
     "AdapterSpec",
     "BOFTConfig",
@@ -58,10 +66,12 @@ __all__ = [
     "DeloraConfig",
     "ExportError",
     "Form",
+    "FourierFTConfig",
     "GraloraConfig",
     "HRAConfig",
     "HiraConfig",
     "IA3Config",
+    "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoadResult",
@@ -81,11 +91,15 @@ __all__ = [
     "PromptRule",
     "PromptSpec",
     "PromptTuningConfig",
+    "RandLoraConfig",
     "RoadConfig",
     "Rule",
     "RuleError",
     "Shape",
+    "ShiraConfig",
     "SpecError",
+    "VBLoRAConfig",
+    "VeraConfig",
     "compile",
     "get_peft_model_state_dict",
     "load",

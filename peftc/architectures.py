@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from peftc.errors import RuleError
-from peftc.specs.base import Names
+from peftc.specs.base import AdapterSpec, Names
 
 GROUP = "peftc.architectures"
 
@@ -34,14 +34,15 @@ class Family(BaseModel):
     defaults: dict[str, Defaults] = {}
     roles: dict[str, Names] = {}
 
-    def defaults_of(self, peft_type: str, like: str | None = None) -> Defaults | None:
-        """The default selectors of a method, or those of the method `like`; None if there are none."""
-        return self.defaults.get(peft_type) or self.defaults.get(like or "")
-
     def role_of(self, fqn: str) -> str | None:
         """The role of module `fqn`: `attention.query`, `mlp.down`, `head` …"""
         path = f".{fqn}"
         return next((role for role, ends in self._ends.items() if path.endswith(ends)), None)
+
+    def defaults_for(self, spec: type[AdapterSpec]) -> Defaults | None:
+        """The default selectors of a method: its own, or those of the method that it takes them from."""
+        like = self.defaults.get(spec.defaults_of or "")
+        return self.defaults.get(spec.model_fields["peft_type"].default, like)
 
     @functools.cached_property
     def _ends(self) -> dict[str, tuple[str, ...]]:

@@ -203,7 +203,8 @@ class CompiledModel(CompiledFiles):
         lifecycle.combine(self.program, adapter_name, adapters, weights, how)
 
     def penalty(self) -> Tensor | None:
-        """What the methods of active adapters add to the loss (0-dim, differentiable), or None if they add nothing.
+        """What the methods of active adapters that learn add to the loss (0-dim, differentiable), or None if they add
+        nothing. In train(), it is in the `loss` that a transformers model returns.
 
         Example: loss = loss if (penalty := model.penalty()) is None else loss + penalty
         """

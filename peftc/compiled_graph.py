@@ -15,7 +15,7 @@ from peftc.plan.explain import site_lines
 from peftc.plan.make import role_of
 from peftc.rewrite.build import parked
 from peftc.rewrite.checkpointing import let_gradients_through
-from peftc.rewrite.learning import watch_first_step, watch_steps
+from peftc.rewrite.learning import watch_first_step, watch_steps, with_penalty
 from peftc.rewrite.mixed import mixed
 from peftc.rewrite.passes import Ran
 from peftc.rewrite.program import Program
@@ -114,11 +114,14 @@ class CompiledGraph(fx.GraphModule):
     def __call__(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """The model's call. `adapter_names`: the adapter of every row of the batch, `__base__` for none.
 
+        In train(), the `loss` of what is returned has the penalty (see `penalty`) in it; not where rows are named.
+
         Rows with an adapter get what they would get alone with it, in training too; which adapters are active does not
         count. For every method but those of virtual tokens, modules_to_save included. Raises AdapterError, MergeError.
         """
         if adapter_names is None:
-            return super().__call__(*args, **kwargs)
+            output = super().__call__(*args, **kwargs)
+            return with_penalty(self.program, output) if self.training else output
         with mixed(self.program, adapter_names):
             return super().__call__(*args, **kwargs)
 

@@ -36,7 +36,7 @@ class PlannedParam:
     @property
     def saved(self) -> bool:
         """Whether checkpoints hold it: what is trained, and what training started from, where that can't be told again."""
-        return self.trainable or self.init in ("copy", "rule")
+        return self.trainable or self.init in ("copy", "rule") or (self.init == "drawn" and self.seed is None)
 
     @property
     def numel(self) -> int:

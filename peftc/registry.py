@@ -131,7 +131,7 @@ def _check(rule: Rule[Any]) -> None:
         raise RuleError(f"{_where(rule)}: local={rule.local!r}: valid are the axes 'o', 'i', both or none")
     rule.complete()
     for field, selection in SELECTIONS.items():
-        if field in rule.spec.model_fields and not issubclass(rule.spec, selection):
+        if field in rule.spec.model_fields and field not in rule.spec.apart and not issubclass(rule.spec, selection):
             raise RuleError(
                 f"{_where(rule)}: {rule.spec.__name__}.{field} would do nothing: the engine serves it for specs that"
                 f" inherit {selection.__name__} (peftc.specs)"

@@ -27,12 +27,13 @@ SLOTS = ("input", "weight", "output")
 class Param:
     """A tensor that an adapter adds to a site.
 
-    `init`: `zeros`, `ones`, `normal` or `normal:<std>`, `uniform:<bound>`, `kaiming_uniform`, or `rule` (by
-    `Rule.initialise`). `seed`: draw it with this seed, the same everywhere; such a tensor need not be saved.
+    `init`: `zeros`, `ones`, `constant:<value>`, `normal` or `normal:<std>`, `uniform:<bound>`, `kaiming_uniform`, `rule`
+    (by `Rule.initialise`) or `drawn` (by `Rule.draw`). `seed`: it is drawn with this seed, the same everywhere; such a
+    tensor need not be saved.
     `key`: its name in checkpoints, by default its name in the rule; the live name has the adapter's name after the
     first part (`lora_A.weight` is the parameter `lora_A.default.weight`). `dtype`: its own, if not the adapter's; an
-    integer one is never trained. `trainable=False`: frozen; saved only if its `init` is `rule`, and a file without it
-    leaves it as it was initialised. `stored`: files hold this many times the tensor.
+    integer one is never trained. `trainable=False`: frozen; saved only if its `init` is `rule`, or `drawn` without a
+    `seed`, and a file without it leaves it as it was initialised. `stored`: files hold this many times the tensor.
     `use` is for the FLOPs of the plan: a `matrix` is multiplied with (two per element and token), a `vector` scales or
     is added (one), a `lookup` table is only indexed.
     `axes`: one letter per dimension, `o` if it runs along the rows of the canonical weight, `i` along its columns, any
@@ -223,13 +224,26 @@ class Rule(Generic[S]):
         return None
 
     def penalty(self, p: Any) -> Tensor | None:
-        """A term of the loss, of one site's tensors: `compiled.penalty()` adds them up."""
+        """A term of the loss, of one site's tensors: `compiled.penalty()` adds them up. `p.sites`: how many sites the rule
+        has in the adapter.
+        """
         return None
 
-    def after_step(self, tensors: Mapping[str, Any], step: int) -> None:
-        """What happens to a site's tensors, by name (constants are there too), after the step number `step` (from 1) of an
-        optimiser that holds some; in place, without gradient.
+    def after_step(
+        self, spec: S, tensors: Mapping[str, Mapping[str, Tensor]], step: int, state: dict[str, Any]
+    ) -> None:
+        """What happens to an adapter's tensors, by site and name, after the step number `step` (from 1) of an optimiser
+        that holds some; in place, without gradient. `state`: what the rule keeps from step to step, empty at first.
         """
+
+    def filed(
+        self, spec: S, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+    ) -> tuple[S, Mapping[str, Mapping[str, Tensor]]]:
+        """The spec and the tensors, by site and name, of an adapter as files hold them; `state` as `after_step` left it.
+
+        A name that no parameter has is a key of files, which the spec's `on_model` turns back.
+        """
+        return spec, tensors
 
     def calibrate(self, x: Tensor, state: Any, p: Any) -> Any:
         """A pass over data before training, `compiled.calibrate`: the site's `state` after its input `x`; None at first."""
@@ -250,6 +264,10 @@ class Rule(Generic[S]):
         """Values of the parameters whose `init` is `rule`, from the canonical `weight`, `p.bias` and the parameters that
         have theirs already, in float32 at least.
         """
+        raise NotImplementedError
+
+    def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+        """Values of the parameters whose `init` is `drawn`, on the CPU, from the constants alone: the same everywhere."""
         raise NotImplementedError
 
     def module(self, spec: S, site: Any) -> nn.Module:
@@ -287,7 +305,7 @@ class Rule(Generic[S]):
         raise NotImplementedError
 
 
-_INITS = r"zeros|ones|kaiming_uniform|rule|normal(:[\d.e-]+)?|uniform:[\d.e-]+"
+_INITS = r"zeros|ones|kaiming_uniform|rule|drawn|normal(:[\d.e-]+)?|(uniform|constant):[\d.e+-]+"
 
 
 def validate(
@@ -346,6 +364,7 @@ def fill(tensor: Tensor, init: str, seed: int | None = None) -> None:
     fillers: Mapping[str, Callable[[Tensor], Any]] = {
         "zeros": nn.init.zeros_,
         "ones": nn.init.ones_,
+        "constant": lambda t: nn.init.constant_(t, float(argument)),
         "normal": lambda t: nn.init.normal_(t, std=float(argument or 1)),
         "uniform": lambda t: nn.init.uniform_(t, -float(argument), float(argument)),
         "kaiming_uniform": lambda t: nn.init.kaiming_uniform_(t, a=sqrt(5)),

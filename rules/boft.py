@@ -26,7 +26,7 @@ class BOFTConfig(LayerSelection):
     Example: BOFTConfig(boft_block_size=4, boft_n_butterfly_factor=2, target_modules=["q_proj", "v_proj"])
     """
 
-    defaults_like = "LORA"
+    defaults_of = "LORA"
 
     peft_type: Literal["BOFT"] = "BOFT"
     boft_block_size: Annotated[int, Field(ge=0)] = 4

@@ -29,7 +29,7 @@ class C3AConfig(LayerSelection, OtherPatterns):
     Example: C3AConfig(block_size=128, target_modules=["q_proj", "v_proj"])
     """
 
-    defaults_like = "LORA"
+    defaults_of = "LORA"
     patterns: ClassVar[tuple[str, ...]] = ("block_size_pattern",)
 
     peft_type: Literal["C3A"] = "C3A"

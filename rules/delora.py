@@ -24,7 +24,7 @@ class DeloraConfig(LayerSelection, PatternedRank, OtherPatterns):
     Example: DeloraConfig(r=8, delora_lambda=15, target_modules=["q_proj", "v_proj"])
     """
 
-    defaults_like = "LORA"
+    defaults_of = "LORA"
     patterns: ClassVar[tuple[str, ...]] = ("lambda_pattern",)
 
     peft_type: Literal["DELORA"] = "DELORA"

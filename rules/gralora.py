@@ -26,7 +26,7 @@ class GraloraConfig(LayerSelection):
     Example: GraloraConfig(r=32, gralora_k=2, target_modules=["q_proj", "v_proj"])
     """
 
-    defaults_like = "LORA"
+    defaults_of = "LORA"
 
     peft_type: Literal["GRALORA"] = "GRALORA"
     r: Annotated[int, Field(gt=0)] = 32

@@ -26,7 +26,7 @@ class HiraConfig(LayerSelection, PatternedRank):
     Example: HiraConfig(r=32, target_modules=["q_proj", "v_proj"])
     """
 
-    defaults_like = "LORA"
+    defaults_of = "LORA"
 
     peft_type: Literal["HIRA"] = "HIRA"
     r: Rank = 32

@@ -27,7 +27,7 @@ class HRAConfig(LayerSelection):
     Example: HRAConfig(r=8, target_modules=["q_proj", "v_proj"])
     """
 
-    defaults_like = "LORA"
+    defaults_of = "LORA"
 
     peft_type: Literal["HRA"] = "HRA"
     r: Annotated[int, Field(gt=0)] = 8

@@ -18,7 +18,7 @@ Probability = Annotated[float, Field(ge=0, lt=1)]
 class TermConfig(LayerSelection, PatternedRank, PatternedAlpha):
     """s = alpha / r, after the patterns. `rank_dropout` drops rows of Δ while training, `module_dropout` all of it."""
 
-    defaults_like = "LORA"
+    defaults_of = "LORA"
 
     alpha: float | int = 8
     rank_dropout: Probability = 0.0

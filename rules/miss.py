@@ -28,7 +28,7 @@ class MissConfig(LayerSelection):
     Example: MissConfig(r=64, target_modules=["q_proj", "v_proj"])
     """
 
-    defaults_like = "LORA"
+    defaults_of = "LORA"
 
     peft_type: Literal["MISS"] = "MISS"
     r: Annotated[int, Field(gt=0)] = 64

@@ -26,7 +26,7 @@ class OFTConfig(LayerSelection):
     Example: OFTConfig(oft_block_size=32, target_modules=["q_proj", "v_proj"])
     """
 
-    defaults_like = "LORA"
+    defaults_of = "LORA"
 
     peft_type: Literal["OFT"] = "OFT"
     r: Annotated[int, Field(ge=0)] = 0
@@ -99,9 +99,11 @@ class Oft(Rule[OFTConfig]):
     def cautions(self, constants: Mapping[str, Constant], slots: Sequence[str]) -> list[str]:
         return [] if constants["fits"] else [f"has blocks of {constants['block']}: {constants['asked']} does not fit"]
 
-    def after_step(self, tensors: Mapping[str, Any], step: int) -> None:
-        if tensors["constrained"]:
-            tensors["oft_R"].copy_(constrained(tensors["oft_R"], tensors["eps"]))
+    def after_step(
+        self, spec: OFTConfig, tensors: Mapping[str, Mapping[str, Tensor]], step: int, state: dict[str, Any]
+    ) -> None:
+        for own in tensors.values() if spec.coft else ():
+            own["oft_R"].copy_(constrained(own["oft_R"], spec.eps))
 
     def rotation(self, p: Any, training: bool = False) -> Tensor:
         """The blocks of R, (n, b, b), or one for all (b, b)."""

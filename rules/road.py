@@ -22,7 +22,7 @@ class RoadConfig(AdapterSpec):
     Example: RoadConfig(variant="road_2", group_size=64, target_modules=["q_proj", "v_proj"])
     """
 
-    defaults_like = "LORA"
+    defaults_of = "LORA"
 
     peft_type: Literal["ROAD"] = "ROAD"
     variant: Literal["road_1", "road_2", "road_4"] = "road_1"

@@ -17,10 +17,11 @@ from peftc.checkpoint.misread import misread_by_peft
 from peftc.checkpoint.per_expert import per_expert_form
 from peftc.checkpoint.serving import serving_form
 from peftc.checkpoint.spelling import by_plain_names
-from peftc.checkpoint.state import saved_state_dict
+from peftc.checkpoint.state import saved_state_dict, spec_filed
 from peftc.errors import CheckpointError
 from peftc.graph.hooked import given_class
 from peftc.graph.sites import transformers_config
+from peftc.merge.combine import target_names
 from peftc.prompts.files import encoder_state, prompt_edit
 from peftc.rewrite.hosts import original_class
 from peftc.rewrite.program import Program
@@ -101,8 +102,11 @@ def config_of(program: Program, adapter: str, bake: bool = False) -> dict[str, A
     """The spec as saved: for inference, with the base model's name, and its class where no task says it. `bake`: at
     the scale that is set.
     """
-    spec, scale = program.plan.adapters[adapter], program.adapters[adapter].scale
+    spec, scale = spec_filed(program, adapter), program.adapters[adapter].scale
     config = {**(spec.scaled(scale) if bake and scale != 1 else spec).to_dict(), "inference_mode": True}
+    if not spec.excludes and config.pop("exclude_modules") is not None:
+        sites = [edit.site for edit in program.adapters[adapter].edits if not edit.whole]
+        config["target_modules"] = list(target_names(program.base, sites))
     base_config = transformers_config(program.base)
     if config["base_model_name_or_path"] is None and base_config is not None:
         config["base_model_name_or_path"] = base_config.name_or_path or None

@@ -17,10 +17,12 @@ from peftc.merge.fold import is_finite
 from peftc.plan import Edit, PlannedParam
 from peftc.prompts.files import PROMPT_KEY, encoder_state, load_prompt, prompt_edit, prompt_embeddings
 from peftc.prompts.find import is_virtual
+from peftc.registry import rules_of
 from peftc.rewrite.build import start_alone
 from peftc.rewrite.processes import require_unflattened
 from peftc.rewrite.program import Program
 from peftc.rewrite.sharding import is_sharded, put, reshard, whole
+from peftc.rule import Rule
 from peftc.specs import AdapterSpec
 
 
@@ -65,7 +67,36 @@ def saved_state_dict(
     state = adapter_state_dict(program, adapter) if full is None else _from_full(program, adapter, full)
     state |= embedding_state(program, adapter, prefix, save_embedding_layers, by_plain_names(full or {}))
     state = {key: whole(value) for key, value in state.items()}
-    return {key: value * stored[key] if key in stored else value for key, value in state.items()}
+    state = {key: value * stored[key] if key in stored else value for key, value in state.items()}
+    return filed(program, adapter, state)[1]
+
+
+def spec_filed(program: Program, adapter: str) -> AdapterSpec:
+    """The spec of an adapter as files have it."""
+    spec = program.plan.adapters[adapter]
+    if all(type(rule).filed is Rule.filed for rule in rules_of(spec)):
+        return spec
+    return filed(program, adapter, {key: whole(value) for key, value in adapter_state_dict(program, adapter).items()})[
+        0
+    ]
+
+
+def filed(program: Program, adapter: str, state: dict[str, Tensor]) -> tuple[AdapterSpec, dict[str, Tensor]]:
+    """The spec and the tensors by key, of an adapter whose tensors are `state`, as its rules have them in files."""
+    own, spec = program.adapters[adapter], program.plan.adapters[adapter]
+    for rule in (rule for rule in rules_of(spec) if type(rule).filed is not Rule.filed):
+        keys = {
+            edit.site: {param.name: key_of(own.spec, edit, param) for param in edit.params if param.saved}
+            for edit in own.edits
+            if edit.rule == rule
+        }
+        tensors = {site: {name: state[key] for name, key in names.items()} for site, names in keys.items()}
+        spec, new = rule.filed(spec, tensors, own.states.get(rule.name, {}))
+        state = {key: value for key, value in state.items() if not any(key in own.values() for own in keys.values())}
+        for site, values in new.items():
+            others = {name: spec.key_prefix + parameter_name(site, name) for name in values}
+            state |= {(others | keys[site])[name]: value for name, value in values.items()}
+    return spec, state
 
 
 def stored_as(program: Program, adapter: str) -> dict[str, float]:
@@ -253,13 +284,13 @@ _BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 
 
 def _optional(program: Program, adapter: str) -> set[str]:
-    """Keys of frozen starts, which peft's files lack: they are computed from the base weight then."""
+    """Keys of frozen starts, which files may lack: they are computed from the base weight, or drawn, then."""
     own = program.adapters[adapter]
     return {
         key_of(own.spec, edit, param)
         for edit in own.edits
         for param in edit.params
-        if not param.trainable and param.init == "rule"
+        if not param.trainable and param.init in ("rule", "drawn")
     }
 
 

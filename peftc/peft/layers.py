@@ -22,6 +22,7 @@ from peftc.rewrite.views import as_it_was
 from peftc.rule import Bound
 
 __all__ = [
+    "AdaLoraLayer",
     "AuxiliaryTrainingWrapper",
     "BaseTunerLayer",
     "Conv1d",
@@ -33,7 +34,11 @@ __all__ = [
     "LoraLayer",
     "ModulesToSaveWrapper",
     "ParamWrapper",
+    "SVDConv2d",
+    "SVDLinear",
+    "ShiraLayer",
     "TrainableTokensWrapper",
+    "VBLoRALayer",
 ]
 
 
@@ -182,6 +187,16 @@ class BaseTunerLayer:
         return canonical(part.edit.rule.weight(zeros, Bound({**tensors, **part.edit.constants})), site)
 
 
+def _by_adapter(constant: str, doc: str) -> Computed:
+    """An attribute with a constant of the edits at a module, by adapter."""
+
+    def values(layer: Any) -> dict[str, Any]:
+        return {name: part.edit.constants[constant] for name, part in _parts(layer).items()}
+
+    values.__doc__ = doc
+    return Computed(values)
+
+
 class LoraLayer(BaseTunerLayer):
     """A module with LoRA on it: `lora_A`, `lora_B`, and by adapter `r`, `lora_alpha` and `scaling`."""
 
@@ -203,7 +218,7 @@ class LoraLayer(BaseTunerLayer):
     @Computed
     def lora_bias(self) -> dict[str, Any]:
         """Whether B has a bias, by adapter."""
-        return {name: part.edit.constants["biased"] for name, part in _parts(self).items()}
+        return {name: part.edit.constants.get("biased", False) for name, part in _parts(self).items()}
 
     @Computed
     def use_dora(self) -> dict[str, bool]:
@@ -284,6 +299,59 @@ class _MethodLayer(BaseTunerLayer):
     r = Computed(lambda layer: _numbers(layer, "r"))
     alpha = Computed(lambda layer: _numbers(layer, "alpha"))
     scaling = Computed(lambda layer: _numbers(layer, "scaling"))
+
+
+class AdaLoraLayer(LoraLayer):
+    """A module with AdaLoRA: A, E and B by adapter."""
+
+    adapter_layer_names = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
+    other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
+
+    @Computed
+    def ranknum(self) -> dict[str, Any]:
+        """The rank that the scaling goes by, by adapter: that of the start."""
+        return {name: part.edit.constants["r"] for name, part in _parts(self).items()}
+
+
+class SVDLinear(AdaLoraLayer):
+    """A linear with AdaLoRA."""
+
+
+class SVDConv2d(AdaLoraLayer):
+    """A 2d convolution with AdaLoRA."""
+
+
+class FourierFTLayer(_MethodLayer):
+    """A module with FourierFT: the spectrum by adapter."""
+
+    adapter_layer_names = ("fourierft_spectrum",)
+    other_param_names = ("fourierft_n_frequency", "fourierft_scaling", "fourierft_random_loc_seed", "indices")
+
+    fourierft_n_frequency = _by_adapter("n_frequency", "How many coefficients are trained, by adapter.")
+    fourierft_scaling = _by_adapter("scaling", "The scaling by adapter.")
+    fourierft_random_loc_seed = _by_adapter("random_loc_seed", "The seed of their places, by adapter.")
+
+
+class VBLoRALayer(_MethodLayer):
+    """A module with VB-LoRA: its logits by adapter."""
+
+    adapter_layer_names = ("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank")
+    other_param_names = ("r", "topk", "vblora_dropout")
+
+    topk = _by_adapter("topk", "How many vectors are mixed, by adapter.")
+
+
+class ShiraLayer(_MethodLayer):
+    """A module with SHiRA: the values of its entries by adapter."""
+
+    adapter_layer_names = ("shira_weight",)
+    other_param_names = ("r", "scaling", "shira_indices")
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Let the scaling here be `scale`, if the adapter is here."""
+        edits = _edits(self)
+        if adapter in edits:
+            set_scale_at(_program(self), edits[adapter], lambda planned, now: scale)
 
 
 class IA3Layer(BaseTunerLayer):
@@ -391,8 +459,17 @@ _CLASSES: Mapping[tuple[str, str], type[Any]] = {
     ("lora", "conv2d"): Conv2d,
     ("lora", "conv3d"): Conv3d,
     ("lora", "parameter"): ParamWrapper,
+    ("adalora", "linear"): SVDLinear,
+    ("adalora", "conv2d"): SVDConv2d,
 }
-_BY_RULE: dict[str, type[Any]] = {"lora": LoraLayer, "ia3": IA3Layer}
+_BY_RULE: dict[str, type[Any]] = {
+    "lora": LoraLayer,
+    "ia3": IA3Layer,
+    "adalora": AdaLoraLayer,
+    "fourierft": FourierFTLayer,
+    "vblora": VBLoRALayer,
+    "shira": ShiraLayer,
+}
 
 
 def _make_classes() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from peftc.architectures import families
 from peftc.peft.configs import config_class
 from peftc.peft.methods import METHODS
-from peftc.peft.tuner import BaseTuner, tuner_class
+from peftc.peft.tuner import BaseTuner, tuner_class_of
 from peftc.peft.types import PeftType
 from peftc.registry import spec_classes
 
@@ -18,13 +18,12 @@ def _configs() -> dict[Any, type[Any]]:
 
 
 def _tuners() -> dict[Any, type[BaseTuner]]:
-    return {name: tuner_class(cls()) for name, cls in _configs().items() if name in METHODS}
+    return {name: tuner_class_of(name) for name in _configs() if name in METHODS}
 
 
 def _targets(method: str, field: str) -> dict[str, Any]:
-    like = spec_classes()[method].defaults_like
-    defaults = {model: family.defaults_of(method, like) or {} for model, family in families().items()}
-    found = {model: own.get(field) for model, own in defaults.items()}
+    spec = spec_classes()[method]
+    found = {model: (family.defaults_for(spec) or {}).get(field) for model, family in families().items()}
     return {model: list(value) if isinstance(value, tuple) else value for model, value in found.items() if value}
 
 

@@ -31,4 +31,11 @@ METHODS: Mapping[PeftType, Method] = {
     PeftType.C3A: Method("c3a", "C3AModel", "C3ALayer", "c3a_"),
     PeftType.HIRA: Method("hira", "HiraModel", "HiraLayer", "hira_"),
     PeftType.DELORA: Method("delora", "DeloraModel", "DeloraLayer", "delora_"),
+    PeftType.VERA: Method("vera", "VeraModel", "VeraLayer", "vera_lambda_"),
+    PeftType.LN_TUNING: Method("ln_tuning", "LNTuningModel", "LNTuningLayer", "ln_tuning_"),
+    PeftType.ADALORA: Method("adalora", "AdaLoraModel", "AdaLoraLayer", "lora_"),
+    PeftType.FOURIERFT: Method("fourierft", "FourierFTModel", "FourierFTLayer", "fourierft_"),
+    PeftType.RANDLORA: Method("randlora", "RandLoraModel", "RandLoraLayer", "randlora_"),
+    PeftType.VBLORA: Method("vblora", "VBLoRAModel", "VBLoRALayer", "vblora_"),
+    PeftType.SHIRA: Method("shira", "ShiraModel", "ShiraLayer", "shira_"),
 }

@@ -40,6 +40,7 @@ _BY_METHOD: dict[str, dict[str, str]] = {
     "tuners.lora": {
         name: f"layers.{name}" for name in ("Linear", "Embedding", "Conv1d", "Conv2d", "Conv3d", "ParamWrapper")
     },
+    "tuners.fourierft": dict.fromkeys(("FourierFTLinear", "FourierFTLayer"), "layers.FourierFTLayer"),
 }
 _ALIKE = frozenset(_BY_METHOD["tuners.lora"])
 for _method in METHODS.values():

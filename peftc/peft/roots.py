@@ -25,6 +25,9 @@ from peftc.rewrite.hosts import be_also, is_host
 from peftc.rewrite.program import Program
 from peftc.rewrite.switch import activate
 
+# Methods whose scripts say when a step is over (update_and_allocate).
+_BY_HAND = ("ADALORA",)
+
 
 class Root:
     """A compiled model and its configs by adapter, which scripts may change.
@@ -224,6 +227,7 @@ def _require_some(root: Root, name: str) -> None:
 def take(root: Root, name: str, config: Any = None) -> None:
     """Remember the config of an adapter that was attached, with what compiling has found out."""
     spec = root.program.plan.adapters[name]
+    root.program.adapters[name].by_hand = spec.peft_type in _BY_HAND
     root.configs[name] = config_from(spec) if config is None else config
     resolve(root.configs[name], spec)
     own, edits = root.configs[name], [edit for edit in root.program.plan.edits if edit.adapter == name]

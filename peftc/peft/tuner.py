@@ -6,12 +6,15 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+from peftc.checkpoint.state import saved_state_dict, spec_filed
 from peftc.errors import AdapterError
 from peftc.peft import layers
-from peftc.peft.configs import PeftConfig
+from peftc.peft.configs import PeftConfig, spec_of
 from peftc.peft.layers import BaseTunerLayer
 from peftc.peft.methods import METHODS
 from peftc.peft.roots import Root, attach, release, require_root, root_of
+from peftc.peft.types import PeftType
+from peftc.rewrite.learning import after_step, with_penalty
 from peftc.rewrite.mixed import mixed
 
 __all__ = ["BaseTuner", "MixedModel", "cast_adapter_dtype"]
@@ -185,11 +188,55 @@ def _unloaded(base: nn.Module, unload: Callable[[Root], nn.Module]) -> nn.Module
     return model
 
 
+class _Allots(BaseTuner):
+    """A model with AdaLoRA. In train(), the loss that it returns has the penalty of orthogonality in it."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's call."""
+        output = super().forward(*args, **kwargs)
+        return with_penalty(self.root.program, output) if self.training else output
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Weigh what was learned and mask what is over the budget of this step: after `optimizer.step()` and before
+        `zero_grad()`, with the number of the step.
+        """
+        root = self.root
+        for name in root.program.learning:
+            adapter, config = root.program.adapters[name], root.configs[name]
+            after_step(adapter, spec_of(config), global_step)
+            config.rank_pattern = cast(Any, spec_filed(root.program, name)).rank_pattern
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: ranks that were allotted apart have no common sum."""
+        raise AdapterError("AdaLoraModel: its adapters have no weighted sum; merge them one after the other instead")
+
+
+class _Savable(BaseTuner):
+    """A model with VB-LoRA."""
+
+    def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
+        """How many numbers of float32 the adapter's file has room for, and how many other parameters train."""
+        root = self.root
+        state = saved_state_dict(root.program, adapter)
+        own = sum(value.numel() * min(value.itemsize, 4) for key, value in state.items() if "vblora_" in key)
+        others = sum(p.numel() for n, p in self.named_parameters() if p.requires_grad and "vblora_" not in n)
+        return own // 4, others
+
+    def print_savable_parameters(self) -> None:
+        """Print these numbers."""
+        own, others = self.get_nb_savable_parameters()
+        print(
+            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}"
+        )
+
+
 class MixedModel(BaseTuner):
     """A model with adapters of several methods."""
 
 
 _CLASSES: dict[Any, type[BaseTuner]] = {}
+# What some have beside the rest.
+_WRITTEN: Mapping[Any, type[BaseTuner]] = {PeftType.ADALORA: _Allots, PeftType.VBLORA: _Savable}
 
 
 def _make_classes() -> None:
@@ -199,7 +246,8 @@ def _make_classes() -> None:
         if layer is not None:
             own = {"prefix": method.prefix, "tuner_layer_cls": layer, "__module__": __name__}
             own["__doc__"] = f"A model with {method.module}."
-            _CLASSES[name] = globals()[method.model] = type(method.model, (BaseTuner,), own)
+            bases = (_WRITTEN.get(name, BaseTuner),)
+            _CLASSES[name] = globals()[method.model] = type(method.model, bases, own)
 
 
 _make_classes()
@@ -209,7 +257,12 @@ def tuner_class(config: Any) -> type[BaseTuner]:
     """The class for a config; that of methods without one in PEFT's names is BaseTuner."""
     if isinstance(config, PeftConfig) and config.is_prompt_learning:
         raise AdapterError(f"{type(config).__name__}: virtual tokens have no tuner model; use get_peft_model")
-    return _CLASSES.get(config.peft_type, BaseTuner)
+    return tuner_class_of(config.peft_type)
+
+
+def tuner_class_of(method: Any) -> type[BaseTuner]:
+    """The class for a `peft_type`."""
+    return _CLASSES.get(method, BaseTuner)
 
 
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:

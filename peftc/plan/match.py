@@ -79,7 +79,7 @@ def _with_defaults(spec: AdapterSpec, index: SiteIndex) -> AdapterSpec:
     if not open_fields:
         return spec
     family: Family | None = families().get(index.model_type or "")
-    defaults = family.defaults_of(spec.peft_type, spec.defaults_like) if family else None
+    defaults = family.defaults_for(type(spec)) if family else None
     if defaults is None and isinstance(spec, ParameterSelection) and spec.target_parameters:
         return spec.model_copy(update={"target_modules": ()})
     if defaults is None:

@@ -1,9 +1,11 @@
 """What rules do around training: a term of the loss, something after every step, a pass over data before it."""
 
+import functools
+import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +14,12 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite, canonical
 from peftc.registry import rules_of
-from peftc.rewrite.parts import Part, weight_of, wide
+from peftc.rewrite.parts import Adapter, Part, weight_of, wide
 from peftc.rewrite.processes import require_common_gradients
 from peftc.rewrite.program import Program
 from peftc.rewrite.sharding import whole
 from peftc.rule import Bound, Rule
+from peftc.specs import AdapterSpec
 
 
 def bound(part: Part) -> Bound:
@@ -25,15 +28,64 @@ def bound(part: Part) -> Bound:
 
 
 def penalty(program: Program) -> Tensor | None:
-    """The sum of what the rules of active adapters add to the loss, or None if they add nothing."""
-    parts = (part for name in program.spliced for part in program.adapters[name].parts.values())
-    terms = [part.edit.rule.penalty(bound(part)) for part in parts if _has(part.edit.rule, "penalty")]
-    given = [term for term in terms if term is not None]
-    return torch.stack([term.reshape(()) for term in given]).sum() if given else None
+    """The sum of what the rules of active adapters that learn add to the loss, or None if they add nothing."""
+    terms: list[Tensor | None] = []
+    for name in program.spliced:
+        for rule, parts in _by_rule(program.adapters[name], "penalty").items() if name in program.learning else ():
+            sites = {"sites": len(parts)}
+            terms += [rule.penalty(Bound({**part.tensors(), **part.edit.constants, **sites})) for part in parts]
+    # Sites may be on several devices.
+    given = [term.reshape(()) for term in terms if term is not None]
+    return torch.stack([term.to(given[0].device) for term in given]).sum() if given else None
+
+
+def with_penalty(program: Program, output: Any) -> Any:
+    """`output` of a call, with the penalty in its loss, if it has one by that name."""
+    if isinstance(output, MutableMapping) and isinstance(cast(Any, output).get("loss"), Tensor):
+        added = penalty(program)
+        if added is not None:
+            found = cast("MutableMapping[str, Any]", output)
+            found["loss"] = found["loss"] + added.to(found["loss"].device)
+    return output
+
+
+def _by_rule(adapter: Adapter, function: str) -> dict[Rule[Any], list[Part]]:
+    """The parts of an adapter whose rules have this function, by rule."""
+    found: dict[Rule[Any], list[Part]] = {}
+    for part in adapter.parts.values() if any(_has(rule, function) for rule in rules_of(adapter.spec)) else ():
+        if _has(part.edit.rule, function):
+            found.setdefault(part.edit.rule, []).append(part)
+    return found
 
 
 def _has(rule: Rule[Any], function: str) -> bool:
     return getattr(type(rule), function) is not getattr(Rule, function)
+
+
+# What is told of the steps of optimisers, before and after them. torch knows one hook of each kind, which stays: a model
+# that goes while hooks run can't take its own off then.
+FOLLOWERS: dict[str, dict[int, Callable[[Optimizer], None]]] = {"before": {}, "after": {}}
+_numbers = itertools.count()
+
+
+@functools.cache
+def _hook(kind: str) -> None:
+    """Let torch tell the followers of a kind; once."""
+    register = {"before": register_optimizer_step_pre_hook, "after": register_optimizer_step_post_hook}[kind]
+
+    def tell(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
+        for follower in list(FOLLOWERS[kind].values()):
+            follower(optimiser)
+
+    register(tell)
+
+
+def _follow(kind: str, program: Program, follower: Callable[[Optimizer], None]) -> None:
+    """Tell `follower` of steps for as long as there is `program`."""
+    _hook(kind)
+    number = next(_numbers)
+    FOLLOWERS[kind][number] = follower
+    weakref.finalize(program, FOLLOWERS[kind].pop, number, None)
 
 
 def watch_steps(program: Program) -> None:
@@ -43,23 +95,37 @@ def watch_steps(program: Program) -> None:
         return
     reference, steps = weakref.ref(program), weakref.WeakKeyDictionary[Optimizer, int]()
 
-    def stepped(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
+    def stepped(optimiser: Optimizer) -> None:
         alive = reference()
         if alive is None:
             return
         held = {id(p) for group in optimiser.param_groups for p in group["params"]}
-        parts = [
-            part for own in alive.adapters.values() for part in own.parts.values() if _has(part.edit.rule, "after_step")
-        ]
-        mine = [part for part in parts if any(id(tensor) in held for tensor in part.tensors().values())]
+        mine = [own for own in alive.adapters.values() if not own.by_hand and _is_held(own, held)]
         if mine:
-            steps[optimiser] = steps.get(optimiser, 0) + 1
-            with torch.no_grad():
-                for part in mine:
-                    part.edit.rule.after_step({**part.tensors(), **part.edit.constants}, steps[optimiser])
+            steps[optimiser] = _count(optimiser, steps.get(optimiser, 0) + 1)
+            for own in mine:
+                after_step(own, own.spec, steps[optimiser])
 
-    weakref.finalize(program, register_optimizer_step_post_hook(stepped).remove)
+    _follow("after", program, stepped)
     program.watching = True
+
+
+def _is_held(adapter: Adapter, held: set[int]) -> bool:
+    parts = (part for parts in _by_rule(adapter, "after_step").values() for part in parts)
+    return any(id(tensor) in held for part in parts for tensor in part.tensors().values())
+
+
+def _count(optimiser: Optimizer, seen: int) -> int:
+    """The number of steps that an optimiser has taken: its own, if it counts, which goes on when a run is resumed."""
+    return int(next((state["step"] for state in optimiser.state.values() if "step" in state), seen))
+
+
+def after_step(adapter: Adapter, spec: AdapterSpec, step: int) -> None:
+    """Let the rules of an adapter act after step number `step`, by `spec`."""
+    with torch.no_grad():
+        for rule, parts in _by_rule(adapter, "after_step").items():
+            tensors = {part.edit.site: part.tensors() for part in parts}
+            rule.after_step(spec, tensors, step, adapter.states.setdefault(rule.name, {}))
 
 
 def without_gradient(program: Program) -> list[str]:
@@ -83,7 +149,7 @@ def watch_first_step(program: Program) -> None:
     """
     reference, looked_at = weakref.ref(program), set[tuple[str, ...]]()
 
-    def stepping(optimiser: Optimizer, args: Any, kwargs: Any) -> None:
+    def stepping(optimiser: Optimizer) -> None:
         alive = reference()
         if alive is None or alive.learning in looked_at:
             return
@@ -103,7 +169,7 @@ def watch_first_step(program: Program) -> None:
                 stacklevel=2,
             )
 
-    weakref.finalize(program, register_optimizer_step_pre_hook(stepping).remove)
+    _follow("before", program, stepping)
 
 
 def calibrate(program: Program, name: str, batches: Iterable[Any], call: Callable[[Any], Any]) -> None:

@@ -96,7 +96,8 @@ class Part:
 @dataclass
 class Adapter:
     """An adapter and its parts, by site and name of the rule. `extras`: what its files hold beside the tensors; `scale`:
-    how much of its change is applied.
+    how much of its change is applied; `states`: what its rules keep from step to step, by name; `by_hand`: who trains says
+    when a step is over.
     """
 
     name: str
@@ -104,6 +105,8 @@ class Adapter:
     parts: dict[tuple[str, str], Part] = field(default_factory=dict[tuple[str, str], Part])
     extras: dict[str, Any] = field(default_factory=dict[str, Any])
     scale: float = 1.0
+    states: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
+    by_hand: bool = False
 
     @functools.cached_property
     def trained(self) -> list[tuple[dict[str, Any], str]]:
@@ -223,6 +226,10 @@ def _child(module: nn.Module, name: str, cls: type[Any]) -> Any:
     child = module._modules.get(name)
     if child is None:
         child = module._modules[name] = cls() if cls is Vectors else _blank(cls)
+    elif not isinstance(child, cls):
+        raise AdapterError(
+            f"{name} holds tensors of another method here, whose files have other keys; compile another copy of the model"
+        )
     return child
 
 
@@ -323,8 +330,9 @@ def start(
     tensors = {param.name: _unsharded(live[param.name]) for param in given}
     by_rule = [param for param in given if param.init == "rule"]
     for param in given:
-        if param.init != "rule":
+        if param.init not in ("rule", "drawn"):
             fill(tensors[param.name], param.init, param.seed)
+    _start_drawn(part.edit, {param.name: tensors[param.name] for param in given if param.init == "drawn"})
     if by_rule:
         _start_by_rule(part, by_rule, tensors, weight, host._parameters.get("bias"))
     spread(tensors.values(), mesh)
@@ -336,6 +344,23 @@ def start(
 def _unsharded(tensor: Tensor) -> Tensor:
     """A whole tensor to be filled in the place of a sharded one; any other is itself."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=own(tensor).device) if is_sharded(tensor) else tensor
+
+
+def _start_drawn(edit: Edit, tensors: Mapping[str, Tensor]) -> None:
+    values = drawn(edit) if tensors else {}
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(values[name])
+
+
+def drawn(edit: Edit) -> dict[str, Tensor]:
+    """What the rule of `edit` draws, by name. Raises RuleError if the shapes are others than declared."""
+    shapes = {param.name: param.shape for param in edit.params if param.init == "drawn"}
+    values = edit.rule.draw(shapes, Bound(edit.constants))
+    wrong = [name for name, shape in shapes.items() if name not in values or tuple(values[name].shape) != shape]
+    if wrong:
+        raise RuleError(f"rule {edit.rule.name!r} ({type(edit.rule).__name__}.draw): {wrong[0]} is not as declared")
+    return values
 
 
 def _start_by_rule(

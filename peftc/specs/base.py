@@ -84,8 +84,12 @@ class AdapterSpec(BaseModel):
     # Fields that select modules; one that is None has a default for the model's architecture, if it is in `defaulted`.
     selectors: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules")
     defaulted: ClassVar[tuple[str, ...]] = ("target_modules",)
-    # The `peft_type` of the method whose defaults these are, where a family names none for this one.
-    defaults_like: ClassVar[str | None] = None
+    # Fields of its own that are named like one that the engine serves, and mean something else.
+    apart: ClassVar[frozenset[str]] = frozenset()
+    # The method whose default selectors are this one's too, where a family of models has none for it.
+    defaults_of: ClassVar[str | None] = None
+    # Whether PEFT's config of the method has `exclude_modules`; where not, files name the modules that are left.
+    excludes: ClassVar[bool] = True
     # What the keys of files begin with.
     key_prefix: ClassVar[str] = "base_model.model."
 

@@ -30,10 +30,10 @@ from peftc.merge.merge import require_mergeable
 from peftc.merge.undo import owner_of
 from peftc.plan import Edit, PlannedParam
 from peftc.rewrite.build import build, require_applicable
-from peftc.rewrite.parts import wide
+from peftc.rewrite.parts import drawn, wide
 from peftc.rewrite.program import Program
 from peftc.rewrite.switch import activate
-from peftc.rule import Bound, Combination, Part
+from peftc.rule import Bound, Combination, Part, fill
 from peftc.stream.names import Names
 from peftc.stream.sharded import Checkpoint
 from peftc.stream.skeleton import resize_vocabulary, skeleton
@@ -132,8 +132,8 @@ def _on_model(
         return new, tensors
     if options.undo:
         raise CheckpointError(
-            f"{files.where}: is of a model whose experts were linears each, and undo=True needs the adapter as it is here."
-            " Load it with peftc, save it, and merge what was saved."
+            f"{files.where}: lays its tensors out otherwise than they are here (linears of single experts, say), and"
+            " undo=True needs them as they are. Load it with peftc, save it, and merge what was saved."
         )
     folder = TemporaryDirectory(prefix="peftc")
     path = Path(folder.name) / "adapter.safetensors"
@@ -195,8 +195,14 @@ def _loaded(work: Work, edit: Edit, param: PlannedParam) -> Tensor:
     key = _key(work, edit, param)
     if key in source.fit.sources:
         return (source.tensors[source.fit.sources[key]] / param.stored).to(dtype)
-    # What training started from, and the file does not say: it follows from the weight.
+    # What the file does not say: it was drawn, or follows from the weight.
+    if param.init == "drawn":
+        return drawn(edit)[param.name].to(dtype)
     site = weight_site(work, edit)
+    if param.init != "rule":
+        made = torch.empty(param.shape, dtype=dtype)
+        fill(made, param.init, param.seed)
+        return made
     stored = stored_name(work, str(site.weight))
     assert stored is not None, "required before"
     weight = file_of(work, stored)[stored]
@@ -209,7 +215,9 @@ def _require_starts(work: Work) -> None:
     for name, source in work.sources.items():
         for edit in work.program.adapters[name].edits:
             lost = [
-                param.key for param in edit.params if param.saved and _key(work, edit, param) not in source.fit.sources
+                param.key
+                for param in edit.params
+                if param.saved and param.init != "drawn" and _key(work, edit, param) not in source.fit.sources
             ]
             if not lost or edit.rule.container is not None:
                 continue

@@ -16,19 +16,21 @@ import peftc
 from peftc.registry import rules
 from peftc.rule import Rule
 from peftc.testing import check_rule
-from tests.methods import dora, ln_tuning, token_rows, vera
+from tests.methods import dora, token_rows
 from tests.support.models import tiny, token_ids
 
 METHODS: dict[str, Rule[Any]] = {
     "dora": dora.Dora(),
-    "vera": vera.Vera(),
-    "ln_tuning": ln_tuning.LnTuning(),
     "token_rows": token_rows.TokenRows(),
 }
 INSTALLED = {type(rule).__name__: rule for rule in rules() if type(rule).weight is not Rule.weight}
 
 # For rules whose spec does not say them by default, or whose default sizes are over those of the small sites.
 SPECS: dict[str, peftc.AdapterSpec] = {
+    "Shira": peftc.ShiraConfig(r=2),
+    "VBLoRA": peftc.VBLoRAConfig(num_vectors=5, vector_length=2, init_vector_bank_bound=0.5),
+    "AdaLora": peftc.AdaLoraConfig(total_step=10),
+    "FourierFT": peftc.FourierFTConfig(n_frequency=10),
     "Miss": peftc.MissConfig(r=2),
     "Bat": peftc.MissConfig(r=2, init_weights="bat"),
     "Road": peftc.RoadConfig(group_size=2),
@@ -99,7 +101,7 @@ class TestAgainstPeft:
 
 def test_what_sites_share_is_there_once_and_comes_back_from_its_seed(tmp_path: Path) -> None:
     model, ids = tiny("llama"), token_ids(2, 5, 64)
-    spec = vera.VeraConfig(target_modules=["q_proj", "down_proj"])
+    spec = peftc.VeraConfig(r=8, save_projection=False, target_modules=["q_proj", "down_proj"])
     compiled = moved(peftc.compile(model, spec))
     names = [name for name, _ in compiled.base.named_parameters() if "vera_A" in name]
     assert names == ["vera_A.default"]
@@ -118,7 +120,7 @@ def test_what_sites_share_is_there_once_and_comes_back_from_its_seed(tmp_path: P
 
 def test_a_model_that_runs_its_children_holds_what_is_shared_at_the_first_site(tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)), torch.randn(3, 8)
-    compiled = moved(peftc.compile(model, vera.VeraConfig(target_modules=["0", "1"])))
+    compiled = moved(peftc.compile(model, peftc.VeraConfig(r=8, save_projection=False, target_modules=["0", "1"])))
     assert [name for name, _ in compiled.base.named_parameters() if "vera_A" in name] == ["0.vera_A.default"]
     compiled.save_pretrained(tmp_path)
     assert torch.equal(peftc.load(model, tmp_path)(x), compiled(x))
@@ -129,7 +131,7 @@ def test_a_model_that_runs_its_children_holds_what_is_shared_at_the_first_site(t
 
 def test_norms_of_a_real_model_are_trained_alone(tmp_path: Path) -> None:
     model, ids = tiny("llama"), token_ids(2, 5, 64)
-    compiled = peftc.compile(model, ln_tuning.LnTuningConfig(target_modules=["input_layernorm", "norm"]))
+    compiled = peftc.compile(model, peftc.LNTuningConfig(target_modules=["input_layernorm", "norm"]))
     assert {edit.slots for edit in compiled.plan.edits} == {("weight",)}
     assert torch.equal(compiled(ids).logits, model(ids).logits)
     compiled(ids, labels=ids).loss.backward()

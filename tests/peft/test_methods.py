@@ -17,6 +17,8 @@ from tests.support.models import inputs_for, tiny
 # Fields that the small model needs, or that let a fresh adapter change something.
 FIELDS: dict[str, dict[str, Any]] = {"MISS": {"r": 8}, "ROAD": {"group_size": 4}, "C3A": {"block_size": 8}}
 NAMES = [name for name in METHODS if name not in ("LORA", "IA3")]
+# Those that tests/peft/test_method_scripts.py runs, with fields that a small model needs.
+SCRIPTED = ("VERA", "LN_TUNING", "ADALORA", "FOURIERFT", "RANDLORA", "VBLORA", "SHIRA")
 
 
 def classes(name: str) -> tuple[Any, Any]:
@@ -29,20 +31,27 @@ def classes(name: str) -> tuple[Any, Any]:
 def test_fields_and_defaults_are_peft_s(name: str) -> None:
     theirs, ours = classes(name)
     left_out = {"peft_version", "peft_type"}
-    expected = {key: value for key, value in vars(theirs()).items() if key not in left_out}
+    needed = {"total_step": 10} if name == "ADALORA" else {}
+    # A function, which no file can hold and docs/migration.md says is not asked.
+    left_out |= {"mask_fn"}
+    expected = {key: value for key, value in vars(theirs(**needed)).items() if key not in left_out}
     # Every spec here can exclude modules.
     left_out |= {"exclude_modules"} - expected.keys()
-    found = {key: value for key, value in vars(ours()).items() if key not in left_out}
+    found = {key: value for key, value in vars(ours(**needed)).items() if key not in left_out}
     assert found == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_default_targets_are_peft_s(name: str) -> None:
     table = f"TRANSFORMERS_MODELS_TO_{name.replace('_', '')}_TARGET_MODULES_MAPPING"
-    assert dict(getattr(served.utils.constants, table)) == getattr(constants, table)
+    found, expected = dict(getattr(served.utils.constants, table)), dict(getattr(constants, table))
+    if name == "LN_TUNING":
+        del expected["llava"]  # Containers, which are refused (docs/migration.md).
+        found = {kind: targets for kind, targets in found.items() if kind in expected}
+    assert found == expected
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in SCRIPTED])
 def test_a_model_of_transformers_is_adapted_as_by_peft(name: str, tmp_path: Path) -> None:
     theirs, ours = classes(name)
     method, fields, model = METHODS[served.PeftType(name)], FIELDS.get(name, {}), tiny("llama")

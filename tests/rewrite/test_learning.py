@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import importlib
 import pickle
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import peftc
+from peftc.rewrite.learning import FOLLOWERS
 
 
 class SparseConfig(peftc.AdapterSpec):
@@ -35,8 +35,11 @@ class Sparse(peftc.Rule[SparseConfig]):
     def penalty(self, p: Any) -> Tensor:
         return p.strength * p.delta.abs().sum()
 
-    def after_step(self, tensors: Mapping[str, Tensor], step: int) -> None:
-        tensors["delta"].clamp_(-0.01 * step, 0.01 * step)
+    def after_step(
+        self, spec: SparseConfig, tensors: Mapping[str, Mapping[str, Tensor]], step: int, state: dict[str, Any]
+    ) -> None:
+        for own in tensors.values():
+            own["delta"].clamp_(-0.01 * step, 0.01 * step)
 
     def calibrate(self, x: Tensor, state: Any, p: Any) -> Any:
         total, count = state or (0.0, 0)
@@ -107,18 +110,50 @@ def test_steps_of_copies_and_of_adapters_that_come_later_are_followed_too(how: s
     assert float(compiled.base[0].delta["a"].detach().abs().max()) == pytest.approx(0.01)
 
 
+def test_an_optimiser_that_goes_on_counts_on() -> None:
+    counted: list[float] = []
+    state: Any = None
+    for _ in range(2):
+        compiled = peftc.compile(model(), SPEC)
+        optimiser = torch.optim.Adam([p for p in compiled.parameters() if p.requires_grad], lr=10.0)
+        if state is not None:
+            optimiser.load_state_dict(state)
+        for _ in range(2):
+            compiled(torch.randn(8, 4)).square().sum().backward()
+            optimiser.step()
+            counted.append(float(compiled.base[0].delta["default"].detach().abs().max()))
+        state = optimiser.state_dict()
+    assert counted == pytest.approx([0.01, 0.02, 0.03, 0.04])
+
+
 def test_a_model_that_is_gone_is_not_followed() -> None:
-    hooks = importlib.import_module("torch.optim.optimizer")._global_optimizer_post_hooks
     gc.collect()
-    before = len(hooks)
+    before = [len(own) for own in FOLLOWERS.values()]
     compiled = peftc.compile(model(), SPEC)
-    assert len(hooks) == before + 1
+    assert [len(own) for own in FOLLOWERS.values()] == [count + 1 for count in before]
     del compiled
     gc.collect()
-    parameter = nn.Parameter(torch.ones(1))
-    parameter.grad = torch.ones(1)
-    torch.optim.SGD([parameter], lr=1.0).step()
-    assert len(hooks) == before
+    assert [len(own) for own in FOLLOWERS.values()] == before
+
+
+def test_a_model_may_go_while_another_one_takes_a_step() -> None:
+    """Its hook can't be taken off a list that torch is going through."""
+    first, others = peftc.compile(model(), SPEC), [peftc.compile(model(), SPEC) for _ in range(3)]
+    optimiser = torch.optim.SGD([p for p in first.parameters() if p.requires_grad], lr=10.0)
+
+    def go(_: Any) -> None:
+        others.clear()
+        gc.collect()
+
+    for own in FOLLOWERS.values():
+        own[-1] = go
+    try:
+        first(torch.randn(8, 4)).square().sum().backward()
+        optimiser.step()
+    finally:
+        for own in FOLLOWERS.values():
+            del own[-1]
+    assert float(first.base[0].delta["default"].detach().abs().max()) == pytest.approx(0.01)
 
 
 def test_an_adapter_starts_from_data_shown_to_it() -> None:

@@ -1,0 +1,86 @@
+"""AdaLoRA: W + s·B·diag(E)·A, with a penalty and a budget.  Zhang et al. 2023, arXiv:2303.10512, section 3."""
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftc.graph.sites import WeightSite
+from peftc.rule import Constant, Param, Rule
+
+from .budget import allot, filed, weigh
+from .config import AdaLoraConfig
+
+
+class AdaLora(Rule[AdaLoraConfig]):
+    """On linear sites and two-dimensional convolutions, whose kernel belongs to the columns."""
+
+    name, spec, ops = "adalora", AdaLoraConfig, ("linear", "conv2d")
+    local, additive, scale = "oi", True, "scaling"
+    keys = ("lora_A", "lora_E", "lora_B")
+    columns: ClassVar[Mapping[str, str]] = {"r": "r", "alpha": "lora_alpha"}
+
+    def params(self, spec: AdaLoraConfig, site: WeightSite) -> dict[str, Param]:
+        kept = spec.kept_at(site.fqn)
+        r, columns = spec.init_r if kept is None else sum(kept), site.in_features * prod(site.kernel_size)
+        std, e = ("normal:0.02", "zeros") if spec.init_lora_weights else ("normal", "normal")
+        return {
+            "lora_A": Param((r, columns), std, axes=None if site.kernel_size else "ri"),
+            "lora_E": Param((r, 1), e, use="vector", axes="r."),
+            "lora_B": Param((site.out_features, r), std, axes="or"),
+        }
+
+    def constants(self, spec: AdaLoraConfig, site: WeightSite) -> dict[str, Constant]:
+        alpha = spec.lora_alpha if spec.lora_alpha > 0 else spec.init_r
+        kernel = (site.out_features, site.in_features, *site.kernel_size) if site.kernel_size else ()
+        scaling = alpha / (spec.init_r + 1e-5)  # As in peft, whatever the rank is by now.
+        numbers = {"scaling": scaling, "orth_reg_weight": float(spec.orth_reg_weight)}
+        return {"r": spec.init_r, "lora_alpha": float(alpha), "kernel_shape": kernel, **numbers}
+
+    def dropouts(self, spec: AdaLoraConfig, site: WeightSite) -> dict[str, float]:
+        return {"lora_dropout": spec.lora_dropout}
+
+    def check(self, spec: AdaLoraConfig, site: WeightSite) -> str | None:
+        kept = spec.kept_at(site.fqn)
+        if kept is not None and len(kept) != spec.init_r:
+            return f"rank_pattern says {len(kept)} times whether it is kept there, and init_r={spec.init_r}"
+        return f"its {site.groups} groups have weights that AdaLoRA's columns don't fit" if site.groups > 1 else None
+
+    def weight(self, weight: Tensor, p: Any) -> Tensor:
+        return weight + p.scaling * (p.lora_B @ (p.lora_E * p.lora_A)).reshape(weight.shape)
+
+    def unfold(self, weight: Tensor, p: Any) -> Tensor:
+        return weight  # Sums of products of three numbers have other bits on another device.
+
+    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
+        x = p.lora_dropout(x)
+        if p.kernel_shape:
+            return y + p.op(x, p.scaling * (p.lora_B @ (p.lora_E * p.lora_A)).reshape(p.kernel_shape))
+        return y + F.linear(F.linear(x, p.lora_E * p.lora_A) * p.scaling, p.lora_B)
+
+    def penalty(self, p: Any) -> Tensor:
+        """The mean over all A and B of ‖AAᵀ − 1‖ and ‖BᵀB − 1‖: equation 4, but for the square, as in peft."""
+        grams = (p.lora_A @ p.lora_A.mT, p.lora_B.mT @ p.lora_B)
+        norms = [torch.linalg.norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)) for gram in grams]
+        return p.orth_reg_weight * (norms[0] + norms[1]) / (2 * p.sites)
+
+    def after_step(
+        self, spec: AdaLoraConfig, tensors: Mapping[str, Mapping[str, Tensor]], step: int, state: dict[str, Any]
+    ) -> None:
+        end = spec.total_step - spec.tfinal
+        if step < end:
+            weigh(spec, tensors, state.setdefault("averages", {}))
+        if step <= end:
+            allot(spec, tensors, step, state)
+        if step >= end:
+            state.pop("averages", None)
+            for site, kept in state.get("kept", {}).items():
+                tensors[site]["lora_E"].masked_fill_(~kept, 0)
+
+    def filed(
+        self, spec: AdaLoraConfig, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+    ) -> tuple[AdaLoraConfig, Mapping[str, Mapping[str, Tensor]]]:
+        return filed(spec, tensors, state["kept"]) if "kept" in state else (spec, tensors)

@@ -1,0 +1,93 @@
+"""VeRA: W + diag(b)·B·diag(d)·A, with random A and B that all sites share.  Kopiczko et al. 2023, arXiv:2310.11454."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.nn import functional as F
+
+from peftc.graph.sites import WeightSite
+from peftc.rule import Constant, Param, Rule
+from peftc.specs.base import TrainedBiases
+from peftc.specs.selection import LayerSelection, Rank
+
+
+class VeraConfig(LayerSelection):
+    """Vectors that scale random projections, which stay as they are. Kopiczko et al. 2023, arXiv:2310.11454, section 3.1.
+
+    `r` is the rank; d starts at `d_initial` and b at zero, or both at random (`init_weights=False`). A and B have the
+    sizes of the largest site and are drawn with the seed `projection_prng_key`; with `save_projection` files hold them,
+    else they are drawn again. `bias` trains base biases (`all`, or those of adapted modules). `fan_in_fan_out` is
+    informative: the layout is read off the module.
+
+    Example: VeraConfig(r=256, target_modules=["q_proj", "v_proj"], d_initial=0.1)
+    """
+
+    defaults_of, excludes = "LORA", False
+
+    peft_type: Literal["VERA"] = "VERA"
+    r: Rank = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "vera_only"] = "none"
+    init_weights: bool = True
+
+    @property
+    def trained_biases(self) -> TrainedBiases:
+        return "adapted" if self.bias == "vera_only" else self.bias
+
+
+class Vera(Rule[VeraConfig]):
+    """On linear sites. The projections of a smaller site are the first rows and columns."""
+
+    name, spec, ops, additive = "vera", VeraConfig, ("linear",), True
+    keys = ("vera_lambda_b", "vera_lambda_d")
+    columns: ClassVar[Mapping[str, str]] = {"r": "r"}
+
+    def shared(self, spec: VeraConfig, sites: Sequence[WeightSite]) -> dict[str, Param]:
+        out, wide = max(site.out_features for site in sites), max(site.in_features for site in sites)
+        seed = None if spec.save_projection else spec.projection_prng_key
+        shapes = {"vera_A": (spec.r, wide), "vera_B": (out, spec.r)}
+        return {name: Param(shape, "drawn", trainable=False, seed=seed) for name, shape in shapes.items()}
+
+    def params(self, spec: VeraConfig, site: WeightSite) -> dict[str, Param]:
+        b, d = ("zeros", f"constant:{spec.d_initial}") if spec.init_weights else ("ones", "normal")
+        return {
+            "vera_lambda_b": Param((site.out_features,), b, use="vector"),
+            "vera_lambda_d": Param((spec.r,), d, use="vector"),
+        }
+
+    def constants(self, spec: VeraConfig, site: WeightSite) -> dict[str, Constant]:
+        sizes = (site.out_features, site.in_features)
+        return {"r": spec.r, "sizes": sizes, "projection_prng_key": spec.projection_prng_key}
+
+    def dropouts(self, spec: VeraConfig, site: WeightSite) -> dict[str, float]:
+        return {"vera_dropout": spec.vera_dropout}
+
+    def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+        """Kaiming-uniform for ReLU, A first and B after it out of one stream, as peft draws them."""
+        generator = torch.Generator().manual_seed(p.projection_prng_key)
+        bounds = {name: math.sqrt(6 / shape[1]) for name, shape in shapes.items()}
+        return {n: torch.empty(s).uniform_(-bounds[n], bounds[n], generator=generator) for n, s in shapes.items()}
+
+    def weight(self, weight: Tensor, p: Any) -> Tensor:
+        rows, columns = p.sizes
+        up, down = p.vera_lambda_b[:, None] * p.vera_B[:rows], p.vera_lambda_d[:, None] * p.vera_A[:, :columns]
+        return weight + up @ down
+
+    def unfold(self, weight: Tensor, p: Any) -> Tensor:
+        return weight  # Sums of products of three numbers have other bits on another device.
+
+    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
+        rows, columns = p.sizes
+        inner = p.vera_lambda_d * F.linear(p.vera_dropout(x), p.vera_A[:, :columns])
+        return y + p.vera_lambda_b * F.linear(inner, p.vera_B[:rows])
+
+
+RULES = (Vera(),)
