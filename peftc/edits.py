@@ -49,7 +49,8 @@ class Edit:
     """One change: adapter `adapter` replaces the operands `slots` of site `site` by rule `rule`.
 
     `opaque`: the site's own forward can't be traced and is called as it is. `unmergeable` is the reason why the edit can't
-    be folded, if there is one. `saved_as`: what checkpoint keys have for the site, if not its fqn.
+    be folded, if there is one. `saved_as`: what checkpoint keys have for the site, if not its fqn. `follows`: the site,
+    whose weight is the very tensor, of the edit that this one follows: its tensors are that one's.
     """
 
     site: str
@@ -63,6 +64,7 @@ class Edit:
     opaque: bool = False
     unmergeable: str | None = None
     saved_as: str | None = None
+    follows: str | None = None
 
     @property
     def whole(self) -> bool:

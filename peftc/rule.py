@@ -27,8 +27,8 @@ SLOTS = ("input", "weight", "output")
 class Param:
     """A tensor that an adapter adds to a site.
 
-    `init`: `zeros`, `ones`, `normal` or `normal:<std>`, `kaiming_uniform`, or `rule` (by `Rule.initialise`). `seed`: draw
-    it with this seed, the same everywhere; such a tensor need not be saved.
+    `init`: `zeros`, `ones`, `normal` or `normal:<std>`, `kaiming_uniform`, `rule` (by `Rule.initialise`), or `derived` (by
+    `Rule.derived`). `seed`: draw it with this seed, the same everywhere; such a tensor need not be saved.
     `key`: its name in checkpoints, by default its name in the rule; the live name has the adapter's name after the
     first part (`lora_A.weight` is the parameter `lora_A.default.weight`). `dtype`: its own, if not the adapter's; an
     integer one is never trained. `trainable=False`: frozen; saved only if its `init` is `rule`, and a file without it
@@ -56,7 +56,8 @@ class Bound:
     """What a rule's functions get as `p`: its parameters, constants and dropouts by name, and the site's own `op`.
 
     `p.op(x, weight)` is the site's operation (with its stride, padding, …) on another weight, without bias;
-    for convolutions `groups=` replaces the site's, and `p.pointwise(x, weight, bias, groups=)` is a 1×1 one.
+    for convolutions `groups=` replaces the site's, and `p.pointwise(x, weight, bias, groups=)` is a 1×1 one; for
+    embeddings `padding_idx=` does, which is `p.padding_idx`.
     `p.weight` and `p.bias` are the base's own, canonical, as they are before this adapter; read only if asked for.
     """
 
@@ -117,6 +118,8 @@ class Rule(Generic[S]):
     `local`: the axes of the canonical weight (`o` rows, `i` columns) along which a piece of the fold needs that piece only;
     "" if it takes the whole, a norm of rows is local in `o`.
     `identity`: a fresh adapter changes nothing. `version`: raise it when the same parameters come to mean something else.
+    `follows_ties`: where the model's input embedding is adapted, so are the other ends of its tie, by the rules for their
+    ops, with the same tensors.
     `spellings`: (pattern, replacement) of keys that older files have. `columns`: constants that the plan's table shows.
 
     Example::
@@ -139,6 +142,7 @@ class Rule(Generic[S]):
     scale: ClassVar[str | None] = None
     local: ClassVar[str] = ""
     identity: ClassVar[bool] = True
+    follows_ties: ClassVar[bool] = False
     spellings: ClassVar[tuple[tuple[str, str], ...]] = ()
     columns: ClassVar[Mapping[str, str]] = {}
     # The first parts of the keys that its tensors have in files (`lora_A`).
@@ -252,6 +256,12 @@ class Rule(Generic[S]):
         """
         raise NotImplementedError
 
+    def derived(self, name: str, shape: tuple[int, ...], p: Any) -> Tensor:
+        """The parameter `name`, whose `init` is `derived`: it follows from constants, or from a part of `p.weight`, which
+        is the stored one, canonical. If it is not trained it is not saved, and follows from constants alone.
+        """
+        raise NotImplementedError
+
     def module(self, spec: S, site: Any) -> nn.Module:
         """For ops whose adapters hold a module instead of parameters (virtual tokens): that module."""
         raise NotImplementedError
@@ -287,7 +297,7 @@ class Rule(Generic[S]):
         raise NotImplementedError
 
 
-_INITS = r"zeros|ones|kaiming_uniform|rule|normal(:[\d.e-]+)?"
+_INITS = r"zeros|ones|kaiming_uniform|rule|derived|normal(:[\d.e-]+)?"
 
 
 def validate(

@@ -40,10 +40,11 @@ def embedding_state(
         )
     edits = program.adapters[adapter].edits
     targeted, whole = ({edit.site for edit in edits if edit.whole is saved} for saved in (False, True))
+    parts = any(edit.rule.follows_ties for edit in edits)  # As in PEFT, whoever trains rows saves rows.
     every = save is True or (bool(modules) and _resized(program))
     found: dict[str, Tensor] = {}
     for fqn in modules:
-        common = fqn in targeted and fqn.rpartition(".")[2] in _COMMON
+        common = fqn in targeted and fqn.rpartition(".")[2] in _COMMON and not parts
         for leaf in module_at(program.base, fqn)._parameters:
             name = parameter_name(fqn, leaf)
             if (

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peftc.graph.sites import is_pretrained
 from peftc.plan import MODULES_TO_SAVE
 from peftc.plan.match import selects
-from peftc.registry import rules_of
+from peftc.registry import own_rules, rules_of
 from peftc.specs import AdapterSpec, ParameterSelection
 
 # What wrappers of modules put into names: torch.compile, FSDP, torch's activation checkpointing.
@@ -109,7 +109,8 @@ def _container(name: str, moved: Mapping[str, str]) -> str:
 
 def _moved(model: nn.Module, spec: AdapterSpec, keys: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     """By module of the file, the module of `model` that it is (itself, if there is none); of all, and of those adapted."""
-    prefix, at_adapter, firsts = spec.key_prefix, _tails(spec), _firsts(spec)
+    prefix, at_adapter = spec.key_prefix, _tails(spec)
+    firsts = frozenset(name for rule in own_rules(spec) for name in rule.keys)
     known = dict[str, nn.Module | None]({"": model})
 
     def module(fqn: str) -> nn.Module | None:

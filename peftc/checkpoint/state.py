@@ -199,7 +199,7 @@ def _start_others(program: Program, adapter: str, fit: Fit) -> None:
     own = program.adapters[adapter]
     for edit in own.edits:
         others = [param for param in edit.params if key_of(own.spec, edit, param) not in fit.sources]
-        if others and edit.rule.container is None:
+        if others and edit.rule.container is None and edit.follows is None:
             start_alone(program, edit, others)
 
 
@@ -253,14 +253,14 @@ _BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 
 
 def _optional(program: Program, adapter: str) -> set[str]:
-    """Keys of frozen starts, which peft's files lack: they are computed from the base weight then."""
+    """Keys of frozen starts, which peft's files lack: they are computed from the base weight then. And of tensors that are
+    there by another key too.
+    """
     own = program.adapters[adapter]
-    return {
-        key_of(own.spec, edit, param)
-        for edit in own.edits
-        for param in edit.params
-        if not param.trainable and param.init == "rule"
-    }
+    keys = [(edit, param, key_of(own.spec, edit, param)) for edit in own.edits for param in edit.params]
+    first = {key for edit, _, key in keys if edit.follows is None}
+    starts = {key for _, param, key in keys if not param.trainable and param.init == "rule"}
+    return starts | {key for _, _, key in keys} - first
 
 
 def _buffers(program: Program, adapter: str) -> set[str]:

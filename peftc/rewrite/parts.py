@@ -323,7 +323,9 @@ def start(
     tensors = {param.name: _unsharded(live[param.name]) for param in given}
     by_rule = [param for param in given if param.init == "rule"]
     for param in given:
-        if param.init != "rule":
+        if param.init == "derived":
+            derive(part, param, tensors[param.name], weight)
+        elif param.init != "rule":
             fill(tensors[param.name], param.init, param.seed)
     if by_rule:
         _start_by_rule(part, by_rule, tensors, weight, host._parameters.get("bias"))
@@ -338,6 +340,29 @@ def _unsharded(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=own(tensor).device) if is_sharded(tensor) else tensor
 
 
+def derive(part: Part, param: PlannedParam, tensor: Tensor, weight: nn.Parameter | None) -> None:
+    """Fill `tensor` with what follows from the constants of an edit, or from its site's weight."""
+
+    def stored() -> Tensor:
+        assert weight is not None, "the rule's check() asks for a weight"
+        assert isinstance(part.site, WeightSite), "other rules declare modules"
+        _require_there(part, weight)
+        return canonical(whole(weight), part.site)
+
+    with torch.no_grad():
+        value = part.edit.rule.derived(param.name, param.shape, Bound(part.edit.constants, {"weight": stored}))
+        tensor.copy_(value)
+
+
+def _require_there(part: Part, weight: Tensor) -> None:
+    """Raise AdapterError if `weight` has no values here to start from."""
+    if weight.is_meta:
+        raise AdapterError(
+            f"{part.edit.site}: {part.edit.rule.name} starts from the weight here, which accelerate has offloaded. Load the"
+            " model without offloading, or let the adapter start otherwise."
+        )
+
+
 def _start_by_rule(
     part: Part,
     params: list[PlannedParam],
@@ -348,11 +373,7 @@ def _start_by_rule(
     edit, rule = part.edit, part.edit.rule
     assert weight is not None, "the rule's check() asks for a weight"
     assert isinstance(part.site, WeightSite), "other rules declare modules"
-    if weight.is_meta:
-        raise AdapterError(
-            f"{edit.site}: {rule.name} starts from the weight here, which accelerate has offloaded. Load the model without"
-            " offloading, or let the adapter start otherwise."
-        )
+    _require_there(part, weight)
     shapes = {param.name: param.shape for param in edit.params if param.init == "rule"}
     try:
         with torch.no_grad():

@@ -84,6 +84,8 @@ class AdapterSpec(BaseModel):
     # Fields that select modules; one that is None has a default for the model's architecture, if it is in `defaulted`.
     selectors: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules")
     defaulted: ClassVar[tuple[str, ...]] = ("target_modules",)
+    # Whether the default of `target_modules` is the model's input embedding.
+    on_embedding: ClassVar[bool] = False
     # What the keys of files begin with.
     key_prefix: ClassVar[str] = "base_model.model."
 
@@ -146,6 +148,15 @@ class AdapterSpec(BaseModel):
     def trained_biases(self) -> TrainedBiases:
         """Which biases of the base model are trained with this adapter."""
         return "none"
+
+    def companions(self) -> Mapping[str, tuple["AdapterSpec", ...]]:
+        """Specs, of other methods too, that belong to this one, by the field that asks for them: one adapter has it all."""
+        return {}
+
+    @property
+    def ties_bind(self) -> bool:
+        """Whether it is an error if an end of a tie can't follow another one (see `Rule.follows_ties`)."""
+        return False
 
     def respelled(self, names: Mapping[str, str]) -> Self:
         """The spec for a model that calls the adapted modules otherwise: `names` has the new names by the old ones."""
