@@ -34,6 +34,7 @@ from peftc_rules.lora.config import LoraConfig
 from peftc_rules.p_tuning import PromptEncoderConfig
 from peftc_rules.prefix_tuning import PrefixTuningConfig
 from peftc_rules.prompt_tuning import PromptTuningConfig
+from peftc_rules.trainable_tokens.config import TrainableTokensConfig
 
 __all__ = [
     "AdapterError",
@@ -65,6 +66,7 @@ __all__ = [
     "RuleError",
     "Shape",
     "SpecError",
+    "TrainableTokensConfig",
     "compile",
     "get_peft_model_state_dict",
     "load",

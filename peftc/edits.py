@@ -87,7 +87,7 @@ class TrainedTensor:
 class Miss:
     """A selector, pattern, index or site that leads to no edit, with the reason. `error`: compile refuses it.
 
-    `fatal`: nothing of the adapter would be left without what is missing.
+    `fatal`: nothing of the adapter would be left without what is missing, or it can't do without.
     """
 
     adapter: str

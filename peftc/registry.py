@@ -58,13 +58,13 @@ def find_rule(spec: AdapterSpec, site: Site) -> Rule[Any] | None:
 
 def find_rules(spec: AdapterSpec, site: Site) -> tuple[Rule[Any], ...]:
     """The rules for `site` of `spec` and of the specs that belong to it."""
-    found = (find_rule(one, site) for one in (spec, *_companions(spec)))
+    found = (find_rule(one, site) for one in (spec, *companions_of(spec)))
     return tuple(dict.fromkeys(rule for rule in found if rule is not None))
 
 
 def rules_of(spec: AdapterSpec) -> tuple[Rule[Any], ...]:
     """The rules of the method of `spec`, and of those that belong to it."""
-    return tuple(dict.fromkeys(rule for one in (spec, *_companions(spec)) for rule in own_rules(one)))
+    return tuple(dict.fromkeys(rule for one in (spec, *companions_of(spec)) for rule in own_rules(one)))
 
 
 def own_rules(spec: AdapterSpec) -> tuple[Rule[Any], ...]:
@@ -78,7 +78,8 @@ def is_own(spec: AdapterSpec, rule: Rule[Any]) -> bool:
     return not rule.whole and isinstance(spec, rule.spec)
 
 
-def _companions(spec: AdapterSpec) -> tuple[AdapterSpec, ...]:
+def companions_of(spec: AdapterSpec) -> tuple[AdapterSpec, ...]:
+    """The specs that belong to `spec`."""
     return tuple(one for several in spec.companions().values() for one in several)
 
 

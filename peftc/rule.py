@@ -118,8 +118,9 @@ class Rule(Generic[S]):
     `local`: the axes of the canonical weight (`o` rows, `i` columns) along which a piece of the fold needs that piece only;
     "" if it takes the whole, a norm of rows is local in `o`.
     `identity`: a fresh adapter changes nothing. `version`: raise it when the same parameters come to mean something else.
-    `follows_ties`: where the model's input embedding is adapted, so are the other ends of its tie, by the rules for their
-    ops, with the same tensors.
+    `replaces_rows`: its tensors stand for rows of an embedding, which may be new in every process. So the other ends of the
+    input embedding's tie are adapted with it, by the rules for their ops and with the same tensors; files have the rows
+    alone; and the base is not compared there.
     `spellings`: (pattern, replacement) of keys that older files have. `columns`: constants that the plan's table shows.
 
     Example::
@@ -142,7 +143,7 @@ class Rule(Generic[S]):
     scale: ClassVar[str | None] = None
     local: ClassVar[str] = ""
     identity: ClassVar[bool] = True
-    follows_ties: ClassVar[bool] = False
+    replaces_rows: ClassVar[bool] = False
     spellings: ClassVar[tuple[tuple[str, str], ...]] = ()
     columns: ClassVar[Mapping[str, str]] = {}
     # The first parts of the keys that its tensors have in files (`lora_A`).

@@ -40,7 +40,7 @@ def embedding_state(
         )
     edits = program.adapters[adapter].edits
     targeted, whole = ({edit.site for edit in edits if edit.whole is saved} for saved in (False, True))
-    parts = any(edit.rule.follows_ties for edit in edits)  # As in PEFT, whoever trains rows saves rows.
+    parts = any(edit.rule.replaces_rows for edit in edits)  # As in PEFT, whoever trains rows saves rows.
     every = save is True or (bool(modules) and _resized(program))
     found: dict[str, Tensor] = {}
     for fqn in modules:

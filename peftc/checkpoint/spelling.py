@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peftc.graph.sites import is_pretrained
 from peftc.plan import MODULES_TO_SAVE
 from peftc.plan.match import selects
-from peftc.registry import own_rules, rules_of
+from peftc.registry import companions_of, own_rules, rules_of
 from peftc.specs import AdapterSpec, ParameterSelection
 
 # What wrappers of modules put into names: torch.compile, FSDP, torch's activation checkpointing.
@@ -178,8 +178,11 @@ _TEXTS = ("language_model.", "text_model.")
 
 
 def _firsts(spec: AdapterSpec) -> frozenset[str]:
-    """The first names that rules of the method give their tensors in files."""
-    return frozenset(name for rule in rules_of(spec) for name in rule.keys)
+    """The first names that tensors of the adapter have in files."""
+    inside = (one.kept_in for one in companions_of(spec))
+    return frozenset(name for rule in rules_of(spec) for name in rule.keys) | {
+        name for name in inside if name is not None
+    }
 
 
 def _tails(spec: AdapterSpec) -> re.Pattern[str]:

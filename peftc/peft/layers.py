@@ -32,6 +32,7 @@ __all__ = [
     "LoraLayer",
     "ModulesToSaveWrapper",
     "ParamWrapper",
+    "TrainableTokensLayer",
     "TrainableTokensWrapper",
 ]
 
@@ -293,6 +294,46 @@ class LoHaLayer(BaseTunerLayer):
         return {name: part.edit.constants["scaling"] for name, part in _parts(self).items()}
 
 
+class TrainableTokensLayer(BaseTunerLayer):
+    """A module of which rows are trained: `trainable_tokens_delta` and `token_indices` by adapter."""
+
+    adapter_layer_names = ("trainable_tokens_delta",)
+    other_param_names = ("token_indices", "trainable_tokens_original")
+
+    @Computed
+    def token_indices(self) -> dict[str, list[int]]:
+        """The tokens by adapter."""
+        return {name: list(cast(Any, part.edit.constants["token_indices"])) for name, part in _tokens(self).items()}
+
+    @Computed
+    def trainable_tokens_original(self) -> dict[str, Tensor]:
+        """The base's rows of them by adapter."""
+        weight = cast(Tensor, cast(nn.Module, self)._parameters["weight"]).detach()
+        return {name: weight[tokens] for name, tokens in cast(Any, self).token_indices.items()}
+
+    @Computed
+    def trainable_tokens_delta(self) -> Mapping[str, Tensor]:
+        """The rows by adapter, where they are those of a module that this one is tied to."""
+        return {name: part.tensors()["rows"] for name, part in _tokens(self).items()}
+
+    @Computed
+    def tied_adapter(self) -> Any:
+        """The module that has the rows, if another one does that this is tied to."""
+        first = next((part.edit.follows for part in _tokens(self).values()), None)
+        return None if first is None else _program(self).modules[first]
+
+    def get_merged_weights(self, active_adapters: Sequence[str]) -> Tensor:
+        """The weight with the rows of these adapters."""
+        parts = _tokens(self)
+        weight = cast(Tensor, cast(nn.Module, self)._parameters["weight"])
+        for part in (parts[name] for name in active_adapters if name in parts):
+            site = cast(WeightSite, part.site)
+            weight = canonical(
+                part.edit.rule.weight(canonical(weight, site), Bound({**part.tensors(), **part.edit.constants})), site
+            )
+        return weight
+
+
 class IA3Layer(BaseTunerLayer):
     """A module with (IA)³: `ia3_l` by adapter."""
 
@@ -367,8 +408,19 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """A module that adapters save whole: `modules_to_save` has the copies by adapter."""
 
 
-class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
-    """An embedding of which adapters train some rows."""
+class TrainableTokensWrapper(TrainableTokensLayer, AuxiliaryTrainingWrapper):
+    """An embedding of which adapters of another method train some rows."""
+
+    @Computed
+    def token_adapter(self) -> Any:
+        """What has the rows: the module itself."""
+        return self
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """By the name of a tensor in files, its name here."""
+        part = _tokens(self).get(adapter_name)
+        there = part is not None and part.edit.follows is None
+        return {"token_adapter.trainable_tokens_delta": f"trainable_tokens_delta.{adapter_name}"} if there else {}
 
 
 class _Scaling(dict[str, float]):
@@ -399,7 +451,12 @@ _CLASSES: Mapping[tuple[str, str], type[Any]] = {
     ("lora", "conv3d"): Conv3d,
     ("lora", "parameter"): ParamWrapper,
 }
-_BY_RULE: Mapping[str, type[Any]] = {"lora": LoraLayer, "ia3": IA3Layer, "loha": LoHaLayer}
+_BY_RULE: Mapping[str, type[Any]] = {
+    "lora": LoraLayer,
+    "ia3": IA3Layer,
+    "loha": LoHaLayer,
+    "trainable_tokens": TrainableTokensLayer,
+}
 
 
 def classes_at(edits: Iterable[Edit], sites: Mapping[str, Site]) -> tuple[type[Any], ...]:
@@ -413,6 +470,7 @@ def classes_at(edits: Iterable[Edit], sites: Mapping[str, Site]) -> tuple[type[A
         else:
             general = _BY_RULE.get(edit.rule.name, BaseTunerLayer)
             cls = _CLASSES.get((edit.rule.name, sites[edit.site].op), general)
+            cls = TrainableTokensWrapper if cls is TrainableTokensLayer and edit.saved_as is not None else cls
         if cls not in found:
             found.append(cls)
     return tuple(sorted(found, key=lambda cls: -len(cls.__mro__)))
@@ -455,6 +513,11 @@ def _set_flags(layer: Any, names: str | Sequence[str], on: bool) -> None:
                 part.tensor(param.key).requires_grad_(on and name in wanted)
     learning = [name for name in program.learning if name in wanted] if not on else wanted
     program.learning = tuple(name for name in program.plan.adapters if name in learning and on)
+
+
+def _tokens(layer: Any) -> dict[str, Part]:
+    """Of `_parts`, those with rows of tokens."""
+    return {name: part for name, part in _parts(layer).items() if "token_indices" in part.edit.constants}
 
 
 def _part(layer: Any, adapter: str) -> Part:

@@ -12,7 +12,12 @@ from peftc.peft.types import PeftType
 from peftc.registry import spec_classes
 
 # Methods whose adapters are on modules, by the first name of their tensors.
-_PREFIXES = {PeftType.LORA: "lora_", PeftType.IA3: "ia3_", PeftType.LOHA: "hada_"}
+_PREFIXES = {
+    PeftType.LORA: "lora_",
+    PeftType.IA3: "ia3_",
+    PeftType.LOHA: "hada_",
+    PeftType.TRAINABLE_TOKENS: "trainable_tokens_",
+}
 
 
 def _configs() -> dict[Any, type[Any]]:

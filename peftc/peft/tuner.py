@@ -8,12 +8,20 @@ from torch import Tensor, nn
 
 from peftc.errors import AdapterError
 from peftc.peft.configs import PeftConfig
-from peftc.peft.layers import BaseTunerLayer, IA3Layer, LoHaLayer, LoraLayer
+from peftc.peft.layers import BaseTunerLayer, IA3Layer, LoHaLayer, LoraLayer, TrainableTokensLayer
 from peftc.peft.roots import Root, attach, release, require_root, root_of
 from peftc.peft.types import PeftType
 from peftc.rewrite.mixed import mixed
 
-__all__ = ["BaseTuner", "IA3Model", "LoHaModel", "LoraModel", "MixedModel", "cast_adapter_dtype"]
+__all__ = [
+    "BaseTuner",
+    "IA3Model",
+    "LoHaModel",
+    "LoraModel",
+    "MixedModel",
+    "TrainableTokensModel",
+    "cast_adapter_dtype",
+]
 
 
 class BaseTuner(nn.Module):
@@ -205,11 +213,23 @@ class LoHaModel(BaseTuner):
     tuner_layer_cls = LoHaLayer
 
 
+class TrainableTokensModel(BaseTuner):
+    """A model of which rows of embeddings are trained."""
+
+    prefix = "trainable_tokens_"
+    tuner_layer_cls = TrainableTokensLayer
+
+
 class MixedModel(BaseTuner):
     """A model with adapters of several methods."""
 
 
-_CLASSES: Mapping[Any, type[BaseTuner]] = {PeftType.LORA: LoraModel, PeftType.IA3: IA3Model, PeftType.LOHA: LoHaModel}
+_CLASSES: Mapping[Any, type[BaseTuner]] = {
+    PeftType.LORA: LoraModel,
+    PeftType.IA3: IA3Model,
+    PeftType.LOHA: LoHaModel,
+    PeftType.TRAINABLE_TOKENS: TrainableTokensModel,
+}
 
 
 def tuner_class(config: Any) -> type[BaseTuner]:

@@ -52,7 +52,7 @@ def _with_ends(adapter: str, found: Match, others: Sequence[Match], index: SiteI
     """
     first = next((site for site in found.sites if site.fqn == index.input_embedding), None)
     rule = find_rule(found.spec, first) if first is not None else None
-    if first is None or rule is None or not rule.follows_ties:
+    if first is None or rule is None or not rule.replaces_rows:
         return found
     adapted = {site.fqn: other for other in others for site in other.sites}
     saved = [fqn for one in (found, *others) for fqn in one.saved]

@@ -220,10 +220,11 @@ def _edits(adapter: str, found: Match, access: Mapping[str, Access], dtype_for: 
         edits.append(
             weight_edit(adapter, found.spec, rule, site, own, dtype, shared.get(rule, {}), paths.get(site.fqn))
         )
-        if site.fqn in found.follows:
-            # PEFT's files repeat tensors that follow, of a method itself.
-            first = found.follows[site.fqn]
-            edits[-1] = replace(edits[-1], follows=first, saved_as=first if found.beside else None)
+        first, inside = found.follows.get(site.fqn), found.spec.kept_in
+        if inside is not None:
+            edits[-1] = replace(edits[-1], saved_as=f"{first or site.fqn}.{inside}")
+        if first is not None:
+            edits[-1] = replace(edits[-1], follows=first)
     return edits + [claim.edit(adapter) for claim in found.claims]
 
 

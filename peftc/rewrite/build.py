@@ -42,8 +42,11 @@ def require_applicable(plan: Plan, on_unmatched: str) -> None:
         return
     lines = " ".join(f"{type(plan.adapters[miss.adapter]).__name__}.{miss}" for miss in errors[:8])
     more = f" (and {len(errors) - 8} more)" if len(errors) > 8 else ""
-    if any(miss.fatal for miss in errors):
-        raise NoMatchError(f"{lines.rstrip('.')}{more}. Nothing of the adapter would be left.")
+    fatal = {miss.adapter for miss in errors if miss.fatal}
+    if fatal:
+        nothing = not any(edit.adapter in fatal for edit in plan.edits)
+        why = "Nothing of the adapter would be left" if nothing else "The adapter can't do without"
+        raise NoMatchError(f"{lines.rstrip('.')}{more}. {why}.")
     if on_unmatched == "error":
         raise NoMatchError(f"{lines}{more} Mend the spec, or pass on_unmatched='warn' to go on without them.")
     warnings.warn(f"{lines}{more}", stacklevel=4)

@@ -86,6 +86,8 @@ class AdapterSpec(BaseModel):
     defaulted: ClassVar[tuple[str, ...]] = ("target_modules",)
     # Whether the default of `target_modules` is the model's input embedding.
     on_embedding: ClassVar[bool] = False
+    # Of specs that belong to others: what keys of files have between the name of a module and those of its tensors.
+    kept_in: ClassVar[str | None] = None
     # What the keys of files begin with.
     key_prefix: ClassVar[str] = "base_model.model."
 
@@ -155,7 +157,7 @@ class AdapterSpec(BaseModel):
 
     @property
     def ties_bind(self) -> bool:
-        """Whether it is an error if an end of a tie can't follow another one (see `Rule.follows_ties`)."""
+        """Whether it is an error if an end of a tie can't follow another one (see `Rule.replaces_rows`)."""
         return False
 
     def respelled(self, names: Mapping[str, str]) -> Self:

@@ -8,8 +8,6 @@ from pydantic import BeforeValidator, Field, model_validator
 from peftc.specs import AdapterSpec
 from peftc.specs.base import plain
 
-ROWS, BESIDE = "trainable_tokens_delta", "token_adapter"
-
 
 def _named_once(value: Any) -> Any:
     tokens = tuple(value) if isinstance(value, list) else value
@@ -33,7 +31,6 @@ class TrainableTokensConfig(AdapterSpec):
     """
 
     on_embedding: ClassVar[bool] = True
-    rows_key: ClassVar[str] = ROWS  # What files call the rows.
 
     peft_type: Literal["TRAINABLE_TOKENS"] = "TRAINABLE_TOKENS"
     token_indices: Tokens = ()
@@ -48,7 +45,7 @@ class TrainableTokensConfig(AdapterSpec):
 class _Beside(TrainableTokensConfig):
     """The same as a part of another method's adapter. `strictly`: an end of a tie that can't follow is an error."""
 
-    rows_key: ClassVar[str] = f"{BESIDE}.{ROWS}"
+    kept_in: ClassVar[str | None] = "token_adapter"
 
     strictly: bool = False
 

@@ -10,14 +10,16 @@ from torch.nn import functional as F
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule
 
-from .config import BESIDE, ROWS, TrainableTokensConfig
+from .config import TrainableTokensConfig
+
+ROWS = "trainable_tokens_delta"
 
 
 class _TokenRows(Rule[TrainableTokensConfig]):
     """The weight by tokens, (tokens, dim), with `rows` for the `tokens`; `places` has by token which row is its own."""
 
-    name, spec, local, follows_ties = "trainable_tokens", TrainableTokensConfig, "oi", True
-    keys = (ROWS, BESIDE)
+    name, spec, local, replaces_rows = "trainable_tokens", TrainableTokensConfig, "oi", True
+    keys = (ROWS,)
     columns: ClassVar[Mapping[str, str]] = {"tokens": "count"}
     # The axes of the canonical weight along which tokens lie, and their dimensions.
     axes: ClassVar[tuple[str, str]]
@@ -28,7 +30,7 @@ class _TokenRows(Rule[TrainableTokensConfig]):
         by_token, by_dim = self.axes
         first = start if spec.init_weights else "normal"
         return {
-            "rows": Param((count, dim), first, spec.rows_key, use=self.use, axes=f".{by_dim}"),
+            "rows": Param((count, dim), first, ROWS, use=self.use, axes=f".{by_dim}"),
             "tokens": Param((count,), start, "token_index", use="lookup", axes=".", dtype="int64"),
             "places": Param((size,), start, "token_place", use="lookup", axes=by_token, dtype="int64"),
         }
