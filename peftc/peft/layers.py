@@ -408,19 +408,35 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
     """A module that adapters save whole: `modules_to_save` has the copies by adapter."""
 
 
-class TrainableTokensWrapper(TrainableTokensLayer, AuxiliaryTrainingWrapper):
+class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     """An embedding of which adapters of another method train some rows."""
 
+    adapter_layer_names = ("token_adapter.trainable_tokens_delta",)
+    other_param_names = ("token_adapter.token_indices", "token_adapter.trainable_tokens_original")
+
     @Computed
-    def token_adapter(self) -> Any:
-        """What has the rows: the module itself."""
-        return self
+    def token_adapter(self) -> "_TokenAdapter":
+        """What has the rows."""
+        return _TokenAdapter(self)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """By the name of a tensor in files, its name here."""
         part = _tokens(self).get(adapter_name)
         there = part is not None and part.edit.follows is None
         return {"token_adapter.trainable_tokens_delta": f"trainable_tokens_delta.{adapter_name}"} if there else {}
+
+
+class _TokenAdapter:
+    """The rows of a wrapped module, as a TrainableTokensLayer has them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        own = vars(TrainableTokensLayer).get(name)
+        if isinstance(own, Computed):
+            return own.__get__(self.module)
+        return own.__get__(self.module) if callable(own) else getattr(self.module, name)
 
 
 class _Scaling(dict[str, float]):

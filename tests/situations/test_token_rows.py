@@ -260,3 +260,42 @@ def test_the_state_has_what_peft_has() -> None:
     compiled = peftc.compile(model(True), beside())
     theirs = peft.get_peft_model(model(True), peft.LoraConfig(r=2, trainable_token_indices=TOKENS))
     assert set(peftc.get_peft_model_state_dict(compiled)) == set(peft.get_peft_model_state_dict(theirs))
+
+
+class _Head(torch.autograd.Function):
+    """What chunked losses do: the weight is an input of their own, and they give its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x, weight = ctx.saved_tensors
+        return gradients[0] @ weight, gradients[0].flatten(0, 1).T @ x.flatten(0, 1)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [ALONE, beside(modules_to_save=["lm_head"]), peftc.LoraConfig(r=2, target_modules=["q_proj", "lm_head"])],
+    ids=["rows", "saved", "lora"],
+)
+def test_a_head_whose_weight_is_read_past_its_call_is_trained(spec: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = model(True)
+    compiled = perturb(peftc.compile(base, spec))
+    hidden: dict[str, Any] = {}
+    for read in (False, True):
+        if read:
+
+            def forward(self: Any, ids: Any, **_: Any) -> Any:
+                x = self.model(ids).last_hidden_state
+                assert self.lm_head.weight.dtype == torch.float32
+                return _Head.apply(x, self.lm_head.weight)
+
+            monkeypatch.setattr(compiled.base, "forward", forward.__get__(compiled.base))
+        compiled.zero_grad()
+        y = compiled(IDS) if read else compiled(IDS).logits
+        y.square().mean().backward()
+        hidden[str(read)] = y, {name: p.grad.clone() for name, p in compiled.named_parameters() if p.requires_grad}
+    torch.testing.assert_close(hidden["True"], hidden["False"], rtol=1e-4, atol=1e-6)
