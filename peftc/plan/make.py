@@ -54,6 +54,8 @@ def make_plan(
     matches = {name: with_companions(name, found, index) for name, found in matches.items()}
     if fresh:
         matches = {name: [_without_unused(name, one, model, index) for one in all_] for name, all_ in matches.items()}
+    else:
+        matches = {name: _that_is_why(all_) for name, all_ in matches.items()}
     found_by = [(name, found) for name, all_ in matches.items() for found in all_]
     touched = {site.fqn: site for _, found in found_by for site in found.sites}
     sites = {fqn: touched[fqn] for fqn in (*index.sites, *index.inner) if fqn in touched}
@@ -122,6 +124,13 @@ def _match(
             spec, claims = found
             return Match(spec, (), saved, tuple(misses), claims)
     return match(adapter, spec, index)
+
+
+def _that_is_why(matches: list[Match]) -> list[Match]:
+    """The matches of an adapter from a file: if nothing is left of it, then for want of what can't be adapted."""
+    if any(found.sites or found.saved or found.claims for found in matches):
+        return matches
+    return [replace(one, misses=tuple(replace(miss, fatal=miss.error) for miss in one.misses)) for one in matches]
 
 
 def _without_unused(adapter: str, found: Match, model: nn.Module, index: SiteIndex) -> Match:
