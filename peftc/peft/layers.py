@@ -417,7 +417,7 @@ class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
     @Computed
     def token_adapter(self) -> "_TokenAdapter":
         """What has the rows."""
-        return _TokenAdapter(self)
+        return _TokenAdapter(cast(nn.Module, self))
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """By the name of a tensor in files, its name here."""

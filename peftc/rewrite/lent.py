@@ -51,14 +51,22 @@ def lent(parts: Iterable[Any], path: str, own: Tensor) -> Tensor:
 
     Computed at the first use: most who read a weight only ask for its dtype. Raises AdapterError there if that can't be.
     """
-    changed = [(part, change) for part in parts if (change := _change(part, path)) is not None]
-    if not changed:
+    changes: list[Change] = []
+    last, learns = None, False
+    for part in parts:
+        change = _change(part, path)
+        if change is not None:
+            changes.append(change)
+            last, learns = part, learns or _learns(part)
+    if last is None:
         return own
-    last, _ = changed[-1]
     if last.edit.whole:
         return last.live(path)
-    learns = any(part.live(param.key).requires_grad for part, _ in changed for param in part.edit.params)
-    return _later(own, lambda: _changed([change for _, change in changed], own), learns)
+    return _later(own, lambda: _changed(changes, own), learns)
+
+
+def _learns(part: Any) -> bool:
+    return any(part.live(param.key).requires_grad for param in part.edit.params)
 
 
 def _passed_on(make: Callable[[], Tensor], gradient: Tensor) -> None:
