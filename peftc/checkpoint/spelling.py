@@ -27,6 +27,14 @@ def unwrapped(name: str) -> str:
     return _WRAPPERS.sub("", name) if "_" in name else name
 
 
+def base_name(spec: AdapterSpec, key: str) -> str:
+    """The name of the parameter that `key` is of the base, if it is of one: without what wraps its module in PEFT."""
+    name = key.removeprefix(spec.key_prefix)
+    for inside in (one.kept_in for one in companions_of(spec)):
+        name = name.replace(f".{inside}.base_layer.", ".")
+    return name.replace(".base_layer.", ".")
+
+
 def respelled(
     model: nn.Module, spec: AdapterSpec, keys: Iterable[str], own: Container[str], base: Container[str]
 ) -> dict[str, str]:
@@ -36,10 +44,6 @@ def respelled(
     """
 
     prefix, at_adapter = spec.key_prefix, _tails(spec)
-
-    def in_base(key: str) -> bool:
-        return key.removeprefix(prefix).replace(".base_layer.", ".") in base
-
     found = {key: key for key in keys}
     others = [key for key in found if key not in own]
     names = _names_in(model) if others else _Names("", ())
@@ -48,7 +52,7 @@ def respelled(
         older = list(dict.fromkeys([key, plain, *_older_peft(plain, spec)]))
         candidates = [*older, *(other for one in older for other in _other_model(one, prefix, names, at_adapter))]
         mine = next((candidate for candidate in candidates if candidate in own), None)
-        found[key] = mine or next((candidate for candidate in candidates if in_base(candidate)), key)
+        found[key] = mine or next((candidate for candidate in candidates if base_name(spec, candidate) in base), key)
     return found
 
 

@@ -2,12 +2,12 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from peftc.checkpoint.embeddings import SaveEmbeddings, embedding_state, split_embeddings, take_over
+from peftc.checkpoint.embeddings import SaveEmbeddings, embedding_state, places_of, split_embeddings, take_over
 from peftc.checkpoint.keys import LoadResult, require_fit
 from peftc.checkpoint.spelling import by_plain_names, respelled, unwrapped
 from peftc.errors import CheckpointError
@@ -168,11 +168,13 @@ class Fit:
 def fit_of(program: Program, adapter: str, tensors: Mapping[str, Tensor]) -> Fit:
     """Find the place of each of `tensors`, by their names, shapes and dtypes alone."""
     own, spec = adapter_state_dict(program, adapter), program.adapters[adapter].spec
-    prefix = spec.key_prefix
-    wanted = [key for key in tensors if key in own or ".original_module." not in key]
+    again = _again(program, adapter)
+    wanted = [
+        key for key in tensors if key in own or (".original_module." not in key and again.get(key) not in tensors)
+    ]
     names = respelled(program.base, spec, wanted, own, program.given.requires_grad)
     given = {new: (old, tensors[old]) for old, new in names.items()}
-    embeddings, unexpected = split_embeddings(program, prefix, [key for key in given if key not in own])
+    embeddings, unexpected = split_embeddings(program, spec, [key for key in given if key not in own])
     targets = {**own, **{key: parameter_at(program.base, name) for key, name in embeddings.items()}}
     optional = _optional(program, adapter)
     pairs = {key: (old, value, targets[key]) for key, (old, value) in given.items() if key in targets}
@@ -193,6 +195,18 @@ def fit_of(program: Program, adapter: str, tensors: Mapping[str, Tensor]) -> Fit
         },
     )
     return Fit(own, {key: old for key, (old, _, _) in fitting.items()}, embeddings, result)
+
+
+def _again(program: Program, adapter: str) -> dict[str, str]:
+    """By the key under which a file may have a tensor once more, of a site that follows another one, its first key."""
+    edits, spec = program.adapters[adapter].edits, program.adapters[adapter].spec
+    places = places_of(edits)
+    found: dict[str, str] = {}
+    for edit in (edit for edit in edits if edit.follows is not None and edit.saved_as is not None):
+        for param in edit.params:
+            key = key_of(spec, edit, param)
+            found[key_of(spec, replace(edit, saved_as=places[edit.site]), param)] = key
+    return found
 
 
 def _start_others(program: Program, adapter: str, fit: Fit) -> None:

@@ -46,6 +46,7 @@ def match(adapter: str, spec: AdapterSpec, index: SiteIndex) -> Match:
     unwanted = _excluded(adapter, spec, index, misses) | _inside(names, saved)
     names = [name for name in names if name not in unwanted]
     names = _in_layers(adapter, spec, names, misses)
+    refused: list[Miss] = []
     unique: dict[str, WeightSite] = {}  # An attention, and one of its parameters by name, may both be given.
     chosen = [("target_modules", name, site) for name in names for site in _expanded(spec, index.sites[name], index)]
     chosen += [("target_parameters", name, index.inner[name]) for name in _parameters(adapter, spec, index, misses)]
@@ -56,9 +57,12 @@ def match(adapter: str, spec: AdapterSpec, index: SiteIndex) -> Match:
         else:
             error = _is_listed(spec) or field == "target_parameters"
             misses.append(Miss(adapter, field, name, reason, error))
+            refused.append(misses[-1])
     sites = list(unique.values())
     misses += _unused_patterns(adapter, spec, sites)
-    if not sites and not saved and not any(miss.error for miss in misses):
+    if not sites and not saved and refused:
+        misses = [dataclasses.replace(miss, error=True) if miss in refused else miss for miss in misses]
+    elif not sites and not saved and not any(miss.error for miss in misses):
         reason = "selects nothing: all it matches is excluded or in modules_to_save"
         targets = spec.target_modules or ()
         value = targets if isinstance(targets, str) else ", ".join(targets)

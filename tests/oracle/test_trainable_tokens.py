@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import LlamaForCausalLM
 
 import peftc
 from tests.support.models import inputs_for, model_of
@@ -134,3 +135,40 @@ def test_merging_on_disk(kind: str, how: str, tied: bool, tmp_path: Path) -> Non
     peftc.unmerge_checkpoint(tmp_path / "merged", tmp_path / "back", progress=False)
     files = [tmp_path / name / "model.safetensors" for name in ("back", "base")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("how", CONFIGS)
+def test_whole_embeddings_where_the_vocabulary_has_grown(how: str, tied: bool, tmp_path: Path) -> None:
+    """By peft's `auto`, and into one another's models; of an untied head, peft alone forgets the new rows."""
+    model_of("llama", tie_word_embeddings=tied).save_pretrained(tmp_path / "base")
+
+    def grown(seed: int) -> Any:
+        base = LlamaForCausalLM.from_pretrained(tmp_path / "base").eval()
+        torch.manual_seed(seed)
+        base.resize_token_embeddings(67)
+        return base
+
+    def logits(model: Any) -> Tensor:
+        found = model(torch.tensor([[64, 5, 66, 7]])).logits
+        return found if tied or how == "beside" else found[..., :64]
+
+    config = CONFIGS[how]()
+    tokens = "token_indices" if how == "alone" else "trainable_token_indices"
+    setattr(config, tokens, [64, 66, 5])
+    theirs = theirs_of(grown(0), config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = peftc.load(grown(1), tmp_path / "theirs")
+    torch.testing.assert_close(logits(ours), logits(theirs), rtol=1e-4, atol=1e-5)
+    ours.save_pretrained(tmp_path / "ours")
+    one, other = (set(load_file(tmp_path / name / "adapter_model.safetensors")) for name in ("theirs", "ours"))
+    assert other - one == (set() if tied or how == "beside" else {"base_model.model.lm_head.weight"})
+    repeated = {key for key in one - other if key.startswith("base_model.model.lm_head.token_adapter.trainable")}
+    assert one - other == repeated  # The same rows once more.
+    again = peft.PeftModel.from_pretrained(grown(2), str(tmp_path / "ours")).eval()
+    torch.testing.assert_close(logits(again), logits(theirs), rtol=1e-4, atol=1e-5)
+    peftc.merge_checkpoint(tmp_path / "base", tmp_path / "ours", tmp_path / "merged", progress=False)
+    merged = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert merged.config.vocab_size == 67
+    torch.testing.assert_close(logits(merged), logits(theirs), rtol=1e-4, atol=1e-5)
