@@ -74,7 +74,7 @@ def test_only_rows_of_a_grown_vocabulary_are_saved(make: Any, tied: bool, tmp_pa
     def grown(seed: int) -> Any:
         base = type(model()).from_pretrained(tmp_path / "base").eval()
         torch.manual_seed(seed)
-        base.resize_token_embeddings(67)
+        base.resize_token_embeddings(67, mean_resizing=False)
         return base
 
     tokens = [64, 65, 66]
@@ -104,6 +104,7 @@ def test_only_rows_of_a_grown_vocabulary_are_saved(make: Any, tied: bool, tmp_pa
 def test_modules_by_name_and_ends_of_a_tie() -> None:
     base, both = model(True), {"embed_tokens": [5, 1], "lm_head": [5, 1]}
     plan = peftc.plan(base, beside(both))
+    assert peftc.plan(base, ALONE).costs.trainable == 3 * 32
     ends = {edit.site: edit.follows for edit in plan.edits if edit.rule.name == "trainable_tokens"}
     assert ends == {"model.embed_tokens": None, "lm_head": "model.embed_tokens"}
     other = {"embed_tokens": [5, 1], "lm_head": [2]}
