@@ -39,6 +39,11 @@ class PlannedParam:
         return self.trainable or self.init in ("copy", "rule")
 
     @property
+    def is_table(self) -> bool:
+        """Whether it follows from the spec, and nobody trains or saves it: a buffer."""
+        return self.init == "derived" and not self.trainable
+
+    @property
     def numel(self) -> int:
         """Number of elements."""
         return prod(self.shape)

@@ -142,8 +142,7 @@ def load_state(
     left = require_fit(fit.result, fit.own, where, strict or (odd and not resized))
     values = {key: tensors[source] for key, source in fit.sources.items()}
     require_values(program, adapter, values, fit, where)
-    if attached:
-        _start_others(program, adapter, fit)
+    _start_others(program, adapter, fit, tables_only=not attached)
     _copy(program, adapter, {key: value for key, value in values.items() if key in fit.own}, fit.own, encoder or {})
     for key, name in fit.embeddings.items():
         if key in values:
@@ -209,10 +208,12 @@ def _again(program: Program, adapter: str) -> dict[str, str]:
     return found
 
 
-def _start_others(program: Program, adapter: str, fit: Fit) -> None:
+def _start_others(program: Program, adapter: str, fit: Fit, tables_only: bool) -> None:
+    """Initialise what the file has not; `tables_only`: of an adapter that has values, what follows from its spec alone."""
     own = program.adapters[adapter]
     for edit in own.edits:
         others = [param for param in edit.params if key_of(own.spec, edit, param) not in fit.sources]
+        others = [param for param in others if param.is_table] if tables_only else others
         if others and edit.rule.container is None and edit.follows is None:
             start_alone(program, edit, others)
 

@@ -11,6 +11,7 @@ from peftc.peft.configs import PeftConfig
 from peftc.peft.layers import BaseTunerLayer, IA3Layer, LoHaLayer, LoraLayer, TrainableTokensLayer
 from peftc.peft.roots import Root, attach, release, require_root, root_of
 from peftc.peft.types import PeftType
+from peftc.registry import is_own
 from peftc.rewrite.mixed import mixed
 
 __all__ = [
@@ -76,7 +77,9 @@ class BaseTuner(nn.Module):
     def targeted_module_names(self) -> list[str]:
         """The modules that are adapted, in module order."""
         program = self.root.program
-        sites = (program.plan.sites[edit.site] for edit in program.plan.edits if not edit.whole)
+        specs = program.plan.adapters
+        own = (edit for edit in program.plan.edits if is_own(specs[edit.adapter], edit.rule) and not edit.follows)
+        sites = [program.plan.sites[edit.site] for edit in own]
         return list(dict.fromkeys(site.owner if getattr(site, "host", None) is None else site.fqn for site in sites))
 
     @property

@@ -199,6 +199,14 @@ def _attach_tensor(
 ) -> None:
     adapter = part.edit.adapter
     first, dot, rest = param.key.partition(".")
+    if param.is_table:
+        tables = _child(holder, first, Container)
+        module, rest = tables._modules.get(adapter), VALUE
+        if module is None:
+            module = tables._modules[adapter] = _blank(Holder)
+            module.register_buffer(VALUE, _allocated(part, param, device, None))
+        part.owners[param.key], part.__dict__[first] = (module, VALUE), module
+        return
     if dot:
         holders = _child(holder, first, Container)
         # The names were checked before, so there is no need to look for them again in every module.
