@@ -81,7 +81,7 @@ def respelled_spec(model: nn.Module, spec: AdapterSpec, keys: Iterable[str]) -> 
         update["modules_to_save"] = tuple(_container(name, moved) for name in spec.modules_to_save)
     if adapted and (not _goes_by_plain_names(spec, adapted.values()) or _takes_more(model, spec, adapted)):
         spec = spec.respelled(adapted)
-    return spec.model_copy(update=update)
+    return spec.model_copy(update=update).renamed(lambda name: _container(name, moved))
 
 
 def _goes_by_plain_names(spec: AdapterSpec, fqns: Iterable[str]) -> bool:

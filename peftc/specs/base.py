@@ -2,7 +2,7 @@
 
 import enum
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -154,6 +154,10 @@ class AdapterSpec(BaseModel):
     def companions(self) -> Mapping[str, tuple["AdapterSpec", ...]]:
         """Specs, of other methods too, that belong to this one, by the field that asks for them: one adapter has it all."""
         return {}
+
+    def renamed(self, rename: Callable[[str], str]) -> Self:
+        """The spec for a model that calls modules otherwise which its companions name."""
+        return self
 
     @property
     def ties_bind(self) -> bool:

@@ -1,6 +1,6 @@
 """Trainable tokens: which rows of which embeddings."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -72,6 +72,13 @@ class TokensBeside(AdapterSpec):
                 " the ends of a tie stay apart; leave it at False"
             )
         return self
+
+    def renamed(self, rename: Callable[[str], str]) -> Self:
+        asked = self.trainable_token_indices
+        if not isinstance(asked, dict):
+            return self
+        update = {"trainable_token_indices": {rename(name): tokens for name, tokens in asked.items()}}
+        return self.model_copy(update=update)
 
     def companions(self) -> Mapping[str, tuple[AdapterSpec, ...]]:
         asked, strictly = self.trainable_token_indices, self.ensure_weight_tying

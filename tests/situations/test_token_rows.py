@@ -300,3 +300,15 @@ def test_a_head_whose_weight_is_read_past_its_call_is_trained(spec: Any, monkeyp
         y.square().mean().backward()
         hidden[str(read)] = y, {name: p.grad.clone() for name, p in compiled.named_parameters() if p.requires_grad}
     torch.testing.assert_close(hidden["True"], hidden["False"], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "model.embed_tokens"])
+def test_a_file_loads_where_modules_are_called_otherwise(name: str, tmp_path: Path) -> None:
+    base = model()
+    compiled = perturb(peftc.compile(base, beside({name: TOKENS}, target_modules=["q_proj"])))
+    compiled.save_pretrained(tmp_path)
+    loaded = peftc.load(base.model, tmp_path, verify="files")
+    torch.testing.assert_close(loaded(IDS).last_hidden_state, compiled.base.model(IDS).last_hidden_state)
+    loaded.save_pretrained(tmp_path / "again")
+    again = peftc.load(base, tmp_path / "again", verify="files")
+    torch.testing.assert_close(again(IDS).logits, compiled(IDS).logits)
