@@ -58,9 +58,10 @@ class _TokenRows(Rule[TrainableTokensConfig]):
         return weight.mT if self.axes[0] == "i" else weight
 
     def derived(self, name: str, shape: tuple[int, ...], p: Any) -> Tensor:
-        tokens = torch.tensor(p.token_indices)
+        tokens = torch.tensor(p.token_indices, device="cpu")  # Whatever the caller's default is.
         if name == "places":
-            return torch.full(shape, p.count).index_copy(0, tokens, torch.arange(p.count))
+            every = torch.full(shape, p.count, device="cpu")
+            return every.index_copy(0, tokens, torch.arange(p.count, device="cpu"))
         return tokens if name == "tokens" else self.turned(p.weight)[tokens.to(p.weight.device)]
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:

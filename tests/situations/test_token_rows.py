@@ -217,6 +217,9 @@ def test_copies_pickles_and_plain_models(tied: bool) -> None:
         with torch.no_grad():
             rows[0].add_(1)
         assert not torch.allclose(again(IDS).logits, y)
+    with torch.device("meta"):
+        fresh = peftc.compile(model(tied).to_empty(device="cpu"), ALONE)
+    assert fresh.base.model.embed_tokens.token_index.default.value.tolist() == TOKENS
     meta = peftc.compile(model(tied).to("meta"), ALONE)
     assert meta(IDS.to("meta")).logits.shape == y.shape
     assert torch.equal(peftc.compile(model(tied), beside()).unload()(IDS).logits, model(tied)(IDS).logits)
