@@ -50,6 +50,7 @@ from peftc_rules.prompt_tuning import PromptTuningConfig
 from peftc_rules.randlora import RandLoraConfig
 from peftc_rules.road import RoadConfig
 from peftc_rules.shira import ShiraConfig
+from peftc_rules.trainable_tokens.config import TrainableTokensConfig
 from peftc_rules.vblora import VBLoRAConfig
 from peftc_rules.vera import VeraConfig
 
@@ -98,6 +99,7 @@ __all__ = [
     "Shape",
     "ShiraConfig",
     "SpecError",
+    "TrainableTokensConfig",
     "VBLoRAConfig",
     "VeraConfig",
     "compile",

@@ -39,6 +39,11 @@ class PlannedParam:
         return self.trainable or self.init in ("copy", "rule") or (self.init == "drawn" and self.seed is None)
 
     @property
+    def is_table(self) -> bool:
+        """Whether it follows from the spec, and nobody trains or saves it: a buffer."""
+        return self.init == "derived" and not self.trainable
+
+    @property
     def numel(self) -> int:
         """Number of elements."""
         return prod(self.shape)
@@ -49,7 +54,8 @@ class Edit:
     """One change: adapter `adapter` replaces the operands `slots` of site `site` by rule `rule`.
 
     `opaque`: the site's own forward can't be traced and is called as it is. `unmergeable` is the reason why the edit can't
-    be folded, if there is one. `saved_as`: what checkpoint keys have for the site, if not its fqn.
+    be folded, if there is one. `saved_as`: what checkpoint keys have for the site, if not its fqn. `follows`: the site,
+    whose weight is the very tensor, of the edit that this one follows: its tensors are that one's.
     """
 
     site: str
@@ -63,6 +69,7 @@ class Edit:
     opaque: bool = False
     unmergeable: str | None = None
     saved_as: str | None = None
+    follows: str | None = None
 
     @property
     def whole(self) -> bool:
@@ -85,7 +92,7 @@ class TrainedTensor:
 class Miss:
     """A selector, pattern, index or site that leads to no edit, with the reason. `error`: compile refuses it.
 
-    `fatal`: nothing of the adapter would be left without what is missing.
+    `fatal`: nothing of the adapter would be left without what is missing, or it can't do without.
     """
 
     adapter: str

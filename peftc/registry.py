@@ -56,10 +56,31 @@ def find_rule(spec: AdapterSpec, site: Site) -> Rule[Any] | None:
     return next((rule for rule in chosen if type(rule).serves is not Rule.serves), chosen[0] if chosen else None)
 
 
+def find_rules(spec: AdapterSpec, site: Site) -> tuple[Rule[Any], ...]:
+    """The rules for `site` of `spec` and of the specs that belong to it."""
+    found = (find_rule(one, site) for one in (spec, *companions_of(spec)))
+    return tuple(dict.fromkeys(rule for rule in found if rule is not None))
+
+
 def rules_of(spec: AdapterSpec) -> tuple[Rule[Any], ...]:
-    """The rules of the method of `spec`."""
+    """The rules of the method of `spec`, and of those that belong to it."""
+    return tuple(dict.fromkeys(rule for one in (spec, *companions_of(spec)) for rule in own_rules(one)))
+
+
+def own_rules(spec: AdapterSpec) -> tuple[Rule[Any], ...]:
+    """The rules of the method of `spec` itself."""
     found = (rule for (peft_type, _), several in _table().items() if peft_type == spec.peft_type for rule in several)
     return tuple(dict.fromkeys(found))
+
+
+def is_own(spec: AdapterSpec, rule: Rule[Any]) -> bool:
+    """Whether `rule` is of the method of `spec` itself: not of a spec that belongs to it, nor a module saved whole."""
+    return not rule.whole and isinstance(spec, rule.spec)
+
+
+def companions_of(spec: AdapterSpec) -> tuple[AdapterSpec, ...]:
+    """The specs that belong to `spec`."""
+    return tuple(one for several in spec.companions().values() for one in several)
 
 
 def ops_of(spec: AdapterSpec) -> tuple[str, ...]:

@@ -28,8 +28,8 @@ class Param:
     """A tensor that an adapter adds to a site.
 
     `init`: `zeros`, `ones`, `constant:<value>`, `normal` or `normal:<std>`, `uniform:<bound>`, `kaiming_uniform`, `rule`
-    (by `Rule.initialise`) or `drawn` (by `Rule.draw`). `seed`: it is drawn with this seed, the same everywhere; such a
-    tensor need not be saved.
+    (by `Rule.initialise`), `drawn` (by `Rule.draw`) or `derived` (by `Rule.derived`). `seed`: it is drawn with this seed,
+    the same everywhere; such a tensor need not be saved.
     `key`: its name in checkpoints, by default its name in the rule; the live name has the adapter's name after the
     first part (`lora_A.weight` is the parameter `lora_A.default.weight`). `dtype`: its own, if not the adapter's; an
     integer one is never trained. `trainable=False`: frozen; saved only if its `init` is `rule`, or `drawn` without a
@@ -57,7 +57,8 @@ class Bound:
     """What a rule's functions get as `p`: its parameters, constants and dropouts by name, and the site's own `op`.
 
     `p.op(x, weight)` is the site's operation (with its stride, padding, …) on another weight, without bias;
-    for convolutions `groups=` replaces the site's, and `p.pointwise(x, weight, bias, groups=)` is a 1×1 one.
+    for convolutions `groups=` replaces the site's, and `p.pointwise(x, weight, bias, groups=)` is a 1×1 one; for
+    embeddings `padding_idx=` does, which is `p.padding_idx`.
     `p.weight` and `p.bias` are the base's own, canonical, as they are before this adapter; read only if asked for.
     """
 
@@ -118,6 +119,9 @@ class Rule(Generic[S]):
     `local`: the axes of the canonical weight (`o` rows, `i` columns) along which a piece of the fold needs that piece only;
     "" if it takes the whole, a norm of rows is local in `o`.
     `identity`: a fresh adapter changes nothing. `version`: raise it when the same parameters come to mean something else.
+    `replaces_rows`: its tensors stand for rows of an embedding, which may be new in every process. So the other ends of the
+    input embedding's tie are adapted with it, by the rules for their ops and with the same tensors; files have the rows
+    alone; and the base is not compared there.
     `spellings`: (pattern, replacement) of keys that older files have. `columns`: constants that the plan's table shows.
 
     Example::
@@ -140,6 +144,7 @@ class Rule(Generic[S]):
     scale: ClassVar[str | None] = None
     local: ClassVar[str] = ""
     identity: ClassVar[bool] = True
+    replaces_rows: ClassVar[bool] = False
     spellings: ClassVar[tuple[tuple[str, str], ...]] = ()
     columns: ClassVar[Mapping[str, str]] = {}
     # The first parts of the keys that its tensors have in files (`lora_A`).
@@ -270,6 +275,12 @@ class Rule(Generic[S]):
         """Values of the parameters whose `init` is `drawn`, on the CPU, from the constants alone: the same everywhere."""
         raise NotImplementedError
 
+    def derived(self, name: str, shape: tuple[int, ...], p: Any) -> Tensor:
+        """The parameter `name`, whose `init` is `derived`: it follows from constants, or from a part of `p.weight`, which
+        is the stored one, canonical. If it is not trained it is not saved, and follows from constants alone.
+        """
+        raise NotImplementedError
+
     def module(self, spec: S, site: Any) -> nn.Module:
         """For ops whose adapters hold a module instead of parameters (virtual tokens): that module."""
         raise NotImplementedError
@@ -305,7 +316,7 @@ class Rule(Generic[S]):
         raise NotImplementedError
 
 
-_INITS = r"zeros|ones|kaiming_uniform|rule|drawn|normal(:[\d.e-]+)?|(uniform|constant):[\d.e+-]+"
+_INITS = r"zeros|ones|kaiming_uniform|rule|drawn|derived|normal(:[\d.e-]+)?|(uniform|constant):[\d.e+-]+"
 
 
 def validate(

@@ -52,9 +52,10 @@ def fingerprint_of(program: Program, adapter: str, full: Mapping[str, Tensor] | 
         named = {name: tensor for name, tensor in named.items() if not is_sharded(tensor)}
     heads = tuple(f"{edit.site}." for edit in program.plan.edits if edit.whole)
     whole = {name: t for name, t in named.items() if t.dim() >= 2 and not name.startswith(heads)}
-    sites = (program.plan.sites[edit.site] for edit in program.adapters[adapter].edits)
-    adapted = {site.weight for site in sites if isinstance(site, WeightSite)}
-    own = [name for name in whole if name in adapted]
+    pairs = [(program.plan.sites[edit.site], edit.rule) for edit in program.adapters[adapter].edits]
+    weights = {site.weight: rule for site, rule in pairs if isinstance(site, WeightSite)}
+    whole = {name: t for name, t in whole.items() if name not in weights or not weights[name].replaces_rows}
+    own = [name for name in whole if name in weights]
     chosen = dict.fromkeys([*_spread(own, _TENSORS * 3 // 4), *_spread(list(whole), _TENSORS // 4)])
     samples = {name: sample for name in chosen if (sample := _sample_of(name, whole[name])) is not None}
     return BaseFingerprint(_architecture(program.base), _structure(named), samples)

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 from peftc.checkpoint.base import originals
+from peftc.checkpoint.spelling import base_name
+from peftc.edits import Edit
 from peftc.errors import CheckpointError
 from peftc.graph.finding import module_at, parameter_at
 from peftc.graph.sites import is_pretrained, parameter_name, transformers_config
 from peftc.rewrite.program import Program
 from peftc.rewrite.sharding import is_flattened, is_sharded
+from peftc.specs import AdapterSpec
 
 SaveEmbeddings = bool | Literal["auto"]
 # PEFT's own list: the names for which `auto` saves a targeted embedding.
@@ -40,10 +43,12 @@ def embedding_state(
         )
     edits = program.adapters[adapter].edits
     targeted, whole = ({edit.site for edit in edits if edit.whole is saved} for saved in (False, True))
+    places = places_of(edits)
+    parts = any(edit.rule.replaces_rows for edit in edits)  # As in PEFT, whoever trains rows saves rows.
     every = save is True or (bool(modules) and _resized(program))
     found: dict[str, Tensor] = {}
     for fqn in modules:
-        common = fqn in targeted and fqn.rpartition(".")[2] in _COMMON
+        common = fqn in targeted and fqn.rpartition(".")[2] in _COMMON and not parts
         for leaf in module_at(program.base, fqn)._parameters:
             name = parameter_name(fqn, leaf)
             if (
@@ -51,20 +56,30 @@ def embedding_state(
                 and fqn not in whole
                 and (every or common or program.overlay.brings(name, adapter))
             ):
-                key = prefix + parameter_name(fqn, f"base_layer.{leaf}" if fqn in targeted else leaf)
+                key = prefix + (f"{places[fqn]}.base_layer.{leaf}" if fqn in targeted else parameter_name(fqn, leaf))
                 value = _value(program, name, adapter)
                 found[key] = full.get(name, value) if is_sharded(value) or is_flattened(value) else value
     return found
 
 
-def split_embeddings(program: Program, prefix: str, keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+def places_of(edits: Iterable[Edit]) -> dict[str, str]:
+    """By site, what keys have for it: of one that follows another, its own name with what the other's has in it."""
+    found: dict[str, str] = {}
+    for edit in edits:
+        first, saved_as = edit.follows or edit.site, edit.saved_as
+        inside = saved_as.removeprefix(first) if saved_as is not None and saved_as.startswith(f"{first}.") else ""
+        found[edit.site] = edit.site + inside
+    return found
+
+
+def split_embeddings(program: Program, spec: AdapterSpec, keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """Keys of whole embeddings with the base parameter they are, and keys that are nothing known."""
     keys = list(keys)
     heads = _embeddings(program) if keys else []
     embeddings: dict[str, str] = {}
     unexpected: list[str] = []
     for key in keys:
-        name = key.removeprefix(prefix).replace(".base_layer.", ".")
+        name = base_name(spec, key)
         module, _, leaf = name.rpartition(".")
         if name in program.given.requires_grad and (leaf == "weight" or module in heads):
             embeddings[key] = name

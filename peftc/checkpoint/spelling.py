@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peftc.graph.sites import is_pretrained
 from peftc.plan import MODULES_TO_SAVE
 from peftc.plan.match import selects
-from peftc.registry import rules_of
+from peftc.registry import companions_of, own_rules, rules_of
 from peftc.specs import AdapterSpec, ParameterSelection
 
 # What wrappers of modules put into names: torch.compile, FSDP, torch's activation checkpointing.
@@ -27,6 +27,14 @@ def unwrapped(name: str) -> str:
     return _WRAPPERS.sub("", name) if "_" in name else name
 
 
+def base_name(spec: AdapterSpec, key: str) -> str:
+    """The name of the parameter that `key` is of the base, if it is of one: without what wraps its module in PEFT."""
+    name = key.removeprefix(spec.key_prefix)
+    for inside in (one.kept_in for one in companions_of(spec)):
+        name = name.replace(f".{inside}.base_layer.", ".")
+    return name.replace(".base_layer.", ".")
+
+
 def respelled(
     model: nn.Module, spec: AdapterSpec, keys: Iterable[str], own: Container[str], base: Container[str]
 ) -> dict[str, str]:
@@ -36,10 +44,6 @@ def respelled(
     """
 
     prefix, at_adapter = spec.key_prefix, _tails(spec)
-
-    def in_base(key: str) -> bool:
-        return key.removeprefix(prefix).replace(".base_layer.", ".") in base
-
     found = {key: key for key in keys}
     others = [key for key in found if key not in own]
     names = _names_in(model) if others else _Names("", ())
@@ -48,7 +52,7 @@ def respelled(
         older = list(dict.fromkeys([key, plain, *_older_peft(plain, spec)]))
         candidates = [*older, *(other for one in older for other in _other_model(one, prefix, names, at_adapter))]
         mine = next((candidate for candidate in candidates if candidate in own), None)
-        found[key] = mine or next((candidate for candidate in candidates if in_base(candidate)), key)
+        found[key] = mine or next((candidate for candidate in candidates if base_name(spec, candidate) in base), key)
     return found
 
 
@@ -77,7 +81,7 @@ def respelled_spec(model: nn.Module, spec: AdapterSpec, keys: Iterable[str]) -> 
         update["modules_to_save"] = tuple(_container(name, moved) for name in spec.modules_to_save)
     if adapted and (not _goes_by_plain_names(spec, adapted.values()) or _takes_more(model, spec, adapted)):
         spec = spec.respelled(adapted)
-    return spec.model_copy(update=update)
+    return spec.model_copy(update=update).renamed(lambda name: _container(name, moved))
 
 
 def _goes_by_plain_names(spec: AdapterSpec, fqns: Iterable[str]) -> bool:
@@ -109,7 +113,8 @@ def _container(name: str, moved: Mapping[str, str]) -> str:
 
 def _moved(model: nn.Module, spec: AdapterSpec, keys: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
     """By module of the file, the module of `model` that it is (itself, if there is none); of all, and of those adapted."""
-    prefix, at_adapter, firsts = spec.key_prefix, _tails(spec), _firsts(spec)
+    prefix, at_adapter = spec.key_prefix, _tails(spec)
+    firsts = frozenset(name for rule in own_rules(spec) for name in rule.keys)
     known = dict[str, nn.Module | None]({"": model})
 
     def module(fqn: str) -> nn.Module | None:
@@ -177,8 +182,11 @@ _TEXTS = ("language_model.", "text_model.")
 
 
 def _firsts(spec: AdapterSpec) -> frozenset[str]:
-    """The first names that rules of the method give their tensors in files."""
-    return frozenset(name for rule in rules_of(spec) for name in rule.keys)
+    """The first names that tensors of the adapter have in files."""
+    inside = (one.kept_in for one in companions_of(spec))
+    return frozenset(name for rule in rules_of(spec) for name in rule.keys) | {
+        name for name in inside if name is not None
+    }
 
 
 def _tails(spec: AdapterSpec) -> re.Pattern[str]:

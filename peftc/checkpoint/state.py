@@ -2,12 +2,12 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from peftc.checkpoint.embeddings import SaveEmbeddings, embedding_state, split_embeddings, take_over
+from peftc.checkpoint.embeddings import SaveEmbeddings, embedding_state, places_of, split_embeddings, take_over
 from peftc.checkpoint.keys import LoadResult, require_fit
 from peftc.checkpoint.spelling import by_plain_names, respelled, unwrapped
 from peftc.errors import CheckpointError
@@ -173,8 +173,7 @@ def load_state(
     left = require_fit(fit.result, fit.own, where, strict or (odd and not resized))
     values = {key: tensors[source] for key, source in fit.sources.items()}
     require_values(program, adapter, values, fit, where)
-    if attached:
-        _start_others(program, adapter, fit)
+    _start_others(program, adapter, fit, tables_only=not attached)
     _copy(program, adapter, {key: value for key, value in values.items() if key in fit.own}, fit.own, encoder or {})
     for key, name in fit.embeddings.items():
         if key in values:
@@ -199,11 +198,13 @@ class Fit:
 def fit_of(program: Program, adapter: str, tensors: Mapping[str, Tensor]) -> Fit:
     """Find the place of each of `tensors`, by their names, shapes and dtypes alone."""
     own, spec = adapter_state_dict(program, adapter), program.adapters[adapter].spec
-    prefix = spec.key_prefix
-    wanted = [key for key in tensors if key in own or ".original_module." not in key]
+    again = _again(program, adapter)
+    wanted = [
+        key for key in tensors if key in own or (".original_module." not in key and again.get(key) not in tensors)
+    ]
     names = respelled(program.base, spec, wanted, own, program.given.requires_grad)
     given = {new: (old, tensors[old]) for old, new in names.items()}
-    embeddings, unexpected = split_embeddings(program, prefix, [key for key in given if key not in own])
+    embeddings, unexpected = split_embeddings(program, spec, [key for key in given if key not in own])
     targets = {**own, **{key: parameter_at(program.base, name) for key, name in embeddings.items()}}
     optional = _optional(program, adapter)
     pairs = {key: (old, value, targets[key]) for key, (old, value) in given.items() if key in targets}
@@ -226,11 +227,25 @@ def fit_of(program: Program, adapter: str, tensors: Mapping[str, Tensor]) -> Fit
     return Fit(own, {key: old for key, (old, _, _) in fitting.items()}, embeddings, result)
 
 
-def _start_others(program: Program, adapter: str, fit: Fit) -> None:
+def _again(program: Program, adapter: str) -> dict[str, str]:
+    """By the key under which a file may have a tensor once more, of a site that follows another one, its first key."""
+    edits, spec = program.adapters[adapter].edits, program.adapters[adapter].spec
+    places = places_of(edits)
+    found: dict[str, str] = {}
+    for edit in (edit for edit in edits if edit.follows is not None and edit.saved_as is not None):
+        for param in edit.params:
+            key = key_of(spec, edit, param)
+            found[key_of(spec, replace(edit, saved_as=places[edit.site]), param)] = key
+    return found
+
+
+def _start_others(program: Program, adapter: str, fit: Fit, tables_only: bool) -> None:
+    """Initialise what the file has not; `tables_only`: of an adapter that has values, what follows from its spec alone."""
     own = program.adapters[adapter]
     for edit in own.edits:
         others = [param for param in edit.params if key_of(own.spec, edit, param) not in fit.sources]
-        if others and edit.rule.container is None:
+        others = [param for param in others if param.is_table] if tables_only else others
+        if others and edit.rule.container is None and edit.follows is None:
             start_alone(program, edit, others)
 
 
@@ -284,14 +299,14 @@ _BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 
 
 def _optional(program: Program, adapter: str) -> set[str]:
-    """Keys of frozen starts, which files may lack: they are computed from the base weight, or drawn, then."""
+    """Keys of frozen starts, which files may lack: they are computed from the base weight, or drawn, then. And of tensors
+    that are there by another key too.
+    """
     own = program.adapters[adapter]
-    return {
-        key_of(own.spec, edit, param)
-        for edit in own.edits
-        for param in edit.params
-        if not param.trainable and param.init in ("rule", "drawn")
-    }
+    keys = [(edit, param, key_of(own.spec, edit, param)) for edit in own.edits for param in edit.params]
+    first = {key for edit, _, key in keys if edit.follows is None}
+    starts = {key for _, param, key in keys if not param.trainable and param.init in ("rule", "drawn")}
+    return starts | {key for _, _, key in keys} - first
 
 
 def _buffers(program: Program, adapter: str) -> set[str]:

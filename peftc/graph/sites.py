@@ -125,6 +125,7 @@ class SiteIndex:
     parameters: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
     ties: tuple[tuple[str, ...], ...]
     model_type: str | None
+    input_embedding: str | None
     output_embedding: str | None
     inner: Mapping[str, WeightSite]
     hosted: Mapping[str, tuple[str, ...]]
@@ -195,7 +196,8 @@ def index_sites(model: nn.Module, role_of: Callable[[str], str | None]) -> SiteI
         parameters=tuple(reversed(parameters.values())),
         ties=ties,
         model_type=getattr(transformers_config(model), "model_type", None),
-        output_embedding=_output_embedding(model, first),
+        input_embedding=_embedding_of(model, "get_input_embeddings", first),
+        output_embedding=_embedding_of(model, "get_output_embeddings", first) if is_pretrained(model) else None,
         inner=inner,
         hosted=hosted,
     )
@@ -216,15 +218,14 @@ def is_pretrained(model: nn.Module) -> bool:
     return transformers is not None and isinstance(model, transformers.PreTrainedModel)
 
 
-def _output_embedding(model: nn.Module, first: Mapping[int, str]) -> str | None:
-    """The fqn of a transformers model's output embedding (the `lm_head`)."""
-    if not is_pretrained(model):
-        return None
+def _embedding_of(model: nn.Module, getter: str, first: Mapping[int, str]) -> str | None:
+    """The fqn of what a model names as its embedding, in or out (the `lm_head`), if it does."""
+    get = getattr(model, getter, None)
     try:
-        head = cast(Any, model).get_output_embeddings()
-    except NotImplementedError:
+        embedding = get() if callable(get) else None
+    except (NotImplementedError, AttributeError):  # Models of sound and images have none.
         return None
-    return first.get(id(head)) if head is not None else None
+    return first.get(id(embedding)) if embedding is not None else None
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peftc.errors import AdapterError
 from peftc.merge.fold import is_finite
 from peftc.plan import Edit
+from peftc.registry import is_own
 from peftc.rewrite.program import Program
 from peftc.rule import Bound, Combination, Part, Rule
 from peftc.specs import AdapterSpec
@@ -40,6 +41,12 @@ def checked(program: Program, weights: Mapping[str, float], how: Combination) ->
             raise AdapterError(f"{_WHAT}: the weight of {name!r} is {weight}")
         if any(tensor.adapter == name for tensor in program.plan.trained):
             raise AdapterError(f"{_WHAT}: {name!r} trains biases of the base model, which a combination does not hold")
+        own, edits = program.plan.adapters[name], program.adapters[name].edits
+        other = next((edit for edit in edits if not edit.whole and not is_own(own, edit.rule)), None)
+        if other is not None:
+            raise AdapterError(
+                f"{_WHAT}: {name!r} has {other.rule.name} at {other.site} beside {own.peft_type}, which can't be combined"
+            )
     methods = {name: program.plan.adapters[name].peft_type for name in weights}
     if len(set(methods.values())) > 1:
         raise AdapterError(f"{_WHAT}: {methods}: adapters of one method can be combined, not of several")

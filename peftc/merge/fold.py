@@ -60,11 +60,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Folded:
-    """A new value of the tensor `leaf` of module `owner`."""
+    """A new value of the tensor `leaf` of module `owner`. `same`: the parameter, tied to it, that has got it."""
 
     owner: str
     leaf: str
     value: Tensor
+    same: str | None = None
 
 
 def edits_by_site(program: Program, names: Sequence[str]) -> dict[str, list[Edit]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import AdapterError, MergeError
+from peftc.graph.finding import parameter_at
 from peftc.graph.sites import WeightSite, parameter_name
 from peftc.merge import ties
 from peftc.merge.fold import Folded, edits_by_site, fold_bias, fold_copies, fold_weight, value_in
@@ -39,11 +40,13 @@ def merge(program: Program, names: Sequence[str], untie: bool, undo: str) -> Non
     inside = _in_place(program, groups) if undo == "residual" else {}
     reshard(program.base)
     with _quiet(program):
-        outside = _all_folded(program, groups, inside)
+        going = ties.moving(program, groups)
+        moved = ties.together(program, going)
+        outside = _all_folded(program, groups, inside, going)
         if untie:
-            outside = ties.untied(program, outside)
+            outside = ties.untied(program, outside, moved)
         else:
-            ties.require_untied(program, [(item.owner, item.leaf) for item in outside])
+            ties.require_untied(program, [(item.owner, item.leaf) for item in outside], moved)
         # The rest would be too much to keep twice; what fails here is undone.
         program.merge.names = tuple(names)
         program.merge.paused = tuple(name for name in program.learning if name in names)
@@ -53,7 +56,7 @@ def merge(program: Program, names: Sequence[str], untie: bool, undo: str) -> Non
                 fold_in_place(program, inside[site], groups[site])
             held = managed(program.base)
             for item in outside:
-                _exchange(program, item, keep=undo != "none", held=held)
+                _exchange(program, item, undo != "none", held, moved)
             train(program, [name for name in program.learning if name not in names])
         except BaseException:
             restore(program, check=False)
@@ -135,9 +138,14 @@ def _require_order(program: Program, names: Sequence[str], fqn: str, edits: Sequ
 
 
 def _all_folded(
-    program: Program, groups: Mapping[str, Sequence[Edit]], inside: Mapping[str, WeightSite]
+    program: Program,
+    groups: Mapping[str, Sequence[Edit]],
+    inside: Mapping[str, WeightSite],
+    going: Mapping[str, str],
 ) -> list[Folded]:
-    """The new values of all that is not folded in place. Raises MergeError if one is not finite, in whatever process.
+    """The new values of all that is not folded in place; those of sites that change with another one come last.
+
+    Raises MergeError if one is not finite, in whatever process.
 
     Each folds its own shards, and all gather adapters: who finds that one is broken goes on until all can know.
     """
@@ -145,7 +153,7 @@ def _all_folded(
     error: MergeError | None = None
     for site, edits in groups.items():
         try:
-            found += _fold(program, site, edits, site in inside)
+            found += [] if site in going else _fold(program, site, edits, site in inside)
         except MergeError as broken:
             error = error or broken
             if not is_shared(program.base):
@@ -154,7 +162,20 @@ def _all_folded(
         raise error or MergeError(
             "another process found values that can't be merged, and says which; nothing was merged"
         )
-    return found
+    return found + _ends(program, going, found)
+
+
+def _ends(program: Program, going: Mapping[str, str], found: Sequence[Folded]) -> list[Folded]:
+    """The weights of sites that change with another one: they get the very tensor that is `found` for that."""
+    values = {parameter_name(item.owner, item.leaf): item.value for item in found}
+    ends: list[Folded] = []
+    for fqn, first in going.items():
+        site, other = program.plan.sites[fqn], program.plan.sites[first]
+        assert isinstance(site, WeightSite), "it has a weight"
+        assert isinstance(other, WeightSite), "and so has that"
+        name = str(other.weight)
+        ends.append(Folded(*owner_of(site), values[name], same=name))
+    return ends
 
 
 def _fold(program: Program, fqn: str, edits: Sequence[Edit], weight_in_place: bool) -> list[Folded]:
@@ -192,13 +213,15 @@ def _in_place(program: Program, groups: dict[str, list[Edit]]) -> dict[str, Weig
     return {fqn: sites[fqn] for fqn in weights}
 
 
-def _exchange(program: Program, item: Folded, keep: bool, held: Container[int]) -> None:
+def _exchange(program: Program, item: Folded, keep: bool, held: Container[int], moved: Container[str]) -> None:
     """Put the new tensor in the place of the old one, which the journal keeps as it is: the same object, ties and all.
 
-    `held`: by id, the parameters that FSDP2 manages.
+    `held`: by id, the parameters that FSDP2 manages. `moved`: the names of those that stay tied.
     """
     slots = slots_of(program, item.owner, item.leaf)
     old: Tensor = slots[item.leaf]
+    if id(old) in held and item.same is not None:
+        return
     if id(old) in held:
         # FSDP2 holds the parameter itself, so the values change and the object stays.
         original = own(old).clone() if keep else None
@@ -206,12 +229,16 @@ def _exchange(program: Program, item: Folded, keep: bool, held: Container[int]) 
         sums = (checksum(original), checksum(old)) if original is not None else (None, None)
         program.merge.replaced.append(Replaced(item.owner, item.leaf, sums[0], original, sums[1]))
         return
-    ties.cut(program, item.owner, item.leaf)
+    if parameter_name(item.owner, item.leaf) not in moved:
+        ties.cut(program, item.owner, item.leaf)
     value = shard_as(item.value, old) if is_sharded(old) and not is_sharded(item.value) else item.value
     original, crc, new = (old, checksum(old), checksum(value)) if keep else (None, None, None)
     shape = tuple(value.shape) if keep else None
     program.merge.replaced.append(Replaced(item.owner, item.leaf, crc, original, new, shape))
-    slots[item.leaf] = nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
+    if item.same is not None:
+        slots[item.leaf] = parameter_at(program.base, item.same)
+    else:
+        slots[item.leaf] = nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
 
 
 def _is_gone(item: Replaced) -> bool:

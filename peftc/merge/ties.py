@@ -1,7 +1,7 @@
 """Merging at one end of a tie: refused, or the tie is cut."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, cast
 
 from torch import nn
@@ -9,11 +9,50 @@ from torch import nn
 from peftc.errors import MergeError
 from peftc.graph.dry_run import head_scale
 from peftc.graph.finding import holder_of, parameter_at
-from peftc.graph.sites import parameter_name, transformers_config
+from peftc.graph.sites import WeightSite, parameter_name, transformers_config
 from peftc.merge.fold import Folded
+from peftc.plan import Edit
 from peftc.rewrite.build import parked
 from peftc.rewrite.program import Program
 from peftc.rewrite.sharding import managed, whole
+
+
+def moving(program: Program, groups: Mapping[str, Sequence[Edit]]) -> dict[str, str]:
+    """By site, the one of `groups` whose weight is the same tensor, and changes to the same: all ends of the tie do.
+
+    So they can have one new tensor, and the tie stays.
+    """
+    found: dict[str, str] = {}
+    for fqn, edits in groups.items():
+        first = edits[0].follows
+        whose = [edit.adapter for edit in groups.get(first or "", ())]
+        if first is not None and all(e.follows == first for e in edits) and [e.adapter for e in edits] == whose:
+            found[fqn] = first
+    weights = {fqn: _weight(program, fqn) for fqn in {*found, *found.values()}}
+    whole = {
+        first
+        for first in found.values()
+        if _same(program, weights[first]) <= {weights[first], *(weights[end] for end in found if found[end] == first)}
+    }
+    return {end: first for end, first in found.items() if first in whole}
+
+
+def _weight(program: Program, fqn: str) -> str:
+    site = program.plan.sites[fqn]
+    assert isinstance(site, WeightSite), "what follows a tie has a weight"
+    return str(site.weight)
+
+
+def _same(program: Program, name: str) -> set[str]:
+    """The names of the tensor `name`."""
+    own = _parameter(program, name)
+    group = next((group for group in program.plan.ties if name in group), (name,))
+    return {other for other in group if _parameter(program, other) is own}
+
+
+def together(program: Program, moved: Mapping[str, str]) -> frozenset[str]:
+    """The names of the parameters of sites that change together."""
+    return frozenset(_weight(program, fqn) for pair in moved.items() for fqn in pair)
 
 
 def partner(program: Program, owner: str, leaf: str) -> str | None:
@@ -24,33 +63,35 @@ def partner(program: Program, owner: str, leaf: str) -> str | None:
     return next((other for other in group if other != name and _parameter(program, other) is own), None)
 
 
-def require_untied(program: Program, targets: Sequence[tuple[str, str]]) -> None:
-    """Refuse to fold into a tensor that is another module's too."""
+def require_untied(program: Program, targets: Sequence[tuple[str, str]], moved: Container[str] = ()) -> None:
+    """Refuse to fold into a tensor that is another module's too, but for names of those that are `moved` together."""
     for owner, leaf in targets:
         other = partner(program, owner, leaf)
-        if other is not None:
+        if other is not None and parameter_name(owner, leaf) not in moved:
             raise MergeError(
                 f"{owner}: its {leaf} is tied to {other}, and folding would change both. Pass untie=True to give this end"
                 " a tensor of its own (the model grows by it), or leave the site out."
             )
 
 
-def untied(program: Program, folded: Sequence[Folded]) -> list[Folded]:
+def untied(program: Program, folded: Sequence[Folded], moved: Container[str]) -> list[Folded]:
     """`folded` and what else must change where it cuts a tie that the config speaks of, for it to say that there is none.
 
     All other ends that the config ties get tensors of their own, or loading would find no values for them; and a head whose
-    inputs are scaled because it is tied gets that factor. Raises MergeError if that can't be told.
+    inputs are scaled because it is tied gets that factor. Names of those that are `moved` together stay tied. Raises
+    MergeError if that can't be told.
     """
+    cutting = [item for item in folded if parameter_name(item.owner, item.leaf) not in moved]
     found = {parameter_name(item.owner, item.leaf): item for item in folded}
     held = managed(program.base)
-    for item in folded if held else ():
+    for item in cutting if held else ():
         other = partner(program, item.owner, item.leaf)
         if other is not None and id(_parameter(program, other)) in held:
             raise MergeError(
                 f"{item.owner}: its {item.leaf} is tied to {other}, and fully_shard has made one tensor of both for good."
                 " Merge before fully_shard, or save the adapter and merge on disk (merge_checkpoint)."
             )
-    if not any(partner(program, item.owner, item.leaf) for item in folded) or not says_tied(program):
+    if not any(partner(program, item.owner, item.leaf) for item in cutting) or not says_tied(program):
         return list(folded)
     head = output_weight(program)
     scale = scale_of(program)

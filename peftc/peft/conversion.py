@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from peftc.registry import rules_of
+from peftc.registry import companions_of, rules_of
 
 __all__ = ["build_peft_weight_mapping"]
 
@@ -20,11 +20,14 @@ def build_peft_weight_mapping(
 
     from peftc.peft.configs import spec_of
 
-    firsts = sorted({key for rule in rules_of(spec_of(peft_config)) for key in rule.keys}, key=len, reverse=True)
+    spec = spec_of(peft_config)
+    firsts = sorted({key for rule in rules_of(spec) for key in rule.keys}, key=len, reverse=True)
+    inside = {one.kept_in for one in companions_of(spec)} - {None}
     own = [item for item in weight_conversions or () if isinstance(item, WeightRenaming)]
     named = rf"\.({'|'.join(map(re.escape, firsts))})(?=\.|$)"
     return [
         WeightRenaming(r"^base_model\.model\.", ""),
+        *(WeightRenaming(rf"\.{name}\.", ".") for name in inside),
         *([WeightRenaming(named, rf".\1.{adapter_name}")] if firsts else ()),
         *own,
     ]

@@ -37,6 +37,7 @@ __all__ = [
     "SVDConv2d",
     "SVDLinear",
     "ShiraLayer",
+    "TrainableTokensLayer",
     "TrainableTokensWrapper",
     "VBLoRALayer",
 ]
@@ -354,6 +355,46 @@ class ShiraLayer(_MethodLayer):
             set_scale_at(_program(self), edits[adapter], lambda planned, now: scale)
 
 
+class TrainableTokensLayer(BaseTunerLayer):
+    """A module of which rows are trained: `trainable_tokens_delta` and `token_indices` by adapter."""
+
+    adapter_layer_names = ("trainable_tokens_delta",)
+    other_param_names = ("token_indices", "trainable_tokens_original")
+
+    @Computed
+    def token_indices(self) -> dict[str, list[int]]:
+        """The tokens by adapter."""
+        return {name: list(cast(Any, part.edit.constants["token_indices"])) for name, part in _tokens(self).items()}
+
+    @Computed
+    def trainable_tokens_original(self) -> dict[str, Tensor]:
+        """The base's rows of them by adapter."""
+        weight = cast(Tensor, cast(nn.Module, self)._parameters["weight"]).detach()
+        return {name: weight[tokens] for name, tokens in cast(Any, self).token_indices.items()}
+
+    @Computed
+    def trainable_tokens_delta(self) -> Mapping[str, Tensor]:
+        """The rows by adapter, where they are those of a module that this one is tied to."""
+        return {name: part.tensors()["rows"] for name, part in _tokens(self).items()}
+
+    @Computed
+    def tied_adapter(self) -> Any:
+        """The module that has the rows, if another one does that this is tied to."""
+        first = next((part.edit.follows for part in _tokens(self).values()), None)
+        return None if first is None else _program(self).modules[first]
+
+    def get_merged_weights(self, active_adapters: Sequence[str]) -> Tensor:
+        """The weight with the rows of these adapters."""
+        parts = _tokens(self)
+        weight = cast(Tensor, cast(nn.Module, self)._parameters["weight"])
+        for part in (parts[name] for name in active_adapters if name in parts):
+            site = cast(WeightSite, part.site)
+            weight = canonical(
+                part.edit.rule.weight(canonical(weight, site), Bound({**part.tensors(), **part.edit.constants})), site
+            )
+        return weight
+
+
 class IA3Layer(BaseTunerLayer):
     """A module with (IA)³: `ia3_l` by adapter."""
 
@@ -429,7 +470,34 @@ class ModulesToSaveWrapper(AuxiliaryTrainingWrapper):
 
 
 class TrainableTokensWrapper(AuxiliaryTrainingWrapper):
-    """An embedding of which adapters train some rows."""
+    """An embedding of which adapters of another method train some rows."""
+
+    adapter_layer_names = ("token_adapter.trainable_tokens_delta",)
+    other_param_names = ("token_adapter.token_indices", "token_adapter.trainable_tokens_original")
+
+    @Computed
+    def token_adapter(self) -> "_TokenAdapter":
+        """What has the rows."""
+        return _TokenAdapter(cast(nn.Module, self))
+
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """By the name of a tensor in files, its name here."""
+        part = _tokens(self).get(adapter_name)
+        there = part is not None and part.edit.follows is None
+        return {"token_adapter.trainable_tokens_delta": f"trainable_tokens_delta.{adapter_name}"} if there else {}
+
+
+class _TokenAdapter:
+    """The rows of a wrapped module, as a TrainableTokensLayer has them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __getattr__(self, name: str) -> Any:
+        own = vars(TrainableTokensLayer).get(name)
+        if isinstance(own, Computed):
+            return own.__get__(self.module)
+        return own.__get__(self.module) if callable(own) else getattr(self.module, name)
 
 
 class _Scaling(dict[str, float]):
@@ -469,6 +537,7 @@ _BY_RULE: dict[str, type[Any]] = {
     "fourierft": FourierFTLayer,
     "vblora": VBLoRALayer,
     "shira": ShiraLayer,
+    "trainable_tokens": TrainableTokensLayer,
 }
 
 
@@ -495,6 +564,7 @@ def classes_at(edits: Iterable[Edit], sites: Mapping[str, Site]) -> tuple[type[A
         else:
             general = _BY_RULE.get(edit.rule.name, BaseTunerLayer)
             cls = _CLASSES.get((edit.rule.name, sites[edit.site].op), general)
+            cls = TrainableTokensWrapper if cls is TrainableTokensLayer and edit.saved_as is not None else cls
         if cls not in found:
             found.append(cls)
     return tuple(sorted(found, key=lambda cls: -len(cls.__mro__)))
@@ -543,6 +613,11 @@ def _numbers(layer: Any, name: str) -> dict[str, Any]:
     """One of the method's numbers by adapter."""
     found = {adapter: part.edit.constants.get(name) for adapter, part in _parts(layer).items()}
     return {adapter: number for adapter, number in found.items() if number is not None}
+
+
+def _tokens(layer: Any) -> dict[str, Part]:
+    """Of `_parts`, those with rows of tokens."""
+    return {name: part for name, part in _parts(layer).items() if "token_indices" in part.edit.constants}
 
 
 def _part(layer: Any, adapter: str) -> Part:

@@ -38,4 +38,7 @@ METHODS: Mapping[PeftType, Method] = {
     PeftType.RANDLORA: Method("randlora", "RandLoraModel", "RandLoraLayer", "randlora_"),
     PeftType.VBLORA: Method("vblora", "VBLoRAModel", "VBLoRALayer", "vblora_"),
     PeftType.SHIRA: Method("shira", "ShiraModel", "ShiraLayer", "shira_"),
+    PeftType.TRAINABLE_TOKENS: Method(
+        "trainable_tokens", "TrainableTokensModel", "TrainableTokensLayer", "trainable_tokens_"
+    ),
 }

@@ -21,6 +21,7 @@ from peftc.peft.configs import config_from, resolve, spec_of
 from peftc.peft.experts import with_experts
 from peftc.peft.layers import ROOT, BaseTunerLayer, classes_at
 from peftc.plan import Edit
+from peftc.registry import is_own
 from peftc.rewrite.hosts import be_also, is_host
 from peftc.rewrite.program import Program
 from peftc.rewrite.switch import activate
@@ -234,7 +235,7 @@ def take(root: Root, name: str, config: Any = None) -> None:
     if getattr(own, "modules_to_save", None) is None and any(edit.whole for edit in edits):
         own.modules_to_save = list(spec.heads) or None
     if getattr(own, "target_modules", None) == "all-linear":
-        own.target_modules = {edit.site.rpartition(".")[2] for edit in edits if not edit.whole}
+        own.target_modules = {edit.site.rpartition(".")[2] for edit in edits if is_own(spec, edit.rule)}
     if spec.inference_mode:
         root.compiled.set_requires_grad(name, False)
 

@@ -14,6 +14,7 @@ from peftc.peft.layers import BaseTunerLayer
 from peftc.peft.methods import METHODS
 from peftc.peft.roots import Root, attach, release, require_root, root_of
 from peftc.peft.types import PeftType
+from peftc.registry import is_own
 from peftc.rewrite.learning import after_step, with_penalty
 from peftc.rewrite.mixed import mixed
 
@@ -72,7 +73,9 @@ class BaseTuner(nn.Module):
     def targeted_module_names(self) -> list[str]:
         """The modules that are adapted, in module order."""
         program = self.root.program
-        sites = (program.plan.sites[edit.site] for edit in program.plan.edits if not edit.whole)
+        specs = program.plan.adapters
+        own = (edit for edit in program.plan.edits if is_own(specs[edit.adapter], edit.rule) and not edit.follows)
+        sites = [program.plan.sites[edit.site] for edit in own]
         return list(dict.fromkeys(site.owner if getattr(site, "host", None) is None else site.fqn for site in sites))
 
     @property
@@ -246,7 +249,9 @@ def _make_classes() -> None:
         if layer is not None:
             own = {"prefix": method.prefix, "tuner_layer_cls": layer, "__module__": __name__}
             own["__doc__"] = f"A model with {method.module}."
-            bases = (_WRITTEN.get(name, BaseTuner),)
+            bases: tuple[type[Any], ...] = (_WRITTEN.get(name, BaseTuner),)
+            if issubclass(layer, layers.LoraLayer) and name != PeftType.LORA:
+                bases += (_CLASSES[PeftType.LORA],)
             _CLASSES[name] = globals()[method.model] = type(method.model, bases, own)
 
 

@@ -91,8 +91,10 @@ def _between(saver: str, other: str, whole: Sequence[str], places: Sequence[str]
 def _cautions(sites: Sequence[Site], edits: Sequence[Edit]) -> tuple[str, ...]:
     """What a reviewer should know: ties, layouts a spec gets wrong, what can't be merged."""
     found: dict[str, list[str]] = {}
+    going = {fqn for edit in edits if edit.follows is not None for fqn in (edit.site, edit.follows)}
     for site in sites:
         others = [name for name in site.tied if name != site.weight] if isinstance(site, WeightSite) else []
+        others = [name for name in others if site.fqn not in going or name.rpartition(".")[0] not in going]
         if others:
             text = f"is tied to {', '.join(others)}: that end keeps its weight; merging here needs untie=True"
             found.setdefault(text, []).append(site.fqn)
@@ -114,7 +116,7 @@ def _cautions(sites: Sequence[Site], edits: Sequence[Edit]) -> tuple[str, ...]:
 
 def added_costs(edits: Sequence[Edit], trained: Sequence[TrainedTensor]) -> Costs:
     """What edits and trained biases add to the costs of the model itself."""
-    pairs = [(edit, param) for edit in edits for param in edit.params]
+    pairs = [(edit, param) for edit in edits if edit.follows is None for param in edit.params]
     shared = {(edit.adapter, param.key): param for edit, param in pairs if param.shared}
     added = [*(param for _, param in pairs if not param.shared), *shared.values()]
     biases = [(math.prod(tensor.shape), dtype_of(tensor.dtype).itemsize) for tensor in trained]

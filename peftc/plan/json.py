@@ -14,7 +14,7 @@ from peftc.graph.ops import op_named
 from peftc.graph.sites import Site, WeightSite
 from peftc.plan.saved import SAVED
 from peftc.plan.upgrade import upgraded
-from peftc.registry import find_rule, spec_classes
+from peftc.registry import find_rules, spec_classes
 from peftc.rule import Rule
 from peftc.specs import AdapterSpec, load_spec
 
@@ -71,7 +71,8 @@ def _site(data: Mapping[str, Any]) -> Site:
 
 def _edit(data: dict[str, Any], adapters: Mapping[str, AdapterSpec], sites: Mapping[str, Site]) -> dict[str, Any]:
     name, version = data["rule"]["name"], data["rule"]["version"]
-    rule = SAVED if name == SAVED.name else find_rule(adapters[data["adapter"]], sites[data["site"]])
+    found = find_rules(adapters[data["adapter"]], sites[data["site"]])
+    rule = SAVED if name == SAVED.name else next((one for one in found if one.name == name), next(iter(found), None))
     if rule is None or (rule.name, rule.version) != (name, version):
         here = f"is {rule.name!r}, version {rule.version}" if rule is not None else "is none"
         raise PlanError(

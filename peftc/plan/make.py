@@ -25,6 +25,7 @@ from peftc.graph.rows import is_known_linear
 from peftc.graph.sites import SiteIndex, WeightSite, dtype_name, index_sites, transformers_config
 from peftc.graph.symbolic import graph_of
 from peftc.plan.claims import Access, adapter_dtype, weight_edit
+from peftc.plan.companions import with_companions
 from peftc.plan.join import add_costs, added_costs, joined
 from peftc.plan.match import Match, match, match_saved
 from peftc.plan.plan import Plan
@@ -52,28 +53,32 @@ def make_plan(
     dtype_for = partial(adapter_dtype, autocast=autocast_adapter_dtype)
     index = _indexed(model, level, specs, flat)
     matches = {name: _match(name, spec, model, level, index, dtype_for) for name, spec in specs.items()}
+    matches = {name: with_companions(name, found, index) for name, found in matches.items()}
     if fresh:
-        matches = {name: _without_unused(name, found, model, index) for name, found in matches.items()}
-    touched = {site.fqn: site for found in matches.values() for site in found.sites}
+        matches = {name: [_without_unused(name, one, model, index) for one in all_] for name, all_ in matches.items()}
+    else:
+        matches = {name: _that_is_why(all_) for name, all_ in matches.items()}
+    found_by = [(name, found) for name, all_ in matches.items() for found in all_]
+    touched = {site.fqn: site for _, found in found_by for site in found.sites}
     sites = {fqn: touched[fqn] for fqn in (*index.sites, *index.inner) if fqn in touched}
     # A site inside a module that another adapter saves is a conflict; it is captured as the site it also is.
-    whole = {fqn for found in matches.values() for fqn in found.saved} - sites.keys()
-    calls = {claim.site.fqn: claim.site for found in matches.values() for claim in found.claims}
+    whole = {fqn for _, found in found_by for fqn in found.saved} - sites.keys()
+    calls = {claim.site.fqn: claim.site for _, found in found_by for claim in found.claims}
     regions = _captured(model, level, sites, {*whole, *calls}, index, among, flat)
     access = _access(level, regions, sites, model)
-    edits = [edit for name, found in matches.items() for edit in _edits(name, found, access, dtype_for)]
+    edits = [edit for name, found in found_by for edit in _edits(name, found, access, dtype_for)]
     # Copies come last: what they copy is the module before any rewrite.
-    edits += [_save(name, model, fqn) for name, found in matches.items() for fqn in found.saved]
-    trained = tuple(t for name, found in matches.items() for t in _trained(name, found, index))
+    edits += [_save(name, model, fqn) for name, found in found_by for fqn in found.saved]
+    trained = tuple(t for name, found in found_by for t in _trained(name, found, index))
     plan = Plan(
         model=given_class(type(model)).__name__,
         capture=level,
         fingerprint=fingerprint(model, index),
-        adapters={name: found.spec for name, found in matches.items()},
+        adapters={name: all_[0].spec for name, all_ in matches.items()},
         sites={**sites, **{fqn: saved_site(model, fqn, role_of(model)(fqn)) for fqn in whole}, **calls},
         edits=tuple(edits),
         trained=trained,
-        misses=tuple(miss for found in matches.values() for miss in found.misses),
+        misses=tuple(miss for _, found in found_by for miss in found.misses),
         conflicts=(),
         ties=index.ties,
         cautions=(),
@@ -118,6 +123,13 @@ def _match(
     return match(adapter, spec, index)
 
 
+def _that_is_why(matches: list[Match]) -> list[Match]:
+    """The matches of an adapter from a file: if nothing is left of it, then for want of what can't be adapted."""
+    if any(found.sites or found.saved or found.claims for found in matches):
+        return matches
+    return [replace(one, misses=tuple(replace(miss, fatal=miss.error) for miss in one.misses)) for one in matches]
+
+
 def _without_unused(adapter: str, found: Match, model: nn.Module, index: SiteIndex) -> Match:
     """The match without embeddings that only lend their weight to others by a tie: an adapter there would have no effect.
 
@@ -125,7 +137,8 @@ def _without_unused(adapter: str, found: Match, model: nn.Module, index: SiteInd
     """
     chosen = [("target_modules", site.fqn) for site in found.sites if site.op == "embedding"]
     chosen += [("modules_to_save", fqn) for fqn in found.saved]
-    ends = {fqn: others for _, fqn in chosen if (others := _embeddings_tied(fqn, index))}
+    leading = {*found.follows, *found.follows.values()}
+    ends = {fqn: others for _, fqn in chosen if fqn not in leading and (others := _embeddings_tied(fqn, index))}
     unused_ones = unused(model, [f"{fqn}.weight" for fqn in ends])
     gone = {fqn for fqn in ends if f"{fqn}.weight" in unused_ones}
     if not gone:
@@ -227,6 +240,11 @@ def _edits(adapter: str, found: Match, access: Mapping[str, Access], dtype_for: 
         edits.append(
             weight_edit(adapter, found.spec, rule, site, own, dtype, shared.get(rule, {}), paths.get(site.fqn))
         )
+        first, inside = found.follows.get(site.fqn), found.spec.kept_in
+        if inside is not None:
+            edits[-1] = replace(edits[-1], saved_as=f"{first or site.fqn}.{inside}")
+        if first is not None:
+            edits[-1] = replace(edits[-1], follows=first)
     return edits + [claim.edit(adapter) for claim in found.claims]
 
 

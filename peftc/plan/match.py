@@ -3,6 +3,7 @@
 The semantics are those of PEFT (see AdapterSpec), but nothing is skipped in silence: whatever matches nothing is a Miss.
 """
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +24,8 @@ from peftc.specs.selection import LAYERS_PATTERN, pattern_matches, patterns_of
 class Match:
     """A spec with its defaults resolved, the sites and whole modules it selects, and its misses.
 
-    `claims`: of ops that are found for a spec (a model's call), what is asked for there.
+    `claims`: of ops that are found for a spec (a model's call), what is asked for there. `follows`: of sites that another
+    one takes along by a tie, which one that is. `beside`: the spec belongs to the adapter's own.
     """
 
     spec: AdapterSpec
@@ -31,6 +33,8 @@ class Match:
     saved: tuple[str, ...]
     misses: tuple[Miss, ...]
     claims: tuple[Claim, ...] = ()
+    follows: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
+    beside: bool = False
 
 
 def match(adapter: str, spec: AdapterSpec, index: SiteIndex) -> Match:
@@ -42,19 +46,23 @@ def match(adapter: str, spec: AdapterSpec, index: SiteIndex) -> Match:
     unwanted = _excluded(adapter, spec, index, misses) | _inside(names, saved)
     names = [name for name in names if name not in unwanted]
     names = _in_layers(adapter, spec, names, misses)
+    refused: list[Miss] = []
     unique: dict[str, WeightSite] = {}  # An attention, and one of its parameters by name, may both be given.
     chosen = [("target_modules", name, site) for name in names for site in _expanded(spec, index.sites[name], index)]
     chosen += [("target_parameters", name, index.inner[name]) for name in _parameters(adapter, spec, index, misses)]
     for field, name, site in chosen:
-        reason = _unfit(spec, site)
+        reason = unfit(spec, site)
         if reason is None:
             unique.setdefault(site.weight or site.fqn, site)
         else:
             error = _is_listed(spec) or field == "target_parameters"
             misses.append(Miss(adapter, field, name, reason, error))
+            refused.append(misses[-1])
     sites = list(unique.values())
     misses += _unused_patterns(adapter, spec, sites)
-    if not sites and not saved and not any(miss.error for miss in misses):
+    if not sites and not saved and refused:
+        misses = [dataclasses.replace(miss, error=True) if miss in refused else miss for miss in misses]
+    elif not sites and not saved and not any(miss.error for miss in misses):
         reason = "selects nothing: all it matches is excluded or in modules_to_save"
         targets = spec.target_modules or ()
         value = targets if isinstance(targets, str) else ", ".join(targets)
@@ -78,6 +86,8 @@ def _with_defaults(spec: AdapterSpec, index: SiteIndex) -> AdapterSpec:
     open_fields = [field for field in spec.defaulted if getattr(spec, field) is None]
     if not open_fields:
         return spec
+    if spec.on_embedding:
+        return spec.model_copy(update={"target_modules": (index.input_embedding or "embed_tokens",)})
     family: Family | None = families().get(index.model_type or "")
     defaults = family.defaults_for(type(spec)) if family else None
     if defaults is None and isinstance(spec, ParameterSelection) and spec.target_parameters:
@@ -277,7 +287,7 @@ def _no_parameter(name: str, hits: Mapping[str, tuple[int, ...]], index: SiteInd
     return f"matches no parameter.{near}"
 
 
-def _unfit(spec: AdapterSpec, site: WeightSite) -> str | None:
+def unfit(spec: AdapterSpec, site: WeightSite) -> str | None:
     """The reason why `site` can't be adapted."""
     if site.refusal is not None:
         return f"can't be adapted: {site.refusal}"

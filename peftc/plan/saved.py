@@ -7,6 +7,7 @@ from torch import nn
 from peftc.graph.hooked import given_class
 from peftc.graph.sites import ModuleSite, dtype_name
 from peftc.rule import Rule
+from peftc.specs import AdapterSpec
 
 MODULES_TO_SAVE = "modules_to_save"
 
@@ -16,6 +17,7 @@ class SavedModule(Rule[Any]):
 
     name = MODULES_TO_SAVE
     ops = ("module",)
+    spec = AdapterSpec
     container: ClassVar[str | None] = MODULES_TO_SAVE
     whole = True
 

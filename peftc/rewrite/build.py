@@ -42,8 +42,11 @@ def require_applicable(plan: Plan, on_unmatched: str) -> None:
         return
     lines = " ".join(f"{type(plan.adapters[miss.adapter]).__name__}.{miss}" for miss in errors[:8])
     more = f" (and {len(errors) - 8} more)" if len(errors) > 8 else ""
-    if any(miss.fatal for miss in errors):
-        raise NoMatchError(f"{lines.rstrip('.')}{more}. Nothing of the adapter would be left.")
+    fatal = {miss.adapter for miss in errors if miss.fatal}
+    if fatal:
+        nothing = not any(edit.adapter in fatal for edit in plan.edits)
+        why = "Nothing of the adapter would be left" if nothing else "The adapter can't do without"
+        raise NoMatchError(f"{lines.rstrip('.')}{more}. {why}.")
     if on_unmatched == "error":
         raise NoMatchError(f"{lines}{more} Mend the spec, or pass on_unmatched='warn' to go on without them.")
     warnings.warn(f"{lines}{more}", stacklevel=4)
@@ -166,13 +169,17 @@ def extend(
 
 
 def _attach(program: Program, adapter: Adapter, edit: Edit, fresh: bool, shared: set[str], places: Places) -> None:
-    """Attach one edit; `shared` are the keys of tensors that the adapter's sites have in common and that are there."""
+    """Attach one edit, to the module of the one that it follows if it does.
+
+    `shared` are the keys of tensors that the adapter's sites have in common and that are there.
+    """
     site = program.plan.sites[edit.site]
-    holder, weight = program.modules[site.holder], weight_of(program.modules[site.owner], site)
+    first = site if edit.follows is None else program.plan.sites[edit.follows]
+    holder, weight = program.modules[first.holder], weight_of(program.modules[site.owner], site)
     part = attach(edit, site, holder, _common(program, edit.adapter), adapter.spec, weight, places)
     adapter.parts[edit.site, edit.rule.name] = part
     program.children |= dict.fromkeys([*containers(edit), *(p.key.partition(".")[0] for p in edit.params if p.shared)])
-    if fresh:
+    if fresh and edit.follows is None:
         own = [param for param in edit.params if param.key not in shared] if shared else list(edit.params)
         start(part, adapter.spec, own, holder, weight, places.mesh)
     shared |= {param.key for param in edit.params if param.shared}

@@ -52,13 +52,28 @@ def lent(parts: Iterable[Any], path: str, own: Tensor) -> Tensor:
     Computed at the first use: most who read a weight only ask for its dtype. Raises AdapterError there if that can't be.
     """
     changes: list[Change] = []
+    last, learns = None, False
     for part in parts:
         change = _change(part, path)
         if change is not None:
             changes.append(change)
-    if not changes:
+            last, learns = part, learns or _learns(part)
+    if last is None:
         return own
-    return _later(own, lambda: _changed(changes, own))
+    if last.edit.whole:
+        return last.live(path)
+    return _later(own, lambda: _changed(changes, own), learns)
+
+
+def _learns(part: Any) -> bool:
+    return any(part.live(param.key).requires_grad for param in part.edit.params)
+
+
+def _passed_on(make: Callable[[], Tensor], gradient: Tensor) -> None:
+    """Give the gradient of a tensor that was made, and used as it is, to what it was made of."""
+    with torch.enable_grad():
+        made = make()
+    made.backward(gradient)
 
 
 def not_lent(own: Tensor, why: str) -> Tensor:
@@ -70,10 +85,14 @@ def not_lent(own: Tensor, why: str) -> Tensor:
     return _later(own, refuse)
 
 
-def _later(own: Tensor, make: Callable[[], Tensor]) -> Tensor:
+def _later(own: Tensor, make: Callable[[], Tensor], learns: bool = False) -> Tensor:
     if torch.compiler.is_compiling() or type(own) not in (nn.Parameter, Tensor):
         return make()  # torch.compile computes nothing that is not used.
-    value = own.detach().as_subclass(Lent)
+    plain = own.detach()
+    if learns and torch.is_grad_enabled():
+        # An autograd.Function takes the tensor itself for its input, and gives the gradient to that.
+        plain.requires_grad_().register_hook(partial(_passed_on, make))
+    value = plain.as_subclass(Lent)
     value.make = make
     return value
 

@@ -202,6 +202,14 @@ def _attach_tensor(
 ) -> None:
     adapter = part.edit.adapter
     first, dot, rest = param.key.partition(".")
+    if param.is_table:
+        tables = _child(holder, first, Container)
+        module, rest = tables._modules.get(adapter), VALUE
+        if module is None:
+            module = tables._modules[adapter] = _blank(Holder)
+            module.register_buffer(VALUE, _allocated(part, param, device, None))
+        part.owners[param.key], part.__dict__[first] = (module, VALUE), module
+        return
     if dot:
         holders = _child(holder, first, Container)
         # The names were checked before, so there is no need to look for them again in every module.
@@ -330,7 +338,9 @@ def start(
     tensors = {param.name: _unsharded(live[param.name]) for param in given}
     by_rule = [param for param in given if param.init == "rule"]
     for param in given:
-        if param.init not in ("rule", "drawn"):
+        if param.init == "derived":
+            derive(part, param, tensors[param.name], weight)
+        elif param.init not in ("rule", "drawn"):
             fill(tensors[param.name], param.init, param.seed)
     _start_drawn(part.edit, {param.name: tensors[param.name] for param in given if param.init == "drawn"})
     if by_rule:
@@ -363,6 +373,29 @@ def drawn(edit: Edit) -> dict[str, Tensor]:
     return values
 
 
+def derive(part: Part, param: PlannedParam, tensor: Tensor, weight: nn.Parameter | None) -> None:
+    """Fill `tensor` with what follows from the constants of an edit, or from its site's weight."""
+
+    def stored() -> Tensor:
+        assert weight is not None, "the rule's check() asks for a weight"
+        assert isinstance(part.site, WeightSite), "other rules declare modules"
+        _require_there(part, weight)
+        return canonical(whole(weight), part.site)
+
+    with torch.no_grad():
+        value = part.edit.rule.derived(param.name, param.shape, Bound(part.edit.constants, {"weight": stored}))
+        tensor.copy_(value)
+
+
+def _require_there(part: Part, weight: Tensor) -> None:
+    """Raise AdapterError if `weight` has no values here to start from."""
+    if weight.is_meta:
+        raise AdapterError(
+            f"{part.edit.site}: {part.edit.rule.name} starts from the weight here, which accelerate has offloaded. Load the"
+            " model without offloading, or let the adapter start otherwise."
+        )
+
+
 def _start_by_rule(
     part: Part,
     params: list[PlannedParam],
@@ -373,11 +406,7 @@ def _start_by_rule(
     edit, rule = part.edit, part.edit.rule
     assert weight is not None, "the rule's check() asks for a weight"
     assert isinstance(part.site, WeightSite), "other rules declare modules"
-    if weight.is_meta:
-        raise AdapterError(
-            f"{edit.site}: {rule.name} starts from the weight here, which accelerate has offloaded. Load the model without"
-            " offloading, or let the adapter start otherwise."
-        )
+    _require_there(part, weight)
     shapes = {param.name: param.shape for param in edit.params if param.init == "rule"}
     try:
         with torch.no_grad():

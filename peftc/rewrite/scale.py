@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from peftc.errors import AdapterError
 from peftc.plan import Edit
+from peftc.registry import is_own
 from peftc.rewrite.parts import Part
 from peftc.rewrite.program import Program
 
@@ -20,7 +21,7 @@ def set_scale(program: Program, name: str, scale: float) -> None:
         raise AdapterError(f"set_scale: expected a finite number, got {scale!r}")
     adapter = program.adapters[name]
     planned = {(edit.site, edit.rule.name): edit for edit in program.plan.edits if edit.adapter == name}
-    parts = [part for part in adapter.parts.values() if not part.edit.whole]
+    parts = [part for part in adapter.parts.values() if is_own(adapter.spec, part.edit.rule)]
     if not parts or any(part.edit.rule.scale is None for part in parts):
         raise AdapterError(f"set_scale: {adapter.spec.peft_type} ({name!r}) has no factor that scales its change")
     for part in parts:

@@ -320,6 +320,8 @@ def _bound(place: _Place, active: Active, lazy: Mapping[str, Callable[[], Any]],
         values["op"] = row.apply(place.use.node)
     elif row.name == "linear":
         values["op"] = F.linear
+    if row.indices and place.use is not None:
+        values["padding_idx"] = place.use.node.kwargs.get("padding_idx")
     if row.name in POINTWISE:
         values["pointwise"] = POINTWISE[row.name]
     return Bound(values, lazy)

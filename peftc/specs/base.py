@@ -2,7 +2,7 @@
 
 import enum
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -90,6 +90,10 @@ class AdapterSpec(BaseModel):
     defaults_of: ClassVar[str | None] = None
     # Whether PEFT's config of the method has `exclude_modules`; where not, files name the modules that are left.
     excludes: ClassVar[bool] = True
+    # Whether the default of `target_modules` is the model's input embedding.
+    on_embedding: ClassVar[bool] = False
+    # Of specs that belong to others: what keys of files have between the name of a module and those of its tensors.
+    kept_in: ClassVar[str | None] = None
     # What the keys of files begin with.
     key_prefix: ClassVar[str] = "base_model.model."
 
@@ -152,6 +156,19 @@ class AdapterSpec(BaseModel):
     def trained_biases(self) -> TrainedBiases:
         """Which biases of the base model are trained with this adapter."""
         return "none"
+
+    def companions(self) -> Mapping[str, tuple["AdapterSpec", ...]]:
+        """Specs, of other methods too, that belong to this one, by the field that asks for them: one adapter has it all."""
+        return {}
+
+    def renamed(self, rename: Callable[[str], str]) -> Self:
+        """The spec for a model that calls modules otherwise which its companions name."""
+        return self
+
+    @property
+    def ties_bind(self) -> bool:
+        """Whether it is an error if an end of a tie can't follow another one (see `Rule.replaces_rows`)."""
+        return False
 
     def respelled(self, names: Mapping[str, str]) -> Self:
         """The spec for a model that calls the adapted modules otherwise: `names` has the new names by the old ones."""

@@ -195,9 +195,11 @@ def _loaded(work: Work, edit: Edit, param: PlannedParam) -> Tensor:
     key = _key(work, edit, param)
     if key in source.fit.sources:
         return (source.tensors[source.fit.sources[key]] / param.stored).to(dtype)
-    # What the file does not say: it was drawn, or follows from the weight.
+    # What the file does not say: it was drawn, or follows from constants or the weight.
     if param.init == "drawn":
         return drawn(edit)[param.name].to(dtype)
+    if param.init == "derived":
+        return edit.rule.derived(param.name, param.shape, Bound(edit.constants)).to(dtype)
     site = weight_site(work, edit)
     if param.init != "rule":
         made = torch.empty(param.shape, dtype=dtype)
@@ -275,14 +277,20 @@ def _with_changes(work: Work) -> Work:
     groups = edits_by_site(program, names)
     require_mergeable(program, names, groups)
     changes = {} if combined else _starts(work)
-    targets: list[tuple[str, str]] = []
-    for edits in groups.values():
+    going, targets = ties.moving(program, groups), list[tuple[str, str]]()
+    moved = ties.together(program, going)
+    for fqn, edits in groups.items():
+        if fqn in going and str(weight_site(work, edits[0]).weight) not in work.names.direct:
+            continue  # It has no tensor of its own in the files.
         folds = _copies(work, edits[-1]) if edits[-1].whole else _folds(work, edits, changes)
         changes |= {change.parameter: change for change in folds}
         targets += [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in (c.parameter for c in folds)]
     if not work.options.untie:
-        ties.require_untied(program, targets)
-    cut = tuple(parameter_name(*target) for target in targets if ties.partner(program, *target) is not None)
+        ties.require_untied(program, targets, moved)
+    names = {parameter_name(*target): target for target in targets}
+    cut = tuple(
+        name for name, target in names.items() if name not in moved and ties.partner(program, *target) is not None
+    )
     if cut and ties.says_tied(program):
         head, scale = ties.output_weight(program), ties.scale_of(program)
         if head is not None and scale != 1:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc.checkpoint.lazy import outline
+from peftc.checkpoint.spelling import base_name
 from peftc.checkpoint.tensor_file import read_json
 from peftc.errors import CheckpointError
 from peftc.graph.copying import structural_copy
@@ -51,7 +52,7 @@ def resize_vocabulary(base: nn.Module, adapters: Iterable[tuple[str, AdapterSpec
     names = _embedding_weights(base)
     for where, spec, tensors in adapters:
         for key, tensor in tensors.items():
-            name = key.removeprefix(spec.key_prefix).replace(".base_layer.", ".")
+            name = base_name(spec, key)
             if name in names and tensor.dim() == 2:
                 sizes.setdefault(tensor.shape[0], where)
     now = {parameter_at(base, name).shape[0] for name in names}

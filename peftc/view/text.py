@@ -86,7 +86,7 @@ def _cells(plan: Planned, edits: Sequence[Edit], several: bool) -> list[str]:
         f"{edit.rule.name} @{'+'.join(edit.slots)}" if not edit.whole else "trained copy",
         *(_number(edit.constants.get(edit.rule.columns.get(column, ""))) for column in _columns(plan)),
         _params(edit),
-        f"{sum(p.numel for e in edits for p in e.params if p.trainable):,}",
+        f"{sum(p.numel for e in edits if not e.follows for p in e.params if p.trainable):,}",
     ]
 
 

@@ -12,6 +12,8 @@ from peftc.specs import LayerSelection, ParameterSelection, PatternedAlpha, Patt
 from peftc.specs.base import AdapterSpec, TrainedBiases
 from peftc.specs.selection import first_match
 
+from ..trainable_tokens import TokensBeside
+
 INITS = ("gaussian", "olora", "pissa", "orthogonal")
 
 
@@ -26,7 +28,7 @@ def _init_name(value: Any) -> Any:
     return name
 
 
-class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlpha):
+class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlpha, TokensBeside):
     """Low-rank adaptation, y + s·B(A(x)). Hu et al. 2021, arXiv:2106.09685.
 
     `r` is the rank and s = lora_alpha / r, or lora_alpha / sqrt(r) with `use_rslora` (Kalajdzievski 2023,
@@ -39,6 +41,8 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     `fan_in_fan_out` is informative: the layout is read off the module.
     `target_parameters` names parameters (`experts.gate_up_proj`) that no linear holds: matrices, or one for each expert in
     three dimensions. They, and the weights of an nn.MultiheadAttention in `target_modules`, are adapted as weights.
+    `trainable_token_indices` are tokens whose embeddings are trained beside that: of the input embedding, or by the name of
+    a module (`{"embed_tokens": [32000]}`); with `ensure_weight_tying` other tokens at another end of a tie are an error.
 
     Example: LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], lora_dropout=0.05)
     """
@@ -46,7 +50,6 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     not_implemented: ClassVar[Mapping[str, Any]] = {
         "use_qalora": False,
         "layer_replication": None,
-        "trainable_token_indices": None,
         "megatron_config": None,
         "velora_config": None,
         "alora_invocation_tokens": None,
@@ -54,7 +57,6 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
         "use_bdlora": None,
         "arrow_config": None,
         "kasa_config": None,
-        "ensure_weight_tying": False,
     }
     informative = AdapterSpec.informative | {
         "megatron_core",

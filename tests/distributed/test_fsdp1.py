@@ -84,3 +84,26 @@ def _mixes(rank: int, folder: Path) -> None:
 def test_float32_adapters_on_a_bfloat16_base_are_more_than_torch_flattens(tmp_path: Path) -> None:
     """One of the reasons for FSDP2, which takes them."""
     run(_mixes, folder=tmp_path)
+
+
+def _rows(rank: int, folder: Path, tied: bool) -> None:
+    spec = peftc.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, 60])
+    torch.manual_seed(0)
+    alone = perturb(peftc.compile(llama(tie_word_embeddings=tied), spec))
+    compiled = peftc.compile(llama(tie_word_embeddings=tied), spec)
+    peftc.set_peft_model_state_dict(compiled, alone.adapter_state_dict())
+    wrapper = wrapped(compiled)
+    close(train(wrapper, wrapper.parameters(), range(3), rank), train(alone, alone.parameters(), range(3)))
+    with FullyShardedDataParallel.state_dict_type(wrapper, StateDictType.FULL_STATE_DICT):
+        state = wrapper.state_dict()
+    if rank == 0:
+        compiled.save_pretrained(folder / "saved", state_dict=state)
+        loaded = peftc.load(llama(tie_word_embeddings=tied), folder / "saved")
+        for key, tensor in alone.adapter_state_dict().items():
+            close(loaded.adapter_state_dict()[key], tensor)
+    distributed.barrier()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_of_tokens(tied: bool, tmp_path: Path) -> None:
+    run(_rows, tied, folder=tmp_path)

@@ -227,3 +227,39 @@ def _mixed_batches(rank: int, folder: Path, order: str) -> None:
 @pytest.mark.parametrize("order", ["before", "after"])
 def test_mixed_batches(order: str, tmp_path: Path) -> None:
     run(_mixed_batches, order, folder=tmp_path)
+
+
+def _tokens(rank: int, folder: Path, order: str, tied: bool) -> None:
+    """Rows of tokens, in an embedding and a head that FSDP2 has sharded."""
+    specs = {"a": peftc.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3, 60, 7])}
+
+    def model() -> Any:
+        return llama(tie_word_embeddings=tied)
+
+    alone = peftc.compile(model(), specs)
+    base = model()
+    if order == "before":
+        shard(base)
+    compiled = peftc.compile(base, specs, inplace=True)
+    for key, value in state_of(compiled, "a").items():
+        assert "lora" in key or torch.equal(value, alone.adapter_state_dict("a")[key])
+    states = state_of(perturb(alone), "a")
+    peftc.set_peft_model_state_dict(compiled, states, "a")
+    if order == "after":
+        shard(compiled.base)
+    wanted = train(alone, alone.parameters(), range(3))
+    close(train(compiled, compiled.parameters(), range(3), rank), wanted)
+    for key, value in state_of(alone, "a").items():
+        close(state_of(compiled, "a")[key], value)
+    with torch.no_grad():
+        expected = compiled(**batch(0)).logits
+        compiled.merge_adapter()
+        close(compiled(**batch(0)).logits, expected)
+        compiled.unmerge_adapter()
+        assert torch.equal(compiled(**batch(0)).logits, expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_rows_of_tokens(order: str, tied: bool, tmp_path: Path) -> None:
+    run(_tokens, order, tied, folder=tmp_path)

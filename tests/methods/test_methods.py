@@ -16,17 +16,20 @@ import peftc
 from peftc.registry import rules
 from peftc.rule import Rule
 from peftc.testing import check_rule
-from tests.methods import dora, token_rows
+from tests.methods import dora
 from tests.support.models import tiny, token_ids
 
 METHODS: dict[str, Rule[Any]] = {
     "dora": dora.Dora(),
-    "token_rows": token_rows.TokenRows(),
 }
 INSTALLED = {type(rule).__name__: rule for rule in rules() if type(rule).weight is not Rule.weight}
+# For methods whose spec has to say more than where.
+TOKENS = peftc.TrainableTokensConfig(token_indices=[4, 1])
 
 # For rules whose spec does not say them by default, or whose default sizes are over those of the small sites.
 SPECS: dict[str, peftc.AdapterSpec] = {
+    "TokenRowsEmbedding": TOKENS,
+    "TokenRowsLinear": TOKENS,
     "Shira": peftc.ShiraConfig(r=2),
     "VBLoRA": peftc.VBLoRAConfig(num_vectors=5, vector_length=2, init_vector_bank_bound=0.5),
     "AdaLora": peftc.AdaLoraConfig(total_step=10),
@@ -143,27 +146,6 @@ def test_norms_of_a_real_model_are_trained_alone(tmp_path: Path) -> None:
         torch.testing.assert_close(compiled(ids).logits, y)
     compiled.save_pretrained(tmp_path)
     assert torch.equal(peftc.load(model, tmp_path)(ids).logits, y)
-
-
-def test_token_rows_of_tied_ends_stay_the_same_rows() -> None:
-    """The head reads what the embedding writes: one tensor, trained through both, and both merge to the same."""
-    model, ids = tiny("gpt2"), torch.tensor([[1, 5, 3, 7]])
-    spec = token_rows.TokenRowsConfig(target_modules=["wte", "lm_head"])
-    compiled = peftc.compile(model, spec)
-    assert torch.equal(compiled(ids).logits, model(ids).logits)
-    trained = [name for name, p in compiled.named_parameters() if p.requires_grad]
-    assert trained == ["base.token_rows.default"]
-    compiled(ids, labels=ids).loss.backward()
-    y = moved(compiled)(ids).logits
-    assert not torch.allclose(y, model(ids).logits, atol=1e-3)
-    compiled.merge_adapter(untie=True)
-    torch.testing.assert_close(compiled(ids).logits, y)
-    assert torch.equal(compiled.base.lm_head.weight, compiled.base.transformer.wte.weight)
-    rows = compiled.base.lm_head.weight
-    assert torch.equal(rows[[1, 3]], compiled.base.token_rows["default"])
-    assert torch.equal(rows[[0, 2, 5]], model.lm_head.weight[[0, 2, 5]])
-    compiled.unmerge_adapter()
-    assert torch.equal(compiled(ids).logits, y)
 
 
 def test_a_weight_only_rule_after_lora_on_one_site() -> None:

@@ -124,7 +124,6 @@ EARLY: dict[str, tuple[str, dict[str, Any]]] = {
 REFUSED: dict[str, Any] = {
     "layer_replication": [[0, 2], [1, 3]],
     "megatron_config": {"hidden_size": 32},
-    "trainable_token_indices": {"embed_tokens": [1, 2]},
     "use_qalora": True,
     "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 2},

@@ -135,7 +135,61 @@ def rewards() -> Any:
         return trained(trainer, folder)
 
 
-TOPICS = {function.__name__: function for function in (sft, sft_of_a_model, dpo, dpo_of_a_model, grpo, rewards)}
+def chat(folder: str) -> str:
+    """Where a tokenizer is whose template the trainers take over, with tokens that the models don't have."""
+    other = tokenizer()
+    other.add_tokens(["<|im_start|>", "<|im_end|>"])
+    other.save_pretrained(f"{folder}/chat")
+    return f"{folder}/chat"
+
+
+def messages(start: int) -> list[dict[str, str]]:
+    return [
+        {"role": "user", "content": f"<|im_start|> {text(start)} <|im_end|>"},
+        {"role": "assistant", "content": text(start + 5)},
+    ]
+
+
+def trained_rows(trainer: Any, folder: str) -> list[Any]:
+    """As `trained`, and what the file has of rows of tokens, as they are whatever their start was drawn with."""
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.requires_grad and "trainable_tokens" in name:
+                parameter.copy_(torch.linspace(-0.1, 0.1, parameter.numel()).view(parameter.shape))
+    found = trained(trainer, folder)
+    rows = [v for k, v in load_file(f"{folder}/checkpoint-3/adapter_model.safetensors").items() if "tokens_delta" in k]
+    tokens = trainer.model.peft_config["default"].trainable_token_indices
+    return [*found, tokens, [[list(row.shape), float(row.double().abs().sum())] for row in rows]]
+
+
+def sft_with_new_tokens() -> Any:
+    data = Dataset.from_list([{"messages": messages(start)} for start in range(12)])
+    with tempfile.TemporaryDirectory() as folder:
+        more = {"max_length": 32, "chat_template_path": chat(folder)}
+        trainer = SFTTrainer(
+            base(), SFTConfig(**options(folder, **more)), train_dataset=data, processing_class=tokenizer(),
+            peft_config=config(),
+        )  # fmt: skip
+        return trained_rows(trainer, folder)
+
+
+def rewards_with_new_tokens() -> Any:
+    rows = [{"chosen": messages(n), "rejected": messages(n + 9)} for n in range(12)]
+    given = base().config
+    given.num_labels, given.pad_token_id = 1, 0
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(given)
+    with tempfile.TemporaryDirectory() as folder:
+        more = {"max_length": 32, "chat_template_path": chat(folder)}
+        trainer = RewardTrainer(
+            model, args=RewardConfig(**options(folder, **more)), train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer(), peft_config=config(task_type=TaskType.SEQ_CLS, modules_to_save=["score"]),
+        )  # fmt: skip
+        return trained_rows(trainer, folder)
+
+
+NEW = (sft_with_new_tokens, rewards_with_new_tokens)
+TOPICS = {function.__name__: function for function in (sft, sft_of_a_model, dpo, dpo_of_a_model, grpo, rewards, *NEW)}
 
 if __name__ == "__main__":
     torch.manual_seed(0)

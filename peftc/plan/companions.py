@@ -1,0 +1,88 @@
+"""What an adapter adapts beside its spec's own targets: specs that belong to it, and ends of ties that follow."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import replace
+
+from peftc.edits import Miss
+from peftc.graph.sites import SiteIndex, WeightSite
+from peftc.plan.match import Match, match, unfit
+from peftc.registry import find_rule
+
+
+def with_companions(adapter: str, found: Match, index: SiteIndex) -> list[Match]:
+    """The match of an adapter's spec, and those of the specs that belong to it.
+
+    What these miss is an error that can't be let pass, under the name of the field that asks for it.
+    """
+    matches, fields = [found], ["target_modules"]
+    for name, specs in found.spec.companions().items():
+        for spec in specs:
+            own = _apart(adapter, match(adapter, spec, index), found)
+            misses = tuple(replace(miss, field=name, fatal=miss.error) for miss in own.misses)
+            matches.append(replace(own, misses=misses, beside=True))
+            fields.append(name)
+    return [
+        _with_ends(adapter, one, [other for other in matches if other is not one], index, name)
+        for one, name in zip(matches, fields, strict=True)
+    ]
+
+
+def _apart(adapter: str, own: Match, first: Match) -> Match:
+    """The match of a spec without what the adapter's own spec does: files have one or the other at a module."""
+    others = {site.fqn for site in first.sites}
+    misses = [
+        Miss(adapter, "", site.fqn, f"is adapted already, by {first.spec.peft_type}: leave it out of one of the two")
+        for site in own.sites
+        if site.fqn in others
+    ]
+    misses += [
+        Miss(adapter, "", site.fqn, "is in modules_to_save, which trains all of it: leave it out of one of the two")
+        for site in own.sites
+        if _inside(site.fqn, first.saved)
+    ]
+    taken = {miss.value for miss in misses}
+    sites = tuple(site for site in own.sites if site.fqn not in taken)
+    return replace(own, sites=sites, misses=(*own.misses, *misses))
+
+
+def _with_ends(adapter: str, found: Match, others: Sequence[Match], index: SiteIndex, name: str) -> Match:
+    """The match with the other ends of the input embedding's tie, if that is adapted and they are to follow.
+
+    An end that another spec of the adapter has, or that is saved whole, goes its own way.
+    """
+    first = next((site for site in found.sites if site.fqn == index.input_embedding), None)
+    rule = find_rule(found.spec, first) if first is not None else None
+    if first is None or rule is None or not rule.replaces_rows:
+        return found
+    adapted = {site.fqn: other for other in others for site in other.sites}
+    saved = [fqn for one in (found, *others) for fqn in one.saved]
+    sites, follows, misses = {site.fqn: site for site in found.sites}, dict[str, str](), list(found.misses)
+    for weight in first.tied:
+        fqn = weight.rpartition(".")[0]
+        if fqn == first.fqn:
+            continue
+        if fqn in adapted or _inside(fqn, saved):
+            # Files have one or the other at a module; so what the adapter does there itself is in the way.
+            wrong = found.spec.ties_bind or (fqn in adapted and not adapted[fqn].beside)
+            told = f"is tied to {fqn}, which has tensors of its own" + (
+                ": leave that out" if wrong else " and keeps them"
+            )
+            misses.append(Miss(adapter, name, first.fqn, told, wrong, wrong and found.beside))
+            continue
+        site = index.sites.get(fqn)
+        reason = "that is no op of the table" if site is None or site.weight != weight else unfit(found.spec, site)
+        if site is None or reason is not None:
+            told = f"is tied to {weight}, which can't have its rows: {reason}"
+            misses.append(Miss(adapter, name, first.fqn, told, fatal=found.beside))
+            continue
+        sites[fqn] = site
+        follows[fqn] = first.fqn
+    return replace(found, sites=_in_order(sites, index), follows=follows, misses=tuple(misses))
+
+
+def _in_order(sites: dict[str, WeightSite], index: SiteIndex) -> tuple[WeightSite, ...]:
+    return tuple(sites[fqn] for fqn in (*index.sites, *index.inner) if fqn in sites)
+
+
+def _inside(fqn: str, modules: Collection[str]) -> bool:
+    return any(fqn == module or fqn.startswith(f"{module}.") for module in modules)
