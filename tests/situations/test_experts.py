@@ -221,7 +221,7 @@ def test_a_linear_that_no_expert_has_is_unexpected(tmp_path: Path) -> None:
 def test_the_way_back_on_disk_needs_the_adapter_as_it_is_here_and_the_advice_holds(tmp_path: Path) -> None:
     base, want = written(tmp_path / "a", "qwen3_moe")
     base.save_pretrained(tmp_path / "base")
-    with pytest.raises(peftc.CheckpointError, match=r"needs the adapter as it is here. Load it with peftc, save it"):
+    with pytest.raises(peftc.CheckpointError, match=r"undo=True needs them as they are\. Load it with peftc, save it"):
         peftc.merge_checkpoint(tmp_path / "base", tmp_path / "a", tmp_path / "merged", undo=True)
     peftc.load(base, tmp_path / "a").save_pretrained(tmp_path / "now")
     peftc.merge_checkpoint(tmp_path / "base", tmp_path / "now", tmp_path / "merged", undo=True)
