@@ -17,12 +17,10 @@ from .rotation import cayley, constrained, kept, nearest_divisor, rotated, serie
 class OFTConfig(LayerSelection):
     """Orthogonal finetuning: inputs are rotated in blocks (outputs of an embedding). Qiu et al. 2023, arXiv:2306.07280.
 
-    `oft_block_size` inputs are rotated with each other, or `r` blocks are made: give one of the two, the other is 0. What
-    does not divide the inputs is replaced by the nearest number that does. `block_share`: one block for all.
-    `use_cayley_neumann` takes the first `num_cayley_neumann_terms` of a series instead of an inverse (arXiv:2506.19847), in
-    the other direction of rotation. `coft`: blocks stay within `eps` of the identity. `module_dropout` leaves blocks out
-    while training. `bias` trains base biases (`all`, or those of adapted modules). `init_weights=False`: a random start.
-
+    `oft_block_size` inputs are rotated with each other, or `r` blocks made (the other is 0); what does not divide the
+    inputs is replaced by the nearest that does. `block_share`: one block for all. `use_cayley_neumann`: the first
+    `num_cayley_neumann_terms` of a series, not an inverse (arXiv:2506.19847), turned the other way. `coft`: blocks within
+    `eps` of the identity. `module_dropout`: of blocks. `bias`: as in LoRA. `init_weights=False`: a random start.
     Example: OFTConfig(oft_block_size=32, target_modules=["q_proj", "v_proj"])
     """
 

@@ -5,9 +5,10 @@ and the live model is as it was, and the comparison of what came out with it.
 """
 
 import inspect
+import io
 import warnings
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -340,7 +341,8 @@ def _first(error: BaseException) -> str:
 
 @contextmanager
 def _quiet() -> Generator[None]:
-    with warnings.catch_warnings():
+    """Without the warnings of exporters, and what they print of their progress."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 

@@ -1,0 +1,103 @@
+"""Which architectures go where: capture, methods and runtimes, for sixteen small models, as docs/programs.md has it.
+
+    python benchmarks/targets.py [family …] > table.md      (all of them: half an hour)
+
+Every cell is run: a program is called with other sizes than it was captured with, an artefact is read back by its runtime.
+It holds the largest difference to the live model over the largest output, or the cause of the failure.
+"""
+
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch
+
+import peftc
+from tests.support.adapters import perturb
+from tests.support.programs import KINDS, program_inputs, program_model, tensors
+
+LORA: dict[str, Any] = {"r": 4, "target_modules": "all-linear"}
+METHODS: dict[str, Callable[[], Any]] = {
+    "LoRA": lambda: peftc.LoraConfig(**LORA),
+    "DoRA": lambda: peftc.LoraConfig(**LORA, use_dora=True),
+    "IA3": lambda: peftc.IA3Config(target_modules="all-linear", feedforward_modules=[]),
+}
+# Inputs that transformers' exporters don't take.
+LEFT_OUT = ("labels",)
+
+
+def difference(one: Any, other: Any) -> str:
+    """The largest difference of any output, over the largest output."""
+    pairs = [(tensors(one)[name].float(), value.float()) for name, value in tensors(other).items()]
+    largest, scale = max(float((a - b).abs().max()) for a, b in pairs), max(float(b.abs().max()) for _, b in pairs)
+    return "0" if largest == 0 else f"{largest / scale:.0e}"
+
+
+def attempt(run: Callable[[], str]) -> str:
+    """What `run` gives, or the first words of what it raises."""
+    try:
+        return run()
+    except peftc.PeftcError as error:
+        return " ".join(str(error).replace("|", "/").split())[:90] + " …"
+
+
+def captured(kind: str, spec: Any, passes: Any = ()) -> tuple[str, int, int]:
+    """The difference of the program to modules, and its nodes bare and adapted."""
+    model = program_model(kind)
+    inputs = program_inputs(kind, model)
+    torch.manual_seed(0)
+    live = perturb(peftc.compile(model, spec)).eval()
+    program = peftc.compile(model, spec, capture="export", inputs=inputs, passes=passes).eval()
+    program.load_state_dict(live.state_dict())
+    others = program_inputs(kind, model, *((1, 8) if kind == "mamba" else (3, 11)))
+    with torch.no_grad():
+        found = difference(program(**others), live(**others))
+    adapted = len(program.graph_of("").nodes)
+    with program.disable_adapter():
+        return found, len(program.graph_of("").nodes), adapted
+
+
+def exported(kind: str, to: Any, adapters: Any) -> str:
+    """The certificate's difference over its scale."""
+    model = program_model(kind)
+    torch.manual_seed(0)
+    live = perturb(peftc.compile(model, METHODS["LoRA"]())).eval()
+    inputs = program_inputs(kind, model, labels=False)
+    with tempfile.TemporaryDirectory() as folder:
+        made = live.export(folder, to=to, adapters=adapters, inputs=inputs)
+    return f"{made.difference / max(made.scale, 1e-30):.0e}"
+
+
+def row(kind: str) -> list[str]:
+    """The cells of one family."""
+    cells = [kind]
+    try:
+        found, bare, adapted = captured(kind, METHODS["LoRA"]())
+        cells += [f"{bare} → {adapted}", found]
+    except peftc.PeftcError as error:
+        cells += ["", str(error)[:90]]
+    cells += [attempt(lambda name=name: captured(kind, METHODS[name]())[0]) for name in ("DoRA", "IA3")]
+    for to in ("pt2", "onnx"):
+        cells += [attempt(lambda to=to, how=how: exported(kind, to, how)) for how in ("merged", "inside", "inputs")]
+    return cells
+
+
+def main(kinds: list[str]) -> None:
+    """Print the table."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    heads = ["family", "nodes", "LoRA", "DoRA", "IA3"]
+    heads += [f"{to} {how}" for to in ("pt2", "onnx") for how in ("merged", "inside", "inputs")]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)
+    for kind in kinds or KINDS:
+        print(f"| {' | '.join(row(kind))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
