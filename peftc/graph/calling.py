@@ -97,12 +97,13 @@ _WITH_MODES = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 
 def refuse_hooks(model: nn.Module) -> None:
     """Raise CaptureError if a module inside of `model` has hooks, which one flat graph does not run."""
-    for fqn, module in model.named_modules():
-        if module is not model and (module._forward_hooks or module._forward_pre_hooks):
-            raise CaptureError(
-                f"{fqn}: has hooks, which do not run in one flat graph (capture='export'). Remove them, or use"
-                " capture='modules'."
-            )
+    hooked = [m for m in model.modules() if (m._forward_hooks or m._forward_pre_hooks) and m is not model]
+    if hooked:
+        fqn = next(name for name, module in model.named_modules() if module is hooked[0])
+        raise CaptureError(
+            f"{fqn}: has hooks, which do not run in one flat graph (capture='export'). Remove them, or use"
+            " capture='modules'."
+        )
 
 
 def is_default(defaults: Mapping[str, Any], name: str, value: Any) -> bool:
