@@ -6,9 +6,9 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
+import peftc.peft.layers as layers
 from peftc.checkpoint.state import saved_state_dict, spec_filed
 from peftc.errors import AdapterError
-from peftc.peft import layers
 from peftc.peft.configs import PeftConfig, spec_of
 from peftc.peft.layers import BaseTunerLayer
 from peftc.peft.methods import METHODS
