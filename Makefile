@@ -44,6 +44,7 @@ bench: $(VENV)/test.done  ## The benchmarks whose figures benchmarks/README.md h
 	$(BIN)/python benchmarks/mixed_batch.py
 	$(BIN)/python benchmarks/load_adapter.py
 	$(BIN)/python benchmarks/weight_rules.py
+	$(BIN)/python benchmarks/program.py
 	$(BIN)/python benchmarks/stream_merge.py
 
 $(BIN)/python:

@@ -70,6 +70,19 @@ def test_deploy_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     assert all(f"{target}: the greedy tokens are the live model's" in printed for target in ("hf", "pt2", "onnx"))
 
 
+def test_deploy_gguf_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
+    finetune = example("finetune_smollm2", monkeypatch)
+    tiny_model(finetune, tmp_path / "tiny")
+    compiled = peftc.compile(finetune.load_base(str(tmp_path / "tiny")), finetune.LORA)
+    perturb(compiled).save_pretrained(tmp_path / "adapter")
+    deploy = example("deploy_gguf", monkeypatch)
+    deploy.main(model=str(tmp_path / "tiny"), adapter=tmp_path / "adapter", out=tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "vllm: takes it" in printed
+    assert "every change of a weight is the live adapter's" in printed
+    assert (tmp_path / "out" / "default.gguf").is_file()
+
+
 @pytest.mark.slow
 def test_ptuning_smollm2_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     tiny_model(example("finetune_smollm2", monkeypatch), tmp_path / "tiny")
