@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from peftc.checkpoint.base import fingerprint_of
+from peftc.checkpoint.state import saved_state_dict
 from peftc.errors import ExportError
+from peftc.rewrite.program import Program
 
 NAME = "certificate.json"
 SAMPLES = "certificate.safetensors"
@@ -26,7 +29,8 @@ class Certificate:
     `to` and `adapters` as they were exported; `names` of the adapters in it. `difference`: the largest of any output, and
     `scale` the largest output. `tokens`: greedy tokens that were compared, `tokens_equal` how many of them are the same
     before the first that is not (None: the model generates none). `files`: the SHA-256 of every file of the artefact.
-    `of`: what the difference is of: outputs, or the changes of weights that adapters beside a base make.
+    `of`: what the difference is of: outputs, or the changes of weights that adapters beside a base make. `sources`: hashes
+    of what it was made from: every adapter's tensors as its file has them, and the base's fingerprint as manifests have it.
     """
 
     to: str
@@ -39,6 +43,7 @@ class Certificate:
     files: Mapping[str, str]
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
     of: str = "outputs"
+    sources: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def __str__(self) -> str:
         said = f"{self.to}, adapters {self.adapters} ({', '.join(self.names) or 'none'})"
@@ -82,6 +87,19 @@ def hashes(folder: Path) -> dict[str, str]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sources(program: Program, names: Sequence[str]) -> dict[str, str]:
+    """The SHA-256 of every adapter's tensors by key, and of the fingerprint of their base."""
+    found: dict[str, str] = {}
+    for name in names:
+        digest = hashlib.sha256()
+        for key, tensor in sorted(saved_state_dict(program, name).items()):
+            digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        found[name] = digest.hexdigest()
+        found["base"] = hashlib.sha256(repr(fingerprint_of(program, name)).encode()).hexdigest()
+    return found
 
 
 def versions() -> dict[str, str]:

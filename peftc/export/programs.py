@@ -9,6 +9,7 @@ import io
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,7 @@ from peftc.errors import ExportError, MergeError
 from peftc.export.adapter_files import write_adapter
 from peftc.export.adapter_inputs import WRITERS as INPUT_WRITERS
 from peftc.export.adapter_inputs import adapter_tensors, run_with_adapter, template, traced
-from peftc.export.certificate import Certificate, difference, hashes, tensors_of, versions
+from peftc.export.certificate import Certificate, difference, hashes, sources, tensors_of, versions
 from peftc.graph.sites import is_pretrained
 from peftc.merge import merge, unmerge
 from peftc.rewrite.hosts import original_class
@@ -66,13 +67,22 @@ def export(
         if not expected:
             raise ExportError(f"{type(program.base).__name__} gives no tensors for {sorted(given)}: nothing to compare")
         names = program.merged or program.spliced
+        made_from = sources(program, names)
         tokens = _greedy(lambda ids: program.base(**ids), program.base, given)
         with _merged(program, adapters), staged(folder, _HEADS) as stage:
             run = _EXPORTERS[to](program, stage, given, generation)
             largest, scale = difference(tensors_of(run(given)), expected)
             made = _greedy(run, program.base, given)
             certificate = Certificate(
-                to, adapters, names, largest, scale, *_agreement(made, tokens), hashes(stage), versions()
+                to,
+                adapters,
+                names,
+                largest,
+                scale,
+                *_agreement(made, tokens),
+                hashes(stage),
+                versions(),
+                sources=made_from,
             )
             certificate.write(stage, given, expected)
     return certificate
@@ -88,6 +98,7 @@ def _beside(program: Program, folder: Path, to: Target) -> Certificate:
         certificate = Certificate(
             to, "beside", program.spliced, largest, scale, None, None, hashes(stage), versions(), of="weight changes"
         )
+        certificate = replace(certificate, sources=sources(program, program.spliced))
         certificate.write(stage, {}, {})
     return certificate
 
@@ -98,6 +109,7 @@ def _as_inputs(program: Program, folder: Path, to: Target, given: Mapping[str, T
     more = {"use_cache": False} if "use_cache" in taken else {}
     with _for_inference(program.base):
         expected = {name: _live(program, name, given, more) for name in program.adapters}
+        made_from = sources(program, list(expected))
         tensors, config = adapter_tensors(program)
         with staged(folder, _HEADS) as stage:
             with template(program, config) as made, _quiet():
@@ -106,7 +118,9 @@ def _as_inputs(program: Program, folder: Path, to: Target, given: Mapping[str, T
             found = [difference(run_with_adapter(stage, name, given), outputs) for name, outputs in expected.items()]
             largest, scale = (max(numbers) for numbers in zip(*found, strict=True))
             names = tuple(expected)
-            certificate = Certificate(to, "inputs", names, largest, scale, None, None, hashes(stage), versions())
+            certificate = Certificate(
+                to, "inputs", names, largest, scale, None, None, hashes(stage), versions(), sources=made_from
+            )
             certificate.write(stage, given, expected[names[0]])
     return certificate
 

@@ -228,3 +228,19 @@ def test_a_checkpoint_that_others_merged_is_checked(tmp_path: Path) -> None:
     assert found.difference < 1e-6
     with pytest.raises(peftc.ExportError, match=r"q_proj.weight differs by"):
         peftc.verify(tmp_path / "base", tmp_path / "adapter", tmp_path / "base")
+
+
+def test_the_certificate_says_what_it_was_made_from(tmp_path: Path) -> None:
+    made: list[Any] = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        model = perturb(
+            peftc.compile(small_model("llama", "LlamaForCausalLM"), peftc.LoraConfig(target_modules=["q_proj"]))
+        )
+        made.append(model.export(tmp_path / str(seed)))
+        with model.merged():  # Of a merged model the same.
+            assert model.export(tmp_path / "merged").sources == made[-1].sources
+    assert set(made[0].sources) == {"base", "default"}
+    assert made[0].sources["base"] == made[1].sources["base"]
+    assert made[0].sources["default"] != made[1].sources["default"]
+    assert json.loads((tmp_path / "0" / "certificate.json").read_text())["sources"] == made[0].sources

@@ -31,6 +31,8 @@ _MORE: dict[str, dict[str, Any]] = {
     "whisper": {**_TOKENS, "suppress_tokens": None, "begin_suppress_tokens": None},
     "t5": {**_TOKENS, "num_decoder_layers": 1},
     "qwen2": {"layer_types": ["full_attention"]},
+    "qwen3": {"layer_types": ["full_attention"]},
+    "gemma3_text": {"layer_types": ["sliding_attention"]},
     "mamba": {"state_size": 4},
 }
 _PARTS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
