@@ -5,10 +5,11 @@ rank 0 and the program is the base. `pt2`: safetensors with the inputs by name; 
 """
 
 import inspect
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,22 +37,29 @@ _PREFIX = "base_model.model."
 ADAPTERS = "adapters"
 
 
-def input_name(key: str) -> str:
-    """What an input is called, by the key of its tensor in PEFT's files."""
-    name = key.removeprefix(_PREFIX).removesuffix(".weight").replace(".", "_").lower()
-    return name if name.isidentifier() else f"module_{name}"
+def input_names(keys: Iterable[str]) -> dict[str, str]:
+    """What inputs are called, by the keys of their tensors in PEFT's files; each has a name of its own."""
+    found: dict[str, str] = {}
+    for key in sorted(keys):
+        name = key.removeprefix(_PREFIX).removesuffix(".weight").replace(".", "_").lower()
+        name = name if name.isidentifier() else f"module_{name}"
+        taken = set(found.values())
+        # Names are equal where keys differ in case, or have `_` for `.`.
+        found[key] = next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
+    return found
 
 
 @dataclass(frozen=True)
 class Template:
-    """The adapter that is exported: by input, the live parameter's name in the model and its axis of the rank."""
+    """The adapter that is exported: by input, the live parameter's name in the model, its axis of the rank, its dtype."""
 
     parameters: Mapping[str, str]
     axes: Mapping[str, int]
+    dtypes: Mapping[str, torch.dtype]
 
 
 def adapter_tensors(program: Program) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """By adapter, its factors by input name, with the scaling in them; and a config that has all their sites.
+    """By adapter, its factors by PEFT's key, with the scaling in them; and a config that has all their sites.
 
     Raises ExportError for adapters that are no such factors.
     """
@@ -62,16 +70,19 @@ def adapter_tensors(program: Program) -> tuple[dict[str, dict[str, Tensor]], dic
             config, own = serving_form(program, name, config_of(program, name), least_rank=2)
         except CheckpointError as error:
             raise ExportError(f"adapters='inputs': {error} adapters='merged' takes anything.") from None
-        tensors[name] = {input_name(key): tensor.detach().cpu().contiguous() for key, tensor in own.items()}
+        tensors[name] = {key: tensor.detach().cpu().contiguous() for key, tensor in own.items()}
     sites = list(dict.fromkeys(edit.site for adapter in program.adapters.values() for edit in adapter.edits))
     return tensors, {**config, "target_modules": list(target_names(program.base, sites))}
 
 
 @contextmanager
-def template(program: Program, config: Mapping[str, Any]) -> Generator[Template]:
-    """A context in which an adapter with all sites of `config` is the active one; all is as it was afterwards."""
+def template(program: Program, config: Mapping[str, Any], names: Mapping[str, str]) -> Generator[Template]:
+    """A context in which an adapter with all sites of `config` is the active one; all is as it was afterwards.
+
+    `names`: of the inputs, by key.
+    """
     active, learning, enabled = program.active, program.learning, program.enabled
-    lifecycle.add(program, _TEMPLATE, load_spec(dict(config), spec_classes()), "error", autocast=False)
+    lifecycle.add(program, _TEMPLATE, load_spec(dict(config), spec_classes()), "error")
     try:
         program.enabled = True
         activate(program, [_TEMPLATE], [])
@@ -79,11 +90,12 @@ def template(program: Program, config: Mapping[str, Any]) -> Generator[Template]
         adapter = program.adapters[_TEMPLATE]
         parameters: dict[str, str] = {}
         axes: dict[str, int] = {}
+        dtypes: dict[str, torch.dtype] = {}
         for edit in adapter.edits:
             for axis, param in enumerate(param for param in edit.params if param.trainable):
-                name = input_name(key_of(adapter.spec, edit, param))
-                parameters[name], axes[name] = named[id(adapter.tensor(edit, param.key))], axis
-        yield Template(parameters, axes)
+                name, tensor = names[key_of(adapter.spec, edit, param)], adapter.tensor(edit, param.key)
+                parameters[name], axes[name], dtypes[name] = named[id(tensor)], axis, tensor.dtype
+        yield Template(parameters, axes, dtypes)
     finally:
         program.enabled = enabled
         activate(program, active, learning)
@@ -108,14 +120,17 @@ class _Calls(nn.Module):
         self.forward = forward
 
 
-def traced(model: nn.Module, made: Template, given: Mapping[str, Tensor], more: Mapping[str, Any]) -> Any:
-    """The torch.export program of `model` with factors as inputs. `more`: what else every call has. Raises ExportError."""
+def traced(model: nn.Module, made: Template, given: Mapping[str, Tensor], more: Mapping[str, Any], to: str) -> Any:
+    """The torch.export program of `model` with factors as inputs, to be written as `to`. `more`: what else every call has.
+
+    Raises ExportError.
+    """
     factors = {name: model.get_parameter(path).detach().clone() for name, path in made.parameters.items()}
     auto = torch.export.Dim.AUTO
     sizes: dict[str, Any] = {name: dict.fromkeys(range(value.dim()), auto) for name, value in given.items()}
     sizes |= {name: {axis: auto} for name, axis in made.axes.items()}
     calls = _Calls(model, made, list(given), more)
-    with torch.no_grad(), exportable(model):
+    with torch.no_grad(), exportable(model, *(("onnx",) if to == "onnx" else ())):
         try:
             return torch.export.export(calls, (), {**given, **factors}, dynamic_shapes=sizes, strict=False)
         except Exception as error:  # Whatever tracing raises, of models that it can't take.
@@ -133,15 +148,18 @@ def write_pt2(program: Any, made: Template, outputs: Sequence[str], tensors: Map
 def write_onnx(program: Any, made: Template, outputs: Sequence[str], tensors: Mapping[str, Any], stage: Path) -> None:
     """`model.onnx`, whose factors have rank 0 unless they are given, and an `.onnx_adapter` for every adapter."""
     onnx, runtime = import_module("onnx"), import_module("onnxruntime")
-    written: Any = torch.onnx.export(program, dynamo=True, verbose=False, output_names=list(outputs))
-    model: Any = written.model_proto
-    dtypes = {name: tensor.dtype for own in tensors.values() for name, tensor in own.items()}
+    if torch.bfloat16 in made.dtypes.values():
+        raise ExportError(
+            "adapters='inputs': numpy has no bfloat16 for the factors. Compile with autocast_adapter_dtype=True, which"
+            " keeps adapters in float32."
+        )
+    model: Any = _translated(program, outputs).model_proto
     for entry in model.graph.input:
         axis = made.axes.get(entry.name)
         if axis is not None:
             sizes = [dim.dim_value for dim in entry.type.tensor_type.shape.dim]
             sizes[axis] = 0
-            empty = torch.zeros(sizes, dtype=dtypes[entry.name]).numpy()
+            empty = torch.zeros(sizes, dtype=made.dtypes[entry.name]).numpy()
             model.graph.initializer.append(onnx.numpy_helper.from_array(empty, entry.name))
     onnx.save(model, stage / "model.onnx", save_as_external_data=True, location="model.onnx.data")
     (stage / ADAPTERS).mkdir()
@@ -152,6 +170,27 @@ def write_onnx(program: Any, made: Template, outputs: Sequence[str], tensors: Ma
         values = {key: runtime.OrtValue.ortvalue_from_numpy(value.numpy()) for key, value in own.items()}
         form.set_parameters(values)
         form.export_adapter(str(stage / ADAPTERS / f"{name}.onnx_adapter"))
+
+
+def _translated(program: Any, outputs: Sequence[str]) -> Any:
+    """The program in ONNX's ops, with transformers' translations of theirs, if that is there. Raises ExportError."""
+    theirs: Any = (
+        import_module("transformers.exporters.exporter_onnx") if find_spec("transformers") is not None else None
+    )
+    table = theirs._ONNX_TRANSLATION_TABLE if theirs is not None else None
+    try:
+        if theirs is not None:
+            theirs.apply_fx_node_fixes("onnx", program.graph_module)
+        written: Any = torch.onnx.export(
+            program, dynamo=True, verbose=False, output_names=list(outputs), custom_translation_table=table
+        )
+    except Exception as error:  # What has no ONNX operator.
+        raise ExportError(
+            f"the program can't be written as ONNX: {str(error).strip().splitlines()[0][:300]}"
+        ) from error
+    if theirs is not None:
+        theirs.apply_onnx_ir_fixes(written)
+    return written
 
 
 WRITERS: Mapping[str, Callable[..., None]] = {"pt2": write_pt2, "onnx": write_onnx}

@@ -8,14 +8,18 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 
 from peftc.checkpoint.hub import locate
 from peftc.errors import CheckpointError, ExportError
+from peftc.registry import rules
+from peftc.rule import Rule
 
 _MERGED = "merge it: compiled.export(folder), or peftc.merge_checkpoint(base, adapter, folder)"
+_NO_PART = ", and it is no part of a weight that could be merged"
+_TRANSFORMERS = "serve the model with transformers: peftc.load(model, adapter)"
 _SERVING = 'compiled.save_pretrained(folder, form="serving")'
 
 
@@ -54,6 +58,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """The config as it is written, and the names of the tensors."""
     try:
         config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
+        if not isinstance(cast(Any, config), dict):
+            raise ValueError("adapter_config.json holds no object")
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:  # type: ignore[no-untyped-call]
             return config, list(file.keys())
     except (OSError, ValueError, SafetensorError) as error:
@@ -64,12 +70,17 @@ def _common(config: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     """What no runtime takes beside a base."""
     kind = config.get("peft_type")
     if kind != "LORA":
-        return [f"its method, {kind}: servers take LoRA"]
+        merges = any(type(rule).weight is not Rule.weight for rule in rules() if _method(rule) == kind)
+        return [f"its method, {kind}: servers take LoRA" + ("" if merges else _NO_PART)]
     found = [f"{name}={config[name]!r}" for name in ("use_dora", "lora_bias", "layer_replication") if config.get(name)]
     found += ["alora_invocation_tokens"] if config.get("alora_invocation_tokens") else []
     found += [f"bias={config['bias']!r}"] if config.get("bias", "none") != "none" else []
     found += ["rows of tokens that it trains"] if any("trainable_tokens" in key for key in keys) else []
     return found
+
+
+def _method(rule: Rule[Any]) -> Any:
+    return rule.spec.model_fields["peft_type"].default
 
 
 def _saved(config: Mapping[str, Any], but: Sequence[str] = ()) -> list[str]:
@@ -111,7 +122,7 @@ def _onnxruntime(runtime: str, config: Mapping[str, Any], keys: Sequence[str]) -
 def _verdict(runtime: str, whole: Sequence[str], soft: Sequence[str], instead: str) -> Verdict:
     """`whole`: reasons after which only a merged model is left; `soft`: those that another form of the files mends."""
     if whole:
-        return Verdict(runtime, False, (*whole, *soft), _MERGED)
+        return Verdict(runtime, False, (*whole, *soft), _TRANSFORMERS if whole[0].endswith(_NO_PART) else _MERGED)
     return Verdict(runtime, not soft, tuple(soft), instead if soft else "")
 
 

@@ -22,7 +22,7 @@ from peftc.checkpoint.atomic import staged
 from peftc.errors import ExportError, MergeError
 from peftc.export.adapter_files import write_adapter
 from peftc.export.adapter_inputs import WRITERS as INPUT_WRITERS
-from peftc.export.adapter_inputs import adapter_tensors, run_with_adapter, template, traced
+from peftc.export.adapter_inputs import adapter_tensors, input_names, run_with_adapter, template, traced
 from peftc.export.certificate import Certificate, difference, hashes, sources, tensors_of, versions
 from peftc.graph.sites import is_pretrained
 from peftc.merge import merge, unmerge
@@ -60,6 +60,7 @@ def export(
     if adapters == "beside":
         return _beside(program, folder, to)
     given = _inputs(program.base, inputs)
+    _require_captured(program, given)
     if adapters == "inputs":
         return _as_inputs(program, folder, to, given)
     with _for_inference(program.base):
@@ -106,14 +107,20 @@ def _beside(program: Program, folder: Path, to: Target) -> Certificate:
 def _as_inputs(program: Program, folder: Path, to: Target, given: Mapping[str, Tensor]) -> Certificate:
     """One program whose factors are inputs, and a file for every adapter."""
     taken = inspect.signature(original_class(program.base).forward).parameters
-    more = {"use_cache": False} if "use_cache" in taken else {}
+    # A program takes no more than it was captured with.
+    more = {"use_cache": False} if "use_cache" in taken and program.plan.capture != "export" else {}
     with _for_inference(program.base):
         expected = {name: _live(program, name, given, more) for name in program.adapters}
         made_from = sources(program, list(expected))
-        tensors, config = adapter_tensors(program)
+        by_key, config = adapter_tensors(program)
+        names_of = input_names({key for own in by_key.values() for key in own})
         with staged(folder, _HEADS) as stage:
-            with template(program, config) as made, _quiet():
-                whole = traced(program.base, made, given, more)
+            with template(program, config, names_of) as made, _quiet():
+                whole = traced(program.base, made, given, more, to)
+                tensors = {
+                    name: {names_of[key]: value.to(made.dtypes[names_of[key]]) for key, value in own.items()}
+                    for name, own in by_key.items()
+                }
                 INPUT_WRITERS[to](whole, made, list(next(iter(expected.values()))), tensors, stage)
             found = [difference(run_with_adapter(stage, name, given), outputs) for name, outputs in expected.items()]
             largest, scale = (max(numbers) for numbers in zip(*found, strict=True))
@@ -197,6 +204,16 @@ def _require_onnx() -> None:
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
     if missing:
         raise ExportError(f"to='onnx' needs {', '.join(missing)}: pip install 'peftc[export]'")
+
+
+def _require_captured(program: Program, given: Mapping[str, Tensor]) -> None:
+    """Raise ExportError if the model is a program that takes other inputs."""
+    signature = program.regions[0].source.signature if program.plan.capture == "export" and program.regions else None
+    if signature is not None and set(signature.names) != set(given):
+        raise ExportError(
+            f"the model was captured with {', '.join(signature.names)} and is to be exported with {', '.join(given)}. Give"
+            " inputs= of these names, or load the adapter with capture='modules' and export that."
+        )
 
 
 def _inputs(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

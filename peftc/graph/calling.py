@@ -1,5 +1,7 @@
 """How a flat program is called: the names, sizes and dtypes of its inputs, and what its outputs make."""
 
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from peftc.errors import CaptureError
+from peftc.graph.finding import parameter_at
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Leaf:
 class Signature:
     """The inputs by `names`, the placeholders they come apart to, and how outputs are put together.
 
-    `defaults`: of all arguments of the model, in order.
+    `defaults`: of all arguments of the model, in order. `guards`: what the trace took for true of sizes. `modules`: the
+    names of the model's modules, `dtypes` of one of its parameters, by which a cast is noticed.
     """
 
     names: tuple[str, ...]
@@ -33,6 +37,9 @@ class Signature:
     leaves: tuple[Leaf, ...]
     inputs: pytree.TreeSpec
     outputs: pytree.TreeSpec
+    guards: tuple[str, ...] = ()
+    modules: frozenset[str] = frozenset()
+    dtypes: tuple[tuple[str, torch.dtype], ...] = ()
 
     def flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The placeholders' values in a call.
@@ -53,6 +60,12 @@ class Signature:
                 raise CaptureError(
                     f"{leaf.name}: {wrong}; capture again with inputs like these, or use capture='modules'"
                 )
+        broken = next((code for code in self.guards if not holds(code, given)), None)
+        if broken is not None:
+            raise CaptureError(
+                f"the program was captured for inputs of which {broken}; capture again with inputs like these, or use"
+                " capture='modules'"
+            )
         return values
 
     def _names(self, given: Mapping[str, Any]) -> str:
@@ -64,24 +77,50 @@ class Signature:
             " when compiling, or use capture='modules', which keeps the model's own call."
         )
 
+    def require_dtype(self, model: nn.Module) -> None:
+        """Raise CaptureError if `model` has been cast since: the graph has casts for the dtypes of before."""
+        for name, dtype in self.dtypes:
+            now = parameter_at(model, name).dtype
+            if now != dtype:
+                raise CaptureError(
+                    f"the model is {now} now, and was captured in {dtype}, which its program has casts for. Cast first, and"
+                    " compile then."
+                )
+
     def around(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """`run`, which takes the placeholders' values, as what takes the model's arguments and gives its outputs."""
 
         def call(bound: Any, *args: Any, **kwargs: Any) -> Any:
             if not torch.compiler.is_compiling():
                 refuse_hooks(bound.host)
+                self.require_dtype(bound.host)
             return pytree.tree_unflatten(run(bound, *self.flat(args, kwargs)), self.outputs)
 
         return call
 
 
-def by_mode_of_host(evaluate: Callable[..., Any], train: Callable[..., Any]) -> Callable[..., Any]:
+@functools.lru_cache(maxsize=4096)
+def _compiled(code: str) -> Any:
+    return compile(code, "<guard>", "eval")
+
+
+def holds(code: str, given: Mapping[str, Any]) -> bool:
+    """Whether a guard of torch.export, an expression of sizes, is true of these inputs; not if it can't be told."""
+    try:
+        return bool(eval(_compiled(code), {"__builtins__": {}, "L": given, "max": max, "min": min, "math": math}))
+    except (NameError, LookupError, TypeError, AttributeError, SyntaxError, ZeroDivisionError):
+        return False
+
+
+def by_mode_of_host(
+    evaluate: Callable[..., Any], train: Callable[..., Any], modules: frozenset[str]
+) -> Callable[..., Any]:
     """What runs one of two graphs, by the mode of the whole model. Raises CaptureError if parts of it are in another."""
 
     def forward(bound: Any, *args: Any, **kwargs: Any) -> Any:
         training = bound.host.training
         for fqn, module in bound.host.named_modules():
-            if isinstance(module, _WITH_MODES) and module.training is not training:
+            if fqn in modules and module.training is not training:
                 raise CaptureError(
                     f"{fqn}: is not in the mode of the whole model, of which train() and eval() are two graphs"
                     " (capture='export'). Put both in one mode, or use capture='modules'."
@@ -89,10 +128,6 @@ def by_mode_of_host(evaluate: Callable[..., Any], train: Callable[..., Any]) -> 
         return (train if training else evaluate)(bound, *args, **kwargs)
 
     return forward
-
-
-# Those that do something else in train() than in eval().
-_WITH_MODES = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
 
 
 def refuse_hooks(model: nn.Module) -> None:

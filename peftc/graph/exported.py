@@ -16,15 +16,16 @@ from importlib import import_module
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, autograd, fx, nn
+from torch._ops import HigherOrderOperator
 from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from peftc.errors import CaptureError
-from peftc.graph.calling import Leaf, Signature, is_default, refuse_hooks
+from peftc.graph.calling import Leaf, Signature, holds, is_default, refuse_hooks
 from peftc.graph.copying import structural_copy
-from peftc.graph.lineage import split_ties
+from peftc.graph.lineage import module_of, split_ties
 from peftc.graph.modes import both_modes
 from peftc.graph.sites import is_pretrained
 
@@ -55,12 +56,22 @@ def export_model(model: nn.Module, inputs: Any) -> Flat:
     given = {name: v for name, v in _checked(model, inputs).items() if not is_default(defaults, name, v)}
     shadow = _shadow(model)
     programs = [_exported(shadow.train(training), given) for training in (True, False)]
-    graphs = [_Unlifted(program, shadow).graph for program in programs]
+    graphs = [_Unlifted(program, model).graph for program in programs]
     alike = programs[0].call_spec.out_spec == programs[1].call_spec.out_spec
     joined = both_modes(*graphs) if alike else None
     leaves = [_merged(*pair) for pair in zip(*map(_leaves, programs), strict=True)]
+    signature = Signature(
+        names=tuple(given),
+        defaults=defaults,
+        leaves=tuple(leaves),
+        inputs=pytree.tree_flatten(dict(given))[1],
+        outputs=programs[0].call_spec.out_spec,
+        guards=_guards(programs, given),
+        modules=frozenset(fqn for fqn, _ in model.named_modules()),
+        dtypes=tuple((name, p.dtype) for name, p in model.named_parameters())[:1],
+    )
     flats = [
-        Flat(graph, _signature(program, leaves, given, defaults))
+        Flat(graph, replace(signature, outputs=program.call_spec.out_spec))
         for graph, program in zip(graphs if joined is None else [joined], programs, strict=False)
     ]
     for flat in flats:
@@ -91,8 +102,10 @@ def _shadow(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def exportable(model: nn.Module) -> Generator[None]:
-    """A context in which `model` is traced: with transformers' own patches for their models, without fused paths."""
+def exportable(model: nn.Module, *runtimes: str) -> Generator[None]:
+    """A context in which `model` is traced: with transformers' own patches for their models (and for `runtimes`: "onnx"),
+    without fused paths.
+    """
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -102,7 +115,8 @@ def exportable(model: nn.Module) -> Generator[None]:
                 theirs = import_module("transformers.exporters.exporter_dynamo")
                 patches = import_module("transformers.exporters.utils")
                 theirs.register_cache_pytrees_for_model(model)
-                stack.enter_context(patches.apply_patches("dynamo"))
+                for runtime in (*runtimes, "dynamo"):
+                    stack.enter_context(patches.apply_patches(runtime))
                 stack.enter_context(theirs.reset_model_state(model))
             yield
     finally:
@@ -113,11 +127,32 @@ def _exported(model: nn.Module, given: Mapping[str, Any]) -> Any:
     # Copied apart: torch.export takes one tensor given twice for one input.
     own = {name: copy.deepcopy(value) for name, value in given.items()}
     open_sizes = pytree.tree_map(_open, own)
-    with exportable(model), _taking(model, own), torch.enable_grad():
+    with exportable(model), _taking(model, own), _nothing_lost(), torch.enable_grad():
         try:
             return torch.export.export(model, (), own, dynamic_shapes=open_sizes, strict=False)
         except Exception as error:  # Whatever the model's own code raises where it is traced.
             raise CaptureError(_reason(model, error)) from error
+
+
+@contextmanager
+def _nothing_lost() -> Generator[None]:
+    """A context in which what a trace would leave out is refused: gradients of one's own, hooks of tensors."""
+    apply, hook = autograd.Function.__dict__["apply"], Tensor.register_hook
+
+    @classmethod
+    def refused(cls: type[Any], *args: Any, **kwargs: Any) -> Any:
+        if cls.__module__.startswith("torch."):
+            return apply.__get__(None, cls)(*args, **kwargs)
+        raise CaptureError(f"{cls.__name__} has a backward of its own, which a traced graph would not have")
+
+    def no_hook(self: Tensor, hook: Any) -> Any:
+        raise CaptureError("a hook on a tensor (register_hook) would not be in a traced graph")
+
+    cast(Any, autograd.Function).apply, cast(Any, Tensor).register_hook = refused, no_hook
+    try:
+        yield
+    finally:
+        cast(Any, autograd.Function).apply, cast(Any, Tensor).register_hook = apply, hook
 
 
 @contextmanager
@@ -169,7 +204,7 @@ class _Unlifted:
     """The graph of an exported program with the model's tensors read from it, and without what belongs to the trace."""
 
     program: Any
-    model: nn.Module
+    given: nn.Module
     graph: fx.Graph = field(default_factory=fx.Graph)
 
     def __post_init__(self) -> None:
@@ -185,8 +220,9 @@ class _Unlifted:
     def _copied(self, module: fx.GraphModule, given: Sequence[Any] | None) -> Any:
         """Copy a graph; `given` are the values of an inner one's placeholders. Returns what its output is."""
         places = [node for node in module.graph.nodes if node.op == "placeholder"]
-        # The inputs first, as in any graph; the trace has the model's tensors before them.
-        places.sort(key=lambda node: node.name in self.lifted)
+        if given is None:
+            # The inputs first, as in any graph; the trace has the model's tensors before them.
+            places.sort(key=lambda node: node.name in self.lifted)
         values = dict(zip(places, map(self._input, places) if given is None else given, strict=True))
         for node in module.graph.nodes:
             if node.op == "placeholder":
@@ -207,7 +243,7 @@ class _Unlifted:
             new = self.graph.placeholder(node.name)
             if self.device is None and isinstance(node.meta.get("val"), Tensor):
                 self.device = self.graph.call_function(getattr, (new, "device"))
-        elif _has(self.model, spec.target):
+        elif _has(self.given, spec.target):
             new = self.graph.get_attr(spec.target)
         else:
             new = self._constant(spec.target)
@@ -216,6 +252,10 @@ class _Unlifted:
     def _constant(self, name: str) -> fx.Node:
         """A tensor that the forward makes of numbers, as its numbers."""
         value: Tensor = self.program.constants[name]
+        if type(value) is not Tensor:
+            raise CaptureError(
+                f"capture='export': the forward makes {name} when it first runs; call the model once before it is captured"
+            )
         if value.numel() > _MOST:
             raise CaptureError(
                 f"capture='export': the forward makes a tensor of {value.numel():,} numbers; register it as a buffer, or"
@@ -230,6 +270,11 @@ class _Unlifted:
 
     def _op(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
         region = _REGIONS.get(str(node.target))
+        if region is None and isinstance(node.target, HigherOrderOperator):
+            raise CaptureError(
+                f"capture='export': {node.target} in {module_of(node) or 'the model'} has graphs of its own, which one flat"
+                " graph can't hold. Use capture='modules', which keeps the model's Python."
+            )
         if region is not None:
             return region(self, [values[arg] if isinstance(arg, fx.Node) else arg for arg in node.args])
         if node.target is operator.getitem and isinstance(values.get(cast(Any, node.args[0])), tuple | list):
@@ -246,13 +291,12 @@ class _Unlifted:
         return self.device if self.device is not None else self.traced_on
 
     def graded(self, args: Sequence[Any]) -> Any:
-        """A region without gradients (or with them again): what comes out of it is detached."""
+        """A region without gradients (or with them again): what goes into it is detached."""
         enabled, module, *given = args
-        made = self._copied(module, given)
-        return made if enabled else pytree.tree_map(self._detached, made)
+        return self._copied(module, given if enabled else [self._detached(value) for value in given])
 
     def _detached(self, value: Any) -> Any:
-        if not isinstance(value, fx.Node) or not isinstance(value.meta.get(VALUE), tuple):
+        if not isinstance(value, fx.Node) or not value.meta.get(VALUE, (torch.int64,))[0].is_floating_point:
             return value
         new = self.graph.call_function(torch.ops.aten.detach.default, (value,))
         new.meta.update(value.meta)
@@ -322,11 +366,13 @@ def _has(model: nn.Module, path: str) -> bool:
         return False
 
 
-def _signature(
-    program: Any, leaves: Sequence[Leaf], given: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> Signature:
-    names = pytree.tree_flatten(dict(given))[1]
-    return Signature(tuple(given), defaults, tuple(leaves), names, program.call_spec.out_spec)
+def _guards(programs: Sequence[Any], given: Mapping[str, Any]) -> tuple[str, ...]:
+    """What the traces have taken for true of the sizes of inputs, as torch writes it."""
+    found = dict.fromkeys(code for program in programs for code in program._guards_code or ())
+    unknown = [code for code in found if not holds(code, given)]
+    if unknown:
+        warnings.warn(f"capture='export': can't check, and so does not, that {'; '.join(unknown)}", stacklevel=2)
+    return tuple(code for code in found if code not in unknown)
 
 
 def _leaves(program: Any) -> list[Leaf]:

@@ -96,6 +96,10 @@ def _embedding(module: nn.Module) -> Shape | None:
 def _lookup(node: fx.Node) -> Any:
     # max_norm would renormalise the adapter's weight in place.
     options = {name: value for name, value in node.kwargs.items() if name != "max_norm"}
+    if node.target is aten.embedding.default:
+        options |= zip(("padding_idx", "scale_grad_by_freq", "sparse"), node.args[2:], strict=False)
+        if options.get("padding_idx") == -1:  # None, as aten has it.
+            del options["padding_idx"]
     return partial(F.embedding, **cast("dict[str, Any]", options))
 
 

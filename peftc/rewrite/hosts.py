@@ -169,7 +169,9 @@ class Code:
         if signature is not None:
             self.forward = signature.around(self.forward)
         if training is not None:
-            self.forward = by_mode_of_host(self.forward, training.forward)
+            self.forward = by_mode_of_host(
+                self.forward, training.forward, signature.modules if signature else frozenset()
+            )
 
     def __reduce__(self) -> Any:
         return _unpacked_code, (packed(self.graph), self.ran, self.signature, self.training)

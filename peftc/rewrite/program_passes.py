@@ -22,12 +22,25 @@ class NoOpsRemoved:
 
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         """The graph without them; its values are the same bits."""
+        changed = _changed_in_place(graph)
         for node in list(graph.nodes):
-            if _is_no_op(node):
+            # What is not changed may be the other's alias.
+            if _is_no_op(node) and not changed & {node, node.args[0]} and not any(u.op == "output" for u in node.users):
                 node.replace_all_uses_with(node.args[0])
                 graph.erase_node(node)
         graph.eliminate_dead_code(changes_something)
         return graph
+
+
+def _changed_in_place(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose values may be changed in place, by themselves or by what reads them: a view of them, say."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if changes_something(node) and node.op == "call_function":
+            found.update(node.all_input_nodes)
+        elif any(user in found for user in node.users):
+            found.add(node)
+    return found
 
 
 def _is_no_op(node: fx.Node) -> bool:
@@ -113,8 +126,9 @@ class SiblingsFused:
         """The graph in which each such group is one product; equal within rounding."""
         groups: dict[Any, list[fx.Node]] = {}
         dtypes: dict[fx.Node, torch.dtype | None] = {}
+        changed = _changed_in_place(graph)
         for node in graph.nodes:
-            if _is_first_product(node):
+            if _is_first_product(node) and node.args[0] not in changed:
                 key = (node.args[0], dtype_of_node(node.args[1], dtypes))
                 groups.setdefault(key, []).append(node)
         for nodes in groups.values():

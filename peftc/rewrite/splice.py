@@ -9,7 +9,7 @@ the weight too, so it is taken in that form.
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import fx
@@ -321,7 +321,7 @@ def _bound(place: _Place, active: Active, lazy: Mapping[str, Callable[[], Any]],
     elif row.name == "linear":
         values["op"] = F.linear
     if row.indices and place.use is not None:
-        values["padding_idx"] = place.use.node.kwargs.get("padding_idx")
+        values["padding_idx"] = cast(Any, values["op"]).keywords.get("padding_idx")
     if row.name in POINTWISE:
         values["pointwise"] = POINTWISE[row.name]
     return Bound(values, lazy)

@@ -120,3 +120,11 @@ def test_preflight_says_who_takes_what(tmp_path: Path) -> None:
         peftc.preflight(tmp_path / "dora", "ollama")
     with pytest.raises(peftc.CheckpointError):
         peftc.preflight(tmp_path)
+    prompt = peftc.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
+    peftc.compile(program_model("llama"), prompt).save_pretrained(tmp_path / "prompt")
+    (verdict,) = peftc.preflight(tmp_path / "prompt", "vllm")
+    assert "no part of a weight" in str(verdict)
+    assert "merge" not in verdict.instead
+    (tmp_path / "dora" / "adapter_config.json").write_text("[]")
+    with pytest.raises(peftc.CheckpointError, match="holds no object"):
+        peftc.preflight(tmp_path / "dora")

@@ -101,3 +101,35 @@ def test_what_has_no_factors_is_refused_and_leaves_nothing(tmp_path: Path) -> No
     perturb(lora).export(tmp_path / "out", to="pt2", adapters="inputs", inputs=inputs)
     assert list(lora.peft_config) == ["default"]
     assert peftc.verify(tmp_path / "out").difference < 1e-6
+
+
+class Alike(nn.Module):
+    """Modules whose names differ in case, or in a dot, alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Fc, self.fc, self.a_b = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.a = nn.ModuleDict({"b": nn.Linear(4, 4)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.a["b"](self.a_b(self.fc(self.Fc(x))))
+
+
+def test_every_factor_has_an_input_of_its_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    compiled = perturb(peftc.compile(Alike(), peftc.LoraConfig(r=2, target_modules=["Fc", "fc", "a_b", "a.b"])))
+    inputs = {"x": torch.randn(3, 4)}
+    certificate = compiled.export(tmp_path / "out", to="pt2", adapters="inputs", inputs=inputs)
+    assert certificate.difference <= 1e-5 * certificate.scale
+    assert len(load_file(tmp_path / "out" / "adapters" / "default.safetensors")) == 8
+
+
+def test_a_base_in_half_precision_keeps_its_adapters_in_full(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4)).to(torch.bfloat16)
+    compiled = perturb(peftc.compile(net, peftc.LoraConfig(r=2, target_modules=["0"])))
+    inputs = {"input": torch.randn(3, 4, dtype=torch.bfloat16)}
+    compiled.export(tmp_path / "out", to="pt2", adapters="inputs", inputs=inputs)
+    assert {t.dtype for t in load_file(tmp_path / "out" / "adapters" / "default.safetensors").values()} == {
+        torch.float32
+    }

@@ -56,7 +56,7 @@ def test_a_program_is_the_model_whatever_its_sizes_and_mode(kind: str) -> None:
     assert other.plan.capture == "export"
     assert len(other.plan.edits) == len(one.plan.edits) > 0
     for training in (False, True):
-        for rows, length in ((2, 8), (1, 8)) if fixed else ((2, 8), (1, 11), (3, 2)):
+        for rows, length in ((2, 8), (1, 8)) if fixed else ((2, 8), (1, 11), (3, 3)):
             inputs = program_inputs(kind, model, rows, length)
             require_equal(one.train(training), other.train(training), inputs)
     if fixed:
@@ -375,3 +375,135 @@ def test_a_deep_model_without_weights() -> None:
         ids = torch.zeros(2, 8, dtype=torch.long)
     made = peftc.plan(model, LINEARS, capture="export", inputs={"input_ids": ids})
     assert len(made.edits) == 80 * 7
+
+
+class Regions(nn.Module):
+    """What is computed without gradients: its operands in order, a buffer that follows activations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.w = nn.Linear(4, 4), nn.Parameter(torch.randn(4))
+        self.register_buffer("ema", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.linear(x)
+        y = h - self.ema
+        with torch.no_grad():
+            difference = self.w - h
+            self.ema.lerp_(h.mean(0), 0.5)
+        return y + difference
+
+
+def test_regions_without_gradients() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 4)
+    one, other = pair(Regions(), peftc.LoraConfig(r=2, target_modules=["linear"]), {"x": x})
+    for _ in range(3):
+        for model in (one, other):
+            model(x).square().sum().backward()
+        assert torch.equal(other.base.ema, one.base.ema)
+        assert not other.base.ema.requires_grad
+    found = gradients(other)
+    assert all(torch.equal(found[name], value) for name, value in gradients(one).items())
+    copy.deepcopy(other)
+
+
+class Sizes(nn.Module):
+    """Branches on sizes, whose other side a trace has not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        x = self.linear(x)
+        x = x * 2 if x.shape[1] > 4 else x
+        return x + 1 if x.shape[0] % 3 else x + y.shape[1]
+
+
+def test_what_a_trace_took_for_true_of_sizes_is_asked_in_every_call() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 8, 4), torch.randn(2, 5)
+    one, other = pair(Sizes(), peftc.LoraConfig(r=2, target_modules=["linear"]), {"x": x, "y": y})
+    for rows, length in ((2, 8), (4, 9), (5, 5)):
+        given = torch.randn(rows, length, 4), torch.randn(2, 6)
+        assert torch.equal(other(*given), one(*given))
+    for rows, length in ((2, 3), (3, 8)):
+        with pytest.raises(peftc.CaptureError, match=r"captured for inputs of which .*L\['x'\]\.size"):
+            other(torch.randn(rows, length, 4), y)
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * 100
+
+
+class Own(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.linear, self.how = nn.Linear(3, 3), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        if self.how == "function":
+            return Double.apply(x)
+        if self.how == "hook":
+            x.register_hook(lambda gradient: gradient * 100)
+        if self.how == "cond":
+            return torch.cond(x.sum() > 0, lambda v: v + 1, lambda v: v - 1, (x,))
+        return x
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("function", "Double has a backward of its own"),
+        ("hook", r"a hook on a tensor \(register_hook\)"),
+        ("cond", "graphs of its own, which one flat graph can't hold"),
+    ],
+)
+def test_what_a_trace_would_lose_is_refused(how: str, reason: str) -> None:
+    with pytest.raises(peftc.CaptureError, match=reason):
+        peftc.compile(
+            Own(how), peftc.LoraConfig(target_modules=["linear"]), capture="export", inputs={"x": torch.randn(2, 3)}
+        )
+
+
+def test_a_model_that_was_cast_is_no_longer_what_was_captured() -> None:
+    model = program_model("llama")
+    compiled = peftc.compile(model, LINEARS, capture="export", inputs=program_inputs("llama", model))
+    with pytest.raises(peftc.CaptureError, match=r"is torch.float64 now, and was captured in torch.float32"):
+        compiled.double()(**program_inputs("llama", model))
+
+
+def test_padding_has_no_gradient_in_a_program_either() -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(6, 4, padding_idx=0)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.embed(ids)
+
+    torch.manual_seed(0)
+    ids = torch.tensor([[0, 1, 2], [3, 0, 0]])
+    for spec in (
+        peftc.LoraConfig(r=2, target_modules=["embed"]),
+        peftc.TrainableTokensConfig(target_modules=["embed"], token_indices=[0, 2]),
+    ):
+        one, other = pair(Padded(), spec, {"ids": ids})
+        require_equal_gradients(one, other, ids)
+
+
+def require_equal_gradients(one: Any, other: Any, ids: Tensor) -> None:
+    for model in (one, other):
+        model(ids).square().sum().backward()
+    found, expected = gradients(other), gradients(one)
+    assert expected
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
