@@ -67,5 +67,9 @@ def _described(path: Path, name: str | None) -> tuple[Any, Any]:
 
 
 def _chosen(auto: Any, config: Any) -> Any:
-    """The class that an AutoModel… chooses for a config, or None."""
-    return auto._model_mapping.get(type(config))
+    """The class that an AutoModel… chooses for a config, or None if it has none for it."""
+    try:
+        with torch.device("meta"):
+            return type(auto.from_config(config))
+    except ValueError:
+        return None
