@@ -12,7 +12,7 @@ from peftc.cli.inspection import Inspected, inspected
 from peftc.cli.models import ModelClass, structure, with_weights
 from peftc.cli.output import NO, AsJson, print_json, print_table
 
-Adapter = Annotated[str, typer.Argument(help="An adapter's folder, or a repository of the Hub.")]
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, or a repository of the Hub.")]
 
 
 def inspect(
@@ -54,7 +54,7 @@ def preflight(
 
 def convert(
     adapter: Adapter,
-    out: Annotated[Path, typer.Argument(help="A folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder.")],
     base: Annotated[Path, typer.Option(help="The folder of its transformers model.")],
     form: Annotated[Form, typer.Option(help="The form of the files.")] = "serving",
     model_class: ModelClass = None,

@@ -15,9 +15,9 @@ from peftc.export.programs import Adapters, Target
 
 
 def export(
-    base: Annotated[Path, typer.Argument(help="The folder of a transformers model.")],
-    adapter: Annotated[str, typer.Argument(help="An adapter's folder, or a repository of the Hub.")],
-    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="The folder of a transformers model.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, or a repository of the Hub.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
     to: Annotated[Target, typer.Option(help="What to write.")] = "hf",
     adapters: Annotated[Adapters | None, typer.Option(help="What becomes of the adapter.")] = None,
     generation: Annotated[bool, typer.Option("--generation", help="With prefill and decode programs.")] = False,
@@ -33,7 +33,9 @@ def export(
 
 
 def verify(
-    folders: Annotated[list[Path], typer.Argument(help="An export; or a base, an adapter and what was merged.")],
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDERS", help="An export; or a base, an adapter and what was merged.")
+    ],
     tolerance: Annotated[float, typer.Option(help="Of the largest value.")] = 1e-4,
     untie: Annotated[bool, typer.Option("--untie", help="The merge cut ties.")] = False,
     as_json: AsJson = False,

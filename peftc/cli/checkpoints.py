@@ -10,9 +10,9 @@ from peftc.stream import merge_checkpoint, unmerge_checkpoint
 
 
 def merge(
-    base: Annotated[Path, typer.Argument(help="The folder of a checkpoint, in safetensors.")],
-    adapter: Annotated[str, typer.Argument(help="An adapter's folder, or a repository of the Hub.")],
-    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="The folder of a checkpoint, in safetensors.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, or a repository of the Hub.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
     undo: Annotated[bool, typer.Option("--undo", help="Write what `unmerge` needs.")] = False,
     untie: Annotated[bool, typer.Option("--untie", help="Cut ties of weights that are adapted.")] = False,
 ) -> None:
@@ -25,8 +25,8 @@ def merge(
 
 
 def unmerge(
-    folder: Annotated[Path, typer.Argument(help="What `merge --undo` wrote.")],
-    out: Annotated[Path, typer.Argument(help="A new folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `merge --undo` wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
 ) -> None:
     """The base that FOLDER was merged from, byte for byte."""
     unmerge_checkpoint(folder, out, progress=on_terminal())

@@ -14,12 +14,16 @@ from peftc.cli.specs import METHOD, spec_of
 from peftc.errors import PlanError
 from peftc.plan import Plan
 
-Model = Annotated[Path, typer.Argument(help="A model's folder or its config.json; no weights are needed.")]
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="A model's folder or its config.json; no weights are needed.")
+]
 
 
 def plan(
     model: Model,
-    spec: Annotated[Path | None, typer.Argument(help="adapter_config.json, its folder, or YAML.")] = None,
+    spec: Annotated[
+        Path | None, typer.Argument(metavar="SPEC", help="adapter_config.json, its folder, or YAML.")
+    ] = None,
     targets: Annotated[str | None, typer.Option(help="Modules, as q_proj,v_proj; or all-linear.")] = None,
     r: Annotated[int | None, typer.Option(help="The rank.")] = None,
     method: Annotated[str | None, typer.Option(help=f"The method, where no SPEC says it (default {METHOD}).")] = None,
@@ -39,8 +43,8 @@ def plan(
 
 
 def diff(
-    a: Annotated[Path, typer.Argument(help="A plan's JSON, or an adapter's folder or config.")],
-    b: Annotated[Path, typer.Argument(help="Another one.")],
+    a: Annotated[Path, typer.Argument(metavar="A", help="A plan's JSON, or an adapter's folder or config.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
     as_json: AsJson = False,
 ) -> None:
     """How two plans differ, or the configs of two adapters: + only in B, - only in A, ~ otherwise in B."""
@@ -59,8 +63,8 @@ def diff(
 
 def explain(
     model: Model,
-    spec: Annotated[Path, typer.Argument(help="adapter_config.json, its folder, or YAML.")],
-    fqn: Annotated[str, typer.Argument(help="The full name of a module or parameter.")],
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="adapter_config.json, its folder, or YAML.")],
+    fqn: Annotated[str, typer.Argument(metavar="FQN", help="The full name of a module or parameter.")],
     model_class: ModelClass = None,
     as_json: AsJson = False,
 ) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import peftc as library
-from peftc import registry
+from peftc import PromptSpec, registry
 from tests.support.adapters import perturb
 from tests.support.command import peftc
 from tests.support.models import llama, token_ids
@@ -95,6 +95,44 @@ def test_a_change_that_is_none_or_not_told(spec: Any) -> None:
     sites = peftc("inspect", save(spec), "--json").json["sites"]
     assert sites
     assert {(site["norm"], site["effective_rank"]) for site in sites} == {(None, None)}
+
+
+EVERY_METHOD: dict[str, dict[str, Any]] = {
+    **{name: {} for name in registry.spec_classes()},
+    "ADALORA": {"total_step": 10},
+    "C3A": {"block_size": 8},
+    "FOURIERFT": {"n_frequency": 10},
+    "OFT": {"oft_block_size": 8},
+    "IA3": {"target_modules": ["k_proj", "down_proj"]},
+    "RANDLORA": {"r": 4},
+    "ROAD": {"group_size": 4},
+    "SHIRA": {"r": 2},
+    "VERA": {"r": 4},
+    "VBLORA": {"vector_length": 8, "num_vectors": 8},
+    "MISS": {"r": 4},
+    "TRAINABLE_TOKENS": {"token_indices": [1, 2], "target_modules": ["embed_tokens"]},
+    "LN_TUNING": {"target_modules": ["input_layernorm"]},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, cls in registry.spec_classes().items() if not issubclass(cls, PromptSpec)]
+)
+def test_files_of_every_method_are_read(name: str) -> None:
+    spec = registry.spec_classes()[name](**{"target_modules": ["q_proj", "v_proj"], **EVERY_METHOD[name]})
+    plan = library.plan(llama(), spec)
+    folder = save(spec)
+    for base in ((), ("--base", "model")):
+        found = peftc("inspect", folder, *base, "--json").json
+        sites = {site["name"]: site for site in found["sites"]}
+        assert sites.keys() == {edit.site for edit in plan.edits}
+        for edit in plan.edits:
+            shapes = {param.key: list(param.shape) for param in edit.params if param.saved and not param.shared}
+            assert sites[edit.site]["tensors"] == shapes
+            assert sites[edit.site]["op"] in (plan.sites[edit.site].op, None)
+            for column, value in sites[edit.site]["columns"].items():
+                assert value == edit.constants[edit.rule.columns[column]]
+        assert found["damage"] is None
 
 
 def test_what_lies_beside_the_sites() -> None:
