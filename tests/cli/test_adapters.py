@@ -86,6 +86,7 @@ def test_methods_whose_change_is_a_product(spec: Any, base: bool) -> None:
     "spec",
     [
         library.MissConfig(target_modules=["v_proj"], r=4),  # How many inputs it has, its file does not say.
+        library.MissConfig(target_modules=["v_proj"], r=16),  # Nor if its one tensor is square.
         library.LoraConfig(target_modules=["v_proj"], use_dora=True),
         library.IA3Config(),
         library.FourierFTConfig(target_modules=["v_proj"], n_frequency=10),
