@@ -1,0 +1,67 @@
+"""The application: its commands by name, and what becomes of errors and warnings."""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from peftc.cli import adapters, artefacts, checkpoints, methods, plans
+from peftc.errors import PeftcError
+
+_ABOUT = """Plan, inspect, merge, convert and export adapters (PEFT's files).
+
+Exit codes: 0 it is done; 1 an error, told on stderr, with nothing changed; 2 the command line itself is wrong;
+3 the answer is no: a plan with misses or conflicts, or a runtime asked for that does not take the adapter.
+"""
+# Each with an example of its own help, which the tests run.
+_COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
+    ("plan", plans.plan, "peftc plan model/config.json --targets q_proj,v_proj --r 8"),
+    ("diff", plans.diff, "peftc diff plan-a.json plan-b.json"),
+    ("explain", plans.explain, "peftc explain model adapter lm_head"),
+    ("inspect", adapters.inspect, "peftc inspect adapter --json"),
+    ("preflight", adapters.preflight, "peftc preflight adapter --runtime vllm"),
+    ("convert", adapters.convert, "peftc convert adapter served --base model --form serving"),
+    ("merge", checkpoints.merge, "peftc merge model adapter merged --undo"),
+    ("unmerge", checkpoints.unmerge, "peftc unmerge merged restored"),
+    ("export", artefacts.export, "peftc export model adapter exported --to hf"),
+    ("verify", artefacts.verify, "peftc verify model adapter merged"),
+    ("rules", methods.rules, "peftc rules"),
+)
+
+
+class _Group(TyperGroup):
+    """Tells errors of peftc's own in one message, and warnings in a line each, on stderr."""
+
+    def invoke(self, ctx: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.showwarning = _warned
+            try:
+                return super().invoke(ctx)
+            except PeftcError as error:
+                typer.echo(f"{type(error).__name__}: {error}", err=True)
+                raise typer.Exit(1) from None
+
+
+def _warned(message: Warning | str, *_: Any) -> None:
+    typer.echo(f"warning: {message}", err=True)
+
+
+def _made() -> typer.Typer:
+    made = typer.Typer(
+        cls=_Group,
+        help=_ABOUT,
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    for name, function, example in _COMMANDS:
+        made.command(name, epilog=f"Example: {example}")(function)
+    return made
+
+
+app = _made()
+main = partial(app, prog_name="peftc")

@@ -1,0 +1,51 @@
+"""`export`, `verify`: models for runtimes, and whether they are what they should be."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftc import api
+from peftc import export as exporting
+from peftc.cli.models import ModelClass, with_weights
+from peftc.cli.output import AsJson, print_json
+from peftc.export.certificate import Certificate
+from peftc.export.programs import Adapters, Target
+
+
+def export(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="The folder of a transformers model.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, or a repository of the Hub.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    to: Annotated[Target, typer.Option(help="What to write.")] = "hf",
+    adapters: Annotated[Adapters | None, typer.Option(help="What becomes of the adapter.")] = None,
+    generation: Annotated[bool, typer.Option("--generation", help="With prefill and decode programs.")] = False,
+    model_class: ModelClass = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write BASE with ADAPTER for a runtime, and compare what was written with the live model.
+
+    hf: a transformers checkpoint; pt2: a torch.export program; onnx; gguf and mlx: the adapter alone, beside a base.
+    """
+    compiled = api.load(with_weights(base, model_class), adapter)
+    _told(compiled.export(out, to, adapters=adapters, generation=generation), as_json)
+
+
+def verify(
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="FOLDERS", help="An export; or a base, an adapter and what was merged.")
+    ],
+    tolerance: Annotated[float, typer.Option(help="Of the largest value.")] = 1e-4,
+    untie: Annotated[bool, typer.Option("--untie", help="The merge cut ties.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check an export again, or a checkpoint that anybody has merged."""
+    _told(exporting.verify(*folders, tolerance=tolerance, untie=untie), as_json)
+
+
+def _told(certificate: Certificate, as_json: bool) -> None:
+    if as_json:
+        print_json(asdict(certificate))
+    else:
+        typer.echo(str(certificate))

@@ -1,0 +1,33 @@
+"""`merge`, `unmerge`: checkpoints on disk, shard by shard."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from peftc.cli.output import on_terminal
+from peftc.stream import merge_checkpoint, unmerge_checkpoint
+
+
+def merge(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="The folder of a checkpoint, in safetensors.")],
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, or a repository of the Hub.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    undo: Annotated[bool, typer.Option("--undo", help="Write what `unmerge` needs.")] = False,
+    untie: Annotated[bool, typer.Option("--untie", help="Cut ties of weights that are adapted.")] = False,
+) -> None:
+    """Merge ADAPTER into the checkpoint BASE, without the model in memory.
+
+    Killed at any moment, the same command goes on where it was.
+    """
+    merge_checkpoint(base, adapter, out, undo=undo, untie=untie, progress=on_terminal())
+    typer.echo(f"merged into {out}")
+
+
+def unmerge(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `merge --undo` wrote.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+) -> None:
+    """The base that FOLDER was merged from, byte for byte."""
+    unmerge_checkpoint(folder, out, progress=on_terminal())
+    typer.echo(f"the base is in {out}")

@@ -1,0 +1,194 @@
+"""What an adapter's files say: whole or damaged, what is at each site, and how much that changes."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from math import lcm, prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftc.api import plan
+from peftc.checkpoint.files import open_folder
+from peftc.checkpoint.lazy import FileTensors
+from peftc.checkpoint.manifest import manifest_of
+from peftc.errors import CheckpointError
+from peftc.graph.ops import shapes as module_ops
+from peftc.graph.rows import POINTWISE
+from peftc.graph.sites import Site, WeightSite
+from peftc.registry import find_rule, ops_of, rules_of
+from peftc.rule import Bound, Param, Rule
+from peftc.specs import AdapterSpec
+
+Shapes = Mapping[str, tuple[int, ...]]
+# How many dimensions the kernel of an op's weight has, where it has one.
+_KERNELS = {op: dims for dims, op in enumerate(POINTWISE, 1)}
+
+
+@dataclass(frozen=True)
+class InspectedSite:
+    """What is at one site. `columns`: what the method's rules show in plans (a rank, an alpha). `norm` of the change, and
+    its `effective_rank`: None where the change is no product, or the files don't tell.
+    """
+
+    name: str
+    op: str | None
+    tensors: Shapes
+    parameters: int
+    columns: Mapping[str, Any]
+    norm: float | None = None
+    effective_rank: float | None = None
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """An adapter's files. `damage`: what is wrong with them. `others`: tensors that are at no site of the method."""
+
+    folder: str
+    method: str
+    base: str | None
+    task: str | None
+    integrity: str
+    damage: str | None
+    parameters: int
+    bytes: int
+    sites: tuple[InspectedSite, ...]
+    others: Shapes
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A rule whose parameters at `site` have the shapes that a file has there."""
+
+    site: WeightSite
+    rule: Rule[Any]
+    params: Mapping[str, Param]
+    constants: Mapping[str, Any]
+
+
+def inspected(folder: Path, base: nn.Module | None) -> Inspected:
+    """What the adapter in `folder` is. `base`: its model, on any device, which tells what shapes leave open.
+
+    Raises SpecError, CheckpointError if there is none that can be read at all.
+    """
+    spec, file, integrity, damage = _opened(folder)
+    try:
+        known = {} if base is None else plan(base, spec).sites
+        groups, others = _by_site(spec, {key: entry.shape for key, entry in file.header.entries.items()})
+        sites = tuple(_site(spec, name, keys, file, known.get(name)) for name, keys in groups.items())
+        entries = file.header.entries.values()
+        return Inspected(
+            folder=str(folder),
+            method=str(spec.peft_type),
+            base=spec.base_model_name_or_path,
+            task=spec.task_type,
+            integrity=integrity,
+            damage=damage,
+            parameters=sum(prod(entry.shape) for entry in entries),
+            bytes=sum(entry.nbytes for entry in entries),
+            sites=sites,
+            others=others,
+        )
+    finally:
+        file.close()
+
+
+def _opened(folder: Path) -> tuple[AdapterSpec, FileTensors, str, str | None]:
+    """The spec, the open file, what its manifest says, and what is wrong."""
+    damage = None
+    try:
+        files, file = open_folder(folder, "files")
+    except CheckpointError as error:
+        files, file = open_folder(folder, "nothing")  # What can't be read even so is an error.
+        damage = str(error)
+    try:
+        has = damage is None and manifest_of(file.header.metadata, file.file) is not None
+    except BaseException:
+        file.close()
+        raise
+    integrity = "config and tensors are what was saved" if has else "not known: there is no manifest (PEFT writes none)"
+    return files.spec, file, "damaged" if damage is not None else integrity, damage
+
+
+def _by_site(spec: AdapterSpec, shapes: Shapes) -> tuple[dict[str, dict[str, str]], Shapes]:
+    """The keys of the file, by site and by what they are called there; and the shapes of the others."""
+    firsts = {first for rule in rules_of(spec) for first in rule.keys}
+    groups: dict[str, dict[str, str]] = {}
+    others: dict[str, tuple[int, ...]] = {}
+    for key, shape in shapes.items():
+        parts = key.removeprefix(spec.key_prefix).split(".")
+        at = next((at for at, part in enumerate(parts) if part in firsts), None)
+        if at is None:
+            others[key] = shape
+        else:
+            groups.setdefault(".".join(parts[:at]), {})[".".join(parts[at:])] = key
+    return groups, others
+
+
+def _site(
+    spec: AdapterSpec, name: str, keys: Mapping[str, str], file: FileTensors, known: Site | None
+) -> InspectedSite:
+    shapes = {own: file.header.entries[key].shape for own, key in keys.items()}
+    sites = iter([known]) if isinstance(known, WeightSite) else _candidates(spec, name, shapes)
+    fits = [fit for site in sites if (fit := _fit(spec, site, shapes)) is not None]
+    shown = [_columns(fit) for fit in fits]
+    first = shown[0] if shown else {}
+    columns = {column: value for column, value in first.items() if all(one[column] == value for one in shown)}
+    ops = {fit.site.op for fit in fits}
+    norm, rank = _change(fits[0], keys, file) if len(fits) == 1 else (None, None)
+    count = sum(map(prod, shapes.values()))
+    return InspectedSite(name, ops.pop() if len(ops) == 1 else None, shapes, count, columns, norm, rank)
+
+
+def _candidates(spec: AdapterSpec, name: str, shapes: Shapes) -> Iterator[WeightSite]:
+    """Sites that tensors of these shapes may be at: the lengths of the tensors are all that is known of its weight, and
+    one more, which fits if they don't depend on it.
+    """
+    lengths = {length for shape in shapes.values() for length in shape}
+    lengths.add(2 * lcm(*lengths))
+    kernels = {(), *(shape[2:] for shape in shapes.values())}
+    modules = {op for op, _ in module_ops()}
+    for op, out, inner, kernel in product(ops_of(spec), lengths, lengths, kernels):
+        if op in modules and len(kernel) == _KERNELS.get(op, 0):
+            yield WeightSite(name, op, "", in_features=inner, out_features=out, kernel_size=kernel)
+
+
+def _fit(spec: AdapterSpec, site: WeightSite, shapes: Shapes) -> _Fit | None:
+    """The rule for `spec` at `site`, if what it declares there is what the file has."""
+    rule = find_rule(spec, site)
+    if rule is None:
+        return None
+    try:
+        params, constants = rule.params(spec, site), rule.constants(spec, site)
+    except Exception:  # Whatever a site that can't be makes a rule raise.
+        return None
+    named = {param.key or name: param.shape for name, param in params.items()}
+    wrong = any(named.get(key) != shape for key, shape in shapes.items())
+    return None if wrong else _Fit(site, rule, params, constants)
+
+
+def _columns(fit: _Fit) -> dict[str, Any]:
+    return {column: fit.constants.get(constant) for column, constant in fit.rule.columns.items()}
+
+
+def _change(fit: _Fit, keys: Mapping[str, str], file: FileTensors) -> tuple[float | None, float | None]:
+    """The norm and the effective rank of the change at a site, if that is a product of what the file holds."""
+    names = {name: keys.get(param.key or name) for name, param in fit.params.items()}
+    if type(fit.rule).factors is Rule.factors or None in names.values():
+        return None, None
+    values = {n: file[key].to(torch.float64) / fit.params[n].stored for n, key in names.items() if key is not None}
+    made = fit.rule.factors(Bound({**values, **fit.constants}))
+    if made is None or made.up.flatten(1).shape[1] != made.down.shape[0]:
+        return None, None
+    sizes = _singular_values(made.up.flatten(1), made.down.flatten(1)) * abs(float(made.scale))
+    total = float(sizes.sum())
+    shares = sizes[sizes > 0] / total if total > 0 else sizes[:0]
+    effective = float(torch.exp(-(shares * shares.log()).sum())) if total > 0 else 0.0
+    return float(torch.linalg.vector_norm(sizes)), effective
+
+
+def _singular_values(up: Tensor, down: Tensor) -> Tensor:
+    """Those of up @ down, which is never made: it may be large."""
+    return torch.linalg.svdvals(torch.linalg.qr(up).R @ torch.linalg.qr(down.mT).R.mT)

@@ -1,0 +1,75 @@
+"""Models by their folder or config: their structure alone, or with weights. Code from a folder is never run."""
+
+from pathlib import Path
+from typing import Annotated, Any, cast
+
+import torch
+import typer
+from torch import nn
+
+from peftc.cli.output import on_terminal
+from peftc.errors import CheckpointError
+
+ModelClass = Annotated[
+    str | None, typer.Option("--class", help="Class of transformers, where the config names none.", metavar="NAME")
+]
+
+
+def structure(path: Path, name: str | None = None) -> nn.Module:
+    """The transformers model that a `config.json`, or the one in a folder, describes, on the meta device.
+
+    `name`: its class, if not the one that the config names. Raises CheckpointError.
+    """
+    cls, config = _described(path, name)
+    try:
+        with torch.device("meta"):
+            # As from_pretrained, in the dtype that the config says.
+            return cast(nn.Module, cls._from_config(config)).eval()
+    except Exception as error:  # Whatever the values of the config make the class raise.
+        raise CheckpointError(f"{path}: the config does not make a {cls.__name__}: {error}") from None
+
+
+def with_weights(folder: Path, name: str | None = None) -> Any:
+    """The transformers model in a folder, on the CPU, in eval(). Raises CheckpointError."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: is no folder; give one with a model's config.json and weights")
+    cls, config = _described(folder, name)
+    try:
+        return cls.from_pretrained(folder, config=config, dtype="auto", local_files_only=True).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: can't be loaded as a {cls.__name__}: {error}") from None
+
+
+def _described(path: Path, name: str | None) -> tuple[Any, Any]:
+    """The class and the config."""
+    import transformers
+
+    if not on_terminal():
+        transformers.utils.logging.disable_progress_bar()
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file. Give a model's folder, or its config.json")
+    try:
+        config: Any = transformers.AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # Whatever the file's contents make the config's class raise.
+        raise CheckpointError(f"{file}: is no config of a model that transformers has: {error}") from None
+    name = name or next(iter(config.architectures or ()), None)
+    cls = getattr(transformers, name or "", None)
+    # Either a class of models, or one of the classes that choose (AutoModelForCausalLM).
+    if hasattr(cls, "from_config"):
+        cls = _chosen(cls, config)
+    if not hasattr(cls, "_from_config"):
+        raise CheckpointError(
+            f"{file}: names no class that transformers has (architectures: {config.architectures!r}). Name one with"
+            " --class, LlamaForCausalLM or AutoModelForCausalLM say"
+        )
+    return cls, config
+
+
+def _chosen(auto: Any, config: Any) -> Any:
+    """The class that an AutoModel… chooses for a config, or None if it has none for it."""
+    try:
+        with torch.device("meta"):
+            return type(auto.from_config(config))
+    except ValueError:
+        return None

@@ -1,0 +1,38 @@
+"""What commands print: JSON, and tables that are as wide as their cells."""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+# The exit code of an answer that is no.
+NO = 3
+
+
+def print_json(data: Any) -> None:
+    """Print `data` as JSON."""
+    typer.echo(json.dumps(data, indent=1, default=str))
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print rows under their heads. The head row is bold on a terminal; nothing is wrapped or cut, for pipes' sake."""
+    cells = [[_cell(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(heads, *cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [heads, *cells]]
+    typer.echo(typer.style(lines[0].rstrip(), bold=True))
+    for line in lines[1:]:
+        typer.echo(line.rstrip())
+
+
+def on_terminal() -> bool:
+    """Whether somebody looks on: progress is for them."""
+    return sys.stdout.isatty()
+
+
+def _cell(value: object) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,197 @@
+"""`inspect`, `preflight`, `convert`, `rules`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import peftc as library
+from peftc import PromptSpec, registry
+from tests.support.adapters import perturb
+from tests.support.command import peftc
+from tests.support.models import llama, token_ids
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def changes(folder: Path) -> dict[str, Tensor]:
+    """What an adapter of the model changes each weight by, in float64: from merging it."""
+    base = llama().double()
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    merged = library.load(base, folder, autocast_adapter_dtype=False, verify="files").merge_and_unload()
+    return {name.removesuffix(".weight"): value - before[name] for name, value in merged.state_dict().items()}
+
+
+def test_what_an_adapter_has_and_how_much_it_changes() -> None:
+    found = peftc("inspect", "adapter", "--json").json
+    tensors = load_file("adapter/adapter_model.safetensors")
+    assert (found["method"], found["task"], found["integrity"]) == (
+        "LORA", "CAUSAL_LM", "config and tensors are what was saved"
+    )  # fmt: skip
+    assert found["parameters"] == sum(tensor.numel() for tensor in tensors.values())
+    assert found["bytes"] == 4 * found["parameters"]
+    assert found["others"] == {}
+    changed = changes(Path("adapter"))
+    assert {site["name"] for site in found["sites"]} == {name for name, delta in changed.items() if delta.any()}
+    for site in found["sites"]:
+        values = torch.linalg.svdvals(changed[site["name"]])
+        shares = values[:2] / values[:2].sum()
+        assert site["norm"] == pytest.approx(float(torch.linalg.matrix_norm(changed[site["name"]])), rel=1e-5)
+        assert site["effective_rank"] == pytest.approx(float((shares**-shares).prod()), rel=1e-5)
+        assert (site["op"], site["columns"]) == ("linear", {"r": 2, "alpha": 8})
+        assert site["tensors"]["lora_A.weight"] == [2, 32]
+
+
+def test_the_table_has_a_row_for_each_site() -> None:
+    lines = peftc("inspect", "adapter").out.splitlines()
+    assert lines[0].startswith("adapter: LORA, ")
+    assert lines[3].split() == ["site", "r", "alpha", "parameters", "norm", "effective", "rank"]
+    assert [line.split()[:3] for line in lines[4:6]] == [
+        ["model.layers.0.self_attn.q_proj", "2", "8"],
+        ["model.layers.0.self_attn.v_proj", "2", "8"],
+    ]
+    assert len(lines) == 10
+
+
+def save(spec: Any) -> str:
+    perturb(library.compile(llama(), spec)).save_pretrained("another")
+    return "another"
+
+
+@pytest.mark.parametrize(
+    ("spec", "base"),
+    [
+        (
+            library.LoraConfig(target_modules=["embed_tokens", "q_proj"], rank_pattern={"q_proj": 3}, use_rslora=True),
+            False,
+        ),
+        (library.LoraConfig(target_modules=["v_proj"], init_lora_weights="pissa"), False),
+        (library.DeloraConfig(target_modules=["k_proj"], r=4), False),
+        (library.MissConfig(target_modules=["v_proj"], r=4), True),
+    ],
+)
+def test_methods_whose_change_is_a_product(spec: Any, base: bool) -> None:
+    folder = save(spec)
+    changed = changes(Path(folder))
+    for site in peftc("inspect", folder, *(("--base", "model") if base else ()), "--json").json["sites"]:
+        expected = float(torch.linalg.matrix_norm(changed[site["name"]]))
+        assert site["norm"] == pytest.approx(expected, rel=1e-4), site["name"]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        library.MissConfig(target_modules=["v_proj"], r=4),  # How many inputs it has, its file does not say.
+        library.MissConfig(target_modules=["v_proj"], r=16),  # Nor if its one tensor is square.
+        library.LoraConfig(target_modules=["v_proj"], use_dora=True),
+        library.IA3Config(),
+        library.FourierFTConfig(target_modules=["v_proj"], n_frequency=10),
+    ],
+)
+def test_a_change_that_is_none_or_not_told(spec: Any) -> None:
+    sites = peftc("inspect", save(spec), "--json").json["sites"]
+    assert sites
+    assert {(site["norm"], site["effective_rank"]) for site in sites} == {(None, None)}
+
+
+EVERY_METHOD: dict[str, dict[str, Any]] = {
+    **{name: {} for name in registry.spec_classes()},
+    "ADALORA": {"total_step": 10},
+    "C3A": {"block_size": 8},
+    "FOURIERFT": {"n_frequency": 10},
+    "OFT": {"oft_block_size": 8},
+    "IA3": {"target_modules": ["k_proj", "down_proj"]},
+    "RANDLORA": {"r": 4},
+    "ROAD": {"group_size": 4},
+    "SHIRA": {"r": 2},
+    "VERA": {"r": 4},
+    "VBLORA": {"vector_length": 8, "num_vectors": 8},
+    "MISS": {"r": 4},
+    "TRAINABLE_TOKENS": {"token_indices": [1, 2], "target_modules": ["embed_tokens"]},
+    "LN_TUNING": {"target_modules": ["input_layernorm"]},
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, cls in registry.spec_classes().items() if not issubclass(cls, PromptSpec)]
+)
+def test_files_of_every_method_are_read(name: str) -> None:
+    spec = registry.spec_classes()[name](**{"target_modules": ["q_proj", "v_proj"], **EVERY_METHOD[name]})
+    plan = library.plan(llama(), spec)
+    folder = save(spec)
+    for base in ((), ("--base", "model")):
+        found = peftc("inspect", folder, *base, "--json").json
+        sites = {site["name"]: site for site in found["sites"]}
+        assert sites.keys() == {edit.site for edit in plan.edits}
+        for edit in plan.edits:
+            shapes = {param.key: list(param.shape) for param in edit.params if param.saved and not param.shared}
+            assert sites[edit.site]["tensors"] == shapes
+            assert sites[edit.site]["op"] in (plan.sites[edit.site].op, None)
+            for column, value in sites[edit.site]["columns"].items():
+                assert value == edit.constants[edit.rule.columns[column]]
+        assert found["damage"] is None
+
+
+def test_what_lies_beside_the_sites() -> None:
+    found = peftc("inspect", save(library.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"])), "--json")
+    assert found.json["others"] == {"base_model.model.lm_head.weight": [64, 32]}
+    prompt = library.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    assert peftc("inspect", save(prompt)).out.endswith("beside     prompt_embeddings 4×32\n")
+
+
+def test_damage_is_told_and_1() -> None:
+    file = Path("adapter/adapter_model.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    ran = peftc("inspect", "adapter", "--json", code=1)
+    assert "1 of 12 tensors are not what was saved" in ran.json["damage"]
+    assert len(ran.json["sites"]) == 6
+    assert "1 of 12 tensors" in peftc("inspect", "adapter", code=1).out
+
+
+def test_files_without_a_manifest_are_not_known_to_be_whole() -> None:
+    save_file(load_file("adapter/adapter_model.safetensors"), "adapter/adapter_model.safetensors", {"format": "pt"})
+    found = peftc("inspect", "adapter", "--json").json
+    assert found["integrity"].startswith("not known")
+    assert found["damage"] is None
+
+
+def test_which_runtimes_take_it() -> None:
+    found = peftc("preflight", "adapter", "--json").json
+    assert {verdict["runtime"]: verdict["takes"] for verdict in found} == {
+        "vllm": True, "sglang": True, "tensorrt-llm": True, "llama.cpp": False, "mlx": False, "onnxruntime": False
+    }  # fmt: skip
+    assert peftc("preflight", "adapter").out == "".join(f"{verdict}\n" for verdict in library.preflight("adapter"))
+    assert "GGUF" in peftc("preflight", "adapter", "--runtime", "llama.cpp", code=3).out
+
+
+def test_another_form_with_equal_outputs() -> None:
+    folder = save(library.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, rank_pattern={"q_proj": 2}))
+    peftc("preflight", folder, "--runtime", "sglang", code=3)
+    peftc("convert", folder, "served", "--base", "model")
+    peftc("preflight", "served", "--runtime", "sglang")
+    assert json.loads(Path("served/adapter_config.json").read_text())["rank_pattern"] == {}
+    ids = token_ids(2, 7, 64)
+    with torch.no_grad():
+        one, other = (library.load(llama(), name)(ids).logits for name in (folder, "served"))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_the_methods_that_are_installed() -> None:
+    found = {method["method"]: method for method in peftc("rules", "--json").json}
+    assert set(found) == set(registry.spec_classes())
+    assert [rule["class"] for method in found.values() for rule in method["rules"]] == [
+        type(rule).__name__ for name in found for rule in registry.rules() if rule.spec is registry.spec_classes()[name]
+    ]
+    assert all(Path(rule["file"]).is_file() for method in found.values() for rule in method["rules"])
+    assert found["LORA"]["config"] == "LoraConfig"
+    assert found["LORA"]["offers"] == ["same start", "merge", "in pieces", "factors", "sums", "scale"]
+    assert found["C3A"]["offers"] == ["merge"]
+    assert found["PROMPT_TUNING"]["offers"] == []
+    lines = peftc("rules").out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == sorted(found)

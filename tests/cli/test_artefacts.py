@@ -1,0 +1,69 @@
+"""`merge`, `unmerge`, `export`, `verify`."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import peftc as library
+from tests.support.checkpoints import adapter_on_disk, assert_same_files
+from tests.support.command import peftc
+from tests.support.models import model_of
+
+pytestmark = pytest.mark.usefixtures("here")
+
+
+def test_merged_and_back() -> None:
+    assert peftc("merge", "model", "adapter", "merged", "--undo").out == "merged into merged\n"
+    library.merge_checkpoint("model", "adapter", "expected", undo=True, progress=False)
+    assert_same_files(Path("merged"), Path("expected"))
+    peftc("unmerge", "merged", "restored")
+    assert_same_files(Path("restored"), Path("model"))
+    peftc("merge", "model", "adapter", "plain")
+    assert not Path("plain/peftc_undo").exists()
+
+
+def test_a_tie_is_cut_only_if_that_is_said() -> None:
+    tied = model_of("llama", tie_word_embeddings=True)
+    tied.save_pretrained("tied")
+    adapter_on_disk(tied, Path("head"), target_modules=["lm_head"], r=2)
+    assert "untie" in peftc("merge", "tied", "head", "merged", code=1).err
+    peftc("merge", "tied", "head", "merged", "--untie")
+    assert "lm_head.weight" in load_file("merged/model.safetensors")
+    assert peftc("verify", "tied", "head", "merged", code=1).err
+    peftc("verify", "tied", "head", "merged", "--untie")
+
+
+def test_an_export_and_its_check() -> None:
+    ran = peftc("export", "model", "adapter", "exported", "--json")
+    assert (ran.json["to"], ran.json["adapters"], ran.json["names"]) == ("hf", "merged", ["default"])
+    assert ran.json["difference"] < 1e-4 * ran.json["scale"]
+    assert ran.json == json.loads(Path("exported/certificate.json").read_text())
+    assert peftc("verify", "exported").out.startswith("hf, adapters merged (default): outputs differ by ")
+    assert peftc("verify", "exported", "--json").json["files"] == ran.json["files"]
+    Path("exported/generation_config.json").write_text("{}")
+    assert "generation_config.json is not what was exported" in peftc("verify", "exported", code=1).err
+
+
+def test_a_merge_of_others_is_checked_by_tensor() -> None:
+    peftc("merge", "model", "adapter", "merged")
+    assert peftc("verify", "model", "adapter", "merged", "--json").json["difference"] == 0
+    tensors = load_file("merged/model.safetensors")
+    tensors["lm_head.weight"][0, 0] += 1
+    save_file(tensors, "merged/model.safetensors", {"format": "pt"})
+    assert "lm_head.weight differs by 1" in peftc("verify", "model", "adapter", "merged", code=1).err
+    peftc("verify", "model", "adapter", "merged", "--tolerance", 100)
+
+
+def test_an_adapter_for_another_runtime() -> None:
+    ran = peftc("export", "model", "adapter", "for-mlx", "--to", "mlx", "--json")
+    assert (ran.json["adapters"], ran.json["of"]) == ("beside", "weight changes")
+    assert [file.parent.name for file in Path("for-mlx").rglob("adapters.safetensors")] == ["default"]
+
+
+@pytest.mark.slow
+def test_a_program_with_adapters_as_inputs() -> None:
+    ran = peftc("export", "model", "adapter", "program", "--to", "pt2", "--adapters", "inputs", "--json")
+    assert (ran.json["to"], ran.json["adapters"]) == ("pt2", "inputs")
+    peftc("verify", "program")

@@ -1,0 +1,141 @@
+"""The command as a whole: help and its examples, exit codes, errors, what a pipe sees."""
+
+import json
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peftc.cli import app
+from tests.support.command import peftc
+
+ROOT = Path(__file__).parent.parent.parent
+COMMANDS = (
+    "plan",
+    "diff",
+    "explain",
+    "inspect",
+    "preflight",
+    "convert",
+    "merge",
+    "unmerge",
+    "export",
+    "verify",
+    "rules",
+)
+
+
+def example(command: str) -> list[str]:
+    """The arguments of the example in a command's help."""
+    (line,) = (
+        line.strip() for line in peftc(command, "--help").out.splitlines() if line.strip().startswith("Example: ")
+    )
+    name, *arguments = shlex.split(line.removeprefix("Example: "))
+    assert (name, arguments[0]) == ("peftc", command)
+    return arguments
+
+
+def test_these_are_the_commands() -> None:
+    assert tuple(command.name for command in app.registered_commands) == COMMANDS
+
+
+def test_the_examples_of_the_helps_run(here: Path) -> None:
+    for name, rank in (("plan-a.json", 2), ("plan-b.json", 4)):
+        Path(name).write_text(peftc("plan", "model", "--targets", "q_proj", "--r", rank, "--json").out)
+    said = {command: peftc(*example(command)).out for command in COMMANDS}
+    assert "lora_A 8×32" in said["plan"]
+    assert "~ edit model.layers.0.self_attn.q_proj" in said["diff"]
+    assert "does not name it" in said["explain"]
+    assert json.loads(said["inspect"])["damage"] is None
+    assert said["preflight"] == "vllm: takes it\n"
+    assert (here / "restored" / "model.safetensors").read_bytes() == (here / "model" / "model.safetensors").read_bytes()
+    assert (here / "exported" / "certificate.json").exists()
+    assert "weight" in said["verify"] or "differ by 0 at most" in said["verify"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [(), ("pln",), ("plan",), ("plan", "model", "--r", "many"), ("export", "a", "b", "c", "--to", "tar")]
+)
+def test_a_wrong_command_line_is_2(arguments: tuple[str, ...]) -> None:
+    peftc(*arguments, code=2)
+
+
+def test_the_exit_codes_are_in_the_help() -> None:
+    said = " ".join(peftc("--help").out.split())
+    assert "0 it is done; 1 an error" in said
+    assert "3 the answer is no" in said
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("plan", "nowhere"), "CheckpointError: nowhere: no such file"),
+        (("diff", "nowhere", "adapter"), "PlanError: nowhere"),
+        (("explain", "model", "adapter", "lm_haed"), "Nearest: 'lm_head'"),
+        (("inspect", "model"), "SpecError: model/adapter_config.json: no such file"),
+        (("preflight", "model"), "CheckpointError: model: no adapter"),
+        (("preflight", "adapter", "--runtime", "vlm"), "known are vllm"),
+        (("convert", "adapter", "out", "--base", "nowhere"), "nowhere: is no folder"),
+        (("merge", "adapter", "model", "out"), "CheckpointError"),
+        (("unmerge", "model", "out"), "has no peftc_undo"),
+        (("export", "model", "model", "out"), "model/adapter_config.json: no such file"),
+        (("export", "model", "adapter", "out", "--to", "hf", "--adapters", "inside"), "ExportError: to='hf'"),
+        (("verify", "model"), "holds no certificate"),
+        (("verify", "model", "adapter"), "verify takes the folder of an export"),
+    ],
+)
+def test_an_error_is_one_message_and_1(arguments: tuple[str, ...], told: str) -> None:
+    ran = peftc(*arguments, code=1)
+    assert told in ran.err
+    assert ran.out == ""
+    assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("here")
+def test_warnings_are_a_line_each() -> None:
+    config = json.loads(Path("adapter/adapter_config.json").read_text())
+    Path("spec.json").write_text(json.dumps({**config, "of_next_year": 1}))
+    ran = peftc("plan", "model", "spec.json", "--json")
+    assert ran.err == "warning: spec.json: keys without effect here, kept as they are: 'of_next_year'\n"
+    assert ran.json["model"] == "LlamaForCausalLM"
+
+
+def process(*command: str) -> Any:
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.usefixtures("here")
+def test_in_a_process_of_its_own() -> None:
+    missed = process(sys.executable, "-m", "peftc", "plan", "model/config.json", "--targets", "q_proj,q_prj")
+    assert missed.returncode == 3, missed
+    assert "'q_prj' matches none" in missed.stdout
+    assert "\x1b" not in missed.stdout + missed.stderr
+    merged = process(sys.executable, "-m", "peftc", "merge", "model", "adapter", "merged")
+    assert (merged.returncode, merged.stdout) == (0, "merged into merged\n"), merged
+    assert "%" not in merged.stderr, "nobody looks at a bar"
+    wrong = process(sys.executable, "-m", "peftc", "merge", "model", "model", "other")
+    assert wrong.returncode == 1
+    assert "Traceback" not in wrong.stderr
+    assert "SpecError: " in wrong.stderr
+
+
+def test_it_is_installed_as_peftc() -> None:
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"] == {"peftc": "peftc.cli:main"}
+    ran = process(str(Path(sys.executable).parent / "peftc"), "rules", "--help")
+    assert ran.returncode == 0, ran
+    assert "Usage: peftc rules" in ran.stdout
+
+
+def test_the_help_does_without_transformers() -> None:
+    told = process(sys.executable, "-c", "import sys, peftc.cli; print('transformers' in sys.modules)")
+    assert told.stdout == "False\n", told
+
+
+def test_the_readme_names_every_command() -> None:
+    text = (ROOT / "README.md").read_text().partition("\n## The command\n")[2].partition("\n## ")[0]
+    assert [name for name in COMMANDS if f"peftc {name} " not in text and f"peftc {name}\n" not in text] == []
