@@ -73,7 +73,12 @@ def export(
         with _merged(program, adapters), staged(folder, _HEADS) as stage:
             run = _EXPORTERS[to](program, stage, given, generation)
             largest, scale = difference(tensors_of(run(given)), expected)
-            made = _greedy(run, program.base, given)
+            try:
+                made = _greedy(run, program.base, given)
+            except Exception as error:  # Of any runtime.
+                raise ExportError(
+                    f"to={to!r}: what was written does not run on other lengths than it was traced with: {_first(error)}"
+                ) from error
             certificate = Certificate(
                 to,
                 adapters,
