@@ -52,12 +52,10 @@ def make_plan(
     """
     dtype_for = partial(adapter_dtype, autocast=autocast_adapter_dtype)
     index = _indexed(model, level, specs, flat)
-    matches = {name: _match(name, spec, model, level, index, dtype_for) for name, spec in specs.items()}
-    matches = {name: with_companions(name, found, index) for name, found in matches.items()}
-    if fresh:
-        matches = {name: [_without_unused(name, one, model, index) for one in all_] for name, all_ in matches.items()}
-    else:
-        matches = {name: _that_is_why(all_) for name, all_ in matches.items()}
+    matches: dict[str, list[Match]] = {}
+    for name, spec in specs.items():
+        all_ = with_companions(name, _match(name, spec, model, level, index, dtype_for), index)
+        matches[name] = [_without_unused(name, one, model, index) for one in all_] if fresh else _that_is_why(all_)
     found_by = [(name, found) for name, all_ in matches.items() for found in all_]
     touched = {site.fqn: site for _, found in found_by for site in found.sites}
     sites = {fqn: touched[fqn] for fqn in (*index.sites, *index.inner) if fqn in touched}
