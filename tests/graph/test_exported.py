@@ -507,3 +507,22 @@ def require_equal_gradients(one: Any, other: Any, ids: Tensor) -> None:
     assert expected
     for name, value in expected.items():
         assert torch.equal(found[name], value), name
+
+
+def test_trainer_trains_a_program_as_it_does_modules(tmp_path: Path) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(3, 64, (8,), generator=generator) for _ in range(8)]
+    data: Any = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()} for ids in rows]
+    arguments = TrainingArguments(str(tmp_path), max_steps=3, per_device_train_batch_size=2, report_to=[], use_cpu=True)
+    losses: list[float] = []
+    for capture in ("modules", "export"):
+        model = program_model("llama")
+        model.config.use_cache = False
+        inputs = {**program_inputs("llama", model), "num_items_in_batch": torch.tensor(8.0)}
+        torch.manual_seed(0)
+        spec = peftc.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        compiled = peftc.compile(model, spec, capture=capture, inputs=inputs if capture == "export" else None)  # type: ignore[arg-type]
+        losses.append(Trainer(model=compiled, args=arguments, train_dataset=data).train().training_loss)
+    assert losses[0] == losses[1]
