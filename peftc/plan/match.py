@@ -94,7 +94,16 @@ def _with_defaults(spec: AdapterSpec, index: SiteIndex) -> AdapterSpec:
         return spec.model_copy(update={"target_modules": ()})
     if defaults is None:
         raise NoMatchError(_no_defaults(spec, index))
-    return spec.model_copy(update={field: defaults.get(field, ()) for field in open_fields})
+    found = {field: defaults.get(field, ()) for field in open_fields}
+    if isinstance(spec.target_modules, tuple):
+        # Of other selectors' defaults, those that say something of the given targets; a file with more could not be read.
+        found = {field: tuple(n for n in names if _names_one(n, spec.target_modules)) for field, names in found.items()}
+    return spec.model_copy(update=found)
+
+
+def _names_one(name: str, targets: Sequence[str]) -> bool:
+    """Whether a module may have both the name and one of `targets`."""
+    return any(f".{one}".endswith(f".{other}") for t in targets for one, other in ((name, t), (t, name)))
 
 
 def _no_defaults(spec: AdapterSpec, index: SiteIndex) -> str:

@@ -279,3 +279,16 @@ def test_an_embedding_under_its_name_before_0_6(tmp_path: Path) -> None:
     write(tmp_path, json.loads((tmp_path / "adapter_config.json").read_text()), plain)
     with pytest.warns(UserWarning, match="the adapter brings its own"):
         bench.assert_in_peftc(tmp_path, bench.output(theirs))
+
+
+def test_defaults_that_say_nothing_of_the_targets_are_not_saved(tmp_path: Path) -> None:
+    """peft saves them, and refuses its own file then."""
+    base = tiny("llama")
+    compiled = peftc.compile(base, peftc.IA3Config(target_modules=["q_proj", "v_proj"]))
+    compiled.save_pretrained(tmp_path)
+    assert config_in(tmp_path)["feedforward_modules"] == set()
+    assert peftc.load(base, tmp_path).peft_config["default"] == peftc.load_spec(tmp_path)
+    peft.PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
+    kept = peftc.compile(base, peftc.IA3Config(target_modules=["q_proj", "down_proj"]))
+    kept.save_pretrained(tmp_path)
+    assert config_in(tmp_path)["feedforward_modules"] == {"down_proj"}
