@@ -56,9 +56,9 @@ def _described(path: Path, name: str | None) -> tuple[Any, Any]:
     name = name or next(iter(config.architectures or ()), None)
     cls = getattr(transformers, name or "", None)
     # Either a class of models, or one of the classes that choose (AutoModelForCausalLM).
-    if hasattr(cls, "from_config"):
+    if cls is not None and str(name).startswith("AutoModel"):
         cls = _chosen(cls, config)
-    if not hasattr(cls, "_from_config"):
+    if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
         raise CheckpointError(
             f"{file}: names no class that transformers has (architectures: {config.architectures!r}). Name one with"
             " --class, LlamaForCausalLM or AutoModelForCausalLM say"

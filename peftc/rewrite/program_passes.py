@@ -1,5 +1,6 @@
 """Passes on whole programs: what changes nothing goes, so do casts to the dtype that is there, siblings share a product."""
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,11 +102,11 @@ def _dtype(node: fx.Node, known: dict[fx.Node, torch.dtype | None]) -> torch.dty
     if value is not None:
         return value[0]
     if _is_cast(node):
-        wanted = node.args[1]
+        wanted: Any = node.args[1]
         if isinstance(wanted, torch.dtype):
             return wanted
         asked = isinstance(wanted, fx.Node) and wanted.target is getattr and wanted.args[1] == "dtype"
-        return dtype_of_node(wanted.args[0], known) if asked else None  # type: ignore[union-attr]
+        return dtype_of_node(wanted.args[0], known) if asked else None
     if node.op == "call_module" and ORIGIN in node.meta:
         return dtype_of_node(node.args[0], known)  # A dropout.
     if node.op != "call_function" or ORIGIN not in node.meta or node.target is getattr:
@@ -153,10 +154,10 @@ def _part(node: fx.Node) -> str:
 
 def _fuse(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     x: Any = nodes[0].args[0]
+    reads: list[Any] = [node.args[1] for node in nodes]
     with graph.inserting_before(nodes[0]):
-        weights = [graph.get_attr(str(node.args[1].target)) for node in nodes]  # type: ignore[union-attr]
-        for weight, node in zip(weights, nodes, strict=True):
-            weight.meta = dict(node.args[1].meta)  # type: ignore[union-attr]
+        # Each again, in front of all.
+        weights = [graph.node_copy(read) for read in reads]
         stacked = graph.call_function(torch.cat, (weights,))
         product = graph.call_function(F.linear, (x, stacked))
         # Read where it runs: other ranks run the same code.
@@ -166,15 +167,10 @@ def _fuse(graph: fx.Graph, nodes: list[fx.Node]) -> None:
         made.meta[ORIGIN] = nodes[0].meta[ORIGIN]
     for number, node in enumerate(nodes):
         with graph.inserting_before(node):
-            piece = graph.call_function(_item, (pieces, number))
+            piece = graph.call_function(operator.getitem, (pieces, number))
         piece.meta = dict(node.meta)
         node.replace_all_uses_with(piece)
         graph.erase_node(node)
-
-
-def _item(values: Any, number: int) -> Any:
-    """One of several."""
-    return values[number]
 
 
 def program_passes() -> tuple[NoOpsRemoved, CastsRemoved, SiblingsFused]:
