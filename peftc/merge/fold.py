@@ -5,6 +5,7 @@ site and rounded once; a large one tile by tile, where the rules allow it.
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,16 +24,20 @@ from peftc.rule import Bound, Rule
 
 # What gives the tensor of a parameter.
 Value = Callable[[Edit, PlannedParam], Tensor]
-# Elements of a tile: its temporaries in float64 stay in a processor's cache.
-TILE = 2**18
+# Elements of a tile: in float64 it stays in a processor's cache.
+TILE = 2**17
 
 
 @dataclass(frozen=True)
 class Step:
-    """One edit, ready to fold: its rule and constants, its tensors by name and the axes these run along."""
+    """One edit, ready to fold: its rule and constants, its tensors by name and the axes these run along.
+
+    `product`: up (out, r) and down (r, in), if all that it does to a matrix is to add up · down.
+    """
 
     edit: Edit
     values: Mapping[str, Tensor]
+    product: tuple[Tensor, Tensor] | None = None
 
     @property
     def rule(self) -> Rule[Any]:
@@ -55,7 +60,17 @@ class Step:
         """The same for the part from `start` to `stop` of the weight along `axis`."""
         axes = self.axes
         cut = {name: _cut(value, axes[name] or "", axis, start, stop) for name, value in self.values.items()}
-        return replace(self, values=cut)
+        product = self.product
+        if product is not None:
+            product = _cut(product[0], "or", axis, start, stop), _cut(product[1], "ri", axis, start, stop)
+        return replace(self, values=cut, product=product)
+
+    def onto(self, weight: Tensor, axis: str, start: int, stop: int) -> Tensor:
+        """The part from `start` to `stop` along `axis` as this edit makes it of `weight`, which may be overwritten."""
+        if self.product is None or weight.dim() != 2:
+            return self.rule.weight(weight, self.at(axis, start, stop, weight))
+        up, down = self.product
+        return weight.addmm_(_cut(up, "or", axis, start, stop), _cut(down, "ri", axis, start, stop))
 
 
 @dataclass(frozen=True)
@@ -84,9 +99,19 @@ def value_in(program: Program) -> Value:
 
 def steps_of(edits: Sequence[Edit], dtype: torch.dtype, value: Value) -> list[Step]:
     """The steps of a site's `edits` in `dtype`; `value` gives the tensor of a parameter. Integers stay what they are."""
-    return [
-        Step(edit, {param.name: _as(value(edit, param).detach(), dtype) for param in edit.params}) for edit in edits
-    ]
+    found: list[Step] = []
+    for edit in edits:
+        values = {param.name: _as(value(edit, param).detach(), dtype) for param in edit.params}
+        found.append(Step(edit, values, _product(edit, values)))
+    return found
+
+
+def _product(edit: Edit, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """(s · up, down) of an edit that adds the product of two matrices, else None."""
+    factors = edit.rule.factors(Bound({**values, **edit.constants})) if edit.rule.additive else None
+    if factors is None or factors.up.dim() != 2 or factors.down.dim() != 2:
+        return None
+    return factors.up * factors.scale, factors.down
 
 
 def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -112,9 +137,9 @@ def tiles(
 
 def fold_tile(site: WeightSite, tile: Tensor, steps: Sequence[Step], axis: str, part: slice) -> Tensor:
     """The new value of `tile`, the `part` of a stored weight, rounded to its dtype."""
-    new = canonical(tile.to(fold_dtype(tile), copy=True), site)
+    new = canonical(_wide_copy(tile), site)
     for step in steps:
-        new = step.rule.weight(new, step.at(axis, part.start, part.stop, new))
+        new = step.onto(new, axis, part.start, part.stop)
     stored = canonical(new, site)
     if stored.shape != tile.shape:
         raise RuleError(
@@ -122,6 +147,22 @@ def fold_tile(site: WeightSite, tile: Tensor, steps: Sequence[Step], axis: str, 
             f" {tuple(tile.shape)}"
         )
     return stored.to(tile.dtype)
+
+
+# By thread, memory for a tile in a wider dtype: to get it anew for each takes longer than the arithmetic.
+_SCRATCH = threading.local()
+
+
+def _wide_copy(tile: Tensor) -> Tensor:
+    """A copy of `tile` in the dtype it is folded in, good until this thread makes the next."""
+    dtype = fold_dtype(tile)
+    if dtype is tile.dtype or tile.device.type != "cpu" or tile.numel() > 2 * TILE:
+        return tile.to(dtype, copy=True)
+    memory: Tensor | None = getattr(_SCRATCH, str(dtype), None)
+    if memory is None:
+        memory = torch.empty(2 * TILE, dtype=dtype)
+        setattr(_SCRATCH, str(dtype), memory)
+    return memory[: tile.numel()].view(tile.shape).copy_(tile)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Run(Protocol):
 @contextmanager
 def side_by_side(device: torch.device) -> Generator[Run]:
     """A Run for tensors on `device`: as many threads as torch uses on the CPU; elsewhere one job after the other."""
-    if device.type != "cpu":
+    if device.type != "cpu" or torch.get_num_threads() == 1:
         yield _one_by_one
         return
     with _LOCK:

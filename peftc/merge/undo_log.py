@@ -4,11 +4,11 @@ The difference between the bits of a weight and of its estimate, in units in the
 these are packed into a byte; larger ones follow as bytes, and those over a byte as the bits themselves. zstd does the rest.
 """
 
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from peftc.errors import MergeError
@@ -85,11 +85,11 @@ def kept(chunk: Chunk) -> bytes:
 
 
 def checksum(tensor: Tensor) -> int | None:
-    """CRC-32 of the bytes of a dense tensor, or of this process's shard; None where there are none to read (meta)."""
+    """A hash of the bytes of a dense tensor, or of this process's shard; None where there are none to read (meta)."""
     tensor = own(tensor)
     if tensor.is_meta or type(tensor.data) is not Tensor:
         return None
-    return zlib.crc32(_bytes(tensor))
+    return xxhash.xxh3_64_intdigest(_bytes(tensor))
 
 
 def require_zstandard() -> None:

@@ -8,6 +8,7 @@ from torch import fx
 
 from peftc.errors import RuleError
 from peftc.graph.region import Source
+from peftc.rewrite.fusion import ProductsFused
 from peftc.rewrite.program_passes import annotate
 from peftc.rewrite.splice import Active, splice
 from peftc.rewrite.verify import Example, signature_of, verify
@@ -52,7 +53,7 @@ class Ran:
 def rewritten(
     source: Source, active: Mapping[str, Sequence[Active]], passes: Sequence[Pass], root: Any, example: Example | None
 ) -> tuple[fx.Graph, tuple[Ran, ...]]:
-    """The source's graph with the active edits spliced in and the passes run over it, and what each of these did.
+    """The source's graph with the active edits spliced in, passes run over it and products fused; and what each did.
 
     `root` is what the graph's attributes are looked up on, `example` an input to check shapes and dtypes with; without one
     only the structure is checked. Raises RuleError, naming the pass, if a graph is not well-formed or computes something
@@ -63,8 +64,8 @@ def rewritten(
         annotate(graph, root)
     expected = signature_of(source.graph, root, example, bare=not source.opaque)
     verify(graph, root, example, expected, "splice")
-    graph, ran = piped(graph, passes, lambda new, name: verify(new, root, example, expected, name))
-    return graph, (Ran("splice", len(source.graph.nodes), ran[0].before if ran else len(graph.nodes)), *ran)
+    graph, ran = piped(graph, [*passes, ProductsFused()], lambda new, name: verify(new, root, example, expected, name))
+    return graph, (Ran("splice", len(source.graph.nodes), ran[0].before), *ran)
 
 
 def piped(

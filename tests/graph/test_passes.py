@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import peftc
+from peftc.rewrite.products import linear_with_products
 
 
 class Attention(nn.Module):
@@ -83,8 +84,10 @@ def compiled(passes: Any = ()) -> tuple[Block, peftc.CompiledModel]:
 
 def products(model: peftc.CompiledModel) -> int:
     """How many products there are with an A, or with several of them together."""
-    weights = [node.args[1] for node in model.graph_of("").nodes if node.target is F.linear]
-    return len([w for w in weights if w.target is torch.cat or str(w.target).endswith("lora_A.weight")])
+    nodes = list(model.graph_of("").nodes)
+    together = [node for node in nodes if node.target is F.linear and node.args[1].target is torch.cat]
+    terms = [term for node in nodes if node.target is linear_with_products for term in node.args[3]]
+    return len(together) + len([inner for inner, *_ in terms if isinstance(inner, tuple)])
 
 
 def test_parameters_in_raw_ops_are_sites_of_these_ops() -> None:
@@ -122,7 +125,7 @@ def test_three_products_become_one() -> None:
         if name in gradients:
             torch.testing.assert_close(parameter.grad, gradients[name])
     (ran,) = after.passes.values()
-    assert [one.name for one in ran] == ["splice", "one product"]
+    assert [one.name for one in ran] == ["splice", "one product", "products-fused"]
     assert ran[0].after == ran[1].before > ran[1].after - 8
     with after.disable_adapter():
         assert after.passes == {}

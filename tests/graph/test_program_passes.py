@@ -51,17 +51,13 @@ def test_what_ran_and_what_it_changed() -> None:
     """q/k/v and gate/up read one input each: five first products become two."""
     _, plain, fused = programs("llama")
     ran = {one.name: (one.before, one.after) for one in fused.passes[""]}
-    assert list(ran) == ["splice", "no-ops-removed", "casts-removed", "siblings-fused"]
+    assert list(ran) == ["splice", "no-ops-removed", "casts-removed", "siblings-fused", "products-fused"]
     assert ran == {
         "splice": (153, 230), "no-ops-removed": (230, 216), "casts-removed": (216, 179), "siblings-fused": (179, 190),
+        "products-fused": (190, 167),
     }  # fmt: skip
-    products = {
-        name: sum(ops(one)[f] for f in ("linear", "linear.default")) for name, one in (("a", plain), ("b", fused))
-    }
-    assert products == {"a": 8 + 2 * 7, "b": 8 + 2 * 7 - 3}
-    assert ops(fused)["split"] == 2
-    assert ops(plain)["to"] == 14  # Each edit casts x to the adapter's dtype, and y back.
-    assert ops(fused)["to"] == 0
+    assert [ops(plain)[f] for f in ("linear_with_products", "linear.default", "linear", "to")] == [7, 1, 0, 0]
+    assert [ops(fused)[f] for f in ("linear_with_products", "linear.default", "linear", "split")] == [7, 1, 2, 2]
     with fused.merged():
         assert "split" not in ops(fused)
 
@@ -69,7 +65,6 @@ def test_what_ran_and_what_it_changed() -> None:
 def test_masks_of_their_own_keep_siblings_apart() -> None:
     _, _, fused = programs("llama", lora_dropout=0.1)
     assert ops(fused)["split"] == 0
-    assert ops(fused)["to"] == 0
 
 
 def test_casts_that_do_something_stay() -> None:
@@ -81,7 +76,8 @@ def test_casts_that_do_something_stay() -> None:
     plain = perturb(peftc.compile(model, spec, capture="export", inputs=inputs))
     fused = peftc.compile(model, spec, capture="export", inputs=inputs, passes=peftc.program_passes())
     fused.load_state_dict(plain.state_dict())
-    assert ops(fused)["to"] == 14
+    counts = {one.name: (one.before, one.after) for one in fused.passes[""]}
+    assert counts["casts-removed"] == (216, 216)  # Those of the edits do something here.
     assert fused(**inputs).logits.dtype == torch.bfloat16
     assert torch.equal(fused(**inputs).logits, plain(**inputs).logits)
 

@@ -58,13 +58,12 @@ def test_files_outputs_and_gradients(kind: str, how: str, tied: bool, dtype: tor
             model.cls.predictions.decoder.bias += 1.0
     lost = lost_bias(model, kind, tied)
     wide = dtype == torch.float32
-    near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5} if wide else {"rtol": 0.05, "atol": 0.05}
     theirs = theirs_of(model, CONFIGS[how]())
     theirs.save_pretrained(tmp_path / "theirs")
     ours = peftc.load(model, tmp_path / "theirs", is_trainable=True).eval()
     y, want = outputs(ours, kind), outputs(theirs, kind) + lost
     assert not torch.allclose(y, outputs(model, kind), atol=0.1)
-    torch.testing.assert_close(y, want, **near)
+    assert (y - want).norm() <= (1e-5 if wide else 0.05) * want.norm()
     for one in (y, want):
         one.float().log_softmax(-1)[..., [1, 5, 9]].mean().backward()
     grads = {name.rpartition(".")[0]: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
@@ -73,7 +72,14 @@ def test_files_outputs_and_gradients(kind: str, how: str, tied: bool, dtype: tor
     rows = next(grad for name, grad in grads.items() if "trainable_tokens" in name)
     mine = next(grad for name, grad in own.items() if "trainable_tokens" in name)
     assert rows.abs().max() > 1e-4
-    assert (mine - rows).abs().max() <= (1e-4 if wide else 0.05) * rows.abs().max()
+    if wide or how == "alone":
+        assert (mine - rows).abs().max() <= (1e-4 if wide else 0.05) * rows.abs().max()
+    else:  # T5 makes much of a rounding: as near to the exact gradients as peft's are, to a factor.
+        exact = copy.deepcopy(ours).double()
+        exact.zero_grad(set_to_none=True)
+        outputs(exact, kind).log_softmax(-1)[..., [1, 5, 9]].mean().backward()
+        true = next(p.grad for name, p in exact.named_parameters() if "trainable_tokens" in name and p.grad is not None)
+        assert (mine - true).norm() <= 3 * (rows - true).norm() + 0.02 * true.norm()
     for name, grad in grads.items() if wide else ():
         if "lora" in name:
             same = own[f"{name.replace('base_model.model.', 'base.')}.weight"]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 import peftc
 import peftc.peft
-from tests.support.methods import LINEARS, ROWS, Linears, assert_near, compare, in_peft
+from tests.support.methods import HALF, LINEARS, ROWS, Linears, assert_near, compare, in_peft
 from tests.support.models import tiny, token_ids
 
 FIELDS: dict[str, Any] = {
@@ -44,7 +44,7 @@ def test_in_bfloat16(tmp_path: Path) -> None:
         ROWS.bfloat16(),
         peft.VBLoRAConfig(**FIELDS),
         tmp_path,
-        within=1e-5,
+        within=HALF,
         merged=4e-2,
         moved=0.5,
     )

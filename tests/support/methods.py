@@ -60,6 +60,11 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {re.sub(r".*(vblora_vector_bank)", r"\1", n.replace(".base_layer.", ".")): g for n, g in plain.items()}
 
 
+# How far a bfloat16 model may be off: peft multiplies its activations, cast up, by the adapter; peftc casts the adapter.
+# Against float64 both are equally near, to a factor of 1.5.
+HALF = 2 * torch.finfo(torch.bfloat16).eps
+
+
 def assert_near(found: Tensor, expected: Tensor, within: float, what: str) -> None:
     """Equal within a part of the largest magnitude."""
     scale = float(expected.detach().abs().max().clamp_min(1e-30))

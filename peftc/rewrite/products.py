@@ -1,0 +1,136 @@
+"""What generated code calls for an adapter's skinny products: by rows, added in place, little kept for the backward pass.
+
+These are plain ops that autograd knows, but for a product behind a live dropout. Where a compiler or an exporter looks on,
+where tensors are not torch's own (sharded, quantised, fake) or functorch transforms a call, they are the rule's algebra.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+# (inner, up, s) of a term s · inner · upᵀ; for inner, (down, dropout) if it is dropout(x) · downᵀ of the op's own input.
+Term = tuple[Tensor | tuple[Tensor, nn.Module | None], Tensor, Tensor | float]
+
+
+def linear_with_products(x: Tensor, weight: Tensor, bias: Tensor | None, terms: tuple[Term, ...]) -> Tensor:
+    """x · weightᵀ + bias + all terms, for x (…, in): by rows, which are a view, so that terms are added in place; under
+    autocast with x cast once.
+    """
+    if not _is_plain(x) or not x.is_contiguous():
+        return _added(F.linear(x, weight, bias), x, terms, fresh=False)
+    if _is_autocast(x):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    rows = _rows(x)
+    y = _added(F.linear(rows, weight, bias), rows, terms, fresh=True)
+    return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _added(y: Tensor, x: Tensor, terms: tuple[Term, ...], fresh: bool) -> Tensor:
+    for inner, up, scale in terms:
+        own = product(x, *inner) if isinstance(inner, tuple) else inner
+        y = add_product(y, _rows(own) if fresh else own, up, scale, fresh)
+    return y
+
+
+def _rows(x: Tensor) -> Tensor:
+    """`x` (…, n) as (rows, n)."""
+    return x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
+
+
+def product(x: Tensor, down: Tensor, dropout: nn.Module | None = None) -> Tensor:
+    """dropout(x) · downᵀ, of which the backward pass keeps `x` by reference and, where it drops, one bit for each number.
+
+    In bfloat16, and under autocast, `down` is cast to the dtype of `x`, which has far more numbers; in float16, whose
+    range is too small for that, `x` to that of `down`.
+    """
+    if x.dtype is not down.dtype:
+        if x.dtype is torch.bfloat16 or _is_autocast(x):
+            down = down.to(x.dtype)
+        else:
+            x = x.to(down.dtype)
+    if dropout is None:
+        return F.linear(x, down)
+    if type(dropout) is nn.Dropout and _is_plain(x) and not _is_hooked(dropout):
+        if not dropout.training or dropout.p == 0:
+            return F.linear(x, down)
+        if torch.is_grad_enabled():
+            return _Dropped.apply(x, down, 1 - dropout.p)
+    return F.linear(dropout(x), down)
+
+
+def add_product(y: Tensor, inner: Tensor, up: Tensor, scale: Tensor | float, fresh: bool) -> Tensor:
+    """y + scale · inner · upᵀ in the dtype of `y`, for y (…, out), inner (…, r) and up (out, r).
+
+    `fresh`: nobody else has `y`, so that it may be added to in place.
+    """
+    if y.dtype is torch.bfloat16 or y.dtype is inner.dtype:
+        inner, up = inner.to(y.dtype), up.to(y.dtype)
+    if not _is_plain(y) or type(inner) is not Tensor or inner.dtype is not y.dtype:
+        return (y + F.linear(inner * scale, up)).to(y.dtype)
+    if fresh and y.dim() == 2:
+        return y.addmm_(inner, up.t(), alpha=float(scale))
+    return torch.addmm(_rows(y), _rows(inner), up.t(), alpha=float(scale)).view(y.shape)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether ops on `tensor` run here and now, on numbers that torch holds itself."""
+    return (
+        not torch.compiler.is_compiling()
+        and type(tensor) in (Tensor, nn.Parameter)
+        and not tensor.is_meta
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def _is_autocast(x: Tensor) -> bool:
+    """Whether products of `x` are computed in another dtype."""
+    device = x.device.type
+    known = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return known and x.dtype is not torch.float64
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+class _Dropped(torch.autograd.Function):
+    """(x ∘ mask / kept) · downᵀ, for a mask that keeps this share of the numbers: that of F.dropout for the same seed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, down: Tensor, kept: float) -> Tensor:
+        mask = torch.empty_like(x).bernoulli_(kept)
+        ctx.save_for_backward(x, down, _packed(mask))
+        ctx.kept = kept
+        return F.linear(mask.mul_(x), down).div_(kept)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        x, down, bits = ctx.saved_tensors
+        gradient = gradients[0] / ctx.kept
+        mask = _unpacked(bits, x)
+        of_x = (gradient @ down) * mask if ctx.needs_input_grad[0] else None
+        of_down = None
+        if ctx.needs_input_grad[1]:
+            dropped = x * mask
+            of_down = gradient.reshape(-1, gradient.shape[-1]).t() @ dropped.reshape(-1, dropped.shape[-1])
+        return of_x, of_down, None
+
+
+# Eight bytes that are 0 or 1, times the first and shifted, are eight bits; a byte times the second, and the third, is back.
+_GATHER, _SPREAD, _ONE_EACH = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - (1 << 64)
+
+
+def _packed(mask: Tensor) -> Tensor:
+    """The zeros and ones of `mask` as bits, eight to a byte."""
+    flat = mask.to(torch.bool).reshape(-1)
+    flat = F.pad(flat, (0, -flat.numel() % 8)).contiguous()
+    return ((flat.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
+
+
+def _unpacked(bits: Tensor, like: Tensor) -> Tensor:
+    """The mask that `bits` were made of, with the shape and dtype of `like`."""
+    spread = ((bits.to(torch.int64) * _SPREAD) & _ONE_EACH).view(torch.uint8).ne(0)
+    return spread[: math.prod(like.shape)].view(like.shape).to(like.dtype)
