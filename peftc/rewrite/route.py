@@ -32,7 +32,8 @@ class Route:
     `runs`: by the id of a host, what runs there. `learns`: whether gradients are wanted. `rows_first`: whether all modules
     are known to have the batch first; `several`: whether a call may have several rows for each name. `rows`, `lengths`
     and `inputs` are of the model's present call: its batch, the lengths of its sequences, the addresses of its tensors.
-    `bound`: in checkpointed layers whose second run is given this route too. The rest is computed once per route.
+    `bound`: in checkpointed layers whose second run is given this route too. `gathered`: the last input, which the next
+    site (k_proj after q_proj) may have too, its version, and its rows in groups. The rest is computed once per route.
     """
 
     names: tuple[str, ...]
@@ -46,6 +47,7 @@ class Route:
     bound: bool = False
     partitions: dict[Any, "Partition"] = field(default_factory=dict[Any, "Partition"])
     stacks: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    gathered: "tuple[Tensor, int, Partition, Tensor] | None" = None
 
     def note(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Note the batch and the lengths of a call of the model. Raises AdapterError for a batch of another size."""
@@ -168,14 +170,13 @@ def _partition(names: Sequence[str], present: frozenset[str], device: torch.devi
 def add_products(y: Tensor, x: Tensor, parts: Mapping[str, Part]) -> Tensor:
     """`y` (rows, …, out) with every row's own `scale · up @ down @ x` added, for x (rows, …, in)."""
     part = partition(x, tuple(parts))
-    up, down, scale = _factors(part, parts)
-    gathered = x if part.gather is None else x.index_select(0, part.gather)
-    grouped = gathered.reshape(len(part.adapters), -1, x.shape[-1]).to(down.dtype)
+    up, down = _factors(part, parts)
+    grouped = _gathered(x, part).reshape(len(part.adapters), -1, x.shape[-1]).to(down.dtype)
     first = parts[part.adapters[0]]
     for name, probability in first.edit.dropouts.items():
         if probability > 0:  # The same for all adapters here.
             grouped = getattr(first, name)(grouped)
-    delta = torch.bmm(torch.bmm(grouped, down.mT) * scale, up.mT).reshape(-1, *y.shape[1:])
+    delta = torch.bmm(torch.bmm(grouped, down), up).reshape(-1, *y.shape[1:])
     delta = delta if part.scatter is None else delta.index_select(0, part.scatter)
     added = y + delta if part.rows is None else _promoted(y, delta).index_add(0, part.rows, _promoted(delta, y))
     return added.to(y.dtype)
@@ -185,17 +186,30 @@ def _promoted(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, other.dtype))
 
 
-def _factors(part: Partition, parts: Mapping[str, Part]) -> tuple[Tensor, Tensor, Tensor]:
-    """up (groups, out, r), down (groups, r, in) and scale (groups, 1, 1); lower ranks are filled up with zeros."""
+def _gathered(x: Tensor, part: Partition) -> Tensor:
+    """The rows of `x` in groups."""
+    if part.gather is None:
+        return x
+    route = current.get()
+    last, grad = route.gathered, torch.is_grad_enabled()
+    if last is not None and last[0] is x and last[1] == x._version and last[2] is part and not grad:
+        return last[3]
+    gathered = x.index_select(0, part.gather)
+    route.gathered = None if grad or x.is_inference() else (x, x._version, part, gathered)
+    return gathered
+
+
+def _factors(part: Partition, parts: Mapping[str, Part]) -> tuple[Tensor, Tensor]:
+    """scale · upᵀ (groups, r, out) and downᵀ (groups, in, r); lower ranks are filled up with zeros."""
     stacks, key = current.get().stacks, (id(parts), id(part))
     if torch.is_grad_enabled() or key not in stacks:
         made = [_of(parts[name]) for name in part.adapters]
         ups, downs, scales = zip(*made, strict=True)
-        scale = torch.tensor(scales, dtype=downs[0].dtype, device=downs[0].device)[:, None, None]
-        found = (_stack(ups), _stack(downs), scale)
+        scale = torch.tensor(scales, dtype=ups[0].dtype, device=ups[0].device)[:, None, None]
+        up, down = (_stack(ups) * scale).mT, _stack(downs).mT
         if torch.is_grad_enabled():
-            return found
-        stacks[key] = found
+            return up, down
+        stacks[key] = up.contiguous(), down  # So it lies best for groups of a few rows.
     return stacks[key]
 
 
