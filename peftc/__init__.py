@@ -1,5 +1,6 @@
 """peftc: a declarative graph-rewriting compiler for parameter-efficient fine-tuning."""
 
+import logging
 from typing import Any
 
 from peftc.api import compile, get_peft_model_state_dict, load, load_spec, plan, set_peft_model_state_dict
@@ -73,6 +74,7 @@ __all__ = [
 ]
 
 _install()
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

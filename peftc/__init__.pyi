@@ -1,5 +1,6 @@
 """peftc: a declarative graph-rewriting compiler for parameter-efficient fine-tuning."""
 
+import logging
 from peftc.api import compile, get_peft_model_state_dict, load, load_spec, plan, set_peft_model_state_dict
 from peftc.checkpoint import LoadResult
 from peftc.compiled import CompiledModel

@@ -1,5 +1,6 @@
 """Saving adapters: specs as PEFT's configs, tensors, the model card; all of them in one step or none."""
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from peftc.rewrite.program import Program
 from peftc.rewrite.sharding import is_sharded, reshard, whole
 from peftc.specs.io import CONFIG_NAME
 
+_LOG = logging.getLogger(__name__)
 Form = Literal["peft", "serving", "per_expert"]
 
 
@@ -59,6 +61,7 @@ def save_adapters(folder: Path, program: Program, adapters: Sequence[str], optio
         files |= {path + file: content for file, content in own.items()}
         gone += [] if ENCODER_NAME in own else [path + ENCODER_NAME]  # One that is there made other rows.
     replace_files(folder, files, [name for name in files if name.endswith(CONFIG_NAME)], gone)
+    _LOG.info("saved %s to %s: %d bytes", ", ".join(adapters), folder, sum(map(len, files.values())))
 
 
 def _warn(program: Program, name: str, options: SaveOptions) -> None:

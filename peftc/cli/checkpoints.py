@@ -5,7 +5,6 @@ from typing import Annotated
 
 import typer
 
-from peftc.cli.output import on_terminal
 from peftc.stream import merge_checkpoint, unmerge_checkpoint
 
 
@@ -20,7 +19,7 @@ def merge(
 
     Killed at any moment, the same command goes on where it was.
     """
-    merge_checkpoint(base, adapter, out, undo=undo, untie=untie, progress=on_terminal())
+    merge_checkpoint(base, adapter, out, undo=undo, untie=untie)
     typer.echo(f"merged into {out}")
 
 
@@ -29,5 +28,5 @@ def unmerge(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
 ) -> None:
     """The base that FOLDER was merged from, byte for byte."""
-    unmerge_checkpoint(folder, out, progress=on_terminal())
+    unmerge_checkpoint(folder, out)
     typer.echo(f"the base is in {out}")

@@ -7,8 +7,8 @@ import torch
 import typer
 from torch import nn
 
-from peftc.cli.output import on_terminal
 from peftc.errors import CheckpointError
+from peftc.progress import wanted
 
 ModelClass = Annotated[
     str | None, typer.Option("--class", help="Class of transformers, where the config names none.", metavar="NAME")
@@ -44,7 +44,7 @@ def _described(path: Path, name: str | None) -> tuple[Any, Any]:
     """The class and the config."""
     import transformers
 
-    if not on_terminal():
+    if not wanted():
         transformers.utils.logging.disable_progress_bar()
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():

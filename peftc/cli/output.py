@@ -1,7 +1,6 @@
 """What commands print: JSON, and tables that are as wide as their cells."""
 
 import json
-import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -25,11 +24,6 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     typer.echo(typer.style(lines[0].rstrip(), bold=True))
     for line in lines[1:]:
         typer.echo(line.rstrip())
-
-
-def on_terminal() -> bool:
-    """Whether somebody looks on: progress is for them."""
-    return sys.stdout.isatty()
 
 
 def _cell(value: object) -> str:

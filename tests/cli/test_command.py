@@ -1,7 +1,10 @@
 """The command as a whole: help and its examples, exit codes, errors, what a pipe sees."""
 
 import json
+import logging
+import os
 import shlex
+import signal
 import subprocess
 import sys
 import tomllib
@@ -9,9 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
+import peftc as library
 from peftc.cli import app
+from peftc.export import programs
+from peftc.stream import job
 from tests.support.command import peftc
+from tests.support.models import llama
 
 ROOT = Path(__file__).parent.parent.parent
 COMMANDS = (
@@ -115,13 +124,51 @@ def test_in_a_process_of_its_own() -> None:
     assert missed.returncode == 3, missed
     assert "'q_prj' matches none" in missed.stdout
     assert "\x1b" not in missed.stdout + missed.stderr
-    merged = process(sys.executable, "-m", "peftc", "merge", "model", "adapter", "merged")
+    merged = process(sys.executable, "-m", "peftc", "-v", "merge", "model", "adapter", "merged")
     assert (merged.returncode, merged.stdout) == (0, "merged into merged\n"), merged
     assert "%" not in merged.stderr, "nobody looks at a bar"
+    assert "peftc.stream.job: merge into merged: done, " in merged.stderr
     wrong = process(sys.executable, "-m", "peftc", "merge", "model", "model", "other")
     assert wrong.returncode == 1
     assert "Traceback" not in wrong.stderr
     assert "SpecError: " in wrong.stderr
+
+
+@pytest.mark.usefixtures("here")
+def test_interrupted_it_says_how_to_go_on_and_does(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    library.merge_checkpoint("model", "adapter", "expected", progress=False)
+    llama().save_pretrained("sharded", max_shard_size="20KB")
+    real = job.write_output
+
+    def interrupted(output: Any, *how: Any) -> None:
+        if output.name.startswith("model-00003"):
+            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C.
+        real(output, *how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "write_output", interrupted)
+        ran = peftc("merge", "sharded", "adapter", "merged", code=130)
+    assert "The same command goes on where it was" in ran.err
+    assert [file.name for file in Path("merged").iterdir()] == [".peftc-merge"]
+    caplog.set_level(logging.INFO, "peftc")
+    peftc("merge", "sharded", "adapter", "merged")
+    assert "merge into merged: goes on after 2 of " in caplog.text
+    merged = {name: value for file in Path("merged").glob("*.safetensors") for name, value in load_file(file).items()}
+    expected = load_file("expected/model.safetensors")
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+@pytest.mark.usefixtures("here")
+def test_an_interrupted_export_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(programs, "difference", interrupted)
+    assert "nothing was written" in peftc("export", "model", "adapter", "exported", code=130).err
+    assert list(Path("exported").rglob("*")) == []
 
 
 def test_it_is_installed_as_peftc() -> None:
