@@ -17,9 +17,10 @@ from peftc.checkpoint import (
     read_adapter,
     respelled_spec,
 )
+from peftc.choices import Adapters, Target
 from peftc.compiled_files import CompiledFiles
 from peftc.errors import MergeError
-from peftc.export import Adapters, Certificate, Target, export
+from peftc.export import Certificate, export
 from peftc.graph.region import Capture
 from peftc.merge import Undo, forget, merge, unmerge
 from peftc.registry import spec_classes

@@ -10,19 +10,6 @@ from contextlib import contextmanager
 from threading import Timer
 from typing import Any, Literal, Protocol
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
 VARIABLE = "PEFTC_PROGRESS"
 _OFF = ("0", "false", "no", "off")
 # Seconds after which a bar comes up: what is done by then needs none.
@@ -71,6 +58,19 @@ def unseen(count: int = 1, doing: str | None = None, /) -> None:
 @contextmanager
 def _line(what: str, total: int, unit: Unit) -> Generator[Tick]:
     """A line of a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     rate = (DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     count_of = (MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn())
     columns: tuple[ProgressColumn, ...] = rate if unit == "bytes" else count_of

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from peftc.checkpoint.per_expert import per_expert_form
 from peftc.checkpoint.serving import serving_form
 from peftc.checkpoint.spelling import by_plain_names
 from peftc.checkpoint.state import saved_state_dict, spec_filed
+from peftc.choices import Form
 from peftc.errors import CheckpointError
 from peftc.graph.hooked import given_class
 from peftc.graph.sites import transformers_config
@@ -30,7 +31,6 @@ from peftc.rewrite.sharding import is_sharded, reshard, whole
 from peftc.specs.io import CONFIG_NAME
 
 _LOG = logging.getLogger(__name__)
-Form = Literal["peft", "serving", "per_expert"]
 
 
 @dataclass(frozen=True)

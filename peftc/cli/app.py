@@ -13,7 +13,6 @@ from typer.core import TyperGroup
 
 from peftc.cli import adapters, artefacts, checkpoints, methods, plans
 from peftc.errors import PeftcError
-from peftc.progress import VARIABLE
 
 _ABOUT = """Plan, inspect, merge, convert and export adapters (PEFT's files).
 
@@ -31,9 +30,10 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
     ("plan", plans.plan, "peftc plan model/config.json --targets q_proj,v_proj --r 8"),
     ("diff", plans.diff, "peftc diff plan-a.json plan-b.json"),
     ("explain", plans.explain, "peftc explain model adapter lm_head"),
-    ("inspect", adapters.inspect, "peftc inspect adapter --json"),
+    ("inspect", adapters.inspect, "peftc inspect adapter"),
     ("preflight", adapters.preflight, "peftc preflight adapter --runtime vllm"),
     ("convert", adapters.convert, "peftc convert adapter served --base model --form serving"),
+    ("combine", adapters.combine, "peftc combine adapter other mix --base model --weights 0.7,-0.3 --type cat"),
     ("merge", checkpoints.merge, "peftc merge model adapter merged --undo"),
     ("unmerge", checkpoints.unmerge, "peftc unmerge merged restored"),
     ("export", artefacts.export, "peftc export model adapter exported --to hf"),
@@ -77,9 +77,13 @@ def _options(
 ) -> None:
     """What every command does."""
     if verbose:
-        logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-        logging.getLogger("peftc").setLevel(logging.INFO)
+        handler, logger = logging.StreamHandler(), logging.getLogger("peftc")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
     if not progress:
+        from peftc.progress import VARIABLE
+
         os.environ[VARIABLE] = "0"
 
 
@@ -87,7 +91,6 @@ def _made() -> typer.Typer:
     made = typer.Typer(
         cls=_Group,
         no_args_is_help=True,
-        add_completion=False,
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )

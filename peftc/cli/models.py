@@ -1,18 +1,13 @@
 """Models by their folder or config: their structure alone, or with weights. Code from a folder is never run."""
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import torch
-import typer
 from torch import nn
 
 from peftc.errors import CheckpointError
 from peftc.progress import wanted
-
-ModelClass = Annotated[
-    str | None, typer.Option("--class", help="Class of transformers, where the config names none.", metavar="NAME")
-]
 
 
 def structure(path: Path, name: str | None = None) -> nn.Module:

@@ -15,12 +15,13 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from peftc.checkpoint.atomic import staged
+from peftc.choices import Adapters, Target
 from peftc.errors import ExportError, MergeError
 from peftc.export.adapter_files import write_adapter
 from peftc.export.adapter_inputs import WRITERS as INPUT_WRITERS
@@ -33,8 +34,6 @@ from peftc.rewrite.hosts import original_class
 from peftc.rewrite.program import Program, require_idle
 from peftc.rewrite.switch import activate
 
-Target = Literal["hf", "pt2", "onnx", "gguf", "mlx"]
-Adapters = Literal["merged", "inside", "inputs", "beside"]
 # What becomes of the adapters, if nothing else is asked for.
 _DEFAULT: Mapping[str, Adapters] = {
     "hf": "merged",

@@ -3,11 +3,12 @@
 import json
 import logging
 import os
-import shlex
+import re
 import signal
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,58 +17,37 @@ import torch
 from safetensors.torch import load_file
 
 import peftc as library
-from peftc.cli import app
 from peftc.export import programs
 from peftc.stream import job
-from tests.support.command import peftc
+from tests.support.command import COMMANDS, ROOT, example, peftc
 from tests.support.models import llama
-
-ROOT = Path(__file__).parent.parent.parent
-COMMANDS = (
-    "plan",
-    "diff",
-    "explain",
-    "inspect",
-    "preflight",
-    "convert",
-    "merge",
-    "unmerge",
-    "export",
-    "verify",
-    "rules",
-)
-
-
-def example(command: str) -> list[str]:
-    """The arguments of the example in a command's help."""
-    (line,) = (
-        line.strip() for line in peftc(command, "--help").out.splitlines() if line.strip().startswith("Example: ")
-    )
-    name, *arguments = shlex.split(line.removeprefix("Example: "))
-    assert (name, arguments[0]) == ("peftc", command)
-    return arguments
-
-
-def test_these_are_the_commands() -> None:
-    assert tuple(command.name for command in app.registered_commands) == COMMANDS
 
 
 def test_the_examples_of_the_helps_run(here: Path) -> None:
-    for name, rank in (("plan-a.json", 2), ("plan-b.json", 4)):
-        Path(name).write_text(peftc("plan", "model", "--targets", "q_proj", "--r", rank, "--json").out)
     said = {command: peftc(*example(command)).out for command in COMMANDS}
     assert "lora_A 8×32" in said["plan"]
     assert "~ edit model.layers.0.self_attn.q_proj" in said["diff"]
     assert "does not name it" in said["explain"]
-    assert json.loads(said["inspect"])["damage"] is None
+    assert "config and tensors are what was saved" in said["inspect"]
     assert said["preflight"] == "vllm: takes it\n"
+    assert json.loads(Path("mix/adapter_config.json").read_text())["r"] == 5
     assert (here / "restored" / "model.safetensors").read_bytes() == (here / "model" / "model.safetensors").read_bytes()
     assert (here / "exported" / "certificate.json").exists()
     assert "weight" in said["verify"] or "differ by 0 at most" in said["verify"]
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("pln",), ("plan",), ("plan", "model", "--r", "many"), ("export", "a", "b", "c", "--to", "tar")]
+    "arguments",
+    [
+        (),
+        ("pln",),
+        ("plan",),
+        ("plan", "model", "--r", "many"),
+        ("export", "a", "b", "c", "--to", "tar"),
+        ("combine", "a", "b", "out", "--base", "model"),
+        ("combine", "a", "b", "out", "--base", "model", "--weights", "1"),
+        ("combine", "a", "b", "out", "--base", "model", "--weights", "1,half"),
+    ],
 )
 def test_a_wrong_command_line_is_2(arguments: tuple[str, ...]) -> None:
     peftc(*arguments, code=2)
@@ -90,6 +70,8 @@ def test_the_exit_codes_are_in_the_help() -> None:
         (("preflight", "model"), "CheckpointError: model: no adapter"),
         (("preflight", "adapter", "--runtime", "vlm"), "known are vllm"),
         (("convert", "adapter", "out", "--base", "nowhere"), "nowhere: is no folder"),
+        (("combine", "adapter", "model", "out", "--base", "model", "--weights", "1,1"), "adapter_config.json: no such"),
+        (("combine", "adapter", "other", "out", "--base", "model", "--weights", "1,1", "--type", "cart"), "'cart'"),
         (("merge", "adapter", "model", "out"), "CheckpointError"),
         (("unmerge", "model", "out"), "has no peftc_undo"),
         (("export", "model", "model", "out"), "model/adapter_config.json: no such file"),
@@ -128,7 +110,7 @@ def test_in_a_process_of_its_own() -> None:
     assert (merged.returncode, merged.stdout) == (0, "merged into merged\n"), merged
     assert "%" not in merged.stderr, "nobody looks at a bar"
     assert "peftc.stream.job: merge into merged: done, " in merged.stderr
-    wrong = process(sys.executable, "-m", "peftc", "merge", "model", "model", "other")
+    wrong = process(sys.executable, "-m", "peftc", "merge", "model", "model", "wrong")
     assert wrong.returncode == 1
     assert "Traceback" not in wrong.stderr
     assert "SpecError: " in wrong.stderr
@@ -178,9 +160,45 @@ def test_it_is_installed_as_peftc() -> None:
     assert "Usage: peftc rules" in ran.stdout
 
 
-def test_the_help_does_without_transformers() -> None:
-    told = process(sys.executable, "-c", "import sys, peftc.cli; print('transformers' in sys.modules)")
-    assert told.stdout == "False\n", told
+WITHOUT_TORCH = """
+import sys
+from typer.testing import CliRunner
+from peftc.cli import app
+for line in sys.argv[1:]:
+    result = CliRunner().invoke(app, line.split(), prog_name="peftc")
+    assert isinstance(result.exception, (SystemExit, type(None))), result.exception
+print(sorted({"torch", "transformers", "rich"} & set(sys.modules)))
+"""
+
+
+def test_helps_and_wrong_lines_import_no_torch() -> None:
+    lines = ["", "--help", "--version", "pln", "plan", "plan model --r many", "export a b c --to tar"]
+    told = process(sys.executable, "-c", WITHOUT_TORCH, *lines, *(f"{command} --help" for command in COMMANDS))
+    assert told.stdout == "[]\n", told
+
+
+def completed(shell: str, **words: str) -> list[str]:
+    """What a shell is offered."""
+    environment = {**os.environ, "_PEFTC_COMPLETE": f"complete_{shell}", **words}
+    ran = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "peftc"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert " torch" not in ran.stderr, "nobody waits for it at a key"
+    return re.findall(r"[\w.-]+", ran.stdout)
+
+
+def test_shells_complete_commands_options_and_their_values() -> None:
+    assert completed("bash", COMP_WORDS="peftc un", COMP_CWORD="1") == ["unmerge"]
+    values = completed("zsh", _TYPER_COMPLETE_ARGS="peftc export base adapter out --to ")
+    assert values[-5:] == ["hf", "pt2", "onnx", "gguf", "mlx"]
+    options = completed(
+        "fish", _TYPER_COMPLETE_ARGS="peftc merge --un", _TYPER_COMPLETE_FISH_ACTION="get-args", COMP_WORDS=""
+    )
+    assert {"--undo", "--untie"} <= set(options)
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert peftc("--version").out == f"peftc {version('peftc')}\n"
 
 
 def test_the_readme_names_every_command() -> None:
