@@ -42,6 +42,7 @@ _DEFAULT: Mapping[str, Adapters] = {
     "gguf": "beside",
     "mlx": "beside",
 }
+_PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "gguf": ("gguf",)}
 _TOKENS = 8  # That are compared.
 # What torch.export's own programs are called, of models that are not of transformers.
 PLAIN = "model.pt2"
@@ -236,14 +237,14 @@ def _require(program: Program, to: str, adapters: str, generation: bool) -> None
         )
     if generation and (to == "hf" or not is_pretrained(program.base)):
         raise ExportError("generation=True is for programs (pt2, onnx) of transformers' generative models")
-    if to == "onnx":
-        _require_onnx()
+    require_packages(to)
 
 
-def _require_onnx() -> None:
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+def require_packages(to: str) -> None:
+    """Raise ExportError, naming the extra, if a package is missing that files for this runtime are made or run with."""
+    missing = [name for name in _PACKAGES.get(to, ()) if find_spec(name) is None]
     if missing:
-        raise ExportError(f"to='onnx' needs {', '.join(missing)}: pip install 'peftc[export]'")
+        raise ExportError(f"to={to!r} needs {', '.join(missing)}: pip install 'peftc[export]'")
 
 
 def _require_captured(program: Program, given: Mapping[str, Tensor]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from peftc.errors import ExportError
 from peftc.export.adapter_inputs import run_with_adapter
 from peftc.export.certificate import Certificate, difference, hashes, read, tensors_of
-from peftc.export.programs import PLAIN, loaded, run_onnx
+from peftc.export.programs import PLAIN, loaded, require_packages, run_onnx
 from peftc.progress import bar
 from peftc.stream import merge_checkpoint
 
@@ -61,6 +61,7 @@ def _exported(folder: Path, tolerance: float) -> Certificate:
 
 
 def _run(folder: Path, certificate: Certificate, inputs: Mapping[str, Tensor]) -> Any:
+    require_packages(certificate.to)
     if certificate.adapters == "inputs":
         return run_with_adapter(folder, certificate.names[0], inputs)
     if certificate.to == "hf":
