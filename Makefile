@@ -36,7 +36,7 @@ format: $(VENV)/test.done
 	$(BIN)/ruff format .
 
 docs: $(VENV)/docs.done  ## The documentation as a site, in site/
-	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 package: $(VENV)/test.done  ## An sdist and a wheel in dist/, tried in an environment of their own
 	$(BIN)/python -m build --no-isolation

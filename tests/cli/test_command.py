@@ -199,8 +199,3 @@ def test_shells_complete_commands_options_and_their_values() -> None:
 
 def test_the_version_is_that_of_the_package() -> None:
     assert peftc("--version").out == f"peftc {version('peftc')}\n"
-
-
-def test_the_readme_names_every_command() -> None:
-    text = (ROOT / "README.md").read_text().partition("\n## The command\n")[2].partition("\n## ")[0]
-    assert [name for name in COMMANDS if f"peftc {name} " not in text and f"peftc {name}\n" not in text] == []

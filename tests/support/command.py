@@ -14,6 +14,8 @@ from peftc.cli import app
 from tests.support.adapters import saved
 
 ROOT = Path(__file__).parent.parent.parent
+# Of the terminal that it thinks it has.
+WIDTH = 120
 COMMANDS = tuple(str(command.name) for command in app.registered_commands)
 
 
@@ -32,7 +34,9 @@ class Ran:
 
 def peftc(*arguments: object, code: int = 0) -> Ran:
     """Run `peftc` with these arguments, which must end with this exit code, and never in a traceback."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], prog_name="peftc")
+    result = CliRunner(env={"COLUMNS": str(WIDTH)}).invoke(
+        app, [str(argument) for argument in arguments], prog_name="peftc"
+    )
     ran = Ran(result.exit_code, result.stdout, result.stderr)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert ran.code == code, ran
