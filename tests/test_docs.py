@@ -14,17 +14,22 @@ from tests.support.documents import ROOT, blocks, run, stage
 
 PAGES = ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))]
 WITH_CODE = [page for page in PAGES if blocks(page, "python")]
-# Programs are exported there.
-SLOW = ("docs/shipping.md",)
+# Programs are captured and exported there.
+SLOW = ("docs/captures.md", "docs/shipping.md")
+# What torchrun has made when a script begins.
+DISTRIBUTED = ("docs/several-gpus.md",)
 
 
-@pytest.mark.usefixtures("process_group")
 @pytest.mark.parametrize(
     "page", [pytest.param(page, marks=[pytest.mark.slow] if page in SLOW else []) for page in WITH_CODE]
 )
 @pytest.mark.filterwarnings("ignore")
-def test_the_code_of_a_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_code_of_a_page_runs(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     monkeypatch.chdir(tmp_path)
+    if page in DISTRIBUTED:
+        request.getfixturevalue("process_group")
     given, known = stage(tmp_path), rules()
     try:
         run(page, blocks(page, "python"), given)
