@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import peftc as library
+from peftc import progress
 from peftc.export import programs
 from peftc.stream import job
 from tests.support.command import COMMANDS, ROOT, example, peftc
@@ -195,6 +196,14 @@ def test_shells_complete_commands_options_and_their_values() -> None:
         "fish", _TYPER_COMPLETE_ARGS="peftc merge --un", _TYPER_COMPLETE_FISH_ACTION="get-args", COMP_WORDS=""
     )
     assert {"--undo", "--untie"} <= set(options)
+
+
+def test_bars_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(progress.VARIABLE, "1")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert progress.wanted()
+    peftc("--no-progress", "rules")
+    assert not progress.wanted()
 
 
 def test_the_version_is_that_of_the_package() -> None:
