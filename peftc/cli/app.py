@@ -21,10 +21,8 @@ Exit codes: 0 it is done; 1 an error, told on stderr, with nothing changed; 2 th
 130 interrupted (Ctrl-C): nothing is half done.
 """
 INTERRUPTED = 130
-_RESUMES = (
-    "interrupted: no file is in its place yet. The same command goes on where it was; to give up, delete the new folder"
-)
-_STARTS_OVER = "interrupted: nothing was written. Run the same command to start over"
+_RESUMES = "interrupted: nothing is half done. The same command goes on where it was; to give up, delete the new folder"
+_STARTS_OVER = "interrupted: nothing is half done. Run the same command to start over"
 # Each with an example of its own help, which the tests run.
 _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
     ("plan", plans.plan, "peftc plan model/config.json --targets q_proj,v_proj --r 8"),

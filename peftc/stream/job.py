@@ -92,7 +92,7 @@ def do(job: Job, progress: bool) -> None:
             _require_new(job, stage)
             done = _begin(stage, job)
             _LOG.info(
-                "%s: %s", job.what, f"goes on after {len(done)} of {len(job.outputs)} files" if done else "begins"
+                "%s: %s", job.what, f"goes on, {len(done)} of {len(job.outputs)} files are begun" if done else "begins"
             )
             record = {} if job.record is None else {RECORD: _record(job, job.record)}
             for name, content in {**job.files, **record}.items():

@@ -137,7 +137,7 @@ def test_interrupted_it_says_how_to_go_on_and_does(
     assert [file.name for file in Path("merged").iterdir()] == [".peftc-merge"]
     caplog.set_level(logging.INFO, "peftc")
     peftc("merge", "sharded", "adapter", "merged")
-    assert "merge into merged: goes on after 2 of " in caplog.text
+    assert "merge into merged: goes on, 2 of " in caplog.text
     merged = {name: value for file in Path("merged").glob("*.safetensors") for name, value in load_file(file).items()}
     expected = load_file("expected/model.safetensors")
     assert merged.keys() == expected.keys()
@@ -150,7 +150,7 @@ def test_an_interrupted_export_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -
         raise KeyboardInterrupt
 
     monkeypatch.setattr(programs, "difference", interrupted)
-    assert "nothing was written" in peftc("export", "model", "adapter", "exported", code=130).err
+    assert "Run the same command to start over" in peftc("export", "model", "adapter", "exported", code=130).err
     assert list(Path("exported").rglob("*")) == []
 
 
