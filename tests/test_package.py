@@ -115,6 +115,13 @@ def test_every_package_is_listed() -> None:
     assert listed == there
 
 
+def test_every_dependency_has_a_lower_bound_that_can_be_tried() -> None:
+    bounds = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["undo"]]
+    assert not [line for line in bounds if not re.fullmatch(r"[\w-]+>=[\d.]+", line)], (
+        "tools/lower_bounds.py reads them"
+    )
+
+
 def needing(extra: str) -> set[str]:
     """The packages that an extra brings."""
     return {re.split(r"[\[><=]", line)[0] for line in PROJECT["project"]["optional-dependencies"][extra]}
