@@ -11,7 +11,7 @@ PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 # Waiting threads sleep instead of spinning, so that other work on the machine does not slow torch down tenfold.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: demo test test-slow test-clients lint format bench clean
+.PHONY: demo test test-slow test-clients lint format docs package bench clean
 
 demo: $(VENV)/demo.done  ## The main job: fine-tune, save, load, merge and export SmolLM2 (about three minutes)
 	$(BIN)/python examples/finetune_smollm2.py
@@ -34,6 +34,13 @@ lint: $(VENV)/test.done  ## ruff, pyright strict, the layers
 format: $(VENV)/test.done
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/docs.done  ## The documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+package: $(VENV)/test.done  ## An sdist and a wheel in dist/, tried in an environment of their own
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m pytest tests/test_package.py
 
 bench: $(VENV)/test.done  ## The benchmarks whose figures benchmarks/README.md holds
 	$(BIN)/python benchmarks/compile.py
@@ -61,9 +68,13 @@ $(VENV)/test.done: $(SETUP) $(VENV)/demo.done | $(BIN)/python
 	$(PIP) -e ".[test]"
 	touch $@
 
+$(VENV)/docs.done: $(SETUP) $(VENV)/test.done | $(BIN)/python
+	$(PIP) -e ".[docs]"
+	touch $@
+
 $(VENV)/clients.done: $(SETUP) $(VENV)/test.done | $(BIN)/python
 	$(PIP) -e ".[clients]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) out
+	rm -rf $(VENV) out site dist build *.egg-info

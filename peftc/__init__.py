@@ -1,87 +1,84 @@
 """peftc: a declarative graph-rewriting compiler for parameter-efficient fine-tuning."""
 
+import logging
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
-from peftc.api import compile, get_peft_model_state_dict, load, load_spec, plan, set_peft_model_state_dict
-from peftc.checkpoint import LoadResult
-from peftc.compiled import CompiledModel
-from peftc.errors import (
-    AdapterError,
-    CaptureError,
-    CheckpointError,
-    ConflictError,
-    ExportError,
-    MergeError,
-    NoMatchError,
-    PeftcError,
-    PlanError,
-    RuleError,
-    SpecError,
-)
-from peftc.export import preflight, verify
-from peftc.graph.ops import Form, Op, Shape, register_op, unregister_op
 from peftc.integrations.trainer import install as _install
-from peftc.plan import Plan
-from peftc.prompts.rule import PromptRule
-from peftc.prompts.specs import PromptSpec
-from peftc.registry import register, spec_class_named, spec_classes, unregister
-from peftc.rewrite.passes import Pass
-from peftc.rewrite.program_passes import program_passes
-from peftc.rule import Param, Rule
-from peftc.specs import AdapterSpec
-from peftc.stream import merge_checkpoint, unmerge_checkpoint
 
-__all__ = [
-    "AdapterError",
-    "AdapterSpec",
-    "CaptureError",
-    "CheckpointError",
-    "CompiledModel",
-    "ConflictError",
-    "ExportError",
-    "Form",
-    "LoadResult",
-    "MergeError",
-    "NoMatchError",
-    "Op",
-    "Param",
-    "Pass",
-    "PeftcError",
-    "Plan",
-    "PlanError",
-    "PromptRule",
-    "PromptSpec",
-    "Rule",
-    "RuleError",
-    "Shape",
-    "SpecError",
-    "compile",
-    "get_peft_model_state_dict",
-    "load",
-    "load_spec",
-    "merge_checkpoint",
-    "plan",
-    "preflight",
-    "program_passes",
-    "register",
-    "register_op",
-    "set_peft_model_state_dict",
-    "unmerge_checkpoint",
-    "unregister",
-    "unregister_op",
-    "verify",
-]
+# Public names by where they are from. That is imported when one of them is first asked for: the help of the command, and
+# whatever else only looks at the package, does without torch.
+_NAMES: Mapping[str, tuple[str, ...]] = {
+    "peftc.api": (
+        "compile",
+        "get_peft_model_state_dict",
+        "load",
+        "load_spec",
+        "plan",
+        "set_peft_model_state_dict",
+    ),
+    "peftc.checkpoint": ("LoadResult",),
+    "peftc.compiled": ("CompiledModel",),
+    "peftc.errors": (
+        "AdapterError",
+        "CaptureError",
+        "CheckpointError",
+        "ConflictError",
+        "ExportError",
+        "MergeError",
+        "NoMatchError",
+        "PeftcError",
+        "PlanError",
+        "RuleError",
+        "SpecError",
+    ),
+    "peftc.export": ("preflight", "verify"),
+    "peftc.graph.ops": ("Form", "Op", "Shape", "register_op", "unregister_op"),
+    "peftc.plan": ("Plan",),
+    "peftc.prompts.rule": ("PromptRule",),
+    "peftc.prompts.specs": ("PromptSpec",),
+    "peftc.registry": ("register", "unregister"),
+    "peftc.rewrite.passes": ("Pass",),
+    "peftc.rewrite.program_passes": ("program_passes",),
+    "peftc.rule": ("Param", "Rule"),
+    "peftc.specs": ("AdapterSpec",),
+    "peftc.stream": ("merge_checkpoint", "unmerge_checkpoint"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}
 
+__all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+class _Package(ModuleType):
+    """`peftc.plan` is the function, also once a package of that name was imported."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _MODULE_OF and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 _install()
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:
-    """The spec classes of registered methods: `peftc.LoraConfig` is the one that LoRA's rules bring."""
-    found = spec_class_named(name) if name.endswith("Config") else None
+    """A public name; or, `peftc.LoraConfig`, the spec class that a registered method brings."""
+    if name in _MODULE_OF:
+        value = globals()[name] = getattr(import_module(_MODULE_OF[name]), name)
+        return value
+    found = _registry().spec_class_named(name) if name.endswith("Config") else None
     if found is None:
         raise AttributeError(f"module 'peftc' has no attribute {name!r}")
     return found
 
 
 def __dir__() -> list[str]:
-    return [*__all__, *(cls.__name__ for cls in spec_classes().values())]
+    return [*__all__, *(cls.__name__ for cls in _registry().spec_classes().values())]
+
+
+def _registry() -> Any:
+    return import_module("peftc.registry")

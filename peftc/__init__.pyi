@@ -3,32 +3,18 @@
 from peftc.api import compile, get_peft_model_state_dict, load, load_spec, plan, set_peft_model_state_dict
 from peftc.checkpoint import LoadResult
 from peftc.compiled import CompiledModel
-from peftc.errors import (
-    AdapterError,
-    CaptureError,
-    CheckpointError,
-    ConflictError,
-    ExportError,
-    MergeError,
-    NoMatchError,
-    PeftcError,
-    PlanError,
-    RuleError,
-    SpecError,
-)
+from peftc.errors import AdapterError, CaptureError, CheckpointError, ConflictError, ExportError, MergeError, NoMatchError, PeftcError, PlanError, RuleError, SpecError
 from peftc.export import preflight, verify
 from peftc.graph.ops import Form, Op, Shape, register_op, unregister_op
-from peftc.integrations.trainer import install as _install
 from peftc.plan import Plan
 from peftc.prompts.rule import PromptRule
 from peftc.prompts.specs import PromptSpec
-from peftc.registry import register, spec_class_named, spec_classes, unregister
+from peftc.registry import register, unregister
 from peftc.rewrite.passes import Pass
 from peftc.rewrite.program_passes import program_passes
 from peftc.rule import Param, Rule
 from peftc.specs import AdapterSpec
 from peftc.stream import merge_checkpoint, unmerge_checkpoint
-
 from peftc_rules.adalora.config import AdaLoraConfig
 from peftc_rules.boft import BOFTConfig
 from peftc_rules.c3a import C3AConfig

@@ -17,9 +17,10 @@ from peftc.checkpoint import (
     read_adapter,
     respelled_spec,
 )
+from peftc.choices import Adapters, Target
 from peftc.compiled_files import CompiledFiles
 from peftc.errors import MergeError
-from peftc.export import Adapters, Certificate, Target, export
+from peftc.export import Certificate, export
 from peftc.graph.region import Capture
 from peftc.merge import Undo, forget, merge, unmerge
 from peftc.registry import spec_classes
@@ -244,6 +245,7 @@ class CompiledModel(CompiledFiles):
         untie: bool = False,
         undo: Undo = "keep",
         safe_merge: bool = True,
+        progressbar: bool = False,
     ) -> None:
         """Fold adapters (default: the active ones) into the base weights; their ops leave the graphs.
 
@@ -251,7 +253,7 @@ class CompiledModel(CompiledFiles):
         bits from before. `undo` says how: `keep` keeps the original tensors (those of the original model, if that is
         alive); `residual` merges in place, tile by tile, and keeps a compressed log of the bits that arithmetic would get
         wrong, a few percent of the weights (needs zstandard: `peftc[undo]`); `none` keeps nothing. `safe_merge`, which PEFT
-        has, is so in any case: NaN and Inf are refused.
+        has, is so in any case: NaN and Inf are refused. `progressbar`: show one, if somebody looks on.
 
         Raises MergeError, with nothing changed: NaN or Inf, a site without a fold, a tied weight (unless `untie`),
         something merged already, or `residual` where tensors are not this model's own. AdapterError if an adapter is
@@ -259,15 +261,15 @@ class CompiledModel(CompiledFiles):
         """
         names = self.active_adapters if adapter_names is None else lifecycle.named(adapter_names)
         lifecycle.require_known(self.program, names)
-        merge(self.program, names, untie, undo)
+        merge(self.program, names, untie, undo, progressbar)
 
-    def unmerge_adapter(self, *, check: bool = True) -> None:
+    def unmerge_adapter(self, *, check: bool = True, progressbar: bool = False) -> None:
         """Put the original tensors back and the adapters' ops in again.
 
         Raises MergeError, with nothing changed, if nothing is merged, if it was with `undo="none"`, or if a tensor that
         undoing goes by is not what its checksum says; `check=False` does without checksums.
         """
-        unmerge(self.program, check)
+        unmerge(self.program, check, progressbar)
 
     @contextmanager
     def merged(
@@ -294,11 +296,11 @@ class CompiledModel(CompiledFiles):
         """Fold adapters (default: the active ones, or those merged already) and return the plain model.
 
         The returned model has the original's classes and no trace of peftc; biases that an adapter trained stay.
-        This CompiledModel has no adapters afterwards. Raises as `merge_adapter` does. `safe_merge` as there; `progressbar`
-        shows nothing, merging takes seconds.
+        This CompiledModel has no adapters afterwards. Raises as `merge_adapter` does. `safe_merge` and
+        `progressbar` as there.
         """
         if not self.program.merged or adapter_names is not None:
-            self.merge_adapter(adapter_names, untie=untie, undo="none")
+            self.merge_adapter(adapter_names, untie=untie, undo="none", progressbar=progressbar)
         forget(self.program)
         self.program.overlay.keep()  # What active adapters trained in place, or brought, stays.
         return self._undo()
@@ -311,6 +313,7 @@ class CompiledModel(CompiledFiles):
         adapters: Adapters | None = None,
         inputs: Mapping[str, Tensor] | None = None,
         generation: bool = False,
+        progress: bool = True,
     ) -> Certificate:
         """Write the model for a runtime, and compare what was written with it.
 
@@ -321,7 +324,8 @@ class CompiledModel(CompiledFiles):
         adapter as a file of its own, for the base that llama.cpp or mlx-lm has. `adapters`: `merged` into the weights (by
         default); `inside`, as the ops that they are; `inputs` (pt2, onnx), all that are loaded, as files in
         `folder/adapters` whose factors the program takes, of any rank or none; `beside` for gguf and mlx. `inputs`: what
-        the model is called with, tensors by name, two rows at least; ids are made for models that take them.
+        the model is called with, tensors by name, two rows at least; ids are made for models that take them. `progress`:
+        show what it is at, if somebody looks on.
 
         All of it is written or, if anything fails or is killed, nothing; this model is as it was, bit for bit. The result
         is also in the folder (`certificate.json`), for `peftc.verify(folder)`.
@@ -330,7 +334,7 @@ class CompiledModel(CompiledFiles):
 
         Raises ExportError: a model that can't be traced, adapters that can't be merged, a package that is missing.
         """
-        return export(self.program, Path(folder), to, adapters, inputs, generation)
+        return export(self.program, Path(folder), to, adapters, inputs, generation, progress)
 
     def unload(self) -> nn.Module:
         """Remove every adapter and return the base: same classes, tensors, flags and outputs as the original.

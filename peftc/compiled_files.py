@@ -9,7 +9,6 @@ from torch import Tensor
 
 from peftc import lifecycle
 from peftc.checkpoint import (
-    Form,
     SaveEmbeddings,
     SaveOptions,
     adapter_state_dict,
@@ -19,6 +18,7 @@ from peftc.checkpoint import (
     save_adapters,
     update_card,
 )
+from peftc.choices import Form
 from peftc.compiled_prompts import CompiledPrompts
 from peftc.errors import CheckpointError
 from peftc.graph.sites import transformers_config

@@ -217,7 +217,7 @@ class CompiledGraph(fx.GraphModule):
 
     def print_trainable_parameters(self) -> None:
         """Print the two numbers and their ratio in PEFT's words."""
-        print(trainable_line(self))
+        print(trainable_line(self))  # noqa: T201 (what it is for)
 
     def site_code(self) -> dict[str, str]:
         """The generated code of every host; hosts with equal code together (`layers.{0–29}.self_attn.q_proj, …`)."""
@@ -248,7 +248,7 @@ class CompiledGraph(fx.GraphModule):
         """Print the code of every host, with what inserted its lines: the adapter, the rule and the rule's own line."""
         bound = {binding.code.text.strip(): binding for binding in self.program.installed.values()}
         for where, code in self.site_code().items():
-            print(f"# {where or type(self.base).__name__}\n{annotated(code, bound[code])}\n")
+            print(f"# {where or type(self.base).__name__}\n{annotated(code, bound[code])}\n")  # noqa: T201 (what it is for)
 
     def explain(self, fqn: str) -> str:
         """What is at module or parameter `fqn`: which adapters change it and how, which don't and why, and which nodes of

@@ -1,5 +1,6 @@
 """Adapters coming and going: what `CompiledModel`'s methods do to its program, all of it or nothing."""
 
+import logging
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -24,6 +25,8 @@ from peftc.rewrite.program import Program, require_idle
 from peftc.rewrite.switch import activate, emit
 from peftc.rule import Combination
 from peftc.specs import AdapterSpec
+
+_LOG = logging.getLogger(__name__)
 
 
 def looked_through(model: nn.Module) -> nn.Module:
@@ -120,6 +123,7 @@ def add(
     except BaseException:
         _shrink(program, name)
         raise
+    _LOG.info("added %s (%s): %d edits", name, spec.peft_type, len(program.adapters[name].edits))
 
 
 def _flat(program: Program) -> Flat | None:
@@ -192,6 +196,7 @@ def fill_from(program: Program, name: str, files: AdapterFiles, strict: bool, at
     )
     if differs is not None:
         warnings.warn(f"{files.where}: {differs}", stacklevel=4)
+    _LOG.info("loaded %s: %d tensors of %s", name, len(files.tensors), files.where)
     return result
 
 
@@ -220,6 +225,7 @@ def delete(program: Program, name: str) -> None:
         learning += active if name in program.learning else []
     activate(program, active, learning)
     _shrink(program, name)
+    _LOG.info("deleted %s", name)
 
 
 def _shrink(program: Program, name: str) -> None:

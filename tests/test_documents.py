@@ -2,12 +2,9 @@
 
 import ast
 import re
-import sys
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -21,41 +18,7 @@ from peftc import architectures, registry
 from peftc.graph import ops
 from peftc.registry import rules
 from tests.support import made_up_method
-
-ROOT = Path(__file__).parent.parent
-
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced block of a document: its section, its language, its text, and the line at which that begins."""
-
-    section: str
-    language: str
-    text: str
-    line: int
-
-
-def blocks(document: str, language: str) -> list[Block]:
-    """The blocks of `language` in a document, in order."""
-    found: list[Block] = []
-    section, fence, begin, lines = "", None, 0, list[str]()
-    for number, line in enumerate((ROOT / document).read_text().splitlines(keepends=True), 1):
-        if fence is None and line.startswith("```"):
-            fence, begin, lines = line.strip("`\n"), number + 1, []
-        elif fence is not None and line.startswith("```"):
-            found.append(Block(section, fence, "".join(lines), begin))
-            fence = None
-        elif fence is not None:
-            lines.append(line)
-        elif line.startswith("## "):
-            section = line.removeprefix("## ").strip()
-    return [block for block in found if block.language == language]
-
-
-def section(document: str, heading: str) -> str:
-    """The text under a heading of a document, up to the next one."""
-    return (ROOT / document).read_text().partition(f"\n{heading}\n")[2].partition("\n#")[0]
-
+from tests.support.documents import ROOT, blocks, run, section
 
 EXAMPLES = list(dict.fromkeys(block.section for block in blocks("CONTRIBUTING.md", "python")))
 
@@ -79,15 +42,10 @@ def test_there_is_an_example_of_all_that_can_be_added() -> None:
 
 @pytest.mark.usefixtures("_unregistered")
 @pytest.mark.parametrize("title", EXAMPLES)
-def test_the_examples_run(title: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a section one after the other, in a module: pickles look classes up in theirs."""
-    module = ModuleType("an_example_of_contributing")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+def test_the_examples_run(title: str) -> None:
     own = [block for block in blocks("CONTRIBUTING.md", "python") if block.section == title]
     assert any("assert " in block.text or "check_rule(" in block.text for block in own), "an example that checks itself"
-    for block in own:
-        # Errors name the line of the document.
-        exec(compile("\n" * (block.line - 1) + block.text, "CONTRIBUTING.md", "exec"), module.__dict__)
+    run("CONTRIBUTING.md", own, {})
 
 
 def points(document: str) -> dict[str, dict[str, str]]:
@@ -101,7 +59,7 @@ def points(document: str) -> dict[str, dict[str, str]]:
 
 def test_entry_points_are_those_that_are_looked_for() -> None:
     assert set(points("CONTRIBUTING.md")) == {registry.GROUP, ops.GROUP, architectures.GROUP}
-    assert set(points("README.md")) == {registry.GROUP}
+    assert set(points("docs/writing-a-method.md")) == {registry.GROUP}
 
 
 def test_a_family_in_a_package_is_found_by_its_entry_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,18 +103,19 @@ class Attention(nn.Module):
         return self.q_proj(x) + self.v_proj(x)
 
 
-def test_the_readme_shows_the_made_up_method_as_it_is() -> None:
-    shown = next(block.text for block in blocks("README.md", "python") if block.section == "Writing a rule")
-    file = Path(made_up_method.__file__)
-    assert shown == file.read_text()
-    assert f"`{file.relative_to(ROOT)}`" in section("README.md", "## Writing a rule")
+def test_the_page_shows_the_made_up_method_as_it_is() -> None:
+    file, page = Path(made_up_method.__file__), "docs/writing-a-method.md"
+    assert blocks(page, "python")[0].text == file.read_text()
+    assert f"`{file.relative_to(ROOT)}`" in (ROOT / page).read_text()
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))],
+)
 def test_files_that_are_named_are_there(document: str) -> None:
     text = (ROOT / document).read_text()
     named = re.findall(r"`((?:peftc|rules|tests|benchmarks|examples)/[\w/.-]*)[:`]", text)
-    named += re.findall(r"\]\(([\w/.-]+)\)", text)
     assert not [path for path in named if not (ROOT / path).exists()]
     targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     commands = re.findall(r"(?:^|`)make (\w+)(?=[`\s]*(?:#|`|$|\n))", text, re.MULTILINE)

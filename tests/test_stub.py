@@ -1,6 +1,5 @@
 """`peftc/__init__.pyi` names what `peftc` finds in the registry. Write it anew with `python -m tests.test_stub`."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,14 @@ STUB = Path(peftc.__file__).with_suffix(".pyi")
 
 
 def made() -> str:
-    """The text of `__init__.py` with the spec classes of the installed methods in the place of the look-up."""
-    source = Path(peftc.__file__).read_text().partition("\n\ndef __getattr__")[0].rstrip()
-    classes = sorted(spec_classes().values(), key=lambda cls: (cls.__module__, cls.__name__))
-    imports = "\n".join(f"from {cls.__module__} import {cls.__name__}" for cls in classes)
-    names = re.findall(r'^    "(\w+)",$', source, re.MULTILINE) + [cls.__name__ for cls in classes]
-    listed = "\n".join(f'    "{name}",' for name in sorted(names, key=lambda n: (n.islower(), n)))
-    head = source.partition("\n__all__")[0].replace("from typing import Any\n\n", "")
-    return f"{head}\n{imports}\n\n__all__ = [\n{listed}\n]\n"
+    """Imports of the public names, as `__init__.py` finds them, and of the spec classes of the installed methods."""
+    names = dict(peftc._NAMES)
+    for cls in spec_classes().values():
+        names[cls.__module__] = (*names.get(cls.__module__, ()), cls.__name__)
+    imports = "\n".join(f"from {module} import {', '.join(sorted(names[module]))}" for module in sorted(names))
+    exported = sorted((name for own in names.values() for name in own), key=lambda name: (name.islower(), name))
+    listed = "\n".join(f'    "{name}",' for name in exported)
+    return f'"""{peftc.__doc__}"""\n\n{imports}\n\n__all__ = [\n{listed}\n]\n'
 
 
 def test_the_stub_is_up_to_date() -> None:

@@ -1,10 +1,11 @@
 """Saving adapters: specs as PEFT's configs, tensors, the model card; all of them in one step or none."""
 
+import logging
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from peftc.checkpoint.per_expert import per_expert_form
 from peftc.checkpoint.serving import serving_form
 from peftc.checkpoint.spelling import by_plain_names
 from peftc.checkpoint.state import saved_state_dict, spec_filed
+from peftc.choices import Form
 from peftc.errors import CheckpointError
 from peftc.graph.hooked import given_class
 from peftc.graph.sites import transformers_config
@@ -28,7 +30,7 @@ from peftc.rewrite.program import Program
 from peftc.rewrite.sharding import is_sharded, reshard, whole
 from peftc.specs.io import CONFIG_NAME
 
-Form = Literal["peft", "serving", "per_expert"]
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def save_adapters(folder: Path, program: Program, adapters: Sequence[str], optio
         files |= {path + file: content for file, content in own.items()}
         gone += [] if ENCODER_NAME in own else [path + ENCODER_NAME]  # One that is there made other rows.
     replace_files(folder, files, [name for name in files if name.endswith(CONFIG_NAME)], gone)
+    _LOG.info("saved %s to %s: %d bytes", ", ".join(adapters), folder, sum(map(len, files.values())))
 
 
 def _warn(program: Program, name: str, options: SaveOptions) -> None:

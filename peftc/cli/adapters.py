@@ -1,18 +1,17 @@
-"""`inspect`, `preflight`, `convert`: an adapter's files."""
+"""`inspect`, `preflight`, `convert`, `combine`: adapters' files."""
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from peftc import api, export
-from peftc.checkpoint import Form, locate
-from peftc.cli.inspection import Inspected, inspected
-from peftc.cli.models import ModelClass, structure, with_weights
-from peftc.cli.output import NO, AsJson, print_json, print_table
+from peftc.choices import Form
+from peftc.cli.arguments import Adapter, AsJson, ModelClass, ModelFolder, NewFolder
+from peftc.cli.output import NO, print_json, print_table
 
-Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, or a repository of the Hub.")]
+if TYPE_CHECKING:
+    from peftc.cli.inspection import Inspected
 
 
 def inspect(
@@ -28,6 +27,10 @@ def inspect(
     norm: the Frobenius norm of the change; effective rank: the exponential of the entropy of its singular values
     (Roy & Vetterli 2007). Both for methods whose change is a product. Exit code 1 if the files are damaged.
     """
+    from peftc.checkpoint import locate
+    from peftc.cli.inspection import inspected
+    from peftc.cli.models import structure
+
     found = inspected(locate(adapter), None if base is None else structure(base, model_class))
     if as_json:
         print_json(asdict(found))
@@ -43,6 +46,8 @@ def preflight(
     as_json: AsJson = False,
 ) -> None:
     """Which runtimes take an adapter as its files are, why not, and what to do instead."""
+    from peftc import export
+
     verdicts = export.preflight(adapter, runtime)
     if as_json:
         print_json([asdict(verdict) for verdict in verdicts])
@@ -54,18 +59,60 @@ def preflight(
 
 def convert(
     adapter: Adapter,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A folder.")],
-    base: Annotated[Path, typer.Option(help="The folder of its transformers model.")],
+    out: NewFolder,
+    base: ModelFolder,
     form: Annotated[Form, typer.Option(help="The form of the files.")] = "serving",
     model_class: ModelClass = None,
 ) -> None:
     """Write an adapter in another form, with equal outputs: one rank and scaling 1, as servers take it, say."""
+    from peftc import api
+    from peftc.cli.models import with_weights
+
     compiled = api.load(with_weights(base, model_class), adapter)
     compiled.save_pretrained(out, form=form)
     typer.echo(f"written to {out}")
 
 
-def _show(found: Inspected) -> None:
+def combine(
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTERS", help="Folders, or repositories of the Hub.")],
+    out: NewFolder,
+    base: ModelFolder,
+    weights: Annotated[str, typer.Option(help="One for each adapter, of any sign: 0.7,-0.3", metavar="NUMBERS")],
+    how: Annotated[
+        str, typer.Option("--type", help="cat, svd, linear, ties, …, as in add_weighted_adapter.", metavar="TYPE")
+    ] = "",
+    rank: Annotated[int | None, typer.Option(help="Of the result, for svd (default: the largest).")] = None,
+    density: Annotated[float | None, typer.Option(help="The share that ties, dare and pruning keep.")] = None,
+    majority: Annotated[Literal["total", "frequency"], typer.Option(help="How ties elect a sign.")] = "total",
+    model_class: ModelClass = None,
+) -> None:
+    """Write the weighted sum of adapters as one adapter."""
+    from peftc import api
+    from peftc.cli.models import with_weights
+
+    numbers = _numbers(weights, len(adapters))
+    names = [f"part{number}" for number in range(len(adapters))]
+    compiled = api.load(with_weights(base, model_class), adapters[0], names[0])
+    for name, adapter in zip(names[1:], adapters[1:], strict=True):
+        compiled.load_adapter(adapter, name)
+    compiled.add_weighted_adapter(
+        names, numbers, "default", how, svd_rank=rank, density=density, majority_sign_method=majority
+    )
+    compiled.save_pretrained(out, selected_adapters=["default"])
+    typer.echo(f"written to {out}")
+
+
+def _numbers(text: str, count: int) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}: give numbers with commas between them", param_hint="--weights") from None
+    if len(numbers) != count:
+        raise typer.BadParameter(f"{len(numbers)} numbers for {count} adapters", param_hint="--weights")
+    return numbers
+
+
+def _show(found: "Inspected") -> None:
     typer.echo(f"{found.folder}: {found.method}, {found.parameters:,} parameters, {found.bytes:,} bytes")
     typer.echo(f"base       {found.base or 'not said'}")
     typer.echo(f"integrity  {found.damage or found.integrity}")

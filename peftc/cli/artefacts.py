@@ -2,22 +2,22 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from peftc import api
-from peftc import export as exporting
-from peftc.cli.models import ModelClass, with_weights
-from peftc.cli.output import AsJson, print_json
-from peftc.export.certificate import Certificate
-from peftc.export.programs import Adapters, Target
+from peftc.choices import Adapters, Target
+from peftc.cli.arguments import Adapter, AsJson, Base, ModelClass, NewFolder
+from peftc.cli.output import print_json
+
+if TYPE_CHECKING:
+    from peftc.export import Certificate
 
 
 def export(
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="The folder of a transformers model.")],
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, or a repository of the Hub.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    base: Base,
+    adapter: Adapter,
+    out: NewFolder,
     to: Annotated[Target, typer.Option(help="What to write.")] = "hf",
     adapters: Annotated[Adapters | None, typer.Option(help="What becomes of the adapter.")] = None,
     generation: Annotated[bool, typer.Option("--generation", help="With prefill and decode programs.")] = False,
@@ -28,6 +28,9 @@ def export(
 
     hf: a transformers checkpoint; pt2: a torch.export program; onnx; gguf and mlx: the adapter alone, beside a base.
     """
+    from peftc import api
+    from peftc.cli.models import with_weights
+
     compiled = api.load(with_weights(base, model_class), adapter)
     _told(compiled.export(out, to, adapters=adapters, generation=generation), as_json)
 
@@ -41,10 +44,12 @@ def verify(
     as_json: AsJson = False,
 ) -> None:
     """Check an export again, or a checkpoint that anybody has merged."""
-    _told(exporting.verify(*folders, tolerance=tolerance, untie=untie), as_json)
+    from peftc.export import verify
+
+    _told(verify(*folders, tolerance=tolerance, untie=untie), as_json)
 
 
-def _told(certificate: Certificate, as_json: bool) -> None:
+def _told(certificate: "Certificate", as_json: bool) -> None:
     if as_json:
         print_json(asdict(certificate))
     else:

@@ -5,14 +5,13 @@ from typing import Annotated
 
 import typer
 
-from peftc.cli.output import on_terminal
-from peftc.stream import merge_checkpoint, unmerge_checkpoint
+from peftc.cli.arguments import Adapter, NewFolder
 
 
 def merge(
     base: Annotated[Path, typer.Argument(metavar="BASE", help="The folder of a checkpoint, in safetensors.")],
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, or a repository of the Hub.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    adapter: Adapter,
+    out: NewFolder,
     undo: Annotated[bool, typer.Option("--undo", help="Write what `unmerge` needs.")] = False,
     untie: Annotated[bool, typer.Option("--untie", help="Cut ties of weights that are adapted.")] = False,
 ) -> None:
@@ -20,14 +19,21 @@ def merge(
 
     Killed at any moment, the same command goes on where it was.
     """
-    merge_checkpoint(base, adapter, out, undo=undo, untie=untie, progress=on_terminal())
+    from peftc.stream import merge_checkpoint
+
+    merge_checkpoint(base, adapter, out, undo=undo, untie=untie)
     typer.echo(f"merged into {out}")
 
 
 def unmerge(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `merge --undo` wrote.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")],
+    out: NewFolder,
 ) -> None:
-    """The base that FOLDER was merged from, byte for byte."""
-    unmerge_checkpoint(folder, out, progress=on_terminal())
+    """The base that FOLDER was merged from, byte for byte.
+
+    Killed at any moment, the same command goes on where it was.
+    """
+    from peftc.stream import unmerge_checkpoint
+
+    unmerge_checkpoint(folder, out)
     typer.echo(f"the base is in {out}")

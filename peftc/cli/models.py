@@ -1,18 +1,13 @@
 """Models by their folder or config: their structure alone, or with weights. Code from a folder is never run."""
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Any, cast
 
 import torch
-import typer
 from torch import nn
 
-from peftc.cli.output import on_terminal
 from peftc.errors import CheckpointError
-
-ModelClass = Annotated[
-    str | None, typer.Option("--class", help="Class of transformers, where the config names none.", metavar="NAME")
-]
+from peftc.progress import wanted
 
 
 def structure(path: Path, name: str | None = None) -> nn.Module:
@@ -44,7 +39,7 @@ def _described(path: Path, name: str | None) -> tuple[Any, Any]:
     """The class and the config."""
     import transformers
 
-    if not on_terminal():
+    if not wanted():
         transformers.utils.logging.disable_progress_bar()
     file = path / "config.json" if path.is_dir() else path
     if not file.is_file():

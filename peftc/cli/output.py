@@ -1,13 +1,11 @@
 """What commands print: JSON, and tables that are as wide as their cells."""
 
 import json
-import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 # The exit code of an answer that is no.
 NO = 3
 
@@ -25,11 +23,6 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     typer.echo(typer.style(lines[0].rstrip(), bold=True))
     for line in lines[1:]:
         typer.echo(line.rstrip())
-
-
-def on_terminal() -> bool:
-    """Whether somebody looks on: progress is for them."""
-    return sys.stdout.isatty()
 
 
 def _cell(value: object) -> str:

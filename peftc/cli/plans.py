@@ -3,20 +3,18 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftc import api
-from peftc.cli.models import ModelClass, structure
-from peftc.cli.output import NO, AsJson, print_json
-from peftc.cli.specs import METHOD, spec_of
+from peftc.cli.arguments import AsJson, Model, ModelClass
+from peftc.cli.output import NO, print_json
 from peftc.errors import PlanError
-from peftc.plan import Plan
 
-Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A model's folder or its config.json; no weights are needed.")
-]
+if TYPE_CHECKING:
+    from peftc.plan import Plan
+
+METHOD = "LORA"
 
 
 def plan(
@@ -35,7 +33,12 @@ def plan(
 
     Options take the place of fields of SPEC, or make one. Exit code 3 if something is missed or in conflict.
     """
-    wanted = spec_of(spec, method, targets, r, field or ())
+    from peftc import api
+    from peftc.cli.models import structure
+    from peftc.cli.specs import spec_of
+
+    default = METHOD if spec is None else None
+    wanted = spec_of(spec, method or default, targets, r, field or ())
     made = api.plan(structure(model, model_class), wanted)
     typer.echo(made.to_json() if as_json else str(made))
     if made.conflicts or any(miss.error for miss in made.misses):
@@ -48,6 +51,8 @@ def diff(
     as_json: AsJson = False,
 ) -> None:
     """How two plans differ, or the configs of two adapters: + only in B, - only in A, ~ otherwise in B."""
+    from peftc.plan import Plan
+
     ours, theirs = _read(a), _read(b)
     if isinstance(ours, Plan) and isinstance(theirs, Plan):
         lines = ours.diff(theirs).splitlines()
@@ -69,6 +74,9 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """What SPEC does at a module of MODEL, or why it does nothing there."""
+    from peftc import api
+    from peftc.cli.models import structure
+
     compiled = api.compile(structure(model, model_class), api.load_spec(spec), on_unmatched="warn")
     told = compiled.explain(fqn)
     if as_json:
@@ -77,8 +85,11 @@ def explain(
         typer.echo(told)
 
 
-def _read(path: Path) -> Plan | Mapping[str, Any]:
+def _read(path: Path) -> "Plan | Mapping[str, Any]":
     """A plan, or the fields of an adapter's config."""
+    from peftc import api
+    from peftc.plan import Plan
+
     try:
         text = "" if path.is_dir() else path.read_text(encoding="utf-8")
         data: Any = json.loads(text) if text.lstrip().startswith("{") else None

@@ -12,15 +12,14 @@ from peftc.errors import SpecError, nearest
 from peftc.registry import spec_classes
 from peftc.specs import AdapterSpec
 
-METHOD = "LORA"
-
 
 def spec_of(
     file: Path | None, method: str | None, targets: str | None, rank: int | None, fields: Sequence[str]
 ) -> AdapterSpec:
     """The spec in `file`, or a new one of `method`, with what the options say in the place of its fields.
 
-    `targets`: names with commas between them, or `all-linear`; `fields`: `name=value`. Raises SpecError.
+    One of the two is needed. `targets`: names with commas between them, or `all-linear`; `fields`: `name=value`. Raises
+    SpecError.
     """
     given = dict(map(_field, fields))
     if targets is not None:
@@ -29,7 +28,7 @@ def spec_of(
     if rank is not None:
         given["r"] = rank
     if file is None:
-        return _with({"peft_type": (method or METHOD).upper()}, given)
+        return _with({"peft_type": str(method).upper()}, given)
     if method is not None:
         raise SpecError(f"--method={method}: {file} says what method it is of; give one of the two")
     return _with(load_spec(file).to_dict(), given) if given else load_spec(file)

@@ -2,7 +2,7 @@
 
 from peftc.export.certificate import Certificate
 from peftc.export.preflight import Verdict, preflight
-from peftc.export.programs import Adapters, Target, export
+from peftc.export.programs import export
 from peftc.export.verify import verify
 
-__all__ = ["Adapters", "Certificate", "Target", "Verdict", "export", "preflight", "verify"]
+__all__ = ["Certificate", "Verdict", "export", "preflight", "verify"]

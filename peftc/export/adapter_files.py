@@ -7,7 +7,6 @@ difference of any change of a weight.
 import json
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +60,6 @@ def _change(program: Program, edit: Edit) -> Tensor:
 
 def _gguf(program: Program, factors: Factors, adapter: str, folder: Path) -> Factors:
     """`<adapter>.gguf`. Returns the factors as the file has them, read back."""
-    if find_spec("gguf") is None:
-        raise ExportError("to='gguf' needs gguf: pip install 'peftc[export]'")
     gguf: Any = import_module("gguf")
     config = transformers_config(program.base)
     architecture, turned = _architecture(config)

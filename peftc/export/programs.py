@@ -6,6 +6,7 @@ and the live model is as it was, and the comparison of what came out with it.
 
 import inspect
 import io
+import logging
 import warnings
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -13,12 +14,14 @@ from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from time import perf_counter
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from peftc.checkpoint.atomic import staged
+from peftc.choices import Adapters, Target
 from peftc.errors import ExportError, MergeError
 from peftc.export.adapter_files import write_adapter
 from peftc.export.adapter_inputs import WRITERS as INPUT_WRITERS
@@ -26,12 +29,11 @@ from peftc.export.adapter_inputs import adapter_tensors, input_names, run_with_a
 from peftc.export.certificate import Certificate, difference, hashes, sources, tensors_of, versions
 from peftc.graph.sites import is_pretrained
 from peftc.merge import merge, unmerge
+from peftc.progress import Tick, bar
 from peftc.rewrite.hosts import original_class
 from peftc.rewrite.program import Program, require_idle
 from peftc.rewrite.switch import activate
 
-Target = Literal["hf", "pt2", "onnx", "gguf", "mlx"]
-Adapters = Literal["merged", "inside", "inputs", "beside"]
 # What becomes of the adapters, if nothing else is asked for.
 _DEFAULT: Mapping[str, Adapters] = {
     "hf": "merged",
@@ -40,10 +42,13 @@ _DEFAULT: Mapping[str, Adapters] = {
     "gguf": "beside",
     "mlx": "beside",
 }
+_PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "gguf": ("gguf",)}
 _TOKENS = 8  # That are compared.
 # What torch.export's own programs are called, of models that are not of transformers.
 PLAIN = "model.pt2"
 _HEADS = ("config.json", "export.json", "certificate.json")
+_STEPS = ("what the live model computes", "writing", "comparing")
+_LOG = logging.getLogger(__name__)
 
 
 def export(
@@ -53,25 +58,50 @@ def export(
     adapters: Adapters | None,
     inputs: Mapping[str, Tensor] | None,
     generation: bool,
+    progress: bool = True,
 ) -> Certificate:
     """Write the model to `folder` and compare what was written with it; see `CompiledModel.export`."""
     adapters = _DEFAULT.get(to, "merged") if adapters is None else adapters
     _require(program, to, adapters, generation)
-    if adapters == "beside":
-        return _beside(program, folder, to)
-    given = _inputs(program.base, inputs)
-    _require_captured(program, given)
-    if adapters == "inputs":
-        return _as_inputs(program, folder, to, given)
+    begin = perf_counter()
+    with bar(f"export to {to}", len(_STEPS), "steps", progress) as tick:
+        if adapters == "beside":
+            certificate = _beside(program, folder, to, tick)
+        else:
+            given = _inputs(program.base, inputs)
+            _require_captured(program, given)
+            if adapters == "inputs":
+                certificate = _as_inputs(program, folder, to, given, tick)
+            else:
+                certificate = _whole(program, folder, to, adapters, given, generation, tick)
+        tick()
+    _LOG.info("exported to %s in %.2f s: %s", folder, perf_counter() - begin, certificate)
+    return certificate
+
+
+def _whole(
+    program: Program,
+    folder: Path,
+    to: Target,
+    adapters: Adapters,
+    given: Mapping[str, Tensor],
+    generation: bool,
+    tick: Tick,
+) -> Certificate:
+    """A model that needs nothing else, with the adapters merged or as the ops that they are."""
+    live, writing, comparing = _STEPS
     with _for_inference(program.base):
+        tick(0, live)
         expected = tensors_of(program.base(**given))
         if not expected:
             raise ExportError(f"{type(program.base).__name__} gives no tensors for {sorted(given)}: nothing to compare")
         names = program.merged or program.spliced
         made_from = sources(program, names)
         tokens = _greedy(lambda ids: program.base(**ids), program.base, given)
+        tick(1, writing)
         with _merged(program, adapters), staged(folder, _HEADS) as stage:
             run = _EXPORTERS[to](program, stage, given, generation)
+            tick(1, comparing)
             largest, scale = difference(tensors_of(run(given)), expected)
             try:
                 made = _greedy(run, program.base, given)
@@ -94,12 +124,14 @@ def export(
     return certificate
 
 
-def _beside(program: Program, folder: Path, to: Target) -> Certificate:
+def _beside(program: Program, folder: Path, to: Target, tick: Tick) -> Certificate:
     """Every active adapter as a file of its own, for a base that the runtime has."""
     if not program.spliced:
         raise ExportError(f"to={to!r}: no adapter is active and unmerged, so there is nothing to write")
+    tick(1, _STEPS[1])
     with staged(folder, _HEADS) as stage:
         found = [write_adapter(program, name, to, stage) for name in program.spliced]
+        tick(1, _STEPS[2])
         largest, scale = (max(numbers) for numbers in zip(*found, strict=True))
         certificate = Certificate(
             to, "beside", program.spliced, largest, scale, None, None, hashes(stage), versions(), of="weight changes"
@@ -109,16 +141,19 @@ def _beside(program: Program, folder: Path, to: Target) -> Certificate:
     return certificate
 
 
-def _as_inputs(program: Program, folder: Path, to: Target, given: Mapping[str, Tensor]) -> Certificate:
+def _as_inputs(program: Program, folder: Path, to: Target, given: Mapping[str, Tensor], tick: Tick) -> Certificate:
     """One program whose factors are inputs, and a file for every adapter."""
+    live, writing, comparing = _STEPS
     taken = inspect.signature(original_class(program.base).forward).parameters
     # A program takes no more than it was captured with.
     more = {"use_cache": False} if "use_cache" in taken and program.plan.capture != "export" else {}
     with _for_inference(program.base):
+        tick(0, live)
         expected = {name: _live(program, name, given, more) for name in program.adapters}
         made_from = sources(program, list(expected))
         by_key, config = adapter_tensors(program)
         names_of = input_names({key for own in by_key.values() for key in own})
+        tick(1, writing)
         with staged(folder, _HEADS) as stage:
             with template(program, config, names_of) as made, _quiet():
                 whole = traced(program.base, made, given, more, to)
@@ -127,6 +162,7 @@ def _as_inputs(program: Program, folder: Path, to: Target, given: Mapping[str, T
                     for name, own in by_key.items()
                 }
                 INPUT_WRITERS[to](whole, made, list(next(iter(expected.values()))), tensors, stage)
+            tick(1, comparing)
             found = [difference(run_with_adapter(stage, name, given), outputs) for name, outputs in expected.items()]
             largest, scale = (max(numbers) for numbers in zip(*found, strict=True))
             names = tuple(expected)
@@ -201,14 +237,14 @@ def _require(program: Program, to: str, adapters: str, generation: bool) -> None
         )
     if generation and (to == "hf" or not is_pretrained(program.base)):
         raise ExportError("generation=True is for programs (pt2, onnx) of transformers' generative models")
-    if to == "onnx":
-        _require_onnx()
+    require_packages(to)
 
 
-def _require_onnx() -> None:
-    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]
+def require_packages(to: str) -> None:
+    """Raise ExportError, naming the extra, if a package is missing that files for this runtime are made or run with."""
+    missing = [name for name in _PACKAGES.get(to, ()) if find_spec(name) is None]
     if missing:
-        raise ExportError(f"to='onnx' needs {', '.join(missing)}: pip install 'peftc[export]'")
+        raise ExportError(f"to={to!r} needs {', '.join(missing)}: pip install 'peftc[export]'")
 
 
 def _require_captured(program: Program, given: Mapping[str, Tensor]) -> None:

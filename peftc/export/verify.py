@@ -14,19 +14,21 @@ from torch import Tensor
 from peftc.errors import ExportError
 from peftc.export.adapter_inputs import run_with_adapter
 from peftc.export.certificate import Certificate, difference, hashes, read, tensors_of
-from peftc.export.programs import PLAIN, loaded, run_onnx
+from peftc.export.programs import PLAIN, loaded, require_packages, run_onnx
+from peftc.progress import bar
 from peftc.stream import merge_checkpoint
 
 PathLike = str | os.PathLike[str]
 
 
-def verify(*folders: PathLike, tolerance: float = 1e-4, untie: bool = False) -> Certificate:
+def verify(*folders: PathLike, tolerance: float = 1e-4, untie: bool = False, progress: bool = True) -> Certificate:
     """Check an export, or a merged checkpoint, again.
 
     `verify(folder)`: the files are those that were exported, and what they compute on the certificate's inputs is what the
     live model computed, within `tolerance` times the largest output. `verify(base, adapter, merged)`: the checkpoint
     `merged`, whoever made it, is the base with the adapter, tensor by tensor, within the rounding of its dtype and
-    `tolerance`. Returns what was found. Raises ExportError, naming the file or the tensor, if it is not so.
+    `tolerance`; `progress` shows how far that is, if somebody looks on. Returns what was found. Raises ExportError, naming
+    the file or the tensor, if it is not so.
 
     Example: print(peftc.verify("exported"))
     """
@@ -36,7 +38,11 @@ def verify(*folders: PathLike, tolerance: float = 1e-4, untie: bool = False) -> 
         raise ExportError(
             "verify takes the folder of an export, or those of a base, an adapter and the merged checkpoint"
         )
-    return _merged(*folders, tolerance=tolerance, untie=untie)
+    with tempfile.TemporaryDirectory() as folder:
+        expected = Path(folder) / "merged"
+        merge_checkpoint(folders[0], folders[1], expected, untie=untie, progress=progress)
+        largest, scale = _compared(expected, Path(folders[2]), tolerance, progress)
+    return Certificate("hf", "merged", (str(folders[1]),), largest, scale, None, None, hashes(Path(folders[2])))
 
 
 def _exported(folder: Path, tolerance: float) -> Certificate:
@@ -55,6 +61,7 @@ def _exported(folder: Path, tolerance: float) -> Certificate:
 
 
 def _run(folder: Path, certificate: Certificate, inputs: Mapping[str, Tensor]) -> Any:
+    require_packages(certificate.to)
     if certificate.adapters == "inputs":
         return run_with_adapter(folder, certificate.names[0], inputs)
     if certificate.to == "hf":
@@ -71,31 +78,33 @@ def _run(folder: Path, certificate: Certificate, inputs: Mapping[str, Tensor]) -
     return loaded(folder)(inputs)
 
 
-def _merged(base: PathLike, adapter: PathLike, merged: PathLike, *, tolerance: float, untie: bool) -> Certificate:
-    with tempfile.TemporaryDirectory() as folder:
-        expected = Path(folder) / "merged"
-        merge_checkpoint(base, adapter, expected, untie=untie, progress=False)
-        largest, scale = 0.0, 0.0
-        ours, theirs = _tensors(expected), _tensors(Path(merged))
-        if set(ours) != set(theirs):
-            names = sorted(set(ours) ^ set(theirs))
-            raise ExportError(f"{merged}: {names[0]} and {len(names) - 1} more tensors are in one of the two alone")
+def _compared(expected: Path, merged: Path, tolerance: float, progress: bool) -> tuple[float, float]:
+    """The largest difference between the tensors of two checkpoints, and the largest value. Raises ExportError."""
+    largest, scale = 0.0, 0.0
+    ours, theirs = _tensors(expected), _tensors(merged)
+    if set(ours) != set(theirs):
+        names = sorted(set(ours) ^ set(theirs))
+        raise ExportError(f"{merged}: {names[0]} and {len(names) - 1} more tensors are in one of the two alone")
+    with bar("compare", len(ours), "tensors", progress) as tick:
         for name, file in ours.items():
-            one, other = _read(file, name), _read(theirs[name], name)
-            if one.shape != other.shape or one.dtype != other.dtype:
-                raise ExportError(
-                    f"{name}: {other.dtype} {tuple(other.shape)}, expected {one.dtype} {tuple(one.shape)}"
-                )
-            if one.is_floating_point():
-                found, size = difference({name: other}, {name: one})
-                if found > (tolerance + 2 * torch.finfo(one.dtype).eps) * max(size, 1e-30):
-                    raise ExportError(
-                        f"{merged}: {name} differs by {found:.3g}, of {size:.3g}, from the base with the adapter"
-                    )
-                largest, scale = max(largest, found), max(scale, size)
-            elif not torch.equal(one, other):
-                raise ExportError(f"{merged}: {name} is not the base's")
-    return Certificate("hf", "merged", (str(adapter),), largest, scale, None, None, hashes(Path(merged)))
+            found, size = _apart(name, _read(file, name), _read(theirs[name], name), merged, tolerance)
+            largest, scale = max(largest, found), max(scale, size)
+            tick()
+    return largest, scale
+
+
+def _apart(name: str, one: Tensor, other: Tensor, merged: Path, tolerance: float) -> tuple[float, float]:
+    """How much the tensor `name` of `merged`, which is `other`, differs from `one`, and how large that is."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        raise ExportError(f"{name}: {other.dtype} {tuple(other.shape)}, expected {one.dtype} {tuple(one.shape)}")
+    if not one.is_floating_point():
+        if not torch.equal(one, other):
+            raise ExportError(f"{merged}: {name} is not the base's")
+        return 0.0, 0.0
+    found, size = difference({name: other}, {name: one})
+    if found > (tolerance + 2 * torch.finfo(one.dtype).eps) * max(size, 1e-30):
+        raise ExportError(f"{merged}: {name} differs by {found:.3g}, of {size:.3g}, from the base with the adapter")
+    return found, size
 
 
 def _tensors(folder: Path) -> dict[str, Path]:

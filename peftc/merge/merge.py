@@ -4,8 +4,10 @@ Nothing is half merged. Values that get a tensor of their own are all computed b
 are folded in place (`undo="residual"`) are restored from their logs if anything fails.
 """
 
+import logging
 from collections.abc import Container, Generator, Mapping, Sequence
 from contextlib import contextmanager
+from time import perf_counter
 from typing import Literal, get_args
 
 import torch
@@ -20,16 +22,18 @@ from peftc.merge.ownership import require_own
 from peftc.merge.undo import fold_in_place, owner_of, require_intact, restore, slots_of, tensor_of
 from peftc.merge.undo_log import checksum, require_zstandard
 from peftc.plan import Edit
+from peftc.progress import Tick, bar
 from peftc.rewrite.processes import require_unflattened
 from peftc.rewrite.program import Merged, Program, Replaced, require_idle
 from peftc.rewrite.sharding import agreed, is_sharded, is_shared, managed, own, put, reshard, shard_as, whole
 from peftc.rewrite.switch import emit, train
 
 Undo = Literal["keep", "residual", "none"]
+_LOG = logging.getLogger(__name__)
 
 
-def merge(program: Program, names: Sequence[str], untie: bool, undo: str) -> None:
-    """Fold the active adapters `names` into the base weights.
+def merge(program: Program, names: Sequence[str], untie: bool, undo: str, progress: bool = False) -> None:
+    """Fold the active adapters `names` into the base weights. `progress`: show how many sites are done.
 
     Raises MergeError, with nothing changed, if an edit has no fold, a result is not finite, a weight is tied and `untie`
     is false, an unmerged adapter was loaded before at the same site and does not commute, or `undo` is not possible.
@@ -39,10 +43,11 @@ def merge(program: Program, names: Sequence[str], untie: bool, undo: str) -> Non
     require_mergeable(program, names, groups)
     inside = _in_place(program, groups) if undo == "residual" else {}
     reshard(program.base)
-    with _quiet(program):
+    begin = perf_counter()
+    with _quiet(program), bar("merge", len(groups), "sites", progress) as tick:
         going = ties.moving(program, groups)
         moved = ties.together(program, going)
-        outside = _all_folded(program, groups, inside, going)
+        outside = _all_folded(program, groups, inside, going, tick)
         if untie:
             outside = ties.untied(program, outside, moved)
         else:
@@ -54,6 +59,7 @@ def merge(program: Program, names: Sequence[str], untie: bool, undo: str) -> Non
             emit(program)
             for site in inside:
                 fold_in_place(program, inside[site], groups[site])
+                tick()
             held = managed(program.base)
             for item in outside:
                 _exchange(program, item, undo != "none", held, moved)
@@ -61,9 +67,10 @@ def merge(program: Program, names: Sequence[str], untie: bool, undo: str) -> Non
         except BaseException:
             restore(program, check=False)
             raise
+    _LOG.info("merged %s: %d sites, undo=%r, %.2f s", ", ".join(names), len(groups), undo, perf_counter() - begin)
 
 
-def unmerge(program: Program, check: bool = True) -> None:
+def unmerge(program: Program, check: bool = True, progress: bool = False) -> None:
     """Put the original tensors back, and splice the adapters in again. Raises MergeError; nothing is changed then.
 
     `check`: compare every tensor with the checksum taken when it was merged, before and after.
@@ -77,8 +84,11 @@ def unmerge(program: Program, check: bool = True) -> None:
         raise MergeError(f"{', '.join(program.merged)} merged with undo='none': the original {gone[0]}, … is gone")
     for item in program.merge.replaced:
         require_intact(program, item, check)
-    with _quiet(program):
-        restore(program, check)
+    names, replaced = program.merged, len(program.merge.replaced)
+    begin = perf_counter()
+    with _quiet(program), bar("unmerge", replaced, "tensors", progress) as tick:
+        restore(program, check, tick)
+    _LOG.info("unmerged %s: %d tensors, %.2f s", ", ".join(names), replaced, perf_counter() - begin)
 
 
 def forget(program: Program) -> None:
@@ -142,6 +152,7 @@ def _all_folded(
     groups: Mapping[str, Sequence[Edit]],
     inside: Mapping[str, WeightSite],
     going: Mapping[str, str],
+    tick: Tick,
 ) -> list[Folded]:
     """The new values of all that is not folded in place; those of sites that change with another one come last.
 
@@ -154,6 +165,7 @@ def _all_folded(
     for site, edits in groups.items():
         try:
             found += [] if site in going else _fold(program, site, edits, site in inside)
+            tick(site not in inside)
         except MergeError as broken:
             error = error or broken
             if not is_shared(program.base):

@@ -14,6 +14,7 @@ from peftc.merge.fold import Value, edits_by_site, fold_of, value_in
 from peftc.merge.threads import side_by_side
 from peftc.merge.undo_log import Chunk, checksum, decode, encode
 from peftc.plan import Edit
+from peftc.progress import Tick, unseen
 from peftc.rewrite.parts import tensor_slots
 from peftc.rewrite.program import Program, Replaced
 from peftc.rewrite.sharding import is_sharded, own
@@ -116,7 +117,7 @@ def require_intact(program: Program, item: Replaced, check: bool) -> None:
         )
 
 
-def restore(program: Program, check: bool) -> None:
+def restore(program: Program, check: bool, tick: Tick = unseen) -> None:
     """Undo what the journal holds, last first. An entry is dropped when it is done, so an interrupted undo can go on."""
     merge = program.merge
     groups = {
@@ -139,6 +140,7 @@ def restore(program: Program, check: bool) -> None:
                 _unfolded(program, groups[parameter_name(item.owner, item.leaf)], now.detach(), item, check)
             )
         merge.replaced.pop()
+        tick()
     merge.factors.clear()
     ties.mend(program)
     paused, merge.paused, merge.names = merge.paused, (), ()

@@ -306,7 +306,7 @@ class PeftModel(nn.Module):
 
     def print_trainable_parameters(self) -> None:
         """Print the two numbers and their ratio."""
-        print(trainable_line(self))
+        print(trainable_line(self))  # noqa: T201 (what it is for)
 
     def get_layer_status(self) -> list[LayerStatus]:
         """What is active, merged and learning at every adapted module."""

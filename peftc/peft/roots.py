@@ -86,7 +86,7 @@ class Root:
     def _layers(self) -> set[str]:
         return {fqn for fqn, module in self.modules.items() if isinstance(module, BaseTunerLayer)}
 
-    def merge(self, adapter_names: Sequence[str] | None) -> None:
+    def merge(self, adapter_names: Sequence[str] | None, progressbar: bool = False) -> None:
         """Merge these adapters (default: the active ones) beside those that are, whether they are active or not."""
         program = self.program
         wanted = list(program.active if adapter_names is None else named(adapter_names))
@@ -99,7 +99,7 @@ class Root:
         if total != list(program.active):
             self.before = (program.active, program.learning)
             self.compiled.set_adapter(total)
-        self.compiled.merge_adapter(total, untie=True)
+        self.compiled.merge_adapter(total, untie=True, progressbar=progressbar)
 
     def unmerge(self) -> None:
         """Unmerge what is merged, and let the adapters be active that were."""

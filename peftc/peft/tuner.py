@@ -148,7 +148,7 @@ class BaseTuner(nn.Module):
         """Fold adapters (default: the active ones) and return the plain model; once more returns it again."""
 
         def merged(root: Root) -> nn.Module:
-            root.merge(adapter_names)
+            root.merge(adapter_names, progressbar)
             return root.compiled.merge_and_unload(untie=True)
 
         return _unloaded(self.model, merged)
@@ -228,7 +228,7 @@ class _Savable(BaseTuner):
     def print_savable_parameters(self) -> None:
         """Print these numbers."""
         own, others = self.get_nb_savable_parameters()
-        print(
+        print(  # noqa: T201 (what it is for)
             f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}"
         )
 

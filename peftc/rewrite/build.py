@@ -1,6 +1,7 @@
 """The one mutator of models: build, extend, remove, undo; and the base by itself for a while."""
 
 import gc
+import logging
 import re
 import warnings
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,8 @@ from peftc.rewrite.program import Program
 from peftc.rewrite.route import BASE
 from peftc.rewrite.sharding import Places, places_of, reshard, widest_mesh
 from peftc.rewrite.switch import activate, stop_averaging
+
+_LOG = logging.getLogger(__name__)
 
 
 def require_applicable(plan: Plan, on_unmatched: str) -> None:
@@ -132,6 +135,8 @@ def build(
     except BaseException:
         undo(program)
         raise
+    adapters, name = ", ".join(plan.adapters), original_class(base).__name__
+    _LOG.info("%s with %s: %d edits on %d sites", name, adapters, len(plan.edits), len(plan.sites))
     return program
 
 

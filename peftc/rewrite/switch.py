@@ -4,6 +4,7 @@ What the hosts run for a choice of adapters is made once. After that a switch is
 that go and come, and one per parameter that starts or stops training; other adapters do not count.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 
 from peftc.errors import AdapterError
@@ -18,6 +19,8 @@ from peftc.rewrite.program import Program, require_idle
 from peftc.rewrite.sharding import data_mesh, follow_flags, managed, reshard
 from peftc.rewrite.splice import Active
 from peftc.rewrite.verify import example_for
+
+_LOG = logging.getLogger(__name__)
 
 
 def activate(program: Program, names: Iterable[str], learning: Iterable[str]) -> None:
@@ -34,6 +37,7 @@ def activate(program: Program, names: Iterable[str], learning: Iterable[str]) ->
         program.active = before
         raise
     train(program, learning)
+    _LOG.debug("active: %s", program.active)
 
 
 def _require_one_saver(program: Program, names: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ what was written; after another boot a job starts from the beginning.
 
 import contextlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -17,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from peftc.checkpoint.atomic import commit, explained, free_bytes, locked, settle, write
 from peftc.errors import CheckpointError, PeftcError
 from peftc.merge.threads import Run, side_by_side
+from peftc.progress import Tick, bar
 from peftc.stream.sharded import RECORD
 from peftc.stream.write import Output, Position, write_output
 
@@ -30,6 +30,7 @@ STAGE = ".peftc-merge"
 _FILES = "files"
 _JOB = "job.json"
 _PROGRESS = "progress.json"
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,14 @@ class Job:
     record: Mapping[str, Any] | None = None
 
     @property
+    def written(self) -> int:
+        """Bytes of the outputs, logs not counted."""
+        return sum(output.header.size for output in self.outputs)
+
+    @property
     def size(self) -> int:
         """Bytes of the new folder, logs not counted."""
-        return sum(map(len, self.files.values())) + sum(output.header.size for output in self.outputs)
+        return sum(map(len, self.files.values())) + self.written
 
 
 def is_new(folder: Path) -> bool:
@@ -85,11 +91,14 @@ def do(job: Job, progress: bool) -> None:
         with _alone(stage):
             _require_new(job, stage)
             done = _begin(stage, job)
+            _LOG.info(
+                "%s: %s", job.what, f"goes on, {len(done)} of {len(job.outputs)} files are begun" if done else "begins"
+            )
             record = {} if job.record is None else {RECORD: _record(job, job.record)}
             for name, content in {**job.files, **record}.items():
                 write(stage / _FILES / name, content)
             try:
-                with _bar(job, progress) as tick, side_by_side(torch.device("cpu")) as run:
+                with bar(job.what, job.written, "bytes", progress) as tick, side_by_side(torch.device("cpu")) as run:
                     _write_outputs(job, stage, done, run, tick)
                 if _digest(job.now()) != _digest(job.inputs):
                     raise CheckpointError(f"{job.what}: files that it reads were changed meanwhile; call again")
@@ -98,9 +107,10 @@ def do(job: Job, progress: bool) -> None:
                 raise
             # Without its config a folder is nobody's model.
             commit(job.folder, stage, [name for name in job.files if name == "config.json"])
+            _LOG.info("%s: done, %d bytes", job.what, job.size)
 
 
-def _write_outputs(job: Job, stage: Path, done: dict[str, Position], run: Run, tick: Callable[[int], None]) -> None:
+def _write_outputs(job: Job, stage: Path, done: dict[str, Position], run: Run, tick: Tick) -> None:
     """Write what is not yet, and bring it to the disk while the next is computed."""
     with ThreadPoolExecutor(1) as disk:
         flushes = []
@@ -188,17 +198,3 @@ def _alone(stage: Path) -> Generator[None]:
     with contextlib.ExitStack() as stack:
         stack.push(lock)
         yield
-
-
-@contextlib.contextmanager
-def _bar(job: Job, shown: bool) -> Generator[Callable[[int], None]]:
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task(job.what, total=sum(output.header.size for output in job.outputs))
-        yield lambda count: bar.advance(task, count)

@@ -52,7 +52,7 @@ def merge_checkpoint(
     `subfolder` and `download`; safetensors only. `untie`: cut ties as `merge_adapter` does. `undo`: write `peftc_undo`,
     from which `unmerge_checkpoint` makes the base again, byte for byte (needs zstandard: `peftc[undo]`). `model`: one of
     the same structure, on any device, if it can't be told from `config.json` or the tensors' names. `verify`: as in
-    `load_adapter`.
+    `load_adapter`. `progress`: show how much is written, if somebody looks on.
 
     Example: peftc.merge_checkpoint("base", "adapter", "merged", undo=True)
 
@@ -96,7 +96,7 @@ def unmerge_checkpoint(
 ) -> None:
     """The base again, byte for byte, from what `merge_checkpoint(…, undo=True)` wrote: its shards, and what was copied.
 
-    `model`: as there.
+    `model`, `progress`: as there. Killed at any moment, the same call goes on where it was.
 
     Raises CheckpointError: no undo files, one of them or a merged tensor was changed; `out_dir` has no files then.
 

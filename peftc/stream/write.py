@@ -12,6 +12,7 @@ from typing import BinaryIO, Literal
 from peftc.checkpoint.lazy import FileTensors
 from peftc.checkpoint.tensor_file import Entry, Header
 from peftc.merge.threads import Run
+from peftc.progress import Tick
 
 # Bytes after which it is noted how far a file has come.
 EVERY = 256 << 20
@@ -77,7 +78,7 @@ def write_output(
     position: Position,
     run: Run,
     note: Callable[[Position], None],
-    tick: Callable[[int], None],
+    tick: Tick,
 ) -> None:
     """Write `output` below `folder`, from `position` on. `note` is told positions, `tick` how many bytes were written."""
     pieces = output.pieces[position.pieces :]

@@ -24,7 +24,7 @@ def render(plan: Planned, width: int | None = None) -> str:
     if plan.edits:
         console.print(_table(plan))
     for label, lines in _sections(plan):
-        grid = Table.grid(padding=(0, 2, 0, 1))
+        grid = Table.grid(padding=(0, 2, 0, 0))
         grid.add_column(no_wrap=True, min_width=10)
         grid.add_column(overflow="fold")
         for position, line in enumerate(lines):

@@ -1,4 +1,4 @@
-"""`inspect`, `preflight`, `convert`, `rules`."""
+"""`inspect`, `preflight`, `convert`, `combine`, `rules`."""
 
 import json
 from pathlib import Path
@@ -180,6 +180,30 @@ def test_another_form_with_equal_outputs() -> None:
     with torch.no_grad():
         one, other = (library.load(llama(), name)(ids).logits for name in (folder, "served"))
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sum_of_adapters_is_an_adapter() -> None:
+    said = peftc("combine", "adapter", "other", "mix", "--base", "model", "--weights", "-0.7,0.3", "--type", "cat").out
+    assert said == "written to mix\n"
+    found, one, other = (changes(Path(folder)) for folder in ("mix", "adapter", "other"))
+    for name, delta in found.items():
+        torch.testing.assert_close(delta, -0.7 * one[name] + 0.3 * other[name], rtol=1e-5, atol=1e-5)
+    assert sum(bool(delta.any()) for delta in found.values()) == 6
+
+
+def test_every_option_of_a_sum_reaches_it() -> None:
+    how = {"--type": "ties_svd", "--rank": 3, "--density": 0.6, "--majority": "frequency"}
+    options = [part for option in how.items() for part in option]
+    peftc("combine", "adapter", "other", "mix", "--base", "model", "--weights", "1,2", *options)
+    compiled = library.load(llama(), "adapter", "a", verify="files")
+    compiled.load_adapter("other", "b", verify="files")
+    compiled.add_weighted_adapter(
+        ["a", "b"], [1, 2], "mix", "ties_svd", svd_rank=3, density=0.6, majority_sign_method="frequency"
+    )
+    found, expected = load_file("mix/adapter_model.safetensors"), compiled.adapter_state_dict("mix")
+    assert found.keys() == expected.keys()
+    for key in found:
+        torch.testing.assert_close(found[key], expected[key])
 
 
 def test_the_methods_that_are_installed() -> None:

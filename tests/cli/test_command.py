@@ -1,64 +1,54 @@
 """The command as a whole: help and its examples, exit codes, errors, what a pipe sees."""
 
 import json
-import shlex
+import logging
+import os
+import re
+import signal
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from peftc.cli import app
-from tests.support.command import peftc
-
-ROOT = Path(__file__).parent.parent.parent
-COMMANDS = (
-    "plan",
-    "diff",
-    "explain",
-    "inspect",
-    "preflight",
-    "convert",
-    "merge",
-    "unmerge",
-    "export",
-    "verify",
-    "rules",
-)
-
-
-def example(command: str) -> list[str]:
-    """The arguments of the example in a command's help."""
-    (line,) = (
-        line.strip() for line in peftc(command, "--help").out.splitlines() if line.strip().startswith("Example: ")
-    )
-    name, *arguments = shlex.split(line.removeprefix("Example: "))
-    assert (name, arguments[0]) == ("peftc", command)
-    return arguments
-
-
-def test_these_are_the_commands() -> None:
-    assert tuple(command.name for command in app.registered_commands) == COMMANDS
+import peftc as library
+from peftc import progress
+from peftc.export import programs
+from peftc.stream import job
+from tests.support.command import COMMANDS, ROOT, example, peftc
+from tests.support.models import llama
 
 
 def test_the_examples_of_the_helps_run(here: Path) -> None:
-    for name, rank in (("plan-a.json", 2), ("plan-b.json", 4)):
-        Path(name).write_text(peftc("plan", "model", "--targets", "q_proj", "--r", rank, "--json").out)
     said = {command: peftc(*example(command)).out for command in COMMANDS}
     assert "lora_A 8×32" in said["plan"]
     assert "~ edit model.layers.0.self_attn.q_proj" in said["diff"]
     assert "does not name it" in said["explain"]
-    assert json.loads(said["inspect"])["damage"] is None
+    assert "config and tensors are what was saved" in said["inspect"]
     assert said["preflight"] == "vllm: takes it\n"
+    assert json.loads(Path("mix/adapter_config.json").read_text())["r"] == 5
     assert (here / "restored" / "model.safetensors").read_bytes() == (here / "model" / "model.safetensors").read_bytes()
     assert (here / "exported" / "certificate.json").exists()
     assert "weight" in said["verify"] or "differ by 0 at most" in said["verify"]
 
 
 @pytest.mark.parametrize(
-    "arguments", [(), ("pln",), ("plan",), ("plan", "model", "--r", "many"), ("export", "a", "b", "c", "--to", "tar")]
+    "arguments",
+    [
+        (),
+        ("pln",),
+        ("plan",),
+        ("plan", "model", "--r", "many"),
+        ("export", "a", "b", "c", "--to", "tar"),
+        ("combine", "a", "b", "out", "--base", "model"),
+        ("combine", "a", "b", "out", "--base", "model", "--weights", "1"),
+        ("combine", "a", "b", "out", "--base", "model", "--weights", "1,half"),
+    ],
 )
 def test_a_wrong_command_line_is_2(arguments: tuple[str, ...]) -> None:
     peftc(*arguments, code=2)
@@ -81,6 +71,8 @@ def test_the_exit_codes_are_in_the_help() -> None:
         (("preflight", "model"), "CheckpointError: model: no adapter"),
         (("preflight", "adapter", "--runtime", "vlm"), "known are vllm"),
         (("convert", "adapter", "out", "--base", "nowhere"), "nowhere: is no folder"),
+        (("combine", "adapter", "model", "out", "--base", "model", "--weights", "1,1"), "adapter_config.json: no such"),
+        (("combine", "adapter", "other", "out", "--base", "model", "--weights", "1,1", "--type", "cart"), "'cart'"),
         (("merge", "adapter", "model", "out"), "CheckpointError"),
         (("unmerge", "model", "out"), "has no peftc_undo"),
         (("export", "model", "model", "out"), "model/adapter_config.json: no such file"),
@@ -115,13 +107,51 @@ def test_in_a_process_of_its_own() -> None:
     assert missed.returncode == 3, missed
     assert "'q_prj' matches none" in missed.stdout
     assert "\x1b" not in missed.stdout + missed.stderr
-    merged = process(sys.executable, "-m", "peftc", "merge", "model", "adapter", "merged")
+    merged = process(sys.executable, "-m", "peftc", "-v", "merge", "model", "adapter", "merged")
     assert (merged.returncode, merged.stdout) == (0, "merged into merged\n"), merged
     assert "%" not in merged.stderr, "nobody looks at a bar"
-    wrong = process(sys.executable, "-m", "peftc", "merge", "model", "model", "other")
+    assert "peftc.stream.job: merge into merged: done, " in merged.stderr
+    wrong = process(sys.executable, "-m", "peftc", "merge", "model", "model", "wrong")
     assert wrong.returncode == 1
     assert "Traceback" not in wrong.stderr
     assert "SpecError: " in wrong.stderr
+
+
+@pytest.mark.usefixtures("here")
+def test_interrupted_it_says_how_to_go_on_and_does(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    library.merge_checkpoint("model", "adapter", "expected", progress=False)
+    llama().save_pretrained("sharded", max_shard_size="20KB")
+    real = job.write_output
+
+    def interrupted(output: Any, *how: Any) -> None:
+        if output.name.startswith("model-00003"):
+            os.kill(os.getpid(), signal.SIGINT)  # Ctrl-C.
+        real(output, *how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "write_output", interrupted)
+        ran = peftc("merge", "sharded", "adapter", "merged", code=130)
+    assert "The same command goes on where it was" in ran.err
+    assert [file.name for file in Path("merged").iterdir()] == [".peftc-merge"]
+    caplog.set_level(logging.INFO, "peftc")
+    peftc("merge", "sharded", "adapter", "merged")
+    assert "merge into merged: goes on, 2 of " in caplog.text
+    merged = {name: value for file in Path("merged").glob("*.safetensors") for name, value in load_file(file).items()}
+    expected = load_file("expected/model.safetensors")
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+
+
+@pytest.mark.usefixtures("here")
+def test_an_interrupted_export_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(programs, "difference", interrupted)
+    assert "Run the same command to start over" in peftc("export", "model", "adapter", "exported", code=130).err
+    assert list(Path("exported").rglob("*")) == []
 
 
 def test_it_is_installed_as_peftc() -> None:
@@ -131,11 +161,50 @@ def test_it_is_installed_as_peftc() -> None:
     assert "Usage: peftc rules" in ran.stdout
 
 
-def test_the_help_does_without_transformers() -> None:
-    told = process(sys.executable, "-c", "import sys, peftc.cli; print('transformers' in sys.modules)")
-    assert told.stdout == "False\n", told
+WITHOUT_TORCH = """
+import sys
+from typer.testing import CliRunner
+from peftc.cli import app
+for line in sys.argv[1:]:
+    result = CliRunner().invoke(app, line.split(), prog_name="peftc")
+    assert isinstance(result.exception, (SystemExit, type(None))), result.exception
+print(sorted({"torch", "transformers", "rich"} & set(sys.modules)))
+"""
 
 
-def test_the_readme_names_every_command() -> None:
-    text = (ROOT / "README.md").read_text().partition("\n## The command\n")[2].partition("\n## ")[0]
-    assert [name for name in COMMANDS if f"peftc {name} " not in text and f"peftc {name}\n" not in text] == []
+def test_helps_and_wrong_lines_import_no_torch() -> None:
+    lines = ["", "--help", "--version", "pln", "plan", "plan model --r many", "export a b c --to tar"]
+    told = process(sys.executable, "-c", WITHOUT_TORCH, *lines, *(f"{command} --help" for command in COMMANDS))
+    assert told.stdout == "[]\n", told
+
+
+def completed(shell: str, **words: str) -> list[str]:
+    """What a shell is offered."""
+    environment = {**os.environ, "_PEFTC_COMPLETE": f"complete_{shell}", **words}
+    ran = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "peftc"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert " torch" not in ran.stderr, "nobody waits for it at a key"
+    return re.findall(r"[\w.-]+", ran.stdout)
+
+
+def test_shells_complete_commands_options_and_their_values() -> None:
+    assert completed("bash", COMP_WORDS="peftc un", COMP_CWORD="1") == ["unmerge"]
+    values = completed("zsh", _TYPER_COMPLETE_ARGS="peftc export base adapter out --to ")
+    assert values[-5:] == ["hf", "pt2", "onnx", "gguf", "mlx"]
+    options = completed(
+        "fish", _TYPER_COMPLETE_ARGS="peftc merge --un", _TYPER_COMPLETE_FISH_ACTION="get-args", COMP_WORDS=""
+    )
+    assert {"--undo", "--untie"} <= set(options)
+
+
+def test_bars_can_be_turned_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(progress.VARIABLE, "1")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert progress.wanted()
+    peftc("--no-progress", "rules")
+    assert not progress.wanted()
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert peftc("--version").out == f"peftc {version('peftc')}\n"

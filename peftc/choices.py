@@ -1,0 +1,9 @@
+"""What an argument may be, where both the library and its command say so. The command's help reads it without torch."""
+
+from typing import Literal
+
+# In what form an adapter's files are.
+Form = Literal["peft", "serving", "per_expert"]
+# For which runtime a model, or an adapter alone, is written; and what becomes of the adapters in it.
+Target = Literal["hf", "pt2", "onnx", "gguf", "mlx"]
+Adapters = Literal["merged", "inside", "inputs", "beside"]
