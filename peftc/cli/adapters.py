@@ -10,7 +10,9 @@ from peftc import api, export
 from peftc.checkpoint import Form, locate
 from peftc.cli.inspection import Inspected, inspected
 from peftc.cli.models import ModelClass, structure, with_weights
-from peftc.cli.output import NO, AsJson, print_json, print_table
+from peftc.cli.output import NO, AsJson, AsPage, print_json, print_table, write_page
+from peftc.view.heat import Change, adapter_page
+from peftc.view.words import shape
 
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, or a repository of the Hub.")]
 
@@ -22,17 +24,21 @@ def inspect(
     ] = None,
     model_class: ModelClass = None,
     as_json: AsJson = False,
+    html: AsPage = None,
 ) -> None:
     """What an adapter's files hold, whether they are whole, and how much they change at each site.
 
     norm: the Frobenius norm of the change; effective rank: the exponential of the entropy of its singular values
-    (Roy & Vetterli 2007). Both for methods whose change is a product. Exit code 1 if the files are damaged.
+    (Roy & Vetterli 2007). Both for methods whose change is a product. Exit code 1 if the files are damaged. --html has the
+    norms as a heat map over layers and modules, and the singular values of the change that one chooses there.
     """
     found = inspected(locate(adapter), None if base is None else structure(base, model_class))
     if as_json:
         print_json(asdict(found))
     else:
         _show(found)
+    if html is not None:
+        write_page(html, _page(found))
     if found.damage is not None:
         raise typer.Exit(1)
 
@@ -76,5 +82,27 @@ def _show(found: Inspected) -> None:
     ]
     if rows:
         print_table(("site", *columns, "parameters", "norm", "effective rank"), rows)
-    for name, shape in found.others.items():
-        typer.echo(f"beside     {name} {'×'.join(map(str, shape))}")
+    for name, sizes in found.others.items():
+        typer.echo(f"beside     {name} {shape(sizes)}")
+
+
+def _page(found: Inspected) -> str:
+    facts = [
+        ("method", found.method),
+        ("parameters", f"{found.parameters:,}"),
+        ("bytes", f"{found.bytes:,}"),
+        ("base", found.base or "not said"),
+        ("integrity", found.integrity),
+    ]
+    changes = [
+        Change(
+            name=site.name,
+            norm=site.norm,
+            effective_rank=site.effective_rank,
+            spectrum=site.spectrum or (),
+            facts={**site.columns, "parameters": site.parameters},
+        )
+        for site in found.sites
+    ]
+    others = [f"{name} {shape(sizes)}" for name, sizes in found.others.items()]
+    return adapter_page(found.folder, facts, found.damage, changes, others)

@@ -3,11 +3,17 @@
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from peftc.errors import PeftcError
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsPage = Annotated[
+    Path | None, typer.Option("--html", help="Also write a page to look at, which needs no network.", metavar="FILE")
+]
 # The exit code of an answer that is no.
 NO = 3
 
@@ -25,6 +31,17 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     typer.echo(typer.style(lines[0].rstrip(), bold=True))
     for line in lines[1:]:
         typer.echo(line.rstrip())
+
+
+def write_page(file: Path, page: str) -> None:
+    """Write a page, and say so beside what is printed. Raises PeftcError if it can't be written."""
+    try:
+        file.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise PeftcError(
+            f"{file}: can't be written: {error.strerror}. Give --html a file in a folder that is there"
+        ) from None
+    typer.echo(f"written to {file}", err=True)
 
 
 def on_terminal() -> bool:

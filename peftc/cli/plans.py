@@ -9,7 +9,7 @@ import typer
 
 from peftc import api
 from peftc.cli.models import ModelClass, structure
-from peftc.cli.output import NO, AsJson, print_json
+from peftc.cli.output import NO, AsJson, AsPage, print_json, write_page
 from peftc.cli.specs import METHOD, spec_of
 from peftc.errors import PlanError
 from peftc.plan import Plan
@@ -30,14 +30,18 @@ def plan(
     field: Annotated[list[str] | None, typer.Option(help="Any field, as name=value; repeatable.")] = None,
     model_class: ModelClass = None,
     as_json: AsJson = False,
+    html: AsPage = None,
 ) -> None:
     """What compiling MODEL with SPEC would change.
 
     Options take the place of fields of SPEC, or make one. Exit code 3 if something is missed or in conflict.
     """
     wanted = spec_of(spec, method, targets, r, field or ())
-    made = api.plan(structure(model, model_class), wanted)
+    described = structure(model, model_class)
+    made = api.plan(described, wanted)
     typer.echo(made.to_json() if as_json else str(made))
+    if html is not None:
+        write_page(html, made.to_html(model=described))
     if made.conflicts or any(miss.error for miss in made.misses):
         raise typer.Exit(NO)
 
@@ -46,8 +50,12 @@ def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="A plan's JSON, or an adapter's folder or config.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
     as_json: AsJson = False,
+    html: AsPage = None,
 ) -> None:
-    """How two plans differ, or the configs of two adapters: + only in B, - only in A, ~ otherwise in B."""
+    """How two plans differ, or the configs of two adapters: + only in B, - only in A, ~ otherwise in B.
+
+    --html has two plans side by side.
+    """
     ours, theirs = _read(a), _read(b)
     if isinstance(ours, Plan) and isinstance(theirs, Plan):
         lines = ours.diff(theirs).splitlines()
@@ -55,10 +63,14 @@ def diff(
         raise PlanError(f"{a} and {b}: one is a plan and the other is not; give two of a kind")
     else:
         lines = _fields_apart(ours, theirs)
+    if html is not None and not isinstance(ours, Plan):
+        raise PlanError(f"--html {html}: there is a page of two plans only; peftc plan MODEL {a} --json makes one")
     if as_json:
         print_json({"equal": not lines, "differences": lines})
     else:
         typer.echo("\n".join(lines) if lines else "equal")
+    if html is not None and isinstance(ours, Plan) and isinstance(theirs, Plan):
+        write_page(html, ours.to_html(theirs))
 
 
 def explain(
