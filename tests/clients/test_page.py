@@ -1,10 +1,12 @@
 """Pages in Chromium: on a phone and on a desktop, light and dark, by keyboard and for screen readers.
 
-`python -m tests.clients.test_page` takes the pictures in docs/pictures anew.
+`python -m tests.clients.test_page out/smollm2/adapter` takes the pictures in docs/pictures anew; the adapter is the demo's.
 """
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from playwright.sync_api import Browser, Page
 import peftc
 from peftc.view.heat import Change, adapter_page
 from tests.support.browser import SIZES, WHERE_FROM, chromium, loading_ms, opened
+from tests.support.command import peftc as peftc_command
 from tests.support.plans import SEVEN, golden_plans, meta_llama
 
 PICTURES = Path(__file__).parent.parent.parent / "docs" / "pictures"
@@ -43,14 +46,18 @@ def trained() -> str:
     generator = torch.Generator().manual_seed(0)
     changes: list[Change] = []
     for layer in range(30):
-        for at, name in enumerate(["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj"]):
-            size = (0.2 + layer / 20) * (1.2 - at / 5) * (0.8 + 0.4 * torch.rand((), generator=generator).item())
-            spectrum = tuple((size * torch.logspace(0, -1 - at / 3, 16)).tolist())
+        for at, name in enumerate(SEVEN):
+            module = "mlp" if at > 3 else "self_attn"
+            size = (0.2 + layer / 20) * (1.2 - at / 8) * (0.8 + 0.4 * torch.rand((), generator=generator).item())
+            spectrum = tuple((size * torch.logspace(0, -1 - at / 4, 16)).tolist())
             norm = sum(value**2 for value in spectrum) ** 0.5
-            changes.append(Change(f"model.layers.{layer}.{name}", norm, 4.0 + at, spectrum, {"r": 16, "alpha": 32}))
+            changes.append(
+                Change(f"model.layers.{layer}.{module}.{name}", norm, 4.0 + at, spectrum, {"r": 16, "alpha": 32})
+            )
     changes.append(Change("lm_head", 0.9, 1.0, (0.9,)))
     facts = [("method", "LORA"), ("parameters", "4,884,480"), ("integrity", "config and tensors are what was saved")]
-    return adapter_page("support-replies", facts, None, changes, [])
+    beside = ["base_model.model.a_module_that_has_a_long_name.base_layer.weight 256×96"]
+    return adapter_page("support-replies", facts, None, changes, beside)
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +207,7 @@ def test_what_a_screen_reader_says(browser: Browser, files: dict[str, Path]) -> 
         page.click("#unfold")
         tree: Any = page.locator(f"[data-p='{Q_PROJ}']").aria_snapshot()
         assert "q_proj ×76" in tree
-        assert "lora @output r 16 alpha 32" in tree
+        assert "lora @output · r 16 · alpha 32" in tree
         assert "19,922,944 parameters" in tree
         assert 'img "What lora computes here: ' in tree
         assert "linear of x, lora_A" in tree
@@ -231,8 +238,8 @@ def test_the_heat_map_by_keyboard_and_mouse(browser: Browser, files: dict[str, P
         page.locator("#heat button").first.click()
         assert heading.inner_text() == "model.layers.0.self_attn.q_proj"
         for key, name in [
-            ("ArrowRight", "0.self_attn.v_proj"),
-            ("ArrowDown", "1.self_attn.v_proj"),
+            ("ArrowRight", "0.self_attn.k_proj"),
+            ("ArrowDown", "1.self_attn.k_proj"),
             ("End", "1.mlp.down_proj"),
             ("ArrowRight", "1.mlp.down_proj"),  # There is nothing beyond.
             ("ArrowUp", "0.mlp.down_proj"),
@@ -255,25 +262,29 @@ def test_without_scripts_all_is_there(browser: Browser, files: dict[str, Path]) 
     page.close()
 
 
-def take_pictures() -> None:
+def take_pictures(adapter: str) -> None:
     """Write the pictures of the documents."""
     found = pages()
-    PICTURES.mkdir(exist_ok=True)
-    with chromium() as browser:
+    fold = "document.querySelector(`[data-p='model.layers.{0–3}'] details`).open = false;"
+    unfold = f"document.querySelector(`[data-p='{Q_PROJ}'] details`).open = true;"
+    scroll = "document.querySelector(`[data-p='model.layers.{4–79}.self_attn']`).scrollIntoView()"
+    with chromium() as browser, TemporaryDirectory() as folder:
         assert browser is not None, WHERE_FROM
+        file = Path(folder) / "page.html"
         for name, page_name, size, scheme, act in [
-            ("plan", "plan", "desktop", "light", f"document.querySelector(`[data-p='{Q_PROJ}'] details`).open = true"),
-            ("plan-phone", "plan", "phone", "dark", ""),
+            ("plan", "plan", "desktop", "light", fold + unfold + "scrollTo(0, 235)"),
+            ("plan-phone", "plan", "phone", "dark", unfold + scroll),
             ("plans", "two", "desktop", "dark", ""),
-            ("adapter", "adapter", "desktop", "light", ""),
+            ("adapter", "", "desktop", "light", ""),
         ]:
-            file = PICTURES / f"{name}.html"
-            file.write_text(found[page_name], encoding="utf-8")
+            if page_name:
+                file.write_text(found[page_name], encoding="utf-8")
+            else:
+                peftc_command("inspect", adapter, "--html", file)
             with opened(browser, file, size, scheme) as (page, _, _):
                 page.evaluate(act)
                 page.screenshot(path=PICTURES / f"{name}.png")
-            file.unlink()
 
 
 if __name__ == "__main__":
-    take_pictures()
+    take_pictures(*sys.argv[1:])
