@@ -19,7 +19,7 @@ from peftc.rewrite.splice import ORIGIN
 from peftc.view.dataflow import dataflow
 from peftc.view.layout import HEIGHT, ROW, layout
 from tests.support.adapters import EVERY_METHOD
-from tests.support.models import Everything, tiny
+from tests.support.models import Everything, Net, tiny
 from tests.support.pages import having, names, parsed, text_of
 from tests.support.plans import SEVEN, golden_plans, meta_llama
 
@@ -120,6 +120,37 @@ def having_own_edits(place: Element) -> list[Element]:
     details = place.find("details")
     inside = details.findall("div") if details is not None else []
     return [edit for box in inside if "detail" in box.get("class", "") for edit in having(box, "edit")]
+
+
+def odd_places() -> dict[str, tuple[nn.Module, peftc.Plan]]:
+    """Sites that are no modules, or the model itself, or of which there are none."""
+    net, attention, experts, alone, llama = (
+        Net(),
+        nn.MultiheadAttention(8, 2),
+        tiny("mixtral"),
+        nn.Linear(4, 4),
+        tiny("llama"),
+    )
+    stacked = peftc.LoraConfig(target_modules=["q_proj"], target_parameters=["experts.down_proj"], r=2)
+    traced = peftc.LoraConfig(target_modules=["conv", "fc"], r=2)
+    return {
+        "symbolic": (net, peftc.plan(net, traced, capture="symbolic")),
+        "attention": (attention, peftc.plan(attention, peftc.LoraConfig(target_modules=".*", r=2))),
+        "experts": (experts, peftc.plan(experts, stacked)),
+        "the model": (alone, peftc.plan(alone, peftc.LoraConfig(target_modules=".*", r=2))),
+        "none": (llama, peftc.plan(llama, peftc.LoraConfig(target_modules=["q_prj"]))),
+    }
+
+
+@pytest.mark.parametrize("name", odd_places())
+def test_sites_are_where_they_are_in_the_model(name: str) -> None:
+    model, plan = odd_places()[name]
+    root = parsed(plan.to_html(model=model))
+    modules = {fqn for fqn, _ in model.named_modules()}
+    places = {
+        fqn for place in root.iter("li") if place.get("data-p") is not None for fqn in names(place.get("data-p", ""))
+    }
+    assert places == modules | {edit.site for edit in plan.edits}
 
 
 def test_misses_and_cautions_come_before_the_tree_and_are_no_mere_colour() -> None:
