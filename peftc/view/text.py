@@ -11,6 +11,7 @@ from rich.text import Text
 
 from peftc.edits import Edit, Planned
 from peftc.view.groups import groups, stem
+from peftc.view.tree import of_edit
 from peftc.view.words import (
     column,
     columns,
@@ -81,7 +82,7 @@ def _cells(plan: Planned, edits: Sequence[Edit], several: bool) -> list[str]:
         inserted(edit),
         *(column(edit, name) for name in columns(plan)),
         _params(edit),
-        f"{sum(p.numel for e in edits if not e.follows for p in e.params if p.trainable):,}",
+        f"{sum(of_edit(edit).trained for edit in edits):,}",
     ]
 
 

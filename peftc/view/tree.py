@@ -146,7 +146,7 @@ def _branch(module: _Module, name: str, path: str, plans: Sequence[Planned], kno
     children = tuple(_grouped(parts))
     here = tuple(
         Here(tuple(edits), tuple(trained), total([
-            *map(_of_edit, edits), *map(_of_tensor, trained), *(child.here[at].amounts for child in children)
+            *map(of_edit, edits), *map(_of_tensor, trained), *(child.here[at].amounts for child in children)
         ]))
         for at, (edits, trained) in enumerate(zip(module.edits, module.trained, strict=True))
     )  # fmt: skip
@@ -196,8 +196,8 @@ def _repeated(branch: Branch, count: int, name: str, before: str, cut: int) -> B
     return Branch(named, path, branch.count * count, branch.module, own, here, children)
 
 
-def _of_edit(edit: Edit) -> Amounts:
-    """What an edit adds at its own site."""
+def of_edit(edit: Edit) -> Amounts:
+    """What an edit adds at its own site: not what it shares with others, and not what is another's."""
     params = [param for param in edit.params if not param.shared] if edit.follows is None else []
     return Amounts(
         sum(param.numel for param in params if param.trainable),
@@ -224,7 +224,7 @@ def _shared(plan: Planned) -> list[Amounts]:
 def layers(plan: Planned) -> Mapping[str, Mapping[int, Amounts]]:
     """What each numbered layer adds, by the path before the first number in its name: `model.layers`."""
     found: dict[str, dict[int, list[Amounts]]] = {}
-    pairs: list[tuple[str, Any]] = [(edit.site, _of_edit(edit)) for edit in plan.edits]
+    pairs: list[tuple[str, Any]] = [(edit.site, of_edit(edit)) for edit in plan.edits]
     pairs += [(tensor.name, _of_tensor(tensor)) for tensor in plan.trained]
     for fqn, amounts in pairs:
         path, number, _ = layer_of(fqn)

@@ -69,6 +69,18 @@ def test_bytes_are_those_that_the_plan_adds(method: str) -> None:
     assert tree([plan]).here[0].amounts.bytes == plan.costs.weight_bytes - base
 
 
+def test_what_sites_share_is_no_sites_own() -> None:
+    fields = {"target_modules": ["q_proj", "v_proj"], **EVERY_METHOD["VBLORA"]}
+    plan = peftc.plan(tiny("llama"), peftc.VBLoRAConfig(**fields))
+    shared = {param.numel for edit in plan.edits for param in edit.params if param.shared and param.trainable}
+    assert shared == {64}
+    root = tree([plan])
+    assert root.here[0].amounts.trained - 64 == total(child.here[0].amounts for child in root.children).trained
+    # The printed table says the same: a row for each of the two.
+    rows = [int(line.split()[-1].replace(",", "")) for line in str(plan).splitlines() if " vblora @" in line]
+    assert sum(rows) == plan.costs.trainable - 64
+
+
 def test_a_parent_is_the_sum_of_what_is_in_it() -> None:
     model = meta_llama(3, 256, 512, vocab_size=99)
     spec = peftc.LoraConfig(target_modules=SEVEN, bias="none", rank_pattern={r"layers\.1\..*q_proj": 3})
