@@ -22,7 +22,7 @@ from peftc.rewrite.program import Program
 from peftc.rewrite.provenance import annotated, inserted_lines
 from peftc.rewrite.route import refuse_names
 from peftc.specs import AdapterSpec
-from peftc.view.text import span
+from peftc.view.groups import span
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from itertools import groupby
 from torch import Tensor
 
 from peftc.errors import CheckpointError, nearest
-from peftc.view.text import span
+from peftc.view.groups import span
 
 
 @dataclass(frozen=True)

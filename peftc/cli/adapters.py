@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from peftc.choices import Form
-from peftc.cli.arguments import Adapter, AsJson, ModelClass, ModelFolder, NewFolder
-from peftc.cli.output import NO, print_json, print_table
+from peftc.cli.arguments import Adapter, AsJson, AsPage, ModelClass, ModelFolder, NewFolder
+from peftc.cli.output import NO, print_json, print_table, write_page
 
 if TYPE_CHECKING:
     from peftc.cli.inspection import Inspected
@@ -21,11 +21,13 @@ def inspect(
     ] = None,
     model_class: ModelClass = None,
     as_json: AsJson = False,
+    html: AsPage = None,
 ) -> None:
     """What an adapter's files hold, whether they are whole, and how much they change at each site.
 
     norm: the Frobenius norm of the change; effective rank: the exponential of the entropy of its singular values
-    (Roy & Vetterli 2007). Both for methods whose change is a product. Exit code 1 if the files are damaged.
+    (Roy & Vetterli 2007). Both for methods whose change is a product. Exit code 1 if the files are damaged. --html has the
+    norms as a heat map over layers and modules, and the singular values of the change that one chooses there.
     """
     from peftc.checkpoint import locate
     from peftc.cli.inspection import inspected
@@ -36,6 +38,8 @@ def inspect(
         print_json(asdict(found))
     else:
         _show(found)
+    if html is not None:
+        write_page(html, _page(found))
     if found.damage is not None:
         raise typer.Exit(1)
 
@@ -113,6 +117,8 @@ def _numbers(text: str, count: int) -> list[float]:
 
 
 def _show(found: "Inspected") -> None:
+    from peftc.view.words import shape
+
     typer.echo(f"{found.folder}: {found.method}, {found.parameters:,} parameters, {found.bytes:,} bytes")
     typer.echo(f"base       {found.base or 'not said'}")
     typer.echo(f"integrity  {found.damage or found.integrity}")
@@ -123,5 +129,30 @@ def _show(found: "Inspected") -> None:
     ]
     if rows:
         print_table(("site", *columns, "parameters", "norm", "effective rank"), rows)
-    for name, shape in found.others.items():
-        typer.echo(f"beside     {name} {'×'.join(map(str, shape))}")
+    for name, sizes in found.others.items():
+        typer.echo(f"beside     {name} {shape(sizes)}")
+
+
+def _page(found: "Inspected") -> str:
+    from peftc.view.heat import Change, adapter_page
+    from peftc.view.words import shape
+
+    facts = [
+        ("method", found.method),
+        ("parameters", f"{found.parameters:,}"),
+        ("bytes", f"{found.bytes:,}"),
+        ("base", found.base or "not said"),
+        ("integrity", found.integrity),
+    ]
+    changes = [
+        Change(
+            name=site.name,
+            norm=site.norm,
+            effective_rank=site.effective_rank,
+            spectrum=site.spectrum or (),
+            facts={**site.columns, "parameters": site.parameters},
+        )
+        for site in found.sites
+    ]
+    others = [f"{name} {shape(sizes)}" for name, sizes in found.others.items()]
+    return adapter_page(found.folder, facts, found.damage, changes, others)

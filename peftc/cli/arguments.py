@@ -16,3 +16,6 @@ ModelClass = Annotated[
     str | None, typer.Option("--class", help="Class of transformers, where the config names none.", metavar="NAME")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+AsPage = Annotated[
+    Path | None, typer.Option("--html", help="Also write a page to look at, which needs no network.", metavar="FILE")
+]

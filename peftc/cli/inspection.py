@@ -29,8 +29,8 @@ _KERNELS = {op: dims for dims, op in enumerate(POINTWISE, 1)}
 
 @dataclass(frozen=True)
 class InspectedSite:
-    """What is at one site. `columns`: what the method's rules show in plans (a rank, an alpha). `norm` of the change, and
-    its `effective_rank`: None where the change is no product, or the files don't tell.
+    """What is at one site. `columns`: what the method's rules show in plans (a rank, an alpha). `norm` of the change, its
+    `effective_rank` and its singular values: None where the change is no product, or the files don't tell.
     """
 
     name: str
@@ -40,6 +40,7 @@ class InspectedSite:
     columns: Mapping[str, Any]
     norm: float | None = None
     effective_rank: float | None = None
+    spectrum: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -137,9 +138,10 @@ def _site(
     first = shown[0] if shown else {}
     columns = {column: value for column, value in first.items() if all(one[column] == value for one in shown)}
     ops = {fit.site.op for fit in fits}
-    norm, rank = _change(fits[0], keys, file) if len(fits) == 1 else (None, None)
+    spectrum = _spectrum(fits[0], keys, file) if len(fits) == 1 else None
+    measures = (None, None, None) if spectrum is None else (*_measures(spectrum), tuple(spectrum.tolist()))
     count = sum(map(prod, shapes.values()))
-    return InspectedSite(name, ops.pop() if len(ops) == 1 else None, shapes, count, columns, norm, rank)
+    return InspectedSite(name, ops.pop() if len(ops) == 1 else None, shapes, count, columns, *measures)
 
 
 def _candidates(spec: AdapterSpec, name: str, shapes: Shapes) -> Iterator[WeightSite]:
@@ -173,20 +175,24 @@ def _columns(fit: _Fit) -> dict[str, Any]:
     return {column: fit.constants.get(constant) for column, constant in fit.rule.columns.items()}
 
 
-def _change(fit: _Fit, keys: Mapping[str, str], file: FileTensors) -> tuple[float | None, float | None]:
-    """The norm and the effective rank of the change at a site, if that is a product of what the file holds."""
+def _spectrum(fit: _Fit, keys: Mapping[str, str], file: FileTensors) -> Tensor | None:
+    """The singular values of the change at a site, if that is a product of what the file holds."""
     names = {name: keys.get(param.key or name) for name, param in fit.params.items()}
     if type(fit.rule).factors is Rule.factors or None in names.values():
-        return None, None
+        return None
     values = {n: file[key].to(torch.float64) / fit.params[n].stored for n, key in names.items() if key is not None}
     made = fit.rule.factors(Bound({**values, **fit.constants}))
     if made is None or made.up.flatten(1).shape[1] != made.down.shape[0]:
-        return None, None
-    sizes = _singular_values(made.up.flatten(1), made.down.flatten(1)) * abs(float(made.scale))
-    total = float(sizes.sum())
-    shares = sizes[sizes > 0] / total if total > 0 else sizes[:0]
+        return None
+    return _singular_values(made.up.flatten(1), made.down.flatten(1)) * abs(float(made.scale))
+
+
+def _measures(spectrum: Tensor) -> tuple[float, float]:
+    """The norm and the effective rank of what has these singular values."""
+    total = float(spectrum.sum())
+    shares = spectrum[spectrum > 0] / total if total > 0 else spectrum[:0]
     effective = float(torch.exp(-(shares * shares.log()).sum())) if total > 0 else 0.0
-    return float(torch.linalg.vector_norm(sizes)), effective
+    return float(torch.linalg.vector_norm(spectrum)), effective
 
 
 def _singular_values(up: Tensor, down: Tensor) -> Tensor:

@@ -2,9 +2,12 @@
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
+
+from peftc.errors import PeftcError
 
 # The exit code of an answer that is no.
 NO = 3
@@ -23,6 +26,17 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     typer.echo(typer.style(lines[0].rstrip(), bold=True))
     for line in lines[1:]:
         typer.echo(line.rstrip())
+
+
+def write_page(file: Path, page: str) -> None:
+    """Write a page, and say so beside what is printed. Raises PeftcError if it can't be written."""
+    try:
+        file.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise PeftcError(
+            f"{file}: can't be written: {error.strerror}. Give --html a file in a folder that is there"
+        ) from None
+    typer.echo(f"written to {file}", err=True)
 
 
 def _cell(value: object) -> str:

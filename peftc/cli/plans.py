@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftc.cli.arguments import AsJson, Model, ModelClass
-from peftc.cli.output import NO, print_json
+from peftc.cli.arguments import AsJson, AsPage, Model, ModelClass
+from peftc.cli.output import NO, print_json, write_page
 from peftc.errors import PlanError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def plan(
     field: Annotated[list[str] | None, typer.Option(help="Any field, as name=value; repeatable.")] = None,
     model_class: ModelClass = None,
     as_json: AsJson = False,
+    html: AsPage = None,
 ) -> None:
     """What compiling MODEL with SPEC would change.
 
@@ -39,8 +40,11 @@ def plan(
 
     default = METHOD if spec is None else None
     wanted = spec_of(spec, method or default, targets, r, field or ())
-    made = api.plan(structure(model, model_class), wanted)
+    described = structure(model, model_class)
+    made = api.plan(described, wanted)
     typer.echo(made.to_json() if as_json else str(made))
+    if html is not None:
+        write_page(html, made.to_html(model=described))
     if made.conflicts or any(miss.error for miss in made.misses):
         raise typer.Exit(NO)
 
@@ -49,8 +53,12 @@ def diff(
     a: Annotated[Path, typer.Argument(metavar="A", help="A plan's JSON, or an adapter's folder or config.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="Another one.")],
     as_json: AsJson = False,
+    html: AsPage = None,
 ) -> None:
-    """How two plans differ, or the configs of two adapters: + only in B, - only in A, ~ otherwise in B."""
+    """How two plans differ, or the configs of two adapters: + only in B, - only in A, ~ otherwise in B.
+
+    --html has two plans side by side.
+    """
     from peftc.plan import Plan
 
     ours, theirs = _read(a), _read(b)
@@ -60,10 +68,14 @@ def diff(
         raise PlanError(f"{a} and {b}: one is a plan and the other is not; give two of a kind")
     else:
         lines = _fields_apart(ours, theirs)
+    if html is not None and not isinstance(ours, Plan):
+        raise PlanError(f"--html {html}: there is a page of two plans only; peftc plan MODEL {a} --json makes one")
     if as_json:
         print_json({"equal": not lines, "differences": lines})
     else:
         typer.echo("\n".join(lines) if lines else "equal")
+    if html is not None and isinstance(ours, Plan) and isinstance(theirs, Plan):
+        write_page(html, ours.to_html(theirs))
 
 
 def explain(

@@ -3,10 +3,13 @@
 from dataclasses import dataclass
 from typing import Self
 
+from torch import nn
+
 from peftc.edits import Planned
 from peftc.plan.json import read_json, to_json
 from peftc.view.diff import difference
 from peftc.view.network import Network, network
+from peftc.view.page import plan_page, plan_table
 from peftc.view.text import render
 
 
@@ -38,6 +41,17 @@ class Plan(Planned):
     def diff(self, other: Planned) -> str:
         """What `other` has and this plan lacks (`+`), the reverse (`-`), what differs (`~`); empty if they are equal."""
         return difference(self, other)
+
+    def to_html(self, other: Planned | None = None, *, model: nn.Module | None = None) -> str:
+        """The plan as one HTML page that needs nothing beside it; with `other`, a plan of the same model, side by side.
+
+        `model`, which may be on the meta device: what of it is not adapted is in the tree, too. Raises PlanError if the
+        plan is of another one. Example: Path("plan.html").write_text(plan.to_html(model=model), encoding="utf-8")
+        """
+        return plan_page([self] if other is None else [self, other], model)
+
+    def _repr_html_(self) -> str:
+        return plan_table(self)
 
     def to_networkx(self) -> Network:
         """Sites and the modules that contain them as nodes, with edges of `relation` contains, tie and conflict."""

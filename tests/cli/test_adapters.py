@@ -11,9 +11,10 @@ from torch import Tensor
 
 import peftc as library
 from peftc import PromptSpec, registry
-from tests.support.adapters import perturb
+from tests.support.adapters import EVERY_METHOD, perturb
 from tests.support.command import peftc
 from tests.support.models import llama, token_ids
+from tests.support.pages import parsed, text_of
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -57,6 +58,21 @@ def test_the_table_has_a_row_for_each_site() -> None:
     assert len(lines) == 10
 
 
+def test_a_page_has_the_norm_of_every_change_and_its_spectrum() -> None:
+    printed = peftc("inspect", "adapter").out
+    ran = peftc("inspect", "adapter", "--html", "adapter.html")
+    assert (ran.out, ran.err) == (printed, "written to adapter.html\n")
+    page = parsed(Path("adapter.html").read_text(encoding="utf-8"))
+    (data,) = (json.loads(script.text or "") for script in page.iter("script") if script.get("type"))
+    changed = {name: delta for name, delta in changes(Path("adapter")).items() if delta.any()}
+    assert {name for name, *_ in data} == set(changed)
+    for name, norm, _, spectrum in data:
+        assert norm == pytest.approx(float(torch.linalg.matrix_norm(changed[name])), rel=1e-3)
+        assert spectrum == pytest.approx(torch.linalg.svdvals(changed[name])[:2].tolist(), rel=1e-3)
+    shown = {text_of(button) for button in page.iter("button")}
+    assert shown == {f"{norm:.3g}" for _, norm, *_ in data}
+
+
 def save(spec: Any) -> str:
     perturb(library.compile(llama(), spec)).save_pretrained("another")
     return "another"
@@ -96,24 +112,6 @@ def test_a_change_that_is_none_or_not_told(spec: Any) -> None:
     sites = peftc("inspect", save(spec), "--json").json["sites"]
     assert sites
     assert {(site["norm"], site["effective_rank"]) for site in sites} == {(None, None)}
-
-
-EVERY_METHOD: dict[str, dict[str, Any]] = {
-    **{name: {} for name in registry.spec_classes()},
-    "ADALORA": {"total_step": 10},
-    "C3A": {"block_size": 8},
-    "FOURIERFT": {"n_frequency": 10},
-    "OFT": {"oft_block_size": 8},
-    "IA3": {"target_modules": ["k_proj", "down_proj"]},
-    "RANDLORA": {"r": 4},
-    "ROAD": {"group_size": 4},
-    "SHIRA": {"r": 2},
-    "VERA": {"r": 4},
-    "VBLORA": {"vector_length": 8, "num_vectors": 8},
-    "MISS": {"r": 4},
-    "TRAINABLE_TOKENS": {"token_indices": [1, 2], "target_modules": ["embed_tokens"]},
-    "LN_TUNING": {"target_modules": ["input_layernorm"]},
-}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 import peftc as library
 from tests.support.command import peftc
 from tests.support.models import inputs_for, model_of
+from tests.support.pages import parsed, text_of
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -141,3 +142,37 @@ def test_why_a_module_is_adapted_or_not() -> None:
     ran = peftc("explain", "model", "adapter", "model.layers.0.self_attn.q_proj", "--json")
     assert ran.json["fqn"] == "model.layers.0.self_attn.q_proj"
     assert "lora @output adds lora_A 2×32, lora_B 32×2" in ran.json["lines"][1]
+
+
+def test_a_page_beside_what_is_printed() -> None:
+    told = peftc("plan", "model", "--targets", "q_proj")
+    ran = peftc("plan", "model", "--targets", "q_proj", "--html", "plan.html")
+    assert (ran.out, ran.err) == (told.out, "written to plan.html\n")
+    page = parsed(Path("plan.html").read_text(encoding="utf-8"))
+    places = {place.get("data-p") for place in page.iter("li")}
+    assert {"model.layers.{0–2}.self_attn.q_proj", "model.layers.{0–2}.self_attn.k_proj", "lm_head"} <= places
+    told = peftc("plan", "model", "--targets", "q_prj,q_proj", "--json", "--html", "missed.html", code=3)
+    assert told.json["misses"]
+    assert "'q_prj' matches none" in text_of(parsed(Path("missed.html").read_text(encoding="utf-8")))
+    missing = peftc("plan", "model", "--targets", "q_proj", "--html", "nowhere/plan.html", code=1)
+    assert missing.err == (
+        "PeftcError: nowhere/plan.html: can't be written: No such file or directory. Give --html a file in a folder that is"
+        " there\n"
+    )
+
+
+def test_a_page_of_two_plans() -> None:
+    for name, targets in {"a.json": "q_proj", "b.json": "q_proj,v_proj"}.items():
+        Path(name).write_text(peftc("plan", "model", "--targets", targets, "--json").out)
+    printed = peftc("diff", "a.json", "b.json").out
+    ran = peftc("diff", "a.json", "b.json", "--html", "both.html")
+    assert (ran.out, ran.err) == (printed, "written to both.html\n")
+    text = text_of(parsed(Path("both.html").read_text(encoding="utf-8")))
+    assert "3 alike, 3 in B only" in text
+    refused = peftc("diff", "adapter", "adapter", "--html", "no.html", code=1)
+    assert "peftc plan MODEL adapter --json makes one" in refused.err
+    assert not Path("no.html").exists()
+    # What it says is what helps.
+    Path("c.json").write_text(peftc("plan", "model", "adapter", "--json").out)
+    peftc("diff", "c.json", "a.json", "--html", "no.html")
+    assert Path("no.html").exists()

@@ -6,7 +6,26 @@ from typing import Any
 import torch
 
 import peftc
+from peftc import registry
 from tests.support.models import llama
+
+# By method, what its spec has to say more than where, for small models.
+EVERY_METHOD: dict[str, dict[str, Any]] = {
+    **{name: {} for name in registry.spec_classes()},
+    "ADALORA": {"total_step": 10},
+    "C3A": {"block_size": 8},
+    "FOURIERFT": {"n_frequency": 10},
+    "OFT": {"oft_block_size": 8},
+    "IA3": {"target_modules": ["k_proj", "down_proj"]},
+    "RANDLORA": {"r": 4},
+    "ROAD": {"group_size": 4},
+    "SHIRA": {"r": 2},
+    "VERA": {"r": 4},
+    "VBLORA": {"vector_length": 8, "num_vectors": 8},
+    "MISS": {"r": 4},
+    "TRAINABLE_TOKENS": {"token_indices": [1, 2], "target_modules": ["embed_tokens"]},
+    "LN_TUNING": {"target_modules": ["input_layernorm"]},
+}
 
 
 def lora(*targets: str, **fields: Any) -> peftc.LoraConfig:

@@ -1,0 +1,1 @@
+"""How a plan is shown: as text (tests/plan), and as a page."""
