@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from peftc.api import compile, get_peft_model_state_dict, load, load_spec, plan, set_peft_model_state_dict
+from peftc.api import calibrate, compile, get_peft_model_state_dict, load, load_spec, plan, set_peft_model_state_dict
 from peftc.checkpoint import LoadResult
 from peftc.compiled import CompiledModel
 from peftc.errors import (
@@ -25,6 +25,7 @@ from peftc.plan import Plan
 from peftc.prompts.rule import PromptRule
 from peftc.prompts.specs import PromptSpec
 from peftc.registry import register, spec_class_named, spec_classes, unregister
+from peftc.rewrite.calibration import Calibration
 from peftc.rewrite.passes import Pass
 from peftc.rewrite.program_passes import program_passes
 from peftc.rule import Param, Rule
@@ -34,6 +35,7 @@ from peftc.stream import merge_checkpoint, unmerge_checkpoint
 __all__ = [
     "AdapterError",
     "AdapterSpec",
+    "Calibration",
     "CaptureError",
     "CheckpointError",
     "CompiledModel",
@@ -55,6 +57,7 @@ __all__ = [
     "RuleError",
     "Shape",
     "SpecError",
+    "calibrate",
     "compile",
     "get_peft_model_state_dict",
     "load",

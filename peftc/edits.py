@@ -150,3 +150,7 @@ class Planned:
     autocast_adapter_dtype: bool
     costs: Costs
     version: int = VERSION
+
+    def edits_of(self, adapter: str) -> list[Edit]:
+        """The edits of one adapter, in order."""
+        return [edit for edit in self.edits if edit.adapter == adapter]

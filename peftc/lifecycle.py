@@ -19,11 +19,15 @@ from peftc.merge.combine import checked, combined_spec, fill, pairs
 from peftc.plan import Plan, make_plan, without
 from peftc.plan.heads import with_heads
 from peftc.rewrite.build import check_names, extend, parked, remove, require_applicable
+from peftc.rewrite.calibration import Calibration, needs_data, observe, require_data
 from peftc.rewrite.processes import require_growable
 from peftc.rewrite.program import Program, require_idle
 from peftc.rewrite.switch import activate, emit
 from peftc.rule import Combination
 from peftc.specs import AdapterSpec
+
+# Batches to calibrate on, or what came of it before.
+Batches = Calibration | Iterable[Any] | None
 
 
 def looked_through(model: nn.Module) -> nn.Module:
@@ -93,9 +97,10 @@ def add(
     on_unmatched: str,
     fresh: bool = True,
     autocast: bool | None = None,
+    calibration: Batches = None,
 ) -> None:
     """Attach a new adapter, inactive. `fresh=False`: its values are about to be loaded. `autocast`: in float32 where
-    weights are of half precision; None: as the first adapters were.
+    weights are of half precision; None: as the first adapters were. `calibration`: as in `calibrated`.
     """
     require_idle(program)
     if name in program.plan.adapters:
@@ -106,20 +111,55 @@ def add(
         specs = {name: with_heads(base, spec) if fresh else spec}
         before = program.plan
         upcast = before.autocast_adapter_dtype if autocast is None else autocast
-        plan, regions = make_plan(base, specs, before.capture, upcast, before, fresh, _flat(program))
+
+        def planned_with(specs: Mapping[str, AdapterSpec]) -> tuple[Plan, tuple[Region, ...]]:
+            return make_plan(base, specs, before.capture, upcast, before, fresh, _flat(program))
+
+        plan, regions = planned_with(specs)
+        if calibration is not None:  # Before the model is run.
+            require_applicable(plan, on_unmatched)
+        specs, starts = calibrated(base, plan, specs, calibration)
+        if starts:
+            plan, regions = planned_with(specs)
         plan = replace(plan, autocast_adapter_dtype=before.autocast_adapter_dtype)
         require_applicable(plan, on_unmatched)
         check_names(base, plan, [name])
+        if fresh:
+            require_data(plan, [name], starts)
     if plan.capture == "modules":
         # A host that is there already keeps its region, and with it its code.
         known = {region.host for region in program.regions}
         regions = (*program.regions, *(region for region in regions if region.host not in known))
     try:
-        extend(program, plan, regions, [name], fresh)
+        extend(program, plan, regions, [name], fresh, starts)
         emit(program)
     except BaseException:
         _shrink(program, name)
         raise
+
+
+def calibrated(
+    base: nn.Module, plan: Plan, specs: Mapping[str, AdapterSpec], calibration: Batches
+) -> tuple[Mapping[str, AdapterSpec], Mapping[str, Mapping[str, Any]]]:
+    """The specs as data decide them, and what their adapters start from, by adapter and site.
+
+    `plan` is that of `specs` on `base`; `calibration`: batches to run it on, or what came of that before. Raises
+    AdapterError if it is given and nothing starts from data, or it is of another spec.
+    """
+    if calibration is None:
+        return specs, {}
+    own = {name: spec for name, spec in specs.items() if needs_data(plan.adapters[name], plan.edits_of(name))}
+    if not own:
+        raise AdapterError("calibration: no adapter here starts from data; leave it out")
+    if isinstance(calibration, Calibration):
+        if any(spec not in (calibration.given, calibration.spec) for spec in own.values()):
+            raise AdapterError("calibration: it was made with another spec; calibrate again, with this one")
+        found = dict.fromkeys(own, calibration)
+    else:
+        if len(own) > 1 and iter(calibration) is calibration:
+            raise AdapterError("calibration: an iterator can be gone through for one adapter only; give a list")
+        found = {name: observe(base, plan, name, spec, calibration) for name, spec in own.items()}
+    return {**specs, **{name: one.spec for name, one in found.items()}}, {n: one.data for n, one in found.items()}
 
 
 def _flat(program: Program) -> Flat | None:

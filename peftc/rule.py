@@ -6,7 +6,7 @@ sees weight layouts, adapter names, devices, checkpoint prefixes or model classe
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
@@ -250,13 +250,33 @@ class Rule(Generic[S]):
         """
         return spec, tensors
 
-    def calibrate(self, x: Tensor, state: Any, p: Any) -> Any:
-        """A pass over data before training, `compiled.calibrate`: the site's `state` after its input `x`; None at first."""
+    def calibration(self, spec: S) -> Literal["inputs", "gradients"] | None:
+        """What a fresh adapter has to be shown of data before it starts: what its sites get, or the gradients of the loss
+        by their weights; None: nothing.
+        """
         return None
 
-    def calibrated(self, weight: Tensor, state: Any, p: Any) -> dict[str, Tensor]:
-        """The parameters that the pass gives, by name, from its last `state` and the canonical `weight`."""
-        return {}
+    def counted(self, spec: S, batch: Any) -> Tensor | None:
+        """Which of the positions of a `batch`, as the model is called with it, count; None: all."""
+        return None
+
+    def calibrate(self, spec: S, sites: Sequence[Any], x: Tensor, state: Any) -> Any:
+        """What is known of the inputs of `sites`, who all read the same, after the rows `x` (n, in); None at first."""
+        raise NotImplementedError
+
+    def settled(self, spec: S, states: Mapping[str, Any]) -> Collection[str] | None:
+        """The sites of which enough is known, where batches are gone through until all are; None: each batch once.
+
+        `states`: by site in the model's order, the very same object for sites that read the same.
+        """
+        return None
+
+    def calibrated(self, spec: S, states: Mapping[str, Any]) -> tuple[S, Mapping[str, Any]]:
+        """The spec as data decides it, and by site what `initialise` gets as `p.data`.
+
+        `states` as in `settled`; of gradients, their means over all calls, canonical and in float32 at least.
+        """
+        return spec, states
 
     def unfold(self, weight: Tensor, p: Any) -> Tensor:
         """An estimate of the weight that `weight` made this one from, by elementwise float64 arithmetic and products.
@@ -267,7 +287,8 @@ class Rule(Generic[S]):
 
     def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
         """Values of the parameters whose `init` is `rule`, from the canonical `weight`, `p.bias` and the parameters that
-        have theirs already, in float32 at least.
+        have theirs already, in float32 at least; and from `p.data`, which is None without calibration. `weight` is empty
+        where the site has no plain one: `check` refuses that where it is needed.
         """
         raise NotImplementedError
 

@@ -321,11 +321,17 @@ def _allocated(part: Part, param: PlannedParam, device: torch.device, layout: La
 
 
 def start(
-    part: Part, spec: AdapterSpec, params: list[PlannedParam], host: nn.Module, weight: nn.Parameter | None, mesh: Any
+    part: Part,
+    spec: AdapterSpec,
+    params: list[PlannedParam],
+    host: nn.Module,
+    weight: nn.Parameter | None,
+    mesh: Any,
+    data: Any = None,
 ) -> None:
     """Initialise `params` of a part as a new adapter has them: the same on all processes of `mesh`, if that is not None.
 
-    `host`: the site's module, `weight` its weight.
+    `host`: the site's module, `weight` its weight; `data`: what calibration found there.
     """
     if part.edit.rule.container is not None:
         if params and not part.edit.whole:
@@ -344,7 +350,7 @@ def start(
             fill(tensors[param.name], param.init, param.seed)
     _start_drawn(part.edit, {param.name: tensors[param.name] for param in given if param.init == "drawn"})
     if by_rule:
-        _start_by_rule(part, by_rule, tensors, weight, host._parameters.get("bias"))
+        _start_by_rule(part, by_rule, tensors, weight, host._parameters.get("bias"), data)
     spread(tensors.values(), mesh)
     for name, tensor in tensors.items():
         if is_sharded(live[name]):
@@ -402,16 +408,18 @@ def _start_by_rule(
     tensors: Mapping[str, Tensor],
     weight: nn.Parameter | None,
     bias: nn.Parameter | None,
+    data: Any,
 ) -> None:
-    edit, rule = part.edit, part.edit.rule
-    assert weight is not None, "the rule's check() asks for a weight"
-    assert isinstance(part.site, WeightSite), "other rules declare modules"
-    _require_there(part, weight)
+    edit, rule, site = part.edit, part.edit.rule, part.site
+    assert isinstance(site, WeightSite), "other rules declare modules"
+    if weight is not None:
+        _require_there(part, weight)
     shapes = {param.name: param.shape for param in edit.params if param.init == "rule"}
+
     try:
         with torch.no_grad():
-            base = wide(canonical(whole(weight), part.site))
-            lazy = {"bias": lambda: None if bias is None else wide(whole(bias))}
+            base = torch.empty(0) if weight is None else wide(canonical(whole(weight), site))
+            lazy = {"bias": lambda: None if bias is None else wide(whole(bias)), "data": lambda: data}
             values = rule.initialise(base, shapes, Bound({**_others(part, tensors, shapes), **edit.constants}, lazy))
             for param in params:
                 tensors[param.name].copy_(values[param.name])

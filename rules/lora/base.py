@@ -11,7 +11,8 @@ from peftc.rule import Combination, Constant, Part, Rule
 
 from .combination import COMBINATIONS, combined_factors, combined_spec
 from .config import LoraConfig
-from .factors import init_names, starts_from_weight
+from .factors import init_names
+from .starts import starts_from_weight
 from .task_arithmetic import checked
 
 
@@ -41,7 +42,7 @@ class Lora(Rule[LoraConfig]):
             "biased": spec.lora_bias,
             "residual": starts_from_weight(spec),
             "groups": site.groups,
-            **({"init": str(init)} if init_names(spec, site)[0] == "rule" else {}),
+            **({"init": str(init)} if "rule" in init_names(spec, site) else {}),
         }
 
     def dropouts(self, spec: LoraConfig, site: WeightSite) -> dict[str, float]:

@@ -1,11 +1,10 @@
 """LoRA: what to adapt, and with which rank."""
 
 import math
-import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from peftc.specs import LayerSelection, ParameterSelection, PatternedAlpha, PatternedRank
@@ -13,19 +12,22 @@ from peftc.specs.base import AdapterSpec, TrainedBiases
 from peftc.specs.selection import first_match
 
 from ..trainable_tokens import TokensBeside
+from .start_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, init_name
 
-INITS = ("gaussian", "olora", "pissa", "orthogonal")
+T = TypeVar("T")
 
 
-def _init_name(value: Any) -> Any:
-    """Lower case, as PEFT accepts names in any case; unknown names are refused with the known ones."""
-    if not isinstance(value, str):
-        return value
-    name = value.lower()
-    if name not in INITS and not re.fullmatch(r"pissa_niter_[1-9]\d*", name):
-        hint = " (a trained adapter's file loads with true: its weights replace the start)" if name == "eva" else ""
-        raise ValueError(f"unknown initialisation; valid are true, false, {', '.join(INITS)}, pissa_niter_<n>{hint}")
-    return name
+def _loftq(value: Any) -> Any:
+    """What is empty, or None, is off, as in PEFT's files."""
+    return LoftQConfig.model_validate(value) if value else {}
+
+
+def exact_patterns(values: Mapping[str, T], default: T | None) -> dict[str, T]:
+    """Keys and values of a pattern that gives the modules `values`, but for those that have the default anyway."""
+    # A key matches every fqn that ends with it, and the first wins: longer ones go first.
+    other = [fqn for fqn in values if values[fqn] != default]
+    named = [fqn for fqn in values if fqn in other or any(fqn.endswith(f".{key}") for key in other)]
+    return {fqn: values[fqn] for fqn in sorted(named, key=len, reverse=True)}
 
 
 class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlpha, TokensBeside):
@@ -35,8 +37,11 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     arXiv:2312.03732). `rank_pattern` and `alpha_pattern` override both per module: the first key for which
     `re.match(rf"(.*\\.)?({key})$", fqn)` holds wins. `layers_to_transform` keeps the layers with these indices;
     `layers_pattern` names the list that holds them. `bias` trains base biases (`all`, or those of adapted modules).
-    `init_lora_weights`: true (A kaiming-uniform, B zero), false (both random), `gaussian`, `orthogonal`, `olora`
-    (arXiv:2406.01775), `pissa`, `pissa_niter_<n>` (arXiv:2404.02948).
+    `init_lora_weights`: true (A kaiming-uniform, B zero), false (both random), `gaussian`, `orthogonal`; from the weight,
+    `olora` (arXiv:2406.01775), `pissa`, `pissa_niter_<n>` (arXiv:2404.02948), `mica` (its least directions, which B keeps;
+    arXiv:2604.01694); from its quantisation, `loftq` (arXiv:2310.08659, `loftq_config`); and from data, which
+    `compile(…, calibration=batches)` shows: `eva` (arXiv:2410.07170, `eva_config`), `corda` (arXiv:2406.05223,
+    `corda_config`), `lora_ga` (arXiv:2407.05000, `lora_ga_config`).
     `use_dora` trains a magnitude for every output beside the direction (Liu et al. 2024, arXiv:2402.09353).
     `fan_in_fan_out` is informative: the layout is read off the module.
     `target_parameters` names parameters (`experts.gate_up_proj`) that no linear holds: matrices, or one for each expert in
@@ -61,10 +66,6 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     informative = AdapterSpec.informative | {
         "megatron_core",
         "qalora_group_size",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
         "runtime_config",
         "enable_lora",
     }
@@ -77,7 +78,19 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     use_rslora: bool = False
     lora_bias: bool = False
     use_dora: bool = False
-    init_lora_weights: Annotated[bool | str, BeforeValidator(_init_name)] = True
+    init_lora_weights: Annotated[bool | str, BeforeValidator(init_name)] = True
+    loftq_config: Annotated[LoftQConfig | dict[Any, Any], BeforeValidator(_loftq)] = Field(default_factory=dict)
+    eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_start(self) -> Self:
+        if self.init_lora_weights == "loftq" and not isinstance(self.loftq_config, LoftQConfig):
+            raise ValueError("init_lora_weights='loftq' needs loftq_config: give it, as {\"loftq_bits\": 4}")
+        if self.lora_bias and not isinstance(self.init_lora_weights, bool):
+            raise ValueError("lora_bias needs init_lora_weights=True or False")
+        return self
 
     @property
     def trained_biases(self) -> TrainedBiases:
