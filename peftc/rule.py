@@ -33,7 +33,8 @@ class Param:
     `key`: its name in checkpoints, by default its name in the rule; the live name has the adapter's name after the
     first part (`lora_A.weight` is the parameter `lora_A.default.weight`). `dtype`: its own, if not the adapter's; an
     integer one is never trained. `trainable=False`: frozen; saved only if its `init` is `rule`, or `drawn` without a
-    `seed`, and a file without it leaves it as it was initialised. `stored`: files hold this many times the tensor.
+    `seed`, and a file without it leaves it as it was initialised. `kept=False`: files never have it, as it follows from the
+    weight (`init` is `rule`). `stored`: files hold this many times the tensor.
     `use` is for the FLOPs of the plan: a `matrix` is multiplied with (two per element and token), a `vector` scales or
     is added (one), a `lookup` table is only indexed.
     `axes`: one letter per dimension, `o` if it runs along the rows of the canonical weight, `i` along its columns, any
@@ -51,6 +52,7 @@ class Param:
     dtype: str | None = None
     seed: int | None = None
     stored: float = 1.0
+    kept: bool = True
 
 
 class Bound:

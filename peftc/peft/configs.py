@@ -26,7 +26,7 @@ _MISSPELT = {"encoder_reprameterization_type": "encoder_reparameterization_type"
 _SETS = ("target_modules", "exclude_modules", "feedforward_modules")
 _VERSION = "peft_version"
 # What fields that only inform have by default in PEFT, where that is not None.
-_INFORMATIVE = {"loftq_config": {}, "megatron_core": "megatron.core", "qalora_group_size": 16}
+_INFORMATIVE = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 _ENUMS = {
     "prompt_tuning_init": PromptTuningInit,
     "encoder_reparameterization_type": PromptEncoderReparameterizationType,

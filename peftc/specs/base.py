@@ -204,7 +204,9 @@ def _explain(cls: type[AdapterSpec], item: Any) -> str:
     path = [part for part in item["loc"] if part not in ("str", "int", "float", "bool", "tuple[str, ...]")]
     field = ".".join(str(part) for part in path if not str(part).startswith(("function-", "constrained-", "literal[")))
     message = str(item["msg"]).removeprefix("Value error, ")
-    if item["type"] == "extra_forbidden" or not field:
+    if item["type"] == "extra_forbidden":
+        return f"{field}: no such field"
+    if not field:
         return message
     if item["type"] == "missing":
         return f"{field} is missing; give it"

@@ -3,6 +3,7 @@
 from .config import LoraConfig
 from .dora import DoraConv, DoraEmbedding, DoraLinear
 from .linear import LoraConv, LoraEmbedding, LoraLinear
+from .loftq import LoftqLinear
 from .parameter import LoraParameter
 
 __all__ = ["RULES", "LoraConfig"]
@@ -10,4 +11,5 @@ __all__ = ["RULES", "LoraConfig"]
 RULES = (
     *(LoraLinear(), LoraEmbedding(), LoraConv(), LoraParameter()),
     *(DoraLinear(), DoraEmbedding(), DoraConv()),
+    LoftqLinear(),
 )

@@ -25,6 +25,9 @@ class LoraLinear(Lora):
 
     ops = ("linear",)
 
+    def serves(self, spec: LoraConfig) -> bool:
+        return super().serves(spec) and spec.init_lora_weights != "loftq"
+
     def params(self, spec: LoraConfig, site: WeightSite) -> dict[str, Param]:
         r = spec.rank_for(site.name)
         a, b = (r, site.in_features), (site.out_features, r)

@@ -38,6 +38,7 @@ SPECS: dict[str, peftc.AdapterSpec] = {
     "Bat": peftc.MissConfig(r=2, init_weights="bat"),
     "Road": peftc.RoadConfig(group_size=2),
     "C3A": peftc.C3AConfig(block_size=2),
+    "LoftqLinear": peftc.LoraConfig(r=2, init_lora_weights="loftq", loftq_config={"loftq_bits": 4}),
     **{f"Dora{op}": peftc.LoraConfig(use_dora=True) for op in ("Linear", "Embedding", "Conv")},
 }
 
