@@ -32,6 +32,7 @@ _HOMES = (
     "hotswap",
     "contexts",
     "conversion",
+    "starts",
 )
 # Names that are not those of what serves them.
 _OTHERWISE = {"_get_submodules": "functions.submodules_at", "BasePromptEncoder": "encoders.PromptEmbedding"}

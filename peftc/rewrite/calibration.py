@@ -22,6 +22,7 @@ from peftc.specs import AdapterSpec
 # How often batches are gone through again until every site is settled.
 ROUNDS = 100
 
+_END = object()
 Call = Callable[[Any, Any], Any]
 Rows = Callable[[Tensor, Any, str], Tensor]
 
@@ -66,11 +67,13 @@ def observe(
     batches: Iterable[Any],
     call: Call | None = None,
     rows: Rows | None = None,
+    share: bool = True,
 ) -> Calibration:
     """Run `base` over `batches` and let the rules of `adapter` see what they start from.
 
     `call` runs the model on a batch (for gradients: and returns the loss, or None if it went backward itself); `rows` takes
-    from what a site got in a batch, by its fqn, the rows to look at. Raises AdapterError; the model is as it was.
+    from what a site got in a batch, by its fqn, the rows to look at. `share=False`: without a call to see which sites read
+    the same. Raises AdapterError; the model is as it was.
     """
     spec = plan.adapters[adapter]
     edits = needs_data(spec, plan.edits_of(adapter))
@@ -82,7 +85,7 @@ def observe(
         if kinds == {"gradients"}:
             states = _gradients(base, watched, batches, call or _loss)
         else:
-            states = _inputs(_Pass(base, plan, spec, edits, watched, call or run, rows), batches)
+            states = _inputs(_Pass(base, plan, spec, edits, watched, call or run, rows, share), batches)
     unseen = [site for site in watched if states.get(site) is None]
     if unseen:
         raise AdapterError(
@@ -177,9 +180,12 @@ class _Pass:
     watched: Mapping[str, nn.Module]
     call: Call
     rows: Rows | None
+    share: bool
 
     def groups(self, batch: Any) -> list[list[str]]:
         """The sites by what they read, as one batch shows it."""
+        if not self.share:
+            return [[fqn] for fqn in self.watched]
         read: dict[str, list[Tensor]] = {fqn: [] for fqn in self.watched}
         keys: dict[str, list[Any]] = {fqn: [] for fqn in self.watched}
 
@@ -231,8 +237,8 @@ def _inputs(own: _Pass, batches: Iterable[Any]) -> dict[str, Any]:
     """What the rules know of every site's inputs after the batches, which are gone through again if they ask for it."""
     states: dict[str, Any] = {}
     rest = iter(batches)
-    first = next(rest, None)
-    if first is None:
+    first = next(rest, _END)
+    if first is _END:
         return states
     again = ROUNDS if own.settled(states) is not None and rest is not batches else 0
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """The fields every adapter spec has, and how a wrong one is reported."""
 
+import dataclasses
 import enum
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -23,11 +24,13 @@ TASK_HEADS: Mapping[str, tuple[str, ...]] = {
 
 
 def plain(value: Any) -> Any:
-    """`value` in terms JSON has: enum members as their values, sets as sorted lists."""
+    """`value` in terms JSON has: enum members as their values, sets as sorted lists, dataclasses by their fields."""
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, Mapping):
         return {plain(key): plain(item) for key, item in cast(Mapping[Any, Any], value).items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
     if isinstance(value, set | frozenset):
         return sorted((plain(item) for item in cast(Iterable[Any], value)), key=str)
     if isinstance(value, list | tuple):

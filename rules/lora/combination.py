@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite
 from peftc.rule import Combination, Part
+from peftc.specs.selection import exact_patterns
 
-from .config import LoraConfig, exact_patterns
+from .config import LoraConfig
 from .starts import starts_from_weight
 from .task_arithmetic import COMBINE, combine_tensors
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
@@ -14,20 +14,10 @@ from peftc.specs.selection import first_match
 from ..trainable_tokens import TokensBeside
 from .start_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, init_name
 
-T = TypeVar("T")
-
 
 def _loftq(value: Any) -> Any:
     """What is empty, or None, is off, as in PEFT's files."""
     return LoftQConfig.model_validate(value) if value else {}
-
-
-def exact_patterns(values: Mapping[str, T], default: T | None) -> dict[str, T]:
-    """Keys and values of a pattern that gives the modules `values`, but for those that have the default anyway."""
-    # A key matches every fqn that ends with it, and the first wins: longer ones go first.
-    other = [fqn for fqn in values if values[fqn] != default]
-    named = [fqn for fqn in values if fqn in other or any(fqn.endswith(f".{key}") for key in other)]
-    return {fqn: values[fqn] for fqn in sorted(named, key=len, reverse=True)}
 
 
 class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlpha, TokensBeside):

@@ -15,8 +15,9 @@ from torch.nn import functional as F
 
 from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite
+from peftc.specs.selection import exact_patterns
 
-from .config import LoraConfig, exact_patterns
+from .config import LoraConfig
 from .start_configs import EvaConfig
 
 _SEED = 42

@@ -16,23 +16,23 @@ from .start_configs import LoraGAConfig
 def decide(spec: LoraConfig, states: Mapping[str, Tensor]) -> tuple[LoraConfig, Mapping[str, Any]]:
     """The mean gradient by site, and what the spec says of it."""
     told = spec.lora_ga_config or LoraGAConfig()
-    return spec, {site: (gradient, told) for site, gradient in states.items()}
+    return spec, {site: (gradient, told.direction, told.scale, told.stable_gamma) for site, gradient in states.items()}
 
 
-def start(weight: Tensor, data: tuple[Tensor, LoraGAConfig], r: int, scaling: float) -> tuple[Tensor, Tensor]:
+def start(weight: Tensor, data: tuple[Tensor, str, str, int], r: int, scaling: float) -> tuple[Tensor, Tensor]:
     """A (r, in) and B (out, r). A randomised SVD: what it draws is torch's to say (manual_seed)."""
-    gradient, told = data
+    gradient, direction, scale, gamma = data
     gradient = gradient.to(device=weight.device, dtype=weight.dtype)
     u, s, v = torch.svd_lowrank(gradient, q=min(4 * r, *gradient.shape), niter=4)
-    for_a, for_b = _places(told.direction, r)
+    for_a, for_b = _places(direction, r)
     a, values = v.mT[for_a], s[for_b]
     b = u[:, for_b] * values
-    if told.scale == "stable":
-        b = b * (weight.shape[0] ** 0.25 / told.stable_gamma**0.5)
-    elif told.scale == "weight_svd":
+    if scale == "stable":
+        b = b * (weight.shape[0] ** 0.25 / gamma**0.5)
+    elif scale == "weight_svd":
         largest = torch.svd_lowrank(weight, q=r, niter=4)[1][0]
         b = b * (largest / values[0]) if values[0] > 0 else b
-    elif told.scale == "gd_scale":
+    elif scale == "gd_scale":
         a, b = a / scaling, b / scaling
     return a.contiguous(), b.contiguous()
 
