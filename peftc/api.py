@@ -11,7 +11,7 @@ from peftc.checkpoint import LoadResult, SaveEmbeddings, load_state, saved_state
 from peftc.compiled import CompiledModel, OnUnmatched
 from peftc.graph.copying import structural_copy
 from peftc.graph.region import Capture
-from peftc.lifecycle import Batches, calibrated, looked_through, planned, require_known, require_unmerged
+from peftc.lifecycle import Batches, calibrated, looked_through, planned, require_known, require_unmerged, reshaped
 from peftc.plan import Plan, require_same
 from peftc.plan.heads import unsaved
 from peftc.registry import spec_classes
@@ -52,25 +52,25 @@ def compile(
     PlanError (the model is not the planned one). Nothing is changed then.
     """
     model = looked_through(model)
-    with no_collection():
-        specs = spec.adapters if isinstance(spec, Plan) else load_specs(spec, adapter_name, spec_classes())
-        level, autocast = capture, autocast_adapter_dtype
-        if isinstance(spec, Plan):
-            level, autocast = spec.capture, spec.autocast_adapter_dtype
-        made, regions = planned(model, specs, level, autocast, inputs=inputs)
+    specs = spec.adapters if isinstance(spec, Plan) else load_specs(spec, adapter_name, spec_classes())
+    level, autocast = capture, autocast_adapter_dtype
+    if isinstance(spec, Plan):
+        level, autocast = spec.capture, spec.autocast_adapter_dtype
+    with no_collection(), reshaped(model, specs, inplace) as base:
+        made, regions = planned(base, specs, level, autocast, inputs=inputs)
         if calibration is not None:  # Before the model is run.
             require_applicable(made, on_unmatched)
-        specs, starts = calibrated(_to_be_run(model, inplace, calibration), made, specs, calibration)
+        specs, starts = calibrated(_to_be_run(base, inplace, calibration), made, specs, calibration)
         if starts:
-            made, regions = planned(model, specs, level, autocast, inputs=inputs)
+            made, regions = planned(base, specs, level, autocast, inputs=inputs)
         if isinstance(spec, Plan):
             require_same(spec, made)
             made = spec
         require_applicable(made, on_unmatched)
-        lost = unsaved(model, made)
+        lost = unsaved(base, made)
         if lost is not None:
             warnings.warn(lost, stacklevel=2)
-        return CompiledModel(build(model, made, regions, inplace, fresh=True, passes=passes, starts=starts))
+        return CompiledModel(build(base, made, regions, inplace, fresh=True, passes=passes, starts=starts))
 
 
 def calibrate(
@@ -95,9 +95,10 @@ def calibrate(
     """
     model = looked_through(model)
     own = load_spec(spec)
-    made = planned(model, {"default": own}, "modules", True)[0]
-    require_applicable(made, "error")
-    return observe(structural_copy(model), made, "default", own, batches, call, rows)
+    with reshaped(model, {"default": own}) as base:
+        made = planned(base, {"default": own}, "modules", True)[0]
+        require_applicable(made, "error")
+        return observe(structural_copy(base), made, "default", own, batches, call, rows)
 
 
 def _to_be_run(model: nn.Module, inplace: bool, calibration: Batches) -> nn.Module:
@@ -124,8 +125,9 @@ def plan(
     """
     model = looked_through(model)
     specs = load_specs(spec, adapter_name, spec_classes())
-    made = planned(model, specs, capture, autocast_adapter_dtype, inputs=inputs)[0]
-    lost = unsaved(model, made)
+    with reshaped(model, specs) as base:
+        made = planned(base, specs, capture, autocast_adapter_dtype, inputs=inputs)[0]
+        lost = unsaved(base, made)
     return made if lost is None else replace(made, cautions=(*made.cautions, lost))
 
 

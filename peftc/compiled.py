@@ -364,16 +364,17 @@ class CompiledModel(CompiledFiles):
         given = None if config is None else load_spec(config, spec_classes())
         files = read_adapter(folder, config=given, is_trainable=is_trainable, allow_pickle=allow_pickle, verify=verify)
         model = lifecycle.looked_through(model)
-        files = files.on(model)
-        spec = respelled_spec(model, files.spec, files.tensors)
-        made, regions = lifecycle.planned(
-            model, {adapter_name: spec}, capture, autocast_adapter_dtype, fresh=False, inputs=inputs
-        )
-        require_applicable(made, "warn")
-        compiled = cls(build(model, made, regions, inplace, fresh=False))
-        try:
-            lifecycle.fill_from(compiled.program, adapter_name, files, strict)
-        except BaseException:
-            compiled.unload()
-            raise
+        with lifecycle.reshaped(model, {adapter_name: files.spec}, inplace) as base:
+            files = files.on(base)
+            spec = respelled_spec(base, files.spec, files.tensors)
+            made, regions = lifecycle.planned(
+                base, {adapter_name: spec}, capture, autocast_adapter_dtype, fresh=False, inputs=inputs
+            )
+            require_applicable(made, "warn")
+            compiled = cls(build(base, made, regions, inplace, fresh=False))
+            try:
+                lifecycle.fill_from(compiled.program, adapter_name, files, strict)
+            except BaseException:
+                compiled.unload()
+                raise
         return compiled if is_trainable else compiled.eval()

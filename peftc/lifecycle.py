@@ -1,7 +1,8 @@
 """Adapters coming and going: what `CompiledModel`'s methods do to its program, all of it or nothing."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -60,9 +61,45 @@ def planned(
         raise AdapterError("the model is compiled already: use its add_adapter or its .plan, or unload it first")
     if isinstance(cast(Any, model), nn.Module):
         require_growable(model)
+    _require_shape(model, specs)
     if fresh:
         specs = {name: with_heads(model, spec) for name, spec in specs.items()}
     return make_plan(model, specs, capture, autocast, fresh=fresh, flat=whole(model, capture, inputs))
+
+
+@contextmanager
+def reshaped(model: nn.Module, specs: Mapping[str, AdapterSpec], inplace: bool = False) -> Generator[nn.Module]:
+    """The model that adapters of `specs` are put on, which may have other modules: `model`, a copy, or, with `inplace`,
+    `model` itself with these modules, which has its own again if anything fails.
+    """
+    new = model
+    for spec in specs.values() if not isinstance(model, CompiledGraph) else ():
+        new = spec.reshaped(new)
+    if new is model or not inplace:
+        yield new
+        return
+    before = dict(model.__dict__)
+    _become(model, new.__dict__)
+    try:
+        yield model
+    except BaseException:
+        _become(model, before)
+        raise
+
+
+def _become(model: nn.Module, state: Mapping[str, Any]) -> None:
+    model.__dict__.clear()
+    model.__dict__.update(state)
+
+
+def _require_shape(model: nn.Module, specs: Mapping[str, AdapterSpec]) -> None:
+    """Raise AdapterError if `specs` are for a model with other modules than `model` has."""
+    for name, spec in specs.items():
+        if spec.reshaped(model) is not model:
+            raise AdapterError(
+                f"adapter {name!r} is for a model with other layers than this one has, which peftc.compile and peftc.load"
+                " make of its base. It can't be added to this one, nor merged on disk"
+            )
 
 
 def named(names: str | Iterable[str]) -> list[str]:
@@ -108,6 +145,7 @@ def add(
     require_unmerged(program, "add_adapter")
     require_growable(program.base)
     with parked(program) as base:
+        _require_shape(base, {name: spec})
         specs = {name: with_heads(base, spec) if fresh else spec}
         before = program.plan
         upcast = before.autocast_adapter_dtype if autocast is None else autocast

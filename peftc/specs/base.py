@@ -193,6 +193,12 @@ class AdapterSpec(BaseModel):
         """This spec and the tensors of its file as an adapter of `model` has them, where the file is of an older model."""
         return self, tensors
 
+    def reshaped(self, model: nn.Module) -> nn.Module:
+        """The model that adapters of this spec are put on: `model`, or a copy with other modules, which share its tensors,
+        that knows that it is one. Raises SpecError.
+        """
+        return model
+
     def scaled(self, factor: float) -> Self:
         """The spec of an adapter that changes the base `factor` times as much. Raises SpecError if the method has none."""
         raise SpecError(f"{type(self).__name__} has no field that scales the adapter")

@@ -12,7 +12,14 @@ from peftc.specs.base import AdapterSpec, TrainedBiases
 from peftc.specs.selection import first_match
 
 from ..trainable_tokens import TokensBeside
+from .replication import replicated
 from .start_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, init_name
+
+Range = Annotated[tuple[int, int], Field(strict=False)]
+
+
+def _ranges(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _loftq(value: Any) -> Any:
@@ -33,6 +40,8 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     `compile(…, calibration=batches)` shows: `eva` (arXiv:2410.07170, `eva_config`), `corda` (arXiv:2406.05223,
     `corda_config`), `lora_ga` (arXiv:2407.05000, `lora_ga_config`).
     `use_dora` trains a magnitude for every output beside the direction (Liu et al. 2024, arXiv:2402.09353).
+    `layer_replication`, [[0, 4], [2, 5]], makes a deeper model of the layers 0 to 3 and 2 to 4, which share the weights and
+    have adapters of their own.
     `fan_in_fan_out` is informative: the layout is read off the module.
     `target_parameters` names parameters (`experts.gate_up_proj`) that no linear holds: matrices, or one for each expert in
     three dimensions. They, and the weights of an nn.MultiheadAttention in `target_modules`, are adapted as weights.
@@ -44,7 +53,6 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
 
     not_implemented: ClassVar[Mapping[str, Any]] = {
         "use_qalora": False,
-        "layer_replication": None,
         "megatron_config": None,
         "velora_config": None,
         "alora_invocation_tokens": None,
@@ -73,11 +81,16 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     eva_config: EvaConfig | None = None
     corda_config: CordaConfig | None = None
     lora_ga_config: LoraGAConfig | None = None
+    layer_replication: Annotated[tuple[Range, ...], BeforeValidator(_ranges)] | None = None
 
     @model_validator(mode="after")
     def _check_start(self) -> Self:
         if self.init_lora_weights == "loftq" and not isinstance(self.loftq_config, LoftQConfig):
             raise ValueError("init_lora_weights='loftq' needs loftq_config: give it, as {\"loftq_bits\": 4}")
+        if self.layer_replication and self.bias != "none":
+            raise ValueError(
+                f"bias={self.bias!r} trains the base's biases, which replicated layers share: leave one out"
+            )
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise ValueError("lora_bias needs init_lora_weights=True or False")
         return self
@@ -91,6 +104,9 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
 
         new, tensors = fused(self, model, tensors)
         return cast(Self, new), tensors
+
+    def reshaped(self, model: nn.Module) -> nn.Module:
+        return replicated(model, self.layer_replication) if self.layer_replication else model
 
     def scaled(self, factor: float) -> Self:
         pattern = {key: alpha * factor for key, alpha in self.alpha_pattern.items()}
