@@ -280,6 +280,12 @@ class Rule(Generic[S]):
         """
         return spec, states
 
+    def begins(self, ids: Tensor, p: Any) -> Tensor:
+        """For methods that act from some place in the text on: where in the token `ids` (rows, tokens) of a call that is,
+        (rows,); as many as there are tokens: nowhere. `output` then has `p.acts(x)`, the positions of `x` that it acts on.
+        """
+        raise NotImplementedError
+
     def unfold(self, weight: Tensor, p: Any) -> Tensor:
         """An estimate of the weight that `weight` made this one from, by elementwise float64 arithmetic and products.
 

@@ -15,6 +15,7 @@ from peftc.peft.methods import METHODS
 from peftc.peft.roots import Root, attach, release, require_root, root_of
 from peftc.peft.types import PeftType
 from peftc.registry import is_own
+from peftc.rewrite.calling import calling
 from peftc.rewrite.learning import after_step, with_penalty
 from peftc.rewrite.mixed import mixed
 
@@ -174,12 +175,19 @@ class BaseTuner(nn.Module):
 
 def call(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], several: bool = False) -> Any:
     """A call of `base`, or of its `generate` if `several`; `adapter_names` among `kwargs`: the adapters of rows."""
-    names = kwargs.pop("adapter_names", None)
+    names, root = kwargs.pop("adapter_names", None), root_of(base)
     run = cast(Any, base).generate if several else base
-    if names is None:
+    if root is None and names is None:
         return run(*args, **kwargs)
-    with mixed(require_root(base).program, names, several=several):
-        return run(*args, **kwargs)
+    program = require_root(base).program
+    with calling(program, args, kwargs, names) as tell:
+        if names is None:
+            output = run(*args, **kwargs)
+        else:
+            with mixed(program, names, several=several):
+                output = run(*args, **kwargs)
+        tell(output)
+        return output
 
 
 def _unloaded(base: nn.Module, unload: Callable[[Root], nn.Module]) -> nn.Module:

@@ -22,7 +22,7 @@ from peftc.rewrite.checkpointing import let_gradients_through
 from peftc.rewrite.holders import Group
 from peftc.rewrite.hosts import BOUND, install, is_host, original_class, reads, uninstall
 from peftc.rewrite.learning import watch_steps
-from peftc.rewrite.parts import Adapter, attach, containers, detach, start, weight_of
+from peftc.rewrite.parts import Adapter, asks, attach, containers, detach, start, weight_of
 from peftc.rewrite.passes import Pass
 from peftc.rewrite.processes import require_placed
 from peftc.rewrite.program import Program
@@ -200,6 +200,7 @@ def _attach(
     holder, weight = program.modules[first.holder], weight_of(program.modules[site.owner], site)
     part = attach(edit, site, holder, _common(program, edit.adapter), adapter.spec, weight, places)
     adapter.parts[edit.site, edit.rule.name] = part
+    adapter.asks = adapter.asks or asks(edit.rule)
     program.children |= dict.fromkeys([*containers(edit), *(p.key.partition(".")[0] for p in edit.params if p.shared)])
     if starts is not None and edit.follows is None:
         own = [param for param in edit.params if param.key not in shared] if shared else list(edit.params)

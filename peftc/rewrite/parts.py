@@ -17,7 +17,7 @@ from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
 from peftc.rewrite.holders import VALUE, Container, Holder, Vectors, code_path
 from peftc.rewrite.sharding import Layout, Places, is_sharded, own, put, spread, whole
 from peftc.rewrite.views import pristine_copy
-from peftc.rule import Bound, fill
+from peftc.rule import Bound, Rule, fill
 from peftc.specs import AdapterSpec
 
 
@@ -97,7 +97,7 @@ class Part:
 class Adapter:
     """An adapter and its parts, by site and name of the rule. `extras`: what its files hold beside the tensors; `scale`:
     how much of its change is applied; `states`: what its rules keep from step to step, by name; `by_hand`: who trains says
-    when a step is over.
+    when a step is over; `asks`: its rules ask about the model's call.
     """
 
     name: str
@@ -107,6 +107,7 @@ class Adapter:
     scale: float = 1.0
     states: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     by_hand: bool = False
+    asks: bool = False
 
     @functools.cached_property
     def trained(self) -> list[tuple[dict[str, Any], str]]:
@@ -132,6 +133,11 @@ class Adapter:
     def tensor(self, edit: Edit, key: str) -> Tensor:
         """The live tensor of `edit` with checkpoint key `key`."""
         return self.part(edit).tensor(key)
+
+
+def asks(rule: Rule[Any]) -> bool:
+    """Whether a rule acts from some place in the text on."""
+    return type(rule).begins is not Rule.begins
 
 
 def form_of(edit: Edit, site: Site) -> Any:

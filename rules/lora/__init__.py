@@ -1,5 +1,6 @@
 """LoRA: y + s·B(A(x)).  Hu et al. 2021, arXiv:2106.09685."""
 
+from .alora import AloraLinear
 from .config import LoraConfig
 from .dora import DoraConv, DoraEmbedding, DoraLinear
 from .linear import LoraConv, LoraEmbedding, LoraLinear
@@ -11,5 +12,5 @@ __all__ = ["RULES", "LoraConfig"]
 RULES = (
     *(LoraLinear(), LoraEmbedding(), LoraConv(), LoraParameter()),
     *(DoraLinear(), DoraEmbedding(), DoraConv()),
-    LoftqLinear(),
+    *(LoftqLinear(), AloraLinear()),
 )

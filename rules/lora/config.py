@@ -18,7 +18,7 @@ from .start_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, in
 Range = Annotated[tuple[int, int], Field(strict=False)]
 
 
-def _ranges(value: Any) -> Any:
+def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -42,6 +42,8 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     `use_dora` trains a magnitude for every output beside the direction (Liu et al. 2024, arXiv:2402.09353).
     `layer_replication`, [[0, 4], [2, 5]], makes a deeper model of the layers 0 to 3 and 2 to 4, which share the weights and
     have adapters of their own.
+    `alora_invocation_tokens`: the adapter acts from the last occurrence of these token ids in a row on, and nowhere in rows
+    without one (Greenewald et al. 2025, arXiv:2504.12397); it can't be merged.
     `fan_in_fan_out` is informative: the layout is read off the module.
     `target_parameters` names parameters (`experts.gate_up_proj`) that no linear holds: matrices, or one for each expert in
     three dimensions. They, and the weights of an nn.MultiheadAttention in `target_modules`, are adapted as weights.
@@ -55,7 +57,6 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
         "use_qalora": False,
         "megatron_config": None,
         "velora_config": None,
-        "alora_invocation_tokens": None,
         "monteclora_config": None,
         "use_bdlora": None,
         "arrow_config": None,
@@ -81,12 +82,15 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     eva_config: EvaConfig | None = None
     corda_config: CordaConfig | None = None
     lora_ga_config: LoraGAConfig | None = None
-    layer_replication: Annotated[tuple[Range, ...], BeforeValidator(_ranges)] | None = None
+    alora_invocation_tokens: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] | None = None
+    layer_replication: Annotated[tuple[Range, ...], BeforeValidator(_as_tuple)] | None = None
 
     @model_validator(mode="after")
     def _check_start(self) -> Self:
         if self.init_lora_weights == "loftq" and not isinstance(self.loftq_config, LoftQConfig):
             raise ValueError("init_lora_weights='loftq' needs loftq_config: give it, as {\"loftq_bits\": 4}")
+        if self.alora_invocation_tokens and (self.use_dora or self.init_lora_weights == "loftq"):
+            raise ValueError("alora_invocation_tokens goes neither with use_dora nor with loftq: leave one out")
         if self.layer_replication and self.bias != "none":
             raise ValueError(
                 f"bias={self.bias!r} trains the base's biases, which replicated layers share: leave one out"

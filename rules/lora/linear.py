@@ -26,7 +26,7 @@ class LoraLinear(Lora):
     ops = ("linear",)
 
     def serves(self, spec: LoraConfig) -> bool:
-        return super().serves(spec) and spec.init_lora_weights != "loftq"
+        return super().serves(spec) and spec.init_lora_weights != "loftq" and not spec.alora_invocation_tokens
 
     def params(self, spec: LoraConfig, site: WeightSite) -> dict[str, Param]:
         r = spec.rank_for(site.name)
