@@ -33,6 +33,7 @@ _HOMES = (
     "contexts",
     "conversion",
     "starts",
+    "loftq",
 )
 # Names that are not those of what serves them.
 _OTHERWISE = {"_get_submodules": "functions.submodules_at", "BasePromptEncoder": "encoders.PromptEmbedding"}

@@ -82,6 +82,8 @@ class AdapterSpec(BaseModel):
 
     # PEFT fields that peftc does not implement, with the value that means "off". Another value is refused.
     not_implemented: ClassVar[Mapping[str, Any]] = {}
+    # What to do instead of some of these.
+    closest: ClassVar[Mapping[str, str]] = {}
     # Fields PEFT writes that only inform.
     informative: ClassVar[frozenset[str]] = frozenset({"peft_version"})
     # Fields that select modules; one that is None has a default for the model's architecture, if it is in `defaulted`.
@@ -150,8 +152,10 @@ class AdapterSpec(BaseModel):
         for key, off in self.not_implemented.items():
             value = (self.model_extra or {}).get(key, off)
             if value != off and value:
+                near = self.closest.get(key)
+                hint = "" if near is None else f". What comes closest: {near}"
                 raise ValueError(
-                    f"{key}={value!r} is not implemented; leave it at {off!r} (it would change the result)"
+                    f"{key}={value!r} is not implemented; leave it at {off!r} (it would change the result){hint}"
                 )
         return self
 

@@ -19,8 +19,7 @@ from .linear import LoraLinear
 class AloraLinear(LoraLinear):
     """y + s·B(A(drop(x))) at the tokens of the last invocation, and those after it; y before, and in rows without one."""
 
-    def serves(self, spec: LoraConfig) -> bool:
-        return bool(spec.alora_invocation_tokens)
+    variant = "alora"
 
     def constants(self, spec: LoraConfig, site: WeightSite) -> dict[str, Constant]:
         return {**super().constants(spec, site), "invocation": tuple(spec.alora_invocation_tokens or ())}

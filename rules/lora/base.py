@@ -21,7 +21,16 @@ class Lora(Rule[LoraConfig]):
     spec = LoraConfig
     additive = True
     local = "oi"
-    keys = ("lora_A", "lora_B", "lora_A0", "lora_B0", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    keys = (
+        "lora_A",
+        "lora_B",
+        "lora_A0",
+        "lora_B0",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+        "lora_diag",
+    )
     columns: ClassVar[Mapping[str, str]] = {"r": "r", "alpha": "lora_alpha"}
     combinations = COMBINATIONS
     exact = "cat"
@@ -31,7 +40,7 @@ class Lora(Rule[LoraConfig]):
     scale = "scaling"
 
     def serves(self, spec: LoraConfig) -> bool:
-        return not spec.use_dora
+        return spec.variant != "dora"
 
     def constants(self, spec: LoraConfig, site: WeightSite) -> dict[str, Constant]:
         fqn, init = site.name, spec.init_lora_weights

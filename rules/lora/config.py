@@ -13,7 +13,7 @@ from peftc.specs.selection import first_match
 
 from ..trainable_tokens import TokensBeside
 from .replication import replicated
-from .start_configs import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig, init_name
+from .sub_configs import BdLoraConfig, CordaConfig, EvaConfig, KasaConfig, LoftQConfig, LoraGAConfig, init_name
 
 Range = Annotated[tuple[int, int], Field(strict=False)]
 
@@ -44,6 +44,8 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     have adapters of their own.
     `alora_invocation_tokens`: the adapter acts from the last occurrence of these token ids in a row on, and nowhere in rows
     without one (Greenewald et al. 2025, arXiv:2504.12397); it can't be merged.
+    `use_qalora` pools `qalora_group_size` inputs for A (Xu et al. 2023, arXiv:2309.14717); `use_bdlora` has blocks on the
+    diagonal of A or B; `kasa_config` takes the least singular values off the weight and trains new ones (arXiv:2412.06071).
     `fan_in_fan_out` is informative: the layout is read off the module.
     `target_parameters` names parameters (`experts.gate_up_proj`) that no linear holds: matrices, or one for each expert in
     three dimensions. They, and the weights of an nn.MultiheadAttention in `target_modules`, are adapted as weights.
@@ -54,17 +56,19 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     """
 
     not_implemented: ClassVar[Mapping[str, Any]] = {
-        "use_qalora": False,
         "megatron_config": None,
         "velora_config": None,
         "monteclora_config": None,
-        "use_bdlora": None,
         "arrow_config": None,
-        "kasa_config": None,
+    }
+    closest: ClassVar[Mapping[str, str]] = {
+        "velora_config": "gradient_checkpointing_enable() saves memory of activations, too",
+        "monteclora_config": "lora_dropout for regularisation, or several adapters of several seeds",
+        "arrow_config": "an adapter for each row (adapter_names=), or add_weighted_adapter",
+        "megatron_config": "tensor parallelism of transformers (tp_plan)",
     }
     informative = AdapterSpec.informative | {
         "megatron_core",
-        "qalora_group_size",
         "runtime_config",
         "enable_lora",
     }
@@ -82,6 +86,10 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     eva_config: EvaConfig | None = None
     corda_config: CordaConfig | None = None
     lora_ga_config: LoraGAConfig | None = None
+    use_qalora: bool = False
+    qalora_group_size: Annotated[int, Field(gt=0)] = 16
+    use_bdlora: BdLoraConfig | None = None
+    kasa_config: KasaConfig | None = None
     alora_invocation_tokens: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] | None = None
     layer_replication: Annotated[tuple[Range, ...], BeforeValidator(_as_tuple)] | None = None
 
@@ -89,8 +97,11 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     def _check_start(self) -> Self:
         if self.init_lora_weights == "loftq" and not isinstance(self.loftq_config, LoftQConfig):
             raise ValueError("init_lora_weights='loftq' needs loftq_config: give it, as {\"loftq_bits\": 4}")
-        if self.alora_invocation_tokens and (self.use_dora or self.init_lora_weights == "loftq"):
-            raise ValueError("alora_invocation_tokens goes neither with use_dora nor with loftq: leave one out")
+        chosen = self._variants
+        if len(chosen) > 1:
+            raise ValueError(f"{' and '.join(chosen.values())} don't go together: leave one of them out")
+        if chosen.keys() & {"qalora", "bdlora", "kasa"} and not isinstance(self.init_lora_weights, bool):
+            raise ValueError(f"{next(iter(chosen.values()))} needs init_lora_weights=True or False")
         if self.layer_replication and self.bias != "none":
             raise ValueError(
                 f"bias={self.bias!r} trains the base's biases, which replicated layers share: leave one out"
@@ -98,6 +109,28 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             raise ValueError("lora_bias needs init_lora_weights=True or False")
         return self
+
+    @property
+    def _variants(self) -> dict[str, str]:
+        fields = {
+            "dora": ("use_dora", self.use_dora),
+            "alora": ("alora_invocation_tokens", self.alora_invocation_tokens),
+            "qalora": ("use_qalora", self.use_qalora),
+            "bdlora": ("use_bdlora", self.use_bdlora),
+            "kasa": ("kasa_config", self.kasa_config),
+            "loftq": ("init_lora_weights='loftq'", self.init_lora_weights == "loftq"),
+        }
+        return {name: field for name, (field, value) in fields.items() if value}
+
+    @property
+    def variant(self) -> str | None:
+        """Which form of LoRA it is, if not the plain one; only one can be."""
+        return next(iter(self._variants), None)
+
+    @property
+    def variant_field(self) -> str:
+        """The field that says so."""
+        return next(iter(self._variants.values()), "")
 
     @property
     def trained_biases(self) -> TrainedBiases:

@@ -13,7 +13,7 @@ from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite
 
 from .config import LoraConfig
-from .start_configs import CordaConfig
+from .sub_configs import CordaConfig
 
 # Sum of the covariances of batches, and their number.
 State = tuple[Tensor, int]

@@ -30,7 +30,7 @@ class _Dora(Lora):
     scale = None
 
     def serves(self, spec: LoraConfig) -> bool:
-        return spec.use_dora
+        return spec.variant == "dora"
 
     def params(self, spec: LoraConfig, site: WeightSite) -> dict[str, Param]:
         kernel = len(site.kernel_size)
@@ -48,8 +48,6 @@ class _Dora(Lora):
             return "use_dora=True needs the weight for its norm, which is not a plain parameter here"
         if spec.lora_bias:
             return "use_dora=True scales what the weight gives; lora_bias adds to the bias: leave it out"
-        if spec.init_lora_weights == "loftq":
-            return "use_dora=True has its norm from the weight, which loftq quantises: leave one of the two out"
         if site.groups > 1:
             return f"use_dora=True needs the weight that LoRA makes, which {site.groups} groups can't express"
         return super().check(spec, site)

@@ -18,7 +18,7 @@ from peftc.graph.sites import WeightSite
 from peftc.specs.selection import exact_patterns
 
 from .config import LoraConfig
-from .start_configs import EvaConfig
+from .sub_configs import EvaConfig
 
 _SEED = 42
 

@@ -35,8 +35,8 @@ def init_names(spec: LoraConfig, site: WeightSite) -> tuple[str, str]:
 
 def no_special_init(spec: LoraConfig, site: WeightSite) -> str | None:
     """The reason why a site that is not linear can't start as the spec says. With eva, others start as ever."""
-    if spec.alora_invocation_tokens:
-        return f"alora_invocation_tokens is for linear sites, this is {site.op}"
+    if spec.variant not in (None, "dora", "loftq"):
+        return f"{spec.variant_field} is for linear sites, this is {site.op}"
     if isinstance(spec.init_lora_weights, str) and spec.init_lora_weights not in ("gaussian", "eva"):
         return f"init_lora_weights={spec.init_lora_weights!r} is for linear sites, this is {site.op}"
     return None

@@ -1,7 +1,7 @@
 """LoRA on linear, embedding and convolution sites."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,9 +24,11 @@ class LoraLinear(Lora):
     """
 
     ops = ("linear",)
+    # Which form of LoRA it is; those of other rules.
+    variant: ClassVar[str | None] = None
 
     def serves(self, spec: LoraConfig) -> bool:
-        return super().serves(spec) and spec.init_lora_weights != "loftq" and not spec.alora_invocation_tokens
+        return spec.variant == self.variant
 
     def params(self, spec: LoraConfig, site: WeightSite) -> dict[str, Param]:
         r = spec.rank_for(site.name)

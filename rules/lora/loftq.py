@@ -15,7 +15,8 @@ from peftc.rule import Constant, Factors, Param
 
 from .config import LoraConfig
 from .linear import LoraLinear
-from .start_configs import LoftQConfig
+from .starts import has_weight
+from .sub_configs import LoftQConfig
 
 _BLOCK = 64
 _NF4 = (
@@ -31,10 +32,7 @@ class LoftqLinear(LoraLinear):
     D follows from the weight, so files don't have it. Like peft, A and B are not divided by the scaling.
     """
 
-    identity, additive = False, False
-
-    def serves(self, spec: LoraConfig) -> bool:
-        return spec.init_lora_weights == "loftq" and not spec.use_dora
+    identity, additive, variant = False, False, "loftq"
 
     def params(self, spec: LoraConfig, site: WeightSite) -> dict[str, Param]:
         r, out, inner = spec.rank_for(site.name), site.out_features, site.in_features
@@ -50,7 +48,7 @@ class LoftqLinear(LoraLinear):
         return {**super().constants(spec, site), "bits": told.loftq_bits, "iterations": told.loftq_iter}
 
     def check(self, spec: LoraConfig, site: WeightSite) -> str | None:
-        if site.weight is None:
+        if not has_weight(site):
             return (
                 "loftq quantises a plain weight, which this is not. On a base that is quantised already, load it with"
                 " init_lora_weights=True"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .config import LoraConfig
-from .start_configs import LoraGAConfig
+from .sub_configs import LoraGAConfig
 
 
 def decide(spec: LoraConfig, states: Mapping[str, Tensor]) -> tuple[LoraConfig, Mapping[str, Any]]:

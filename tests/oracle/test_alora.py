@@ -164,7 +164,7 @@ def test_what_can_not_be_is_refused_with_the_reason(tmp_path: Path) -> None:
         ours.base(x)
     with pytest.raises(peftc.NoMatchError, match="alora_invocation_tokens is for linear sites, this is conv2d"):
         peftc.compile(Everything(), peftc.LoraConfig(target_modules=["conv2d"], alora_invocation_tokens=[1]))
-    with pytest.raises(peftc.SpecError, match="neither with use_dora nor with loftq"):
+    with pytest.raises(peftc.SpecError, match="use_dora and alora_invocation_tokens don't go together"):
         peftc.LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[1], use_dora=True)
     with pytest.raises(peftc.SpecError, match="alora_invocation_tokens"):
         peftc.LoraConfig(target_modules=["q_proj"], alora_invocation_tokens="now")

@@ -356,8 +356,8 @@ def test_loftq_is_merged_on_disk_where_it_need_not_be_undone(tmp_path: Path) -> 
 
 def test_what_loftq_does_not_go_with_is_refused() -> None:
     fields: dict[str, Any] = {"r": 2, "init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}
-    with pytest.raises(peftc.NoMatchError, match="leave one of the two out"):
-        peftc.compile(Everything(), peftc.LoraConfig(**fields, target_modules=["linear"], use_dora=True))
+    with pytest.raises(peftc.SpecError, match="use_dora and init_lora_weights='loftq' don't go together"):
+        peftc.LoraConfig(**fields, target_modules=["linear"], use_dora=True)
     with pytest.raises(peftc.NoMatchError, match="init_lora_weights='loftq' is for linear sites, this is conv2d"):
         peftc.compile(Everything(), peftc.LoraConfig(**fields, target_modules=["conv2d"]))
     with pytest.raises(peftc.SpecError, match=r"loftq_bits.*got 5"):

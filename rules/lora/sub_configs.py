@@ -1,9 +1,11 @@
-"""What LoRA's starts from data and from quantisation are told, with PEFT's fields and defaults."""
+"""What LoRA's starts and variants are told beside the spec's own fields, with PEFT's fields and defaults."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from peftc.specs.base import Names
 
 # The values of `init_lora_weights` that are names, beside `pissa_niter_<n>`.
 INITS = ("gaussian", "olora", "pissa", "orthogonal", "eva", "corda", "lora_ga", "loftq", "mica")
@@ -70,3 +72,29 @@ class LoftQConfig(_Told):
 
     loftq_bits: Literal[4, 8] = 4
     loftq_iter: Annotated[int, Field(gt=0)] = 1
+
+
+class BdLoraConfig(_Told):
+    """Blocks on the diagonal: `nblocks` of A where a module's name has one of `target_modules_bd_a` in it, of B likewise.
+
+    Without `match_strict`, other modules have plain factors.
+    """
+
+    target_modules_bd_a: Names | None = None
+    target_modules_bd_b: Names | None = None
+    nblocks: Annotated[int, Field(gt=0)] = 1
+    match_strict: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        both = set(self.target_modules_bd_a or ()) & set(self.target_modules_bd_b or ())
+        if both:
+            raise ValueError(f"target_modules_bd_a and target_modules_bd_b both have {sorted(both)}")
+        return self
+
+
+class KasaConfig(_Told):
+    """Knowledge-aware singular values (Wang et al. 2024, arXiv:2412.06071): the weights of the penalty's two terms."""
+
+    beta: Annotated[float, Field(ge=0, strict=False)] = 1e-4
+    gamma: Annotated[float, Field(ge=0, strict=False)] = 1e-3
