@@ -12,8 +12,8 @@ from peftc.rule import Rule
 def rules(as_json: AsJson = False) -> None:
     """The methods that are installed: what they adapt, what they offer, where they are written.
 
-    same start: a fresh adapter changes nothing; in pieces: large weights are folded tile by tile; factors: the change
-    is a product; sums: weighted sums of adapters; scale: its size can be set.
+    same start: a fresh adapter changes nothing, but for some forms of a method; in pieces: large weights are folded tile
+    by tile; factors: the change is a product; sums: weighted sums of adapters; scale: its size can be set.
     """
     found = [_described(name, own) for name, own in sorted(_by_method().items())]
     if as_json:
@@ -33,7 +33,7 @@ def _by_method() -> dict[str, list[Rule[Any]]]:
 def _described(name: str, own: Sequence[Rule[Any]]) -> dict[str, Any]:
     folds = any(type(rule).weight is not Rule.weight for rule in own)
     offers = {
-        "same start": folds and all(rule.identity for rule in own),
+        "same start": folds and any(rule.identity for rule in own),
         "merge": folds,
         "in pieces": folds and any(rule.local for rule in own),
         "factors": any(type(rule).factors is not Rule.factors for rule in own),

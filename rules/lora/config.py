@@ -13,18 +13,19 @@ from peftc.specs.selection import first_match
 
 from ..trainable_tokens import TokensBeside
 from .replication import replicated
-from .sub_configs import BdLoraConfig, CordaConfig, EvaConfig, KasaConfig, LoftQConfig, LoraGAConfig, init_name
-
-Range = Annotated[tuple[int, int], Field(strict=False)]
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _loftq(value: Any) -> Any:
-    """What is empty, or None, is off, as in PEFT's files."""
-    return LoftQConfig.model_validate(value) if value else {}
+from .sub_configs import (
+    VARIANTS,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    Range,
+    as_tuple,
+    init_name,
+    loftq,
+)
 
 
 class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlpha, TokensBeside):
@@ -55,18 +56,13 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     Example: LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], lora_dropout=0.05)
     """
 
-    not_implemented: ClassVar[Mapping[str, Any]] = {
-        "megatron_config": None,
-        "velora_config": None,
-        "monteclora_config": None,
-        "arrow_config": None,
-    }
     closest: ClassVar[Mapping[str, str]] = {
         "velora_config": "gradient_checkpointing_enable() saves memory of activations, too",
         "monteclora_config": "lora_dropout for regularisation, or several adapters of several seeds",
         "arrow_config": "an adapter for each row (adapter_names=), or add_weighted_adapter",
         "megatron_config": "tensor parallelism of transformers (tp_plan)",
     }
+    not_implemented: ClassVar[Mapping[str, Any]] = dict.fromkeys(closest)
     informative = AdapterSpec.informative | {
         "megatron_core",
         "runtime_config",
@@ -82,7 +78,7 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     lora_bias: bool = False
     use_dora: bool = False
     init_lora_weights: Annotated[bool | str, BeforeValidator(init_name)] = True
-    loftq_config: Annotated[LoftQConfig | dict[Any, Any], BeforeValidator(_loftq)] = Field(default_factory=dict)
+    loftq_config: Annotated[LoftQConfig | dict[Any, Any], BeforeValidator(loftq)] = Field(default_factory=dict)
     eva_config: EvaConfig | None = None
     corda_config: CordaConfig | None = None
     lora_ga_config: LoraGAConfig | None = None
@@ -90,8 +86,8 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     qalora_group_size: Annotated[int, Field(gt=0)] = 16
     use_bdlora: BdLoraConfig | None = None
     kasa_config: KasaConfig | None = None
-    alora_invocation_tokens: Annotated[tuple[int, ...], BeforeValidator(_as_tuple)] | None = None
-    layer_replication: Annotated[tuple[Range, ...], BeforeValidator(_as_tuple)] | None = None
+    alora_invocation_tokens: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] | None = None
+    layer_replication: Annotated[tuple[Range, ...], BeforeValidator(as_tuple)] | None = None
 
     @model_validator(mode="after")
     def _check_start(self) -> Self:
@@ -112,15 +108,8 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
 
     @property
     def _variants(self) -> dict[str, str]:
-        fields = {
-            "dora": ("use_dora", self.use_dora),
-            "alora": ("alora_invocation_tokens", self.alora_invocation_tokens),
-            "qalora": ("use_qalora", self.use_qalora),
-            "bdlora": ("use_bdlora", self.use_bdlora),
-            "kasa": ("kasa_config", self.kasa_config),
-            "loftq": ("init_lora_weights='loftq'", self.init_lora_weights == "loftq"),
-        }
-        return {name: field for name, (field, value) in fields.items() if value}
+        found = {name: field for name, field in VARIANTS.items() if getattr(self, field)}
+        return found | ({"loftq": "init_lora_weights='loftq'"} if self.init_lora_weights == "loftq" else {})
 
     @property
     def variant(self) -> str | None:

@@ -1,45 +1,22 @@
 """EVA: A begins with the directions of the inputs that explain most of their variance; ranks go where they explain most.
 
-Paischer et al. 2024, arXiv:2410.07170, section 3. The directions are those of an incremental PCA (Ross et al. 2008,
-section 2), with a randomised SVD of fixed seed.
+Paischer et al. 2024, arXiv:2410.07170, section 3.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite
 from peftc.specs.selection import exact_patterns
 
 from .config import LoraConfig
+from .pca import Directions, turned
 from .sub_configs import EvaConfig
-
-_SEED = 42
-
-
-@dataclass(frozen=True, eq=False)
-class Directions:
-    """What is known of some inputs: how many rows there were, their mean, their sum of squares about it, the leading
-    directions (k, in) with their singular values, and which of them the last batch did not turn.
-    """
-
-    rows: int
-    mean: Tensor
-    squares: Tensor
-    directions: Tensor
-    values: Tensor
-    settled: Tensor
-
-    @property
-    def explained(self) -> Tensor:
-        """The share of the variance that each direction explains."""
-        return self.values**2 / self.squares
 
 
 def told(spec: LoraConfig) -> EvaConfig:
@@ -73,31 +50,7 @@ def observe(spec: LoraConfig, sites: Sequence[WeightSite], x: Tensor, state: Dir
         )
     if len(x) < count:
         return state
-    x = x.to(torch.float32)
-    if state is None:
-        mean = x.mean(0, dtype=torch.float64)
-        squares = (x - mean).square().sum()
-        found, values = _leading(x - mean.to(x.dtype), count)
-        return Directions(len(x), mean, squares, found, values, torch.zeros(count, dtype=torch.bool))
-    total, own = state.rows + len(x), x.mean(0)
-    step = state.mean - own
-    turned = ((state.rows / total) * len(x)) ** 0.5 * step
-    squares = state.squares + (x - own).double().square().sum() + state.rows * len(x) / total * step.square().sum()
-    stacked = torch.cat([state.values[:, None] * state.directions, x - own, turned[None]])
-    found, values = _leading(stacked, count)
-    mean = (state.rows * state.mean + len(x) * own) / total
-    near = F.cosine_similarity(found, state.directions) >= told(spec).tau
-    return Directions(total, mean, squares, found, values, near.cpu())
-
-
-def _leading(x: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The leading right singular vectors, with the largest entry positive, and their values."""
-    with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-        torch.manual_seed(_SEED)
-        _, values, vectors = torch.svd_lowrank(x, q=min(2 * count, *x.shape), niter=4)
-    rows = vectors.mT
-    signs = rows.gather(1, rows.abs().argmax(1, keepdim=True)).sign()
-    return (rows * signs)[:count], values[:count]
+    return turned(state, x, count, told(spec).tau)
 
 
 def settled(spec: LoraConfig, states: Mapping[str, Any]) -> set[str]:

@@ -4,16 +4,14 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite, dtype_of
 
-from . import corda, eva, lora_ga
+from . import corda, eva, from_weight, lora_ga
 from .config import LoraConfig
-
-Made = dict[str, Tensor]
+from .from_weight import Made
 
 
 @dataclass(frozen=True)
@@ -100,47 +98,11 @@ def made(weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> Made:
     return found | taken
 
 
-def _named(a: Tensor, b: Tensor) -> Made:
-    return {"lora_A": a, "lora_B": b}
-
-
-def _olora(weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> Made:
-    """The QR factors.  Büyükakyüz 2024, arXiv:2406.01775."""
-    q, upper = torch.linalg.qr(weight)
-    return _named(upper[: p.r].contiguous(), q[:, : p.r].contiguous())
-
-
-def _pissa(weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> Made:
-    """The principal singular triplets (Meng et al. 2024, arXiv:2404.02948, equations 2–4); pissa_niter_<n> by randomised
-    SVD.
-    """
-    name, r = p.init, p.r
-    if name == "pissa":
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-    else:
-        u, s, v = torch.svd_lowrank(weight, r, niter=int(name.rpartition("_")[2]))
-        vh = v.T
-    root = torch.sqrt(s[:r] / p.scaling)
-    return _named(root[:, None] * vh[:r], u[:, :r] * root)
-
-
-def _mica(weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> Made:
-    """B has the least left singular vectors; A is zero.  arXiv:2604.01694."""
-    return {"lora_B": torch.linalg.svd(weight, full_matrices=False)[0][:, -p.r :]}
-
-
-def _orthogonal(weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> Made:
-    """Orthogonal row spaces, so that B·A = 0 though neither is zero."""
-    (r, in_features), (out_features, _) = shapes["lora_A"], shapes["lora_B"]
-    q, _ = torch.linalg.qr(torch.randn(r, r))
-    return _named((torch.randn(in_features, r // 2) @ q[0::2]).T / 10, torch.randn(out_features, r // 2) @ q[1::2] / 10)
-
-
 STARTS: Mapping[str, Start] = {
-    "olora": Start(_olora, taken_off=True, limit=1),
-    "pissa": Start(_pissa, taken_off=True, limit=1),
-    "orthogonal": Start(_orthogonal),
-    "mica": Start(_mica, ("zeros", "rule"), limit=1, keeps_b=True),
+    "olora": Start(from_weight.olora, taken_off=True, limit=1),
+    "pissa": Start(from_weight.pissa, taken_off=True, limit=1),
+    "orthogonal": Start(from_weight.orthogonal),
+    "mica": Start(from_weight.mica, ("zeros", "rule"), limit=1, keeps_b=True),
     "eva": Start(
         lambda weight, shapes, p: {"lora_A": p.data},
         ("rule", "zeros"),
@@ -148,13 +110,13 @@ STARTS: Mapping[str, Start] = {
         learns=Learns("inputs", eva.decide, eva.observe, eva.counted, eva.settled),
     ),
     "corda": Start(
-        lambda weight, shapes, p: _named(*corda.start(weight, p.data, p.r, p.scaling)),
+        lambda weight, shapes, p: from_weight.named(*corda.start(weight, p.data, p.r, p.scaling)),
         taken_off=True,
         limit=1,
         learns=Learns("inputs", corda.decide, corda.observe),
     ),
     "lora_ga": Start(
-        lambda weight, shapes, p: _named(*lora_ga.start(weight, p.data, p.r, p.scaling)),
+        lambda weight, shapes, p: from_weight.named(*lora_ga.start(weight, p.data, p.r, p.scaling)),
         taken_off=True,
         limit=2,
         learns=Learns("gradients", lora_ga.decide),

@@ -10,6 +10,15 @@ from peftc.specs.base import Names
 # The values of `init_lora_weights` that are names, beside `pissa_niter_<n>`.
 INITS = ("gaussian", "olora", "pissa", "orthogonal", "eva", "corda", "lora_ga", "loftq", "mica")
 
+# Forms of LoRA that exclude each other, and the field that asks for each.
+VARIANTS = {
+    "dora": "use_dora",
+    "alora": "alora_invocation_tokens",
+    "qalora": "use_qalora",
+    "bdlora": "use_bdlora",
+    "kasa": "kasa_config",
+}
+
 
 def init_name(value: Any) -> Any:
     """Lower case, as PEFT accepts names in any case; unknown names are refused with the known ones."""
@@ -98,3 +107,15 @@ class KasaConfig(_Told):
 
     beta: Annotated[float, Field(ge=0, strict=False)] = 1e-4
     gamma: Annotated[float, Field(ge=0, strict=False)] = 1e-3
+
+
+Range = Annotated[tuple[int, int], Field(strict=False)]
+
+
+def as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def loftq(value: Any) -> Any:
+    """What is empty, or None, is off, as in PEFT's files."""
+    return LoftQConfig.model_validate(value) if value else {}
