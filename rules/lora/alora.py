@@ -4,7 +4,7 @@ Greenewald et al. 2025, arXiv:2504.12397, section 3.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,4 +40,4 @@ class AloraLinear(LoraLinear):
         return torch.where(p.acts(x), super().output(x, y, p), y)
 
     def cautions(self, constants: Mapping[str, Constant], slots: Any) -> list[str]:
-        return [f"acts from the tokens {list(constants['invocation'])} on"]  # type: ignore[arg-type]
+        return [f"acts from the tokens {list(cast('tuple[int, ...]', constants['invocation']))} on"]

@@ -75,7 +75,7 @@ def _again(layer: nn.Module, number: int) -> nn.Module:
     for module, original in zip(new.modules(), layer.modules(), strict=True):
         module._parameters.update(original._parameters)
         if "layer_idx" in module.__dict__:
-            module.layer_idx = number  # type: ignore[assignment]
+            module.__dict__["layer_idx"] = number
     return new
 
 
