@@ -106,9 +106,12 @@ def test_rows_of_a_batch_have_adapters_and_invocations_of_their_own(family: str,
         ours.set_adapter(name)
         perturbed(ours, 2)
     x[1, 6] = 9
+    alike = ours(x, adapter_names=["a", "b", "__base__", "b", "a"]).logits  # All of one form.
     together = ours(x, adapter_names=names).logits
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     generated = ours.generate(x, adapter_names=names, attention_mask=torch.ones_like(x), **options)
+    ours.set_adapter("b")
+    near(alike[[1, 3]], ours(x[[1, 3]]).logits, 1e-5, "rows of one form")
     for row, name in enumerate(names):
         ours.set_adapter([] if name == "__base__" else name)
         one = x[row : row + 1]

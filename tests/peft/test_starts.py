@@ -135,6 +135,24 @@ def test_a_script_with_lora_ga_runs_as_with_peft(again: bool, tmp_path: Path, mo
     near(found[1](IDS).logits, base(IDS).logits, 1e-5, "outputs of a fresh one")
 
 
+def test_gradients_of_transposed_weights_are_kept_as_peft_keeps_them(tmp_path: Path) -> None:
+    base, data, found = tiny("gpt2").eval(), batches(2), []
+    config = served.LoraConfig(
+        r=2, target_modules=["c_attn"], init_lora_weights="lora_ga", lora_ga_config=served.LoraGAConfig()
+    )
+    for _ in range(2):
+        model = copy.deepcopy(base)
+        step = lambda m=model: [m(**batch).loss.backward() for batch in data]  # noqa: E731
+        served.preprocess_loraga(model, config, step, cache_file=str(tmp_path / "gradients.pt"))
+        torch.manual_seed(0)
+        found.append(served.get_peft_model(model, config))
+    kept = torch.load(tmp_path / "gradients.pt")
+    name = "transformer.h.0.attn.c_attn"
+    assert kept[f"{name}._peft_loraga_grad"].shape == base.get_submodule(name).weight.shape
+    one, other = (model.get_base_model().get_submodule(name).lora_A["default"].weight for model in found)
+    near(one, other, 1e-6, "A of a gradient that was kept")
+
+
 def test_what_is_missing_is_told() -> None:
     base = tiny("llama").eval()
     model = served.get_peft_model(base, served.LoraConfig(r=2, target_modules=["q_proj"]))
