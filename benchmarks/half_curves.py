@@ -3,8 +3,8 @@
     python benchmarks/half_curves.py
 
 A small Llama in bfloat16 learns sequences that a fixed table of successors makes, with LoRA on all linears: by peft, which
-casts activations up to float32; by peftc, which casts the adapter down; and by peft once more with other batches, which is how
-far apart two runs are anyway. The same start and AdamW.
+casts activations up to float32; by peftc, which casts the adapter down; and by peft once more with other batches, which is
+how far apart two runs are anyway. The same start and AdamW.
 """
 
 import copy

@@ -13,6 +13,7 @@ from peftc.integrations.trainer import install as _install
 # whatever else only looks at the package, does without torch.
 _NAMES: Mapping[str, tuple[str, ...]] = {
     "peftc.api": (
+        "calibrate",
         "compile",
         "get_peft_model_state_dict",
         "load",
@@ -41,6 +42,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "peftc.prompts.rule": ("PromptRule",),
     "peftc.prompts.specs": ("PromptSpec",),
     "peftc.registry": ("register", "unregister"),
+    "peftc.rewrite.calibration": ("Calibration",),
     "peftc.rewrite.passes": ("Pass",),
     "peftc.rewrite.program_passes": ("program_passes",),
     "peftc.rule": ("Param", "Rule"),

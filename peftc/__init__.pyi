@@ -1,6 +1,6 @@
 """peftc: a declarative graph-rewriting compiler for parameter-efficient fine-tuning."""
 
-from peftc.api import compile, get_peft_model_state_dict, load, load_spec, plan, set_peft_model_state_dict
+from peftc.api import calibrate, compile, get_peft_model_state_dict, load, load_spec, plan, set_peft_model_state_dict
 from peftc.checkpoint import LoadResult
 from peftc.compiled import CompiledModel
 from peftc.errors import AdapterError, CaptureError, CheckpointError, ConflictError, ExportError, MergeError, NoMatchError, PeftcError, PlanError, RuleError, SpecError
@@ -10,6 +10,7 @@ from peftc.plan import Plan
 from peftc.prompts.rule import PromptRule
 from peftc.prompts.specs import PromptSpec
 from peftc.registry import register, unregister
+from peftc.rewrite.calibration import Calibration
 from peftc.rewrite.passes import Pass
 from peftc.rewrite.program_passes import program_passes
 from peftc.rule import Param, Rule
@@ -46,6 +47,7 @@ __all__ = [
     "AdapterSpec",
     "BOFTConfig",
     "C3AConfig",
+    "Calibration",
     "CaptureError",
     "CheckpointError",
     "CompiledModel",
@@ -88,6 +90,7 @@ __all__ = [
     "TrainableTokensConfig",
     "VBLoRAConfig",
     "VeraConfig",
+    "calibrate",
     "compile",
     "get_peft_model_state_dict",
     "load",

@@ -1,7 +1,7 @@
 """`compile`, `plan` and `load`, where everything begins; an adapter's tensors as PEFT's functions give and take them."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,12 +9,14 @@ from torch import Tensor, nn
 
 from peftc.checkpoint import LoadResult, SaveEmbeddings, load_state, saved_state_dict
 from peftc.compiled import CompiledModel, OnUnmatched
+from peftc.graph.copying import structural_copy
 from peftc.graph.region import Capture
-from peftc.lifecycle import looked_through, planned, require_known, require_unmerged
+from peftc.lifecycle import Batches, calibrated, looked_through, planned, require_known, require_unmerged, reshaped
 from peftc.plan import Plan, require_same
 from peftc.plan.heads import unsaved
 from peftc.registry import spec_classes
 from peftc.rewrite.build import build, no_collection, require_applicable
+from peftc.rewrite.calibration import Calibration, Call, Rows, observe
 from peftc.rewrite.passes import Pass
 from peftc.specs import AdapterSpec, load_specs
 from peftc.specs import load_spec as _load_spec
@@ -31,6 +33,7 @@ def compile(
     on_unmatched: OnUnmatched = "error",
     autocast_adapter_dtype: bool = True,
     passes: Sequence[Pass] = (),
+    calibration: Batches = None,
 ) -> CompiledModel:
     """Compile `model` with the adapters of `spec`. The model is not changed, unless `inplace`.
 
@@ -41,6 +44,7 @@ def compile(
     `inplace`: rewrite the model itself instead of a structural copy; `unload()` then gives it back intact.
     `on_unmatched`: `warn` goes on without selectors that match nothing. `autocast_adapter_dtype`: adapters of float16
     and bfloat16 weights are float32. `passes`: run in this order over every rewritten graph (see `peftc.Pass`).
+    `calibration`: for adapters that start from data, batches that the model is called with, or what `calibrate` returns.
 
     Example: model = peftc.compile(model, peftc.LoraConfig(r=16, target_modules="all-linear"))
 
@@ -48,19 +52,59 @@ def compile(
     PlanError (the model is not the planned one). Nothing is changed then.
     """
     model = looked_through(model)
-    with no_collection():
+    specs = spec.adapters if isinstance(spec, Plan) else load_specs(spec, adapter_name, spec_classes())
+    level, autocast = capture, autocast_adapter_dtype
+    if isinstance(spec, Plan):
+        level, autocast = spec.capture, spec.autocast_adapter_dtype
+    with no_collection(), reshaped(model, specs, inplace) as base:
+        made, regions = planned(base, specs, level, autocast, inputs=inputs)
+        if calibration is not None:  # Before the model is run.
+            require_applicable(made, on_unmatched)
+        specs, starts = calibrated(_to_be_run(base, inplace, calibration), made, specs, calibration)
+        if starts:
+            made, regions = planned(base, specs, level, autocast, inputs=inputs)
         if isinstance(spec, Plan):
-            made, regions = planned(model, spec.adapters, spec.capture, spec.autocast_adapter_dtype, inputs=inputs)
             require_same(spec, made)
             made = spec
-        else:
-            specs = load_specs(spec, adapter_name, spec_classes())
-            made, regions = planned(model, specs, capture, autocast_adapter_dtype, inputs=inputs)
         require_applicable(made, on_unmatched)
-        lost = unsaved(model, made)
+        lost = unsaved(base, made)
         if lost is not None:
             warnings.warn(lost, stacklevel=2)
-        return CompiledModel(build(model, made, regions, inplace, fresh=True, passes=passes))
+        return CompiledModel(build(base, made, regions, inplace, fresh=True, passes=passes, starts=starts))
+
+
+def calibrate(
+    model: nn.Module,
+    spec: Any,
+    batches: Iterable[Any],
+    *,
+    call: Call | None = None,
+    rows: Rows | None = None,
+) -> Calibration:
+    """What an adapter of `spec` starts from, if it starts from data: run `model` over `batches`, and change nothing.
+
+    `batches`: what the model is called with, a mapping of keyword arguments, a tuple of positional ones or the one
+    argument; they are taken from one iterator, and gone through again while the method asks for more. `call(model, batch)`
+    runs the model otherwise, and where gradients are asked for it returns the loss (by default the output's). `rows(x,
+    batch, fqn)` takes what to look at, (n, features), from the input `x` of a module.
+
+    Example: model = peftc.compile(model, spec, calibration=peftc.calibrate(model, spec, batches))
+
+    Raises AdapterError: no rule starts from data with this spec, no batch reaches one of its sites, or they do not settle;
+    SpecError, NoMatchError as `compile`.
+    """
+    model = looked_through(model)
+    own = load_spec(spec)
+    with reshaped(model, {"default": own}) as base:
+        made = planned(base, {"default": own}, "modules", True)[0]
+        require_applicable(made, "error")
+        return observe(structural_copy(base), made, "default", own, batches, call, rows)
+
+
+def _to_be_run(model: nn.Module, inplace: bool, calibration: Batches) -> nn.Module:
+    """The model that batches are run on: a copy, if there are any, and it may be copied."""
+    needed = calibration is not None and not isinstance(calibration, Calibration) and not inplace
+    return structural_copy(model) if needed else model
 
 
 def plan(
@@ -81,8 +125,9 @@ def plan(
     """
     model = looked_through(model)
     specs = load_specs(spec, adapter_name, spec_classes())
-    made = planned(model, specs, capture, autocast_adapter_dtype, inputs=inputs)[0]
-    lost = unsaved(model, made)
+    with reshaped(model, specs) as base:
+        made = planned(base, specs, capture, autocast_adapter_dtype, inputs=inputs)[0]
+        lost = unsaved(base, made)
     return made if lost is None else replace(made, cautions=(*made.cautions, lost))
 
 

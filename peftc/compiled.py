@@ -1,7 +1,7 @@
 """CompiledModel: a model with adapters."""
 
 import os
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack
@@ -25,7 +25,7 @@ from peftc.graph.region import Capture
 from peftc.merge import Undo, forget, merge, unmerge
 from peftc.registry import spec_classes
 from peftc.rewrite.build import build, no_collection, require_applicable, undo
-from peftc.rewrite.learning import calibrate, penalty
+from peftc.rewrite.learning import penalty
 from peftc.rewrite.program import require_idle
 from peftc.rewrite.scale import set_scale
 from peftc.rewrite.switch import activate, emit, train
@@ -120,15 +120,18 @@ class CompiledModel(CompiledFiles):
         *,
         on_unmatched: OnUnmatched = "error",
         autocast_adapter_dtype: bool | None = None,
+        calibration: lifecycle.Batches = None,
     ) -> None:
         """Attach a new, untrained adapter, inactive and frozen. `peft_config`: whatever `compile` takes as one spec.
 
-        `autocast_adapter_dtype` as in `compile`; by default as it was there.
+        `autocast_adapter_dtype` as in `compile`; by default as it was there. `calibration` as in `compile`.
 
         Raises AdapterError if the name is taken, SpecError, NoMatchError, ConflictError; nothing is changed then.
         """
         spec = load_spec(peft_config, spec_classes())
-        lifecycle.add(self.program, adapter_name, spec, on_unmatched, autocast=autocast_adapter_dtype)
+        lifecycle.add(
+            self.program, adapter_name, spec, on_unmatched, autocast=autocast_adapter_dtype, calibration=calibration
+        )
 
     def load_adapter(
         self,
@@ -210,23 +213,6 @@ class CompiledModel(CompiledFiles):
         Example: loss = loss if (penalty := model.penalty()) is None else loss + penalty
         """
         return penalty(self.program)
-
-    def calibrate(self, batches: Iterable[Any], adapter_name: str = "default") -> None:
-        """Let an adapter start from data: its rules see the inputs of its sites in the base model, batch by batch.
-
-        A batch: a mapping of keyword arguments, a tuple of positional ones, or the one argument. Raises AdapterError if no
-        rule of the adapter learns so or no batch reaches one of its sites (nothing is changed then), MergeError while
-        merged.
-        """
-        lifecycle.require_known(self.program, [adapter_name])
-
-        def call(batch: Any) -> Any:
-            if isinstance(batch, Mapping):
-                return self.base(**batch)
-            return self.base(*batch) if isinstance(batch, tuple) else self.base(batch)
-
-        with self.disable_adapter():
-            calibrate(self.program, adapter_name, batches, call)
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Take an adapter off, or several. If no other was active, the one loaded first becomes so.
@@ -382,16 +368,17 @@ class CompiledModel(CompiledFiles):
         given = None if config is None else load_spec(config, spec_classes())
         files = read_adapter(folder, config=given, is_trainable=is_trainable, allow_pickle=allow_pickle, verify=verify)
         model = lifecycle.looked_through(model)
-        files = files.on(model)
-        spec = respelled_spec(model, files.spec, files.tensors)
-        made, regions = lifecycle.planned(
-            model, {adapter_name: spec}, capture, autocast_adapter_dtype, fresh=False, inputs=inputs
-        )
-        require_applicable(made, "warn")
-        compiled = cls(build(model, made, regions, inplace, fresh=False))
-        try:
-            lifecycle.fill_from(compiled.program, adapter_name, files, strict)
-        except BaseException:
-            compiled.unload()
-            raise
+        with lifecycle.reshaped(model, {adapter_name: files.spec}, inplace) as base:
+            files = files.on(base)
+            spec = respelled_spec(base, files.spec, files.tensors)
+            made, regions = lifecycle.planned(
+                base, {adapter_name: spec}, capture, autocast_adapter_dtype, fresh=False, inputs=inputs
+            )
+            require_applicable(made, "warn")
+            compiled = cls(build(base, made, regions, inplace, fresh=False))
+            try:
+                lifecycle.fill_from(compiled.program, adapter_name, files, strict)
+            except BaseException:
+                compiled.unload()
+                raise
         return compiled if is_trainable else compiled.eval()

@@ -14,6 +14,7 @@ from peftc.plan import Plan
 from peftc.plan.explain import site_lines
 from peftc.plan.make import role_of
 from peftc.rewrite.build import parked
+from peftc.rewrite.calling import calling
 from peftc.rewrite.checkpointing import let_gradients_through
 from peftc.rewrite.learning import watch_first_step, watch_steps, with_penalty
 from peftc.rewrite.mixed import mixed
@@ -119,20 +120,28 @@ class CompiledGraph(fx.GraphModule):
         Rows with an adapter get what they would get alone with it, in training too; which adapters are active does not
         count. For every method but those of virtual tokens, modules_to_save included. Raises AdapterError, MergeError.
         """
-        if adapter_names is None:
-            output = super().__call__(*args, **kwargs)
-            return with_penalty(self.program, output) if self.training else output
-        with mixed(self.program, adapter_names):
-            return super().__call__(*args, **kwargs)
+        with calling(self.program, args, kwargs, adapter_names) as tell:
+            if adapter_names is not None:
+                with mixed(self.program, adapter_names):
+                    output = super().__call__(*args, **kwargs)
+            else:
+                output = super().__call__(*args, **kwargs)
+                output = with_penalty(self.program, output) if self.training else output
+            tell(output)
+            return output
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """`generate` of the base model; `adapter_names` as in a call, one per prompt."""
         self._require_python("generate", "which calls the model with caches and positions")
         generate = getattr(self.base, "generate")  # noqa: B009 - nn.Module's attributes are tensors or modules by type
-        if adapter_names is None:
-            return generate(*args, **kwargs)
-        with mixed(self.program, adapter_names, several=True):
-            return generate(*args, **kwargs)
+        with calling(self.program, args, kwargs, adapter_names) as tell:
+            if adapter_names is None:
+                output = generate(*args, **kwargs)
+            else:
+                with mixed(self.program, adapter_names, several=True):
+                    output = generate(*args, **kwargs)
+            tell(output)
+            return output
 
     def _require_python(self, what: str, why: str) -> None:
         """Raise AdapterError if the model runs as one program, where `what` has no effect or a wrong one."""

@@ -32,16 +32,18 @@ class PlannedParam:
     seed: int | None = None
     stored: float = 1.0
     shared: bool = False
+    kept: bool = True
 
     @property
     def saved(self) -> bool:
         """Whether checkpoints hold it: what is trained, and what training started from, where that can't be told again."""
-        return self.trainable or self.init in ("copy", "rule") or (self.init == "drawn" and self.seed is None)
+        start = self.init in ("copy", "rule") or (self.init == "drawn" and self.seed is None)
+        return self.trainable or (start and self.kept)
 
     @property
     def is_table(self) -> bool:
-        """Whether it follows from the spec, and nobody trains or saves it: a buffer."""
-        return self.init == "derived" and not self.trainable
+        """Whether it follows from the spec, or the weight, and nobody trains or saves it: a buffer."""
+        return (self.init == "derived" or not self.kept) and not self.trainable
 
     @property
     def numel(self) -> int:
@@ -150,3 +152,7 @@ class Planned:
     autocast_adapter_dtype: bool
     costs: Costs
     version: int = VERSION
+
+    def edits_of(self, adapter: str) -> list[Edit]:
+        """The edits of one adapter, in order."""
+        return [edit for edit in self.edits if edit.adapter == adapter]

@@ -2,7 +2,8 @@
 
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from peftc.merge.combine import checked, combined_spec, fill, pairs
 from peftc.plan import Plan, make_plan, without
 from peftc.plan.heads import with_heads
 from peftc.rewrite.build import check_names, extend, parked, remove, require_applicable
+from peftc.rewrite.calibration import Calibration, needs_data, observe, require_data
 from peftc.rewrite.processes import require_growable
 from peftc.rewrite.program import Program, require_idle
 from peftc.rewrite.switch import activate, emit
@@ -27,6 +29,8 @@ from peftc.rule import Combination
 from peftc.specs import AdapterSpec
 
 _LOG = logging.getLogger(__name__)
+# Batches to calibrate on, or what came of it before.
+Batches = Calibration | Iterable[Any] | None
 
 
 def looked_through(model: nn.Module) -> nn.Module:
@@ -59,9 +63,45 @@ def planned(
         raise AdapterError("the model is compiled already: use its add_adapter or its .plan, or unload it first")
     if isinstance(cast(Any, model), nn.Module):
         require_growable(model)
+    _require_shape(model, specs)
     if fresh:
         specs = {name: with_heads(model, spec) for name, spec in specs.items()}
     return make_plan(model, specs, capture, autocast, fresh=fresh, flat=whole(model, capture, inputs))
+
+
+@contextmanager
+def reshaped(model: nn.Module, specs: Mapping[str, AdapterSpec], inplace: bool = False) -> Generator[nn.Module]:
+    """The model that adapters of `specs` are put on, which may have other modules: `model`, a copy, or, with `inplace`,
+    `model` itself with these modules, which has its own again if anything fails.
+    """
+    new = model
+    for spec in specs.values() if not isinstance(model, CompiledGraph) else ():
+        new = spec.reshaped(new)
+    if new is model or not inplace:
+        yield new
+        return
+    before = dict(model.__dict__)
+    _become(model, new.__dict__)
+    try:
+        yield model
+    except BaseException:
+        _become(model, before)
+        raise
+
+
+def _become(model: nn.Module, state: Mapping[str, Any]) -> None:
+    model.__dict__.clear()
+    model.__dict__.update(state)
+
+
+def _require_shape(model: nn.Module, specs: Mapping[str, AdapterSpec]) -> None:
+    """Raise AdapterError if `specs` are for a model with other modules than `model` has."""
+    for name, spec in specs.items():
+        if spec.reshaped(model) is not model:
+            raise AdapterError(
+                f"adapter {name!r} is for a model with other layers than this one has, which peftc.compile and peftc.load"
+                " make of its base. It can't be added to this one, nor merged on disk"
+            )
 
 
 def named(names: str | Iterable[str]) -> list[str]:
@@ -96,9 +136,10 @@ def add(
     on_unmatched: str,
     fresh: bool = True,
     autocast: bool | None = None,
+    calibration: Batches = None,
 ) -> None:
     """Attach a new adapter, inactive. `fresh=False`: its values are about to be loaded. `autocast`: in float32 where
-    weights are of half precision; None: as the first adapters were.
+    weights are of half precision; None: as the first adapters were. `calibration`: as in `calibrated`.
     """
     require_idle(program)
     if name in program.plan.adapters:
@@ -106,24 +147,60 @@ def add(
     require_unmerged(program, "add_adapter")
     require_growable(program.base)
     with parked(program) as base:
+        _require_shape(base, {name: spec})
         specs = {name: with_heads(base, spec) if fresh else spec}
         before = program.plan
         upcast = before.autocast_adapter_dtype if autocast is None else autocast
-        plan, regions = make_plan(base, specs, before.capture, upcast, before, fresh, _flat(program))
+
+        def planned_with(specs: Mapping[str, AdapterSpec]) -> tuple[Plan, tuple[Region, ...]]:
+            return make_plan(base, specs, before.capture, upcast, before, fresh, _flat(program))
+
+        plan, regions = planned_with(specs)
+        if calibration is not None:  # Before the model is run.
+            require_applicable(plan, on_unmatched)
+        specs, starts = calibrated(base, plan, specs, calibration)
+        if starts:
+            plan, regions = planned_with(specs)
         plan = replace(plan, autocast_adapter_dtype=before.autocast_adapter_dtype)
         require_applicable(plan, on_unmatched)
         check_names(base, plan, [name])
+        if fresh:
+            require_data(plan, [name], starts)
     if plan.capture == "modules":
         # A host that is there already keeps its region, and with it its code.
         known = {region.host for region in program.regions}
         regions = (*program.regions, *(region for region in regions if region.host not in known))
     try:
-        extend(program, plan, regions, [name], fresh)
+        extend(program, plan, regions, [name], fresh, starts)
         emit(program)
     except BaseException:
         _shrink(program, name)
         raise
     _LOG.info("added %s (%s): %d edits", name, spec.peft_type, len(program.adapters[name].edits))
+
+
+def calibrated(
+    base: nn.Module, plan: Plan, specs: Mapping[str, AdapterSpec], calibration: Batches
+) -> tuple[Mapping[str, AdapterSpec], Mapping[str, Mapping[str, Any]]]:
+    """The specs as data decide them, and what their adapters start from, by adapter and site.
+
+    `plan` is that of `specs` on `base`; `calibration`: batches to run it on, or what came of that before. Raises
+    AdapterError if it is given and nothing starts from data, or it is of another spec.
+    """
+    if calibration is None:
+        return specs, {}
+    own = {name: spec for name, spec in specs.items() if needs_data(plan.adapters[name], plan.edits_of(name))}
+    if not own:
+        raise AdapterError("calibration: no adapter here starts from data; leave it out")
+    if isinstance(calibration, Calibration):
+        if any(spec not in (calibration.given, calibration.spec) for spec in own.values()):
+            raise AdapterError("calibration: it was made with another spec; calibrate again, with this one")
+        found = dict.fromkeys(own, calibration)
+    else:
+        if len(own) > 1 and iter(calibration) is calibration:
+            raise AdapterError("calibration: an iterator can be gone through for one adapter only; give a list")
+        found = {name: observe(base, plan, name, spec, calibration) for name, spec in own.items()}
+    return {**specs, **{name: one.spec for name, one in found.items()}}, {n: one.data for n, one in found.items()}
 
 
 def _flat(program: Program) -> Flat | None:

@@ -6,7 +6,7 @@ sees weight layouts, adapter names, devices, checkpoint prefixes or model classe
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod, sqrt
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
@@ -33,7 +33,8 @@ class Param:
     `key`: its name in checkpoints, by default its name in the rule; the live name has the adapter's name after the
     first part (`lora_A.weight` is the parameter `lora_A.default.weight`). `dtype`: its own, if not the adapter's; an
     integer one is never trained. `trainable=False`: frozen; saved only if its `init` is `rule`, or `drawn` without a
-    `seed`, and a file without it leaves it as it was initialised. `stored`: files hold this many times the tensor.
+    `seed`, and a file without it leaves it as it was initialised. `kept=False`: files never have it, as it follows from the
+    weight (`init` is `rule`). `stored`: files hold this many times the tensor.
     `use` is for the FLOPs of the plan: a `matrix` is multiplied with (two per element and token), a `vector` scales or
     is added (one), a `lookup` table is only indexed.
     `axes`: one letter per dimension, `o` if it runs along the rows of the canonical weight, `i` along its columns, any
@@ -51,6 +52,7 @@ class Param:
     dtype: str | None = None
     seed: int | None = None
     stored: float = 1.0
+    kept: bool = True
 
 
 class Bound:
@@ -250,13 +252,39 @@ class Rule(Generic[S]):
         """
         return spec, tensors
 
-    def calibrate(self, x: Tensor, state: Any, p: Any) -> Any:
-        """A pass over data before training, `compiled.calibrate`: the site's `state` after its input `x`; None at first."""
+    def calibration(self, spec: S) -> Literal["inputs", "gradients"] | None:
+        """What a fresh adapter has to be shown of data before it starts: what its sites get, or the gradients of the loss
+        by their weights; None: nothing.
+        """
         return None
 
-    def calibrated(self, weight: Tensor, state: Any, p: Any) -> dict[str, Tensor]:
-        """The parameters that the pass gives, by name, from its last `state` and the canonical `weight`."""
-        return {}
+    def counted(self, spec: S, batch: Any) -> Tensor | None:
+        """Which of the positions of a `batch`, as the model is called with it, count; None: all."""
+        return None
+
+    def calibrate(self, spec: S, sites: Sequence[Any], x: Tensor, state: Any) -> Any:
+        """What is known of the inputs of `sites`, who all read the same, after the rows `x` (n, in); None at first."""
+        raise NotImplementedError
+
+    def settled(self, spec: S, states: Mapping[str, Any]) -> Collection[str] | None:
+        """The sites of which enough is known, where batches are gone through until all are; None: each batch once.
+
+        `states`: by site in the model's order, the very same object for sites that read the same.
+        """
+        return None
+
+    def calibrated(self, spec: S, states: Mapping[str, Any]) -> tuple[S, Mapping[str, Any]]:
+        """The spec as data decides it, and by site what `initialise` gets as `p.data`.
+
+        `states` as in `settled`; of gradients, their means over all calls, canonical and in float32 at least.
+        """
+        return spec, states
+
+    def begins(self, ids: Tensor, p: Any) -> Tensor:
+        """For methods that act from some place in the text on: where in the token `ids` (rows, tokens) of a call that is,
+        (rows,); as many as there are tokens: nowhere. `output` then has `p.acts(x)`, the positions of `x` that it acts on.
+        """
+        raise NotImplementedError
 
     def unfold(self, weight: Tensor, p: Any) -> Tensor:
         """An estimate of the weight that `weight` made this one from, by elementwise float64 arithmetic and products.
@@ -267,7 +295,8 @@ class Rule(Generic[S]):
 
     def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
         """Values of the parameters whose `init` is `rule`, from the canonical `weight`, `p.bias` and the parameters that
-        have theirs already, in float32 at least.
+        have theirs already, in float32 at least; and from `p.data`, which is None without calibration. `weight` is empty
+        where the site has no plain one: `check` refuses that where it is needed.
         """
         raise NotImplementedError
 

@@ -23,6 +23,8 @@ from peftc.specs import AdapterSpec
 
 # What servers read: the method that adapters are of, and the keys of its factors by op.
 _METHOD = "LORA"
+# Other forms of its factors, which are plain ones here, and what says that they are.
+_FORMS: dict[str, Any] = {"use_bdlora": None, "kasa_config": None, "use_qalora": False}
 _KEYS = {"linear": ("lora_A.weight", "lora_B.weight"), "embedding": ("lora_embedding_A", "lora_embedding_B")}
 
 
@@ -56,7 +58,14 @@ def serving_form(
         tensors[stem + one] = F.pad(a, (0, 0, 0, r - a.shape[0]))
         tensors[stem + other] = F.pad(b, (0, r - b.shape[1]))
     targets = target_names(program.base, list(factors))
-    plain = {"rank_pattern": {}, "alpha_pattern": {}, "use_rslora": False, "init_lora_weights": True, "bias": "none"}
+    plain: dict[str, Any] = {
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "bias": "none",
+    }
+    plain |= {key: off for key, off in _FORMS.items() if key in config}
     selectors = {"target_modules": list(targets), "exclude_modules": None, "modules_to_save": None}
     layers = {"layers_to_transform": None, "layers_pattern": None}
     if config["peft_type"] != _METHOD:

@@ -7,8 +7,8 @@ from peftc.cli.output import print_json, print_table
 def rules(as_json: AsJson = False) -> None:
     """The methods that are installed: what they adapt, what they offer, where they are written.
 
-    same start: a fresh adapter changes nothing; in pieces: large weights are folded tile by tile; factors: the change
-    is a product; sums: weighted sums of adapters; scale: its size can be set.
+    same start: a fresh adapter changes nothing, but for some forms of a method; in pieces: large weights are folded tile
+    by tile; factors: the change is a product; sums: weighted sums of adapters; scale: its size can be set.
     """
     from peftc.cli.offers import methods
 

@@ -23,7 +23,7 @@ def _by_method() -> dict[str, list[Rule[Any]]]:
 def _described(name: str, own: Sequence[Rule[Any]]) -> dict[str, Any]:
     folds = any(type(rule).weight is not Rule.weight for rule in own)
     offers = {
-        "same start": folds and all(rule.identity for rule in own),
+        "same start": folds and any(rule.identity for rule in own),
         "merge": folds,
         "in pieces": folds and any(rule.local for rule in own),
         "factors": any(type(rule).factors is not Rule.factors for rule in own),

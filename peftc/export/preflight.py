@@ -83,6 +83,9 @@ def _method(rule: Rule[Any]) -> Any:
     return rule.spec.model_fields["peft_type"].default
 
 
+_RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
 def _saved(config: Mapping[str, Any], but: Sequence[str] = ()) -> list[str]:
     names = [name for name in config.get("modules_to_save") or () if name not in but]
     return [f"modules_to_save={names}"] if names else []
@@ -91,7 +94,7 @@ def _saved(config: Mapping[str, Any], but: Sequence[str] = ()) -> list[str]:
 def _vllm(runtime: str, config: Mapping[str, Any], keys: Sequence[str]) -> Verdict:
     whole = [*_common(config, keys), *_saved(config, ("classifier", "score"))]
     start = config.get("init_lora_weights")
-    residual = isinstance(start, str) and start.partition("_")[0].lower() in ("pissa", "olora", "corda", "loftq")
+    residual = isinstance(start, str) and start.lower().startswith(_RESIDUAL)
     soft = [f"init_lora_weights={start!r}, whose base is changed"] if residual else []
     return _verdict(runtime, whole, soft, _SERVING)
 

@@ -11,6 +11,7 @@ from typing import Any, cast
 from peftc.api import load_spec
 from peftc.checkpoint import locate
 from peftc.errors import SpecError
+from peftc.peft.told import named, settle
 from peftc.peft.types import VERSION, PeftType, PromptEncoderReparameterizationType, PromptTuningInit, TaskType
 from peftc.prompts.specs import PromptSpec
 from peftc.registry import spec_class_named, spec_classes
@@ -26,7 +27,7 @@ _MISSPELT = {"encoder_reprameterization_type": "encoder_reparameterization_type"
 _SETS = ("target_modules", "exclude_modules", "feedforward_modules")
 _VERSION = "peft_version"
 # What fields that only inform have by default in PEFT, where that is not None.
-_INFORMATIVE = {"loftq_config": {}, "megatron_core": "megatron.core", "qalora_group_size": 16}
+_INFORMATIVE = {"megatron_core": "megatron.core", "qalora_group_size": 16}
 _ENUMS = {
     "prompt_tuning_init": PromptTuningInit,
     "encoder_reparameterization_type": PromptEncoderReparameterizationType,
@@ -63,6 +64,8 @@ class PeftConfig:
             if isinstance(value, str) and value.upper() in list(kind):
                 setattr(self, name, kind(value))
         if type(self) is not PeftConfig:
+            if isinstance(self.peft_type, PeftType):
+                settle(self, _spec_class(self.peft_type))
             _check(self)
 
     @property
@@ -232,8 +235,10 @@ def get_peft_config(config_dict: Mapping[str, Any]) -> Any:
 
 
 def __getattr__(name: str) -> Any:
-    """The configs of all registered methods by their names."""
+    """The configs of all registered methods by their names, and the classes that their fields are told in."""
     found = spec_class_named(name)
+    if found is None and (told := named(name)) is not None:
+        return told
     if found is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return config_class(found)

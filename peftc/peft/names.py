@@ -32,6 +32,8 @@ _HOMES = (
     "hotswap",
     "contexts",
     "conversion",
+    "starts",
+    "loftq",
 )
 # Names that are not those of what serves them.
 _OTHERWISE = {"_get_submodules": "functions.submodules_at", "BasePromptEncoder": "encoders.PromptEmbedding"}

@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -22,10 +23,15 @@ from peftc.peft.experts import with_experts
 from peftc.peft.layers import ROOT, BaseTunerLayer, classes_at
 from peftc.plan import Edit
 from peftc.registry import is_own
+from peftc.rewrite.calibration import Calibration
 from peftc.rewrite.hosts import be_also, is_host
 from peftc.rewrite.program import Program
 from peftc.rewrite.switch import activate
 
+# Where a model has what was found out for adapters that start from data; those that are told of data later, and before.
+CALIBRATED = "_peftc_calibrated"
+_LATER = "eva"
+_BEFORE = {"corda": "preprocess_corda", "lora_ga": "preprocess_loraga"}
 # Methods whose scripts say when a step is over (update_and_allocate).
 _BY_HAND = ("ADALORA",)
 
@@ -169,15 +175,31 @@ def require_root(module: Any) -> Root:
     return root
 
 
-def attach(model: nn.Module, configs: Mapping[str, Any], *, autocast: bool) -> Root:
-    """Give `model`, in place, the adapters that `configs` describe. The first is active if there was none before."""
+def attach(
+    model: nn.Module, configs: Mapping[str, Any], *, autocast: bool, calibration: Calibration | None = None
+) -> Root:
+    """Give `model`, in place, the adapters that `configs` describe. The first is active if there was none before.
+
+    `calibration`: what they start from, if that is data; else what preprocess_… has kept.
+    """
     specs = {name: with_experts(model, spec_of(config)) for name, config in configs.items()}
+    for name, spec in specs.items():
+        calibration = _found(model, spec) if calibration is None else replace(calibration, given=spec, spec=spec)
+        if calibration is None and getattr(spec, "init_lora_weights", None) == _LATER:
+            specs[name] = spec.model_copy(update={"init_lora_weights": True})
     root = root_of(model)
     if root is not None and _is_left(root):
         release(root)
         root = None
     if root is None:
-        compiled = compile(model, specs, inplace=True, on_unmatched="warn", autocast_adapter_dtype=autocast)
+        compiled = compile(
+            model,
+            specs,
+            inplace=True,
+            on_unmatched="warn",
+            autocast_adapter_dtype=autocast,
+            calibration=calibration,
+        )
         root = Root(compiled, {})
     else:
         root.unmerge()
@@ -185,13 +207,27 @@ def attach(model: nn.Module, configs: Mapping[str, Any], *, autocast: bool) -> R
             if name in root.configs:
                 warnings.warn(f"adapter {name!r} is there already; the new one takes its place", stacklevel=4)
                 root.delete(name)
-            root.compiled.add_adapter(name, spec, on_unmatched="warn", autocast_adapter_dtype=autocast)
+            root.compiled.add_adapter(
+                name, spec, on_unmatched="warn", autocast_adapter_dtype=autocast, calibration=calibration
+            )
     for name, config in configs.items():
         _require_some(root, name)
         take(root, name, config)
         _let_drop(root, name)
     adopt(root)
     return root
+
+
+def _found(model: nn.Module, spec: Any) -> Calibration | None:
+    """What was kept on the model for adapters that start so, which is used once."""
+    kept: list[Calibration] = model.__dict__.get(CALIBRATED, [])
+    start = getattr(spec, "init_lora_weights", None)
+    found = next((one for one in reversed(kept) if getattr(one.spec, "init_lora_weights", True) == start), None)
+    if found is not None:
+        kept.remove(found)
+    elif start in _BEFORE:
+        raise AdapterError(f"init_lora_weights={start!r}: call {_BEFORE[start]} first, which runs the model on data")
+    return None if found is None else replace(found, given=spec, spec=spec)
 
 
 def _let_drop(root: Root, name: str) -> None:

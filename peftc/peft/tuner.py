@@ -9,13 +9,15 @@ from torch import Tensor, nn
 import peftc.peft.layers as layers
 from peftc.checkpoint.state import saved_state_dict, spec_filed
 from peftc.errors import AdapterError
+from peftc.lifecycle import named
 from peftc.peft.configs import PeftConfig, spec_of
 from peftc.peft.layers import BaseTunerLayer
 from peftc.peft.methods import METHODS
 from peftc.peft.roots import Root, attach, release, require_root, root_of
 from peftc.peft.types import PeftType
 from peftc.registry import is_own
-from peftc.rewrite.learning import after_step, with_penalty
+from peftc.rewrite.calling import calling
+from peftc.rewrite.learning import after_step, penalty, with_penalty
 from peftc.rewrite.mixed import mixed
 
 __all__ = ["BaseTuner", "MixedModel", "cast_adapter_dtype"]
@@ -174,12 +176,19 @@ class BaseTuner(nn.Module):
 
 def call(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], several: bool = False) -> Any:
     """A call of `base`, or of its `generate` if `several`; `adapter_names` among `kwargs`: the adapters of rows."""
-    names = kwargs.pop("adapter_names", None)
+    names, root = kwargs.pop("adapter_names", None), root_of(base)
     run = cast(Any, base).generate if several else base
-    if names is None:
+    if root is None and names is None:
         return run(*args, **kwargs)
-    with mixed(require_root(base).program, names, several=several):
-        return run(*args, **kwargs)
+    program = require_root(base).program
+    with calling(program, args, kwargs, names) as tell:
+        if names is None:
+            output = run(*args, **kwargs)
+        else:
+            with mixed(program, names, several=several):
+                output = run(*args, **kwargs)
+        tell(output)
+        return output
 
 
 def _unloaded(base: nn.Module, unload: Callable[[Root], nn.Module]) -> nn.Module:
@@ -233,13 +242,32 @@ class _Savable(BaseTuner):
         )
 
 
+class _Regularised(BaseTuner):
+    """A model with LoRA, some forms of which have a penalty, which scripts add to the loss themselves."""
+
+    def _get_kasa_loss(self, adapter_names: str | list[str] | None = None) -> Any:
+        """What the active adapters add to the loss, or 0.0. Raises AdapterError if others are named."""
+        program = self.root.program
+        wanted = list(program.spliced if adapter_names is None else named(adapter_names))
+        if set(wanted) != set(program.spliced):
+            raise AdapterError(
+                f"_get_kasa_loss: of the active adapters only, {list(program.spliced)}; set_adapter first"
+            )
+        found = penalty(program)
+        return 0.0 if found is None else found
+
+
 class MixedModel(BaseTuner):
     """A model with adapters of several methods."""
 
 
 _CLASSES: dict[Any, type[BaseTuner]] = {}
 # What some have beside the rest.
-_WRITTEN: Mapping[Any, type[BaseTuner]] = {PeftType.ADALORA: _Allots, PeftType.VBLORA: _Savable}
+_WRITTEN: Mapping[Any, type[BaseTuner]] = {
+    PeftType.ADALORA: _Allots,
+    PeftType.VBLORA: _Savable,
+    PeftType.LORA: _Regularised,
+}
 
 
 def _make_classes() -> None:

@@ -123,6 +123,7 @@ def _planned(name: str, param: Param, dtype: str, shared: bool = False) -> Plann
         seed=param.seed,
         stored=param.stored,
         shared=shared,
+        kept=param.kept,
     )
 
 

@@ -18,11 +18,12 @@ from peftc.graph.ops import op_named
 from peftc.graph.region import Region
 from peftc.graph.sites import is_lazy, parameter_name
 from peftc.plan import Edit, Plan, PlannedParam, without
+from peftc.rewrite.calibration import require_data
 from peftc.rewrite.checkpointing import let_gradients_through
 from peftc.rewrite.holders import Group
 from peftc.rewrite.hosts import BOUND, install, is_host, original_class, reads, uninstall
 from peftc.rewrite.learning import watch_steps
-from peftc.rewrite.parts import Adapter, attach, containers, detach, start, weight_of
+from peftc.rewrite.parts import Adapter, asks, attach, containers, detach, start, weight_of
 from peftc.rewrite.passes import Pass
 from peftc.rewrite.processes import require_placed
 from peftc.rewrite.program import Program
@@ -31,6 +32,9 @@ from peftc.rewrite.sharding import Places, places_of, reshard, widest_mesh
 from peftc.rewrite.switch import activate, stop_averaging
 
 _LOG = logging.getLogger(__name__)
+# What adapters start from, by adapter and site.
+Starts = Mapping[str, Mapping[str, Any]]
+_NOTHING: Starts = {}
 
 
 def require_applicable(plan: Plan, on_unmatched: str) -> None:
@@ -113,13 +117,17 @@ def build(
     inplace: bool,
     fresh: bool,
     passes: Sequence[Pass] = (),
+    starts: Starts = _NOTHING,
 ) -> Program:
     """Attach every adapter of `plan` to a structural copy of `model` (or to itself) and activate the first.
 
-    `fresh=False`: their values are about to be loaded, and `start_alone` is for the rest. The model given is not changed
-    unless `inplace`, and then given back intact if anything fails.
+    `fresh=False`: their values are about to be loaded, and `start_alone` is for the rest. `starts`: the data that they
+    start from, by adapter and site. The model given is not changed unless `inplace`, and then given back intact if anything
+    fails.
     """
     check_names(model, plan, plan.adapters)
+    if fresh:
+        require_data(plan, plan.adapters, starts)
     flags = _flags(model)
     base = model if inplace else structural_copy(model)
     program = Program(base, plan, regions, inplace=inplace, passes=tuple(passes))
@@ -128,7 +136,7 @@ def build(
         if not is_lazy(parameter):
             parameter.requires_grad_(False)
     try:
-        extend(program, plan, regions, list(plan.adapters), fresh)
+        extend(program, plan, regions, list(plan.adapters), fresh, starts)
         first = list(plan.adapters)[:1]
         activate(program, first, [name for name in first if not plan.adapters[name].inference_mode])
         let_gradients_through(base)
@@ -141,9 +149,14 @@ def build(
 
 
 def extend(
-    program: Program, plan: Plan, regions: tuple[Region, ...], adapters: Collection[str], fresh: bool = True
+    program: Program,
+    plan: Plan,
+    regions: tuple[Region, ...],
+    adapters: Collection[str],
+    fresh: bool = True,
+    starts: Starts = _NOTHING,
 ) -> None:
-    """Attach the parameters of `adapters`, which are new in `plan`. They start inactive. `fresh` as in `build`."""
+    """Attach the parameters of `adapters`, new in `plan`. They start inactive. `fresh` and `starts` are as in `build`."""
     kept = {region.host for region in regions}
     for region in program.regions:
         if region.host not in kept:
@@ -164,7 +177,7 @@ def extend(
         program.adapters[name] = adapter
         for edit in plan.edits:
             if edit.adapter == name:
-                _attach(program, adapter, edit, fresh, shared, places)
+                _attach(program, adapter, edit, starts.get(name, {}) if fresh else None, shared, places)
     for region in regions:
         _install(program, region)
     watch_steps(program)
@@ -173,8 +186,16 @@ def extend(
             program.overlay.bring(program.base, tensor.name, tensor.adapter)
 
 
-def _attach(program: Program, adapter: Adapter, edit: Edit, fresh: bool, shared: set[str], places: Places) -> None:
-    """Attach one edit, to the module of the one that it follows if it does.
+def _attach(
+    program: Program,
+    adapter: Adapter,
+    edit: Edit,
+    starts: Mapping[str, Any] | None,
+    shared: set[str],
+    places: Places,
+) -> None:
+    """Attach one edit, to the module of the one that it follows if it does. `starts`: the data that a fresh adapter starts
+    from, by site; None if it is not fresh.
 
     `shared` are the keys of tensors that the adapter's sites have in common and that are there.
     """
@@ -183,10 +204,11 @@ def _attach(program: Program, adapter: Adapter, edit: Edit, fresh: bool, shared:
     holder, weight = program.modules[first.holder], weight_of(program.modules[site.owner], site)
     part = attach(edit, site, holder, _common(program, edit.adapter), adapter.spec, weight, places)
     adapter.parts[edit.site, edit.rule.name] = part
+    adapter.asks = adapter.asks or asks(edit.rule)
     program.children |= dict.fromkeys([*containers(edit), *(p.key.partition(".")[0] for p in edit.params if p.shared)])
-    if fresh and edit.follows is None:
+    if starts is not None and edit.follows is None:
         own = [param for param in edit.params if param.key not in shared] if shared else list(edit.params)
-        start(part, adapter.spec, own, holder, weight, places.mesh)
+        start(part, adapter.spec, own, holder, weight, places.mesh, starts.get(edit.site))
     shared |= {param.key for param in edit.params if param.shared}
 
 

@@ -1,23 +1,20 @@
-"""What rules do around training: a term of the loss, something after every step, a pass over data before it."""
+"""What rules do around training: a term of the loss, something after every step."""
 
 import functools
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from peftc.errors import AdapterError
-from peftc.graph.sites import WeightSite, canonical
 from peftc.registry import rules_of
-from peftc.rewrite.parts import Adapter, Part, weight_of, wide
+from peftc.rewrite.parts import Adapter, Part
 from peftc.rewrite.processes import require_common_gradients
 from peftc.rewrite.program import Program
-from peftc.rewrite.sharding import whole
 from peftc.rule import Bound, Rule
 from peftc.specs import AdapterSpec
 
@@ -170,44 +167,3 @@ def watch_first_step(program: Program) -> None:
             )
 
     _follow("before", program, stepping)
-
-
-def calibrate(program: Program, name: str, batches: Iterable[Any], call: Callable[[Any], Any]) -> None:
-    """Show the inputs of the adapter's sites to its rules, batch by batch, and take the parameters that they make of it.
-
-    `call` runs the base on a batch. Raises AdapterError if no rule of the adapter learns from data.
-    """
-    parts = [part for part in program.adapters[name].parts.values() if _has(part.edit.rule, "calibrate")]
-    if not parts:
-        raise AdapterError(f"calibrate: no rule of {name!r} ({program.adapters[name].spec.peft_type}) learns from data")
-    states: dict[int, Any] = {}
-    handles = [program.modules[part.site.owner].register_forward_pre_hook(_show(part, states)) for part in parts]
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                call(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    unseen = [part.site.fqn for part in parts if id(part) not in states]
-    if unseen:
-        raise AdapterError(f"calibrate: no batch reached {unseen[0]} (and {len(unseen) - 1} more); nothing was changed")
-    with torch.no_grad():
-        made = [(part, _made(program, part, states[id(part)])) for part in parts]
-        for part, values in made:
-            for own, value in values.items():
-                part.tensors()[own].copy_(value)
-
-
-def _show(part: Part, states: dict[int, Any]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    def see(_: nn.Module, args: tuple[Any, ...]) -> None:
-        states[id(part)] = part.edit.rule.calibrate(args[0], states.get(id(part)), bound(part))
-
-    return see
-
-
-def _made(program: Program, part: Part, state: Any) -> Mapping[str, Tensor]:
-    weight = weight_of(program.modules[part.site.owner], part.site)
-    assert weight is not None, "the rule's check() asks for a weight"
-    assert isinstance(part.site, WeightSite), "others have no inputs"
-    return part.edit.rule.calibrated(wide(canonical(whole(weight), part.site)), state, bound(part))

@@ -22,7 +22,7 @@ from peftc.graph.sites import parameter_name, transformers_config
 from peftc.rewrite import route as ops
 from peftc.rewrite.checkpointing import CHECKPOINT
 from peftc.rewrite.hosts import BOUND, Binding, Code, install, is_host, uninstall
-from peftc.rewrite.parts import Part
+from peftc.rewrite.parts import Part, asks
 from peftc.rewrite.passes import piped
 from peftc.rewrite.processes import require_same_gradients, require_whole_rows
 from peftc.rewrite.program import Program
@@ -229,7 +229,7 @@ def _family(parts: Sequence[Part]) -> Any | None:
     edit = parts[0].edit
     if len(parts) > 1 or edit.slots != ("output",) or edit.opaque or parts[0].site.op != "linear":
         return None
-    if not edit.rule.additive or type(edit.rule).factors is Rule.factors:
+    if not edit.rule.additive or type(edit.rule).factors is Rule.factors or asks(edit.rule):
         return None
     if edit.rule.factors(Bound({**parts[0].tensors(), **edit.constants})) is None:
         return None

@@ -17,7 +17,7 @@ from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
 from peftc.rewrite.holders import VALUE, Container, Holder, Vectors, code_path
 from peftc.rewrite.sharding import Layout, Places, is_sharded, own, put, spread, whole
 from peftc.rewrite.views import pristine_copy
-from peftc.rule import Bound, fill
+from peftc.rule import Bound, Rule, fill
 from peftc.specs import AdapterSpec
 
 
@@ -97,7 +97,7 @@ class Part:
 class Adapter:
     """An adapter and its parts, by site and name of the rule. `extras`: what its files hold beside the tensors; `scale`:
     how much of its change is applied; `states`: what its rules keep from step to step, by name; `by_hand`: who trains says
-    when a step is over.
+    when a step is over; `asks`: its rules ask about the model's call.
     """
 
     name: str
@@ -107,6 +107,7 @@ class Adapter:
     scale: float = 1.0
     states: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     by_hand: bool = False
+    asks: bool = False
 
     @functools.cached_property
     def trained(self) -> list[tuple[dict[str, Any], str]]:
@@ -132,6 +133,11 @@ class Adapter:
     def tensor(self, edit: Edit, key: str) -> Tensor:
         """The live tensor of `edit` with checkpoint key `key`."""
         return self.part(edit).tensor(key)
+
+
+def asks(rule: Rule[Any]) -> bool:
+    """Whether a rule acts from some place in the text on."""
+    return type(rule).begins is not Rule.begins
 
 
 def form_of(edit: Edit, site: Site) -> Any:
@@ -321,11 +327,17 @@ def _allocated(part: Part, param: PlannedParam, device: torch.device, layout: La
 
 
 def start(
-    part: Part, spec: AdapterSpec, params: list[PlannedParam], host: nn.Module, weight: nn.Parameter | None, mesh: Any
+    part: Part,
+    spec: AdapterSpec,
+    params: list[PlannedParam],
+    host: nn.Module,
+    weight: nn.Parameter | None,
+    mesh: Any,
+    data: Any = None,
 ) -> None:
     """Initialise `params` of a part as a new adapter has them: the same on all processes of `mesh`, if that is not None.
 
-    `host`: the site's module, `weight` its weight.
+    `host`: the site's module, `weight` its weight; `data`: what calibration found there.
     """
     if part.edit.rule.container is not None:
         if params and not part.edit.whole:
@@ -344,7 +356,7 @@ def start(
             fill(tensors[param.name], param.init, param.seed)
     _start_drawn(part.edit, {param.name: tensors[param.name] for param in given if param.init == "drawn"})
     if by_rule:
-        _start_by_rule(part, by_rule, tensors, weight, host._parameters.get("bias"))
+        _start_by_rule(part, by_rule, tensors, weight, host._parameters.get("bias"), data)
     spread(tensors.values(), mesh)
     for name, tensor in tensors.items():
         if is_sharded(live[name]):
@@ -402,16 +414,18 @@ def _start_by_rule(
     tensors: Mapping[str, Tensor],
     weight: nn.Parameter | None,
     bias: nn.Parameter | None,
+    data: Any,
 ) -> None:
-    edit, rule = part.edit, part.edit.rule
-    assert weight is not None, "the rule's check() asks for a weight"
-    assert isinstance(part.site, WeightSite), "other rules declare modules"
-    _require_there(part, weight)
+    edit, rule, site = part.edit, part.edit.rule, part.site
+    assert isinstance(site, WeightSite), "other rules declare modules"
+    if weight is not None:
+        _require_there(part, weight)
     shapes = {param.name: param.shape for param in edit.params if param.init == "rule"}
+
     try:
         with torch.no_grad():
-            base = wide(canonical(whole(weight), part.site))
-            lazy = {"bias": lambda: None if bias is None else wide(whole(bias))}
+            base = torch.empty(0) if weight is None else wide(canonical(whole(weight), site))
+            lazy = {"bias": lambda: None if bias is None else wide(whole(bias)), "data": lambda: data}
             values = rule.initialise(base, shapes, Bound({**_others(part, tensors, shapes), **edit.constants}, lazy))
             for param in params:
                 tensors[param.name].copy_(values[param.name])

@@ -17,6 +17,7 @@ from torch.utils import checkpoint as checkpoint_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from peftc.errors import AdapterError
+from peftc.rewrite.acting import subset
 from peftc.rewrite.hosts import Binding, base_of
 from peftc.rewrite.lent import not_lent
 from peftc.rewrite.parts import Part
@@ -263,9 +264,12 @@ def _by_row(self: ByRow, *args: Any, **kwargs: Any) -> Any:
         own_args, own_kwargs = tree_unflatten(leaves, tree)
         if name is None:
             outputs.append(self.base(*own_args, **own_kwargs))
-        else:
-            binding = self.bindings[name]
+            continue
+        binding, token = self.bindings[name], subset.set((rows, x.shape[0]))
+        try:
             outputs.append(binding.run(binding, *own_args, **own_kwargs))
+        finally:
+            subset.reset(token)
     return _joined(outputs, list(groups.values()))
 
 

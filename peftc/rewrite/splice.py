@@ -22,8 +22,9 @@ from peftc.graph.region import HOST, Anchor, Source, call_input, replace_call_in
 from peftc.graph.rows import POINTWISE, dequantised
 from peftc.graph.sites import Site, WeightSite, dtype_of
 from peftc.plan import Edit, PlannedParam
+from peftc.rewrite.acting import acting
 from peftc.rewrite.hosts import own_path, with_weights
-from peftc.rewrite.parts import code_path
+from peftc.rewrite.parts import asks, code_path
 from peftc.rule import Bound, Rule, source_of
 
 # The key of node.meta under which an inserted node says where it is from.
@@ -324,6 +325,12 @@ def _bound(place: _Place, active: Active, lazy: Mapping[str, Callable[[], Any]],
         values["padding_idx"] = cast(Any, values["op"]).keywords.get("padding_idx")
     if row.name in POINTWISE:
         values["pointwise"] = POINTWISE[row.name]
+    if asks(edit.rule):
+
+        def acts(x: fx.Proxy) -> fx.Proxy:
+            return fx.Proxy(graph.call_function(acting, (graph.get_attr(active.name), x.node)), place.tracer)
+
+        values["acts"] = acts
     return Bound(values, lazy)
 
 

@@ -1,5 +1,6 @@
 """The fields every adapter spec has, and how a wrong one is reported."""
 
+import dataclasses
 import enum
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -23,11 +24,13 @@ TASK_HEADS: Mapping[str, tuple[str, ...]] = {
 
 
 def plain(value: Any) -> Any:
-    """`value` in terms JSON has: enum members as their values, sets as sorted lists."""
+    """`value` in terms JSON has: enum members as their values, sets as sorted lists, dataclasses by their fields."""
     if isinstance(value, enum.Enum):
         return value.value
     if isinstance(value, Mapping):
         return {plain(key): plain(item) for key, item in cast(Mapping[Any, Any], value).items()}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return plain(dataclasses.asdict(value))
     if isinstance(value, set | frozenset):
         return sorted((plain(item) for item in cast(Iterable[Any], value)), key=str)
     if isinstance(value, list | tuple):
@@ -79,6 +82,8 @@ class AdapterSpec(BaseModel):
 
     # PEFT fields that peftc does not implement, with the value that means "off". Another value is refused.
     not_implemented: ClassVar[Mapping[str, Any]] = {}
+    # What to do instead of some of these.
+    closest: ClassVar[Mapping[str, str]] = {}
     # Fields PEFT writes that only inform.
     informative: ClassVar[frozenset[str]] = frozenset({"peft_version"})
     # Fields that select modules; one that is None has a default for the model's architecture, if it is in `defaulted`.
@@ -147,8 +152,10 @@ class AdapterSpec(BaseModel):
         for key, off in self.not_implemented.items():
             value = (self.model_extra or {}).get(key, off)
             if value != off and value:
+                near = self.closest.get(key)
+                hint = "" if near is None else f". What comes closest: {near}"
                 raise ValueError(
-                    f"{key}={value!r} is not implemented; leave it at {off!r} (it would change the result)"
+                    f"{key}={value!r} is not implemented; leave it at {off!r} (it would change the result){hint}"
                 )
         return self
 
@@ -190,6 +197,12 @@ class AdapterSpec(BaseModel):
         """This spec and the tensors of its file as an adapter of `model` has them, where the file is of an older model."""
         return self, tensors
 
+    def reshaped(self, model: nn.Module) -> nn.Module:
+        """The model that adapters of this spec are put on: `model`, or a copy with other modules, which share its tensors,
+        that knows that it is one. Raises SpecError.
+        """
+        return model
+
     def scaled(self, factor: float) -> Self:
         """The spec of an adapter that changes the base `factor` times as much. Raises SpecError if the method has none."""
         raise SpecError(f"{type(self).__name__} has no field that scales the adapter")
@@ -204,7 +217,9 @@ def _explain(cls: type[AdapterSpec], item: Any) -> str:
     path = [part for part in item["loc"] if part not in ("str", "int", "float", "bool", "tuple[str, ...]")]
     field = ".".join(str(part) for part in path if not str(part).startswith(("function-", "constrained-", "literal[")))
     message = str(item["msg"]).removeprefix("Value error, ")
-    if item["type"] == "extra_forbidden" or not field:
+    if item["type"] == "extra_forbidden":
+        return f"{field}: no such field"
+    if not field:
         return message
     if item["type"] == "missing":
         return f"{field} is missing; give it"

@@ -156,3 +156,11 @@ def pattern_matches(key: str, fqn: str) -> bool:
 def first_match(patterns: Mapping[str, T], fqn: str, default: T) -> T:
     """The value of the first key that applies to module `fqn`."""
     return next((value for key, value in patterns.items() if pattern_matches(key, fqn)), default)
+
+
+def exact_patterns(values: Mapping[str, T], default: T | None) -> dict[str, T]:
+    """Keys and values of a pattern that gives the modules `values`, but for those that have the default anyway."""
+    # A key matches every fqn that ends with it, and the first wins: longer ones go first.
+    other = [fqn for fqn in values if values[fqn] != default]
+    named = [fqn for fqn in values if fqn in other or any(fqn.endswith(f".{key}") for key in other)]
+    return {fqn: values[fqn] for fqn in sorted(named, key=len, reverse=True)}

@@ -219,7 +219,8 @@ def _require_starts(work: Work) -> None:
             lost = [
                 param.key
                 for param in edit.params
-                if param.saved and param.init != "drawn" and _key(work, edit, param) not in source.fit.sources
+                if (param.saved and param.init != "drawn" and _key(work, edit, param) not in source.fit.sources)
+                or not param.kept
             ]
             if not lost or edit.rule.container is not None:
                 continue

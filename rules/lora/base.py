@@ -11,7 +11,8 @@ from peftc.rule import Combination, Constant, Part, Rule
 
 from .combination import COMBINATIONS, combined_factors, combined_spec
 from .config import LoraConfig
-from .factors import init_names, starts_from_weight
+from .factors import init_names
+from .starts import starts_from_weight
 from .task_arithmetic import checked
 
 
@@ -20,7 +21,16 @@ class Lora(Rule[LoraConfig]):
     spec = LoraConfig
     additive = True
     local = "oi"
-    keys = ("lora_A", "lora_B", "lora_A0", "lora_B0", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
+    keys = (
+        "lora_A",
+        "lora_B",
+        "lora_A0",
+        "lora_B0",
+        "lora_embedding_A",
+        "lora_embedding_B",
+        "lora_magnitude_vector",
+        "lora_diag",
+    )
     columns: ClassVar[Mapping[str, str]] = {"r": "r", "alpha": "lora_alpha"}
     combinations = COMBINATIONS
     exact = "cat"
@@ -30,7 +40,7 @@ class Lora(Rule[LoraConfig]):
     scale = "scaling"
 
     def serves(self, spec: LoraConfig) -> bool:
-        return not spec.use_dora
+        return spec.variant != "dora"
 
     def constants(self, spec: LoraConfig, site: WeightSite) -> dict[str, Constant]:
         fqn, init = site.name, spec.init_lora_weights
@@ -41,7 +51,7 @@ class Lora(Rule[LoraConfig]):
             "biased": spec.lora_bias,
             "residual": starts_from_weight(spec),
             "groups": site.groups,
-            **({"init": str(init)} if init_names(spec, site)[0] == "rule" else {}),
+            **({"init": str(init)} if "rule" in init_names(spec, site) else {}),
         }
 
     def dropouts(self, spec: LoraConfig, site: WeightSite) -> dict[str, float]:

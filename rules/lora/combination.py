@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite
 from peftc.rule import Combination, Part
+from peftc.specs.selection import exact_patterns
 
 from .config import LoraConfig
-from .factors import starts_from_weight
+from .starts import starts_from_weight
 from .task_arithmetic import COMBINE, combine_tensors
 
 COMBINATIONS = ("svd", "cat", *COMBINE, *(f"{name}_svd" for name in COMBINE if name != "linear"))
@@ -30,10 +31,7 @@ def combined_spec(specs: Mapping[str, LoraConfig], where: Mapping[str, Sequence[
         raise AdapterError("add_weighted_adapter: lora_bias is set in some of the adapters only")
     ranks = {fqn: _rank(fqn, {name: specs[name] for name in names}, how) for fqn, names in where.items()}
     r = max(ranks.values(), key=list(ranks.values()).count)
-    # A key matches every fqn that ends with it, and the first wins: longer ones go first.
-    other = [fqn for fqn in ranks if ranks[fqn] != r]
-    named = [fqn for fqn in ranks if fqn in other or any(fqn.endswith(f".{key}") for key in other)]
-    pattern = {fqn: ranks[fqn] for fqn in sorted(named, key=len, reverse=True)}
+    pattern = exact_patterns(ranks, r)
     update = {"r": r, "lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": dict(pattern), "use_rslora": False}
     return first.model_copy(update={**update, "init_lora_weights": True})
 

@@ -30,7 +30,7 @@ class _Dora(Lora):
     scale = None
 
     def serves(self, spec: LoraConfig) -> bool:
-        return spec.use_dora
+        return spec.variant == "dora"
 
     def params(self, spec: LoraConfig, site: WeightSite) -> dict[str, Param]:
         kernel = len(site.kernel_size)
@@ -53,12 +53,12 @@ class _Dora(Lora):
         return super().check(spec, site)
 
     def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
-        if "lora_A" in shapes:
-            made = super().initialise(weight, shapes, p)
-            # What PiSSA and OLoRA start from is taken off again; an orthogonal start is not.
-            delta = 0 if p.residual else made["lora_B"] @ made["lora_A"]
-            return {**made, "magnitude": _norm(weight + p.scaling * delta).view(shapes["magnitude"])}
-        return {"magnitude": _norm(super().weight(weight, p)).view(shapes["magnitude"])}
+        if not shapes.keys() & {"lora_A", "lora_B"}:
+            return {"magnitude": _norm(super().weight(weight, p)).view(shapes["magnitude"])}
+        made = super().initialise(weight, shapes, p)
+        if not p.residual and {"lora_A", "lora_B"} <= made.keys():  # Else the start is taken off again, or one is zero.
+            weight = weight + p.scaling * made["lora_B"] @ made["lora_A"]
+        return {**made, "magnitude": _norm(weight).view(shapes["magnitude"])}
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         changed = super().weight(weight, p)

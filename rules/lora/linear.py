@@ -1,7 +1,7 @@
 """LoRA on linear, embedding and convolution sites."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,17 +12,23 @@ from peftc.rule import Factors, Param
 
 from .base import Lora
 from .config import LoraConfig
-from .factors import factors, from_weight, init_names, no_special_init, orthogonal, starts_from_weight
+from .factors import factors, no_special_init
+from .starts import learns, made, starts_from_weight, unfit
 
 
 class LoraLinear(Lora):
     """y + s·B(A(drop(x))).  Hu et al. 2021, arXiv:2106.09685, section 4.1.
 
-    OLoRA and PiSSA start from the weight's own factors A0, B0 and train y + s·(B·A − B0·A0)x: the same function as
-    theirs on the residual weight, but the weight stays as it is.
+    OLoRA, PiSSA, CorDA and LoRA-GA start from A0, B0 and train y + s·(B·A − B0·A0)x: the same function as theirs on the
+    residual weight, but the weight stays as it is.
     """
 
     ops = ("linear",)
+    # Which form of LoRA it is; those of other rules.
+    variant: ClassVar[str | None] = None
+
+    def serves(self, spec: LoraConfig) -> bool:
+        return spec.variant == self.variant
 
     def params(self, spec: LoraConfig, site: WeightSite) -> dict[str, Param]:
         r = spec.rank_for(site.name)
@@ -34,15 +40,7 @@ class LoraLinear(Lora):
         return params | {"lora_B0": Param(b, "rule", trainable=False, axes="or")}
 
     def check(self, spec: LoraConfig, site: WeightSite) -> str | None:
-        r = spec.rank_for(site.name)
-        if spec.init_lora_weights == "orthogonal" and r % 2:
-            return f"orthogonal initialisation needs an even rank, got r={r}"
-        limit = min(site.in_features, site.out_features)
-        if starts_from_weight(spec) and r > limit:
-            return f"{spec.init_lora_weights} takes factors of the weight: r={r} is over its smaller side, {limit}"
-        if init_names(spec, site)[0] == "rule" and site.weight is None:
-            return f"{spec.init_lora_weights} initialisation needs the weight, which is not a plain parameter here"
-        return None
+        return unfit(spec, site)
 
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         dropped = p.lora_dropout(x)
@@ -63,11 +61,22 @@ class LoraLinear(Lora):
         return Factors(torch.cat([p.lora_B, p.lora_B0], 1), torch.cat([p.lora_A, -p.lora_A0]), p.scaling)
 
     def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
-        if p.init == "orthogonal":
-            a, b = orthogonal(shapes["lora_A"], shapes["lora_B"])
-            return {"lora_A": a, "lora_B": b}
-        a, b = from_weight(p.init, weight, p.r, p.scaling)
-        return {"lora_A": a, "lora_B": b, "lora_A0": a.clone(), "lora_B0": b.clone()}
+        return made(weight, shapes, p)
+
+    def calibration(self, spec: LoraConfig) -> Literal["inputs", "gradients"] | None:
+        return learns(spec).kind
+
+    def counted(self, spec: LoraConfig, batch: Any) -> Tensor | None:
+        return learns(spec).counted(spec, batch)
+
+    def calibrate(self, spec: LoraConfig, sites: Sequence[WeightSite], x: Tensor, state: Any) -> Any:
+        return learns(spec).observe(spec, sites, x, state)
+
+    def settled(self, spec: LoraConfig, states: Mapping[str, Any]) -> Collection[str] | None:
+        return learns(spec).settled(spec, states)
+
+    def calibrated(self, spec: LoraConfig, states: Mapping[str, Any]) -> tuple[LoraConfig, Mapping[str, Any]]:
+        return learns(spec).decide(spec, states)
 
 
 class LoraEmbedding(Lora):

@@ -38,6 +38,10 @@ SPECS: dict[str, peftc.AdapterSpec] = {
     "Bat": peftc.MissConfig(r=2, init_weights="bat"),
     "Road": peftc.RoadConfig(group_size=2),
     "C3A": peftc.C3AConfig(block_size=2),
+    "LoftqLinear": peftc.LoraConfig(r=2, init_lora_weights="loftq", loftq_config={"loftq_bits": 4}),
+    "QaloraLinear": peftc.LoraConfig(r=2, use_qalora=True, qalora_group_size=4),
+    "BdLoraLinear": peftc.LoraConfig(r=2, use_bdlora={"target_modules_bd_b": ["site"], "nblocks": 2}),
+    "KasaLinear": peftc.LoraConfig(r=2, kasa_config={}),
     **{f"Dora{op}": peftc.LoraConfig(use_dora=True) for op in ("Linear", "Embedding", "Conv")},
 }
 

@@ -1,4 +1,4 @@
-"""What rules do around training: a term of the loss, something after every step, a pass over data before it."""
+"""What rules do around training: a term of the loss, something after every step."""
 
 import copy
 import gc
@@ -19,7 +19,7 @@ class SparseConfig(peftc.AdapterSpec):
 
 
 class Sparse(peftc.Rule[SparseConfig]):
-    """W + D with small D (its penalty), clamped after every step, that starts as the mean of the inputs seen."""
+    """W + D with small D (its penalty), clamped after every step."""
 
     name, spec, ops, additive = "sparse", SparseConfig, ("linear",), True
 
@@ -40,14 +40,6 @@ class Sparse(peftc.Rule[SparseConfig]):
     ) -> None:
         for own in tensors.values():
             own["delta"].clamp_(-0.01 * step, 0.01 * step)
-
-    def calibrate(self, x: Tensor, state: Any, p: Any) -> Any:
-        total, count = state or (0.0, 0)
-        return total + x.flatten(0, -2).sum(0), count + x.flatten(0, -2).shape[0]
-
-    def calibrated(self, weight: Tensor, state: Any, p: Any) -> dict[str, Tensor]:
-        total, count = state
-        return {"delta": (total / count).expand_as(weight)}
 
 
 @pytest.fixture(autouse=True)
@@ -154,20 +146,3 @@ def test_a_model_may_go_while_another_one_takes_a_step() -> None:
         for own in FOLLOWERS.values():
             del own[-1]
     assert float(first.base[0].delta["default"].detach().abs().max()) == pytest.approx(0.01)
-
-
-def test_an_adapter_starts_from_data_shown_to_it() -> None:
-    base = model()
-    compiled = peftc.compile(base, SPEC)
-    batches: list[Any] = [torch.randn(5, 4), (torch.randn(2, 4),), {"input": torch.randn(3, 4)}]
-    compiled.calibrate(batches)
-    seen = torch.cat([batches[0], batches[1][0], batches[2]["input"]])
-    torch.testing.assert_close(compiled.base[0].delta["default"][0].detach(), seen.mean(0))
-    inner = torch.relu(base[0](seen)).mean(0)
-    torch.testing.assert_close(compiled.base[2].delta["default"][1].detach(), inner.detach())
-    assert not compiled.base[0]._forward_pre_hooks
-    with pytest.raises(peftc.AdapterError, match=r"no batch reached 0 \(and 1 more\)"):
-        compiled.calibrate([])
-    lora = peftc.compile(base, peftc.LoraConfig(r=1, target_modules=["0"]))
-    with pytest.raises(peftc.AdapterError, match=r"no rule of 'default' \(LORA\) learns from data"):
-        lora.calibrate(batches)

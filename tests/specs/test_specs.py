@@ -50,7 +50,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "init": ({"init_lora_weights": "pisa"}, r"init_lora_weights: got 'pisa'.*gaussian, olora, pissa"),
     "layers and regex": ({"target_modules": "q", "layers_to_transform": [1]}, r"layers_to_transform contradicts"),
     "pattern alone": ({"layers_pattern": "layers"}, r"layers_pattern needs layers_to_transform"),
-    "qalora": ({"use_qalora": True}, r"use_qalora=True is not implemented"),
+    "velora": ({"velora_config": {"scale": 1}}, r"velora_config=.*is not implemented"),
     "method": ({"peft_type": "IA3"}, r"peft_type: got 'IA3'"),
 }
 
