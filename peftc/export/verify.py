@@ -14,7 +14,7 @@ from torch import Tensor
 from peftc.errors import ExportError
 from peftc.export.adapter_inputs import run_with_adapter
 from peftc.export.certificate import Certificate, difference, hashes, read, tensors_of
-from peftc.export.programs import PLAIN, loaded, run_onnx
+from peftc.export.exporters import COMPILED, PLAIN, loaded, run_compiled, run_onnx
 from peftc.stream import merge_checkpoint
 
 PathLike = str | os.PathLike[str]
@@ -45,7 +45,7 @@ def _exported(folder: Path, tolerance: float) -> Certificate:
     wrong = [name for name, sha in certificate.files.items() if now.get(name) != sha]  # Others may lie beside them.
     if wrong:
         raise ExportError(f"{folder}: {', '.join(sorted(wrong))} is not what was exported")
-    if certificate.adapters == "beside":
+    if certificate.of != "outputs":
         return certificate  # The files are those; what they change was compared when they were written.
     with torch.no_grad():
         largest, scale = difference(tensors_of(_run(folder, certificate, inputs)), outputs)
@@ -64,6 +64,8 @@ def _run(folder: Path, certificate: Certificate, inputs: Mapping[str, Tensor]) -
 
         (name,) = json.loads((folder / "config.json").read_text())["architectures"]
         return getattr(transformers, name).from_pretrained(folder).eval()(**inputs)
+    if certificate.to == "aoti":
+        return run_compiled(folder / COMPILED)(inputs)
     if (folder / PLAIN).exists() and not (folder / "export.json").exists():
         return torch.export.load(folder / PLAIN).module()(**inputs)
     if (folder / "model.onnx").exists() and not (folder / "export.json").exists():
