@@ -28,7 +28,7 @@ from peftc.registry import register, spec_class_named, spec_classes, unregister
 from peftc.rewrite.passes import Pass
 from peftc.rewrite.program_passes import program_passes
 from peftc.rule import Param, Rule
-from peftc.specs import AdapterSpec
+from peftc.specs import AdapterSpec, Pattern
 from peftc.stream import merge_checkpoint, unmerge_checkpoint
 
 __all__ = [
@@ -46,6 +46,7 @@ __all__ = [
     "Op",
     "Param",
     "Pass",
+    "Pattern",
     "PeftcError",
     "Plan",
     "PlanError",

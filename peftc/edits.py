@@ -133,7 +133,8 @@ class Costs:
 @dataclass(frozen=True)
 class Planned:
     """All that a plan says. `adapters` holds the specs with defaults and shorthands resolved, `sites` describes every site
-    an edit touches, `ties` are all groups of parameters that are one tensor, `cautions` facts worth reading.
+    an edit touches, `ties` are all groups of parameters that are one tensor, `cautions` facts worth reading. `flows`: of a
+    program, which matrices feed which, by name, with no other matrix between.
     """
 
     model: str
@@ -149,4 +150,5 @@ class Planned:
     cautions: tuple[str, ...]
     autocast_adapter_dtype: bool
     costs: Costs
+    flows: tuple[tuple[str, str], ...] = ()
     version: int = VERSION

@@ -163,34 +163,45 @@ def write_onnx_adapters(tensors: Mapping[str, Any], stage: Path) -> None:
 WRITERS: Mapping[str, Callable[..., None]] = {"pt2": write_pt2, "onnx": write_onnx}
 
 
-def run_with_adapter(folder: Path, adapter: str | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The outputs by name of the program in `folder` with one of its adapters, or as the base."""
-    if (folder / "model.onnx").exists():
-        return _run_onnx(folder, adapter, inputs)
+# An adapter's name (None: the base) and inputs to outputs by name.
+Run = Callable[[str | None, Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+def with_adapters(folder: Path) -> Run:
+    """What runs the program in `folder` with one of its adapters, or as the base; loaded once."""
+    return _onnx_run(folder) if (folder / "model.onnx").exists() else _pt2_run(folder)
+
+
+def _pt2_run(folder: Path) -> Run:
     program: Any = torch.export.load(folder / "model.pt2")
-    factors = load_file(folder / ADAPTERS / f"{adapter}.safetensors") if adapter is not None else {}
-    given = {**inputs, **factors}
+    module = program.module()
+    users = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    zeros: dict[str, Tensor] = {}
     for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name in _users(program) and node.name not in given:
+        if node.op == "placeholder" and node.name in users:
             sizes = [int(str(size)) if str(size).isdigit() else 2 for size in node.meta["val"].shape]
-            given[node.name] = torch.zeros(sizes, dtype=node.meta["val"].dtype)
-    return tensors_of(program.module()(**{name: given[name] for name in _users(program)}))
+            zeros[node.name] = torch.zeros(sizes, dtype=node.meta["val"].dtype)
+
+    def run(adapter: str | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        factors = load_file(folder / ADAPTERS / f"{adapter}.safetensors") if adapter is not None else {}
+        return tensors_of(module(**{name: {**zeros, **inputs, **factors}[name] for name in users}))
+
+    return run
 
 
-def _users(program: Any) -> list[str]:
-    return [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
-
-
-def _run_onnx(folder: Path, adapter: str | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _onnx_run(folder: Path) -> Run:
     runtime: Any = import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # It warns of every input that has a default, which is the purpose.
     session = runtime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
-    run = runtime.RunOptions()
-    if adapter is not None:
-        own = runtime.LoraAdapter()
-        own.Load(str(folder / ADAPTERS / f"{adapter}.onnx_adapter"))
-        run.add_active_adapter(own)
-    made = session.run(None, {name: value.detach().cpu().numpy() for name, value in inputs.items()}, run)
     names = [output.name for output in session.get_outputs()]
-    return {name: torch.from_numpy(value) for name, value in zip(names, made, strict=True)}
+
+    def run(adapter: str | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        chosen, own = runtime.RunOptions(), runtime.LoraAdapter()
+        if adapter is not None:
+            own.Load(str(folder / ADAPTERS / f"{adapter}.onnx_adapter"))
+            chosen.add_active_adapter(own)
+        made = session.run(names, {name: value.detach().cpu().numpy() for name, value in inputs.items()}, chosen)
+        return {name: torch.from_numpy(value) for name, value in zip(names, made, strict=True)}
+
+    return run

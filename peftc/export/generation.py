@@ -255,12 +255,15 @@ def _saved_tokenizer(tokenizer: Any, folder: Path) -> dict[str, Any]:
     return {"chat": chat}
 
 
-def written_tokens(stage: Path, given: Mapping[str, Tensor], adapter: str | None = None) -> list[int]:
-    """The first tokens after the first row of `given` of what was written, each the likeliest. Raises ExportError."""
+def written_tokens(stage: Path, given: Mapping[str, Tensor], adapters: Sequence[str | None]) -> list[list[int]]:
+    """By adapter, the first tokens after the first row of `given` of what was written, each the likeliest.
+
+    Raises ExportError.
+    """
+    ids = given["input_ids"][0].tolist()
     try:
         model = standalone.load(stage / FOLDER)
-        ids = given["input_ids"][0].tolist()
-        return list(standalone.generate(model, ids, tokens=TOKENS, stop=(), adapter=adapter))
+        return [list(standalone.generate(model, ids, tokens=TOKENS, stop=(), adapter=name)) for name in adapters]
     except Exception as error:  # Of any runtime.
         raise ExportError(f"generation=True: what was written does not generate: {first(error)}") from error
 

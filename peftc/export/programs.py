@@ -19,7 +19,7 @@ from peftc.checkpoint.atomic import staged
 from peftc.errors import ExportError, MergeError
 from peftc.export.adapter_files import write_adapter
 from peftc.export.adapter_inputs import WRITERS as INPUT_WRITERS
-from peftc.export.adapter_inputs import adapter_tensors, input_names, run_with_adapter, template, traced
+from peftc.export.adapter_inputs import adapter_tensors, input_names, template, traced, with_adapters
 from peftc.export.certificate import Certificate, agreement, difference, hashes, sources, tensors_of, versions
 from peftc.export.exporters import EXPORTERS, Run
 from peftc.export.generation import TOKENS, Texts, live_tokens, require_generating, write_generation, written_tokens
@@ -95,7 +95,7 @@ def _whole(
         run = EXPORTERS[to](program, stage, given)
         largest, scale = difference(tensors_of(run(given)), expected)
         try:
-            pairs = [(_greedy(run, program.base, given), tokens)]
+            pairs: list[tuple[list[int] | None, list[int] | None]] = [(_greedy(run, program.base, given), tokens)]
         except Exception as error:  # Of any runtime.
             raise ExportError(
                 f"to={to!r}: what was written does not run on other lengths than it was traced with: {first(error)}"
@@ -104,7 +104,7 @@ def _whole(
         if texts is not None:
             with quiet():
                 certificate = replace(certificate, generation=write_generation(program, stage, to, given, texts))
-            pairs = [(written_tokens(stage, given), live)]
+            pairs = [(written_tokens(stage, given, [None])[0], live)]
         certificate = replace(certificate, files=hashes(stage), **agreement(pairs))
         certificate.write(stage, given, expected)
     return certificate
@@ -166,9 +166,11 @@ def _as_inputs(
             if texts is not None:
                 kept = write_generation(program, stage, to, given, texts, made, tensors)
                 certificate = replace(certificate, generation=kept)
-        found = [difference(run_with_adapter(stage, name, given), outputs) for name, outputs in expected.items()]
+        run = with_adapters(stage)
+        found = [difference(run(name, given), outputs) for name, outputs in expected.items()]
         largest, scale = (max(numbers) for numbers in zip(*found, strict=True))
-        pairs = [(written_tokens(stage, given, name), tokens) for name, tokens in live.items()]
+        written = written_tokens(stage, given, list(live)) if live else []
+        pairs = list(zip(written, live.values(), strict=True))
         certificate = replace(
             certificate,
             difference=largest,

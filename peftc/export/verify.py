@@ -12,7 +12,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from peftc.errors import ExportError
-from peftc.export.adapter_inputs import run_with_adapter
+from peftc.export.adapter_inputs import with_adapters
 from peftc.export.certificate import Certificate, difference, hashes, read, tensors_of
 from peftc.export.exporters import COMPILED, PLAIN, loaded, run_compiled, run_onnx
 from peftc.stream import merge_checkpoint
@@ -56,7 +56,7 @@ def _exported(folder: Path, tolerance: float) -> Certificate:
 
 def _run(folder: Path, certificate: Certificate, inputs: Mapping[str, Tensor]) -> Any:
     if certificate.adapters == "inputs":
-        return run_with_adapter(folder, certificate.names[0], inputs)
+        return with_adapters(folder)(certificate.names[0], inputs)
     if certificate.to == "hf":
         import json
 
