@@ -1,68 +1,82 @@
 """Ship the demo's adapter: merged into SmolLM2-135M-Instruct, as a checkpoint, a torch.export program and an ONNX model.
 
     python examples/finetune_smollm2.py      # makes the adapter
-    python examples/deploy.py                # or: --to onnx
+    python examples/deploy.py                # or: --to onnx; --to aoti, where there is a C++ compiler
 
-Each is compared with the live model while it is written, checked again from its folder, and asked one message by a runtime
-that knows nothing of peftc. Greedy decoding here is without a cache, so that a program is all it takes.
+Each is compared with the live model while it is written, checked again from its folder, and asked one message in a process
+of its own that has no peftc: the programs by the `generate.py` beside them, which needs no transformers either.
 """
 
+import subprocess
+import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import finetune_smollm2 as demo
-import torch
 import typer
 from report import check, console
 from rich.table import Table
-from transformers import AutoModelForCausalLM
-from transformers.exporters.base import ExportedModel
 
 import peftc
 
-TOKENS = 12
+TOKENS = 40
+# What asks a checkpoint: transformers, whose own `generate` serves it.
+ASK = """
+import sys
+sys.modules["peftc"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, text, tokens = sys.argv[1:]
+tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+given = tokenizer(text, return_tensors="pt")
+made = model.generate(**given, max_new_tokens=int(tokens), do_sample=False)[0, given.input_ids.shape[1]:]
+print(tokenizer.decode(made, skip_special_tokens=True))
+"""
 
 
 def main(
     model: Annotated[str | None, typer.Option(help="A chat model; by default the demo's.")] = None,
     adapter: Annotated[Path, typer.Option(help="Its adapter.")] = Path("out/smollm2/adapter"),
     out: Annotated[Path, typer.Option(help="Where the artefacts go.")] = Path("out/deployed"),
-    to: Annotated[list[str] | None, typer.Option(help="hf, pt2 or onnx; by default all.")] = None,
+    to: Annotated[list[str] | None, typer.Option(help="hf, pt2, onnx or aoti; by default the first three.")] = None,
 ) -> None:
     """Export, check again, and ask."""
     tokenizer = demo.load_tokenizer(model)
     compiled = peftc.load(demo.load_base(model), adapter).eval()
     text = demo.prompt(tokenizer, "Kindly get me a wheelbarrow for tomorrow.")
-    prompt = tokenizer(text, return_tensors="pt").input_ids
-    table = Table("to", "size", "export", "difference", "greedy tokens", f"{TOKENS} tokens", "answer begins", box=None)
+    table = Table("to", "size", "export", "difference", "greedy tokens", "asked", "answer", box=None)
+    answers: dict[str, str] = {}
     for target in to or ["hf", "pt2", "onnx"]:
         start = time.perf_counter()
-        made = compiled.export(out / target, target)
+        how = {} if target == "hf" else {"generation": True, "tokenizer": tokenizer}
+        made = compiled.export(out / target, target, **how)
         seconds = time.perf_counter() - start
-        tokenizer.save_pretrained(out / target)
+        if target == "hf":
+            tokenizer.save_pretrained(out / target)
         peftc.verify(out / target)
-        answer, took = ask(out / target, target, prompt)
-        size = sum(file.stat().st_size for file in (out / target).iterdir()) / 2**20
+        start = time.perf_counter()
+        answers[target] = ask(out / target, target, text)
+        asked = time.perf_counter() - start
+        served = out / target if target == "hf" else out / target / "generation"
+        size = sum(file.stat().st_size for file in served.iterdir()) / 2**20
         same = f"{made.tokens_equal} of {made.tokens}"
-        words = tokenizer.decode(answer).splitlines()[0]
-        table.add_row(
-            target, f"{size:.0f} MiB", f"{seconds:.0f} s", f"{made.difference:.1e}", same, f"{took:.1f} s", words
-        )
+        columns = (f"{size:.0f} MiB", f"{seconds:.0f} s", f"{made.difference:.1e}", same, f"{asked:.1f} s")
+        table.add_row(target, *columns, answers[target].strip().partition("\n")[0])
         check(made.tokens_equal == made.tokens, f"{target}: the greedy tokens are the live model's")
     console.print(table)
+    check(len(set(answers.values())) == 1, "all runtimes give the same answer")
 
 
-def ask(folder: Path, target: str, prompt: torch.Tensor) -> tuple[list[int], float]:
-    """The tokens that follow `prompt` (1, length), each the likeliest, and the seconds they took."""
-    run: Any = AutoModelForCausalLM if target == "hf" else ExportedModel
-    model = run.from_pretrained(str(folder))
-    ids, start = prompt.expand(2, -1), time.perf_counter()  # A program takes any batch but one.
-    with torch.no_grad():
-        for _ in range(TOKENS):
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-            ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], 1)
-    return ids[0, prompt.shape[1] :].tolist(), time.perf_counter() - start
+def ask(folder: Path, target: str, text: str) -> str:
+    """What a process without peftc answers."""
+    if target == "hf":
+        command = ["-c", ASK, str(folder), text, str(TOKENS)]
+    else:
+        command = [str(folder / "generation" / "generate.py"), text, "--raw", "--tokens", str(TOKENS)]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stdout
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "peftc.rewrite.passes": ("Pass",),
     "peftc.rewrite.program_passes": ("program_passes",),
     "peftc.rule": ("Param", "Rule"),
-    "peftc.specs": ("AdapterSpec",),
+    "peftc.specs": ("AdapterSpec", "Pattern"),
     "peftc.stream": ("merge_checkpoint", "unmerge_checkpoint"),
 }
 _MODULE_OF = {name: module for module, names in _NAMES.items() for name in names}

@@ -14,7 +14,7 @@ from peftc.rewrite.calibration import Calibration
 from peftc.rewrite.passes import Pass
 from peftc.rewrite.program_passes import program_passes
 from peftc.rule import Param, Rule
-from peftc.specs import AdapterSpec
+from peftc.specs import AdapterSpec, Pattern
 from peftc.stream import merge_checkpoint, unmerge_checkpoint
 from peftc_rules.adalora.config import AdaLoraConfig
 from peftc_rules.boft import BOFTConfig
@@ -72,6 +72,7 @@ __all__ = [
     "Op",
     "Param",
     "Pass",
+    "Pattern",
     "PeftcError",
     "Plan",
     "PlanError",

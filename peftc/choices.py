@@ -5,5 +5,5 @@ from typing import Literal
 # In what form an adapter's files are.
 Form = Literal["peft", "serving", "per_expert"]
 # For which runtime a model, or an adapter alone, is written; and what becomes of the adapters in it.
-Target = Literal["hf", "pt2", "onnx", "gguf", "mlx"]
+Target = Literal["hf", "pt2", "onnx", "aoti", "gguf", "mlx"]
 Adapters = Literal["merged", "inside", "inputs", "beside"]

@@ -299,19 +299,26 @@ class CompiledModel(CompiledFiles):
         adapters: Adapters | None = None,
         inputs: Mapping[str, Tensor] | None = None,
         generation: bool = False,
+        tokenizer: Any = None,
+        gguf: str | os.PathLike[str] | None = None,
+        quantized: bool = False,
         progress: bool = True,
     ) -> Certificate:
         """Write the model for a runtime, and compare what was written with it.
 
         `to`: `hf`, a plain transformers checkpoint; `pt2`, a torch.export program; `onnx`, a model for onnxruntime (needs
-        `peftc[export]`). Programs take any batch and length, and run without peftc: those of transformers' models by
-        `transformers.exporters.ExportedModel.from_pretrained(folder)`, with prefill and decode in `folder/generation` if
-        `generation`; others by `torch.export.load(folder / "model.pt2")` or onnxruntime. `gguf`, `mlx`: every active LoRA
-        adapter as a file of its own, for the base that llama.cpp or mlx-lm has. `adapters`: `merged` into the weights (by
-        default); `inside`, as the ops that they are; `inputs` (pt2, onnx), all that are loaded, as files in
-        `folder/adapters` whose factors the program takes, of any rank or none; `beside` for gguf and mlx. `inputs`: what
-        the model is called with, tensors by name, two rows at least; ids are made for models that take them. `progress`:
-        show what it is at, if somebody looks on.
+        `peftc[export]`); `aoti`, a program compiled for machines like this one (needs a C++ compiler). Programs take any
+        batch and length, and run without peftc: those of transformers' models by
+        `transformers.exporters.ExportedModel.from_pretrained(folder)`, others by `torch.export.load(folder / "model.pt2")`
+        or onnxruntime, compiled ones by `torch._inductor.aoti_load_package(folder / "compiled.pt2")`. `generation`: in
+        `folder/generation` a program for one token after another, with caches where the model has plain ones, and
+        `generate.py`, which needs neither peftc nor transformers; with `tokenizer` (transformers') it takes and gives
+        text. `gguf`, `mlx`: every active LoRA adapter as a file of its own, for the base that llama.cpp or mlx-lm has.
+        `adapters`: `merged` into the weights (by default); `inside`, as the ops that they are; `inputs` (pt2, onnx), all
+        that are loaded, as files in `folder/adapters` whose factors the program takes, of any rank or none; `beside` for
+        gguf and mlx. `merged` for gguf needs `gguf`, the base's own file, whose changed tensors are written anew: in
+        float16 where they were quantised, or `quantized` again. `inputs`: what the model is called with, tensors by name,
+        two rows at least; ids are made for models that take them. `progress`: show what it is at, if somebody looks on.
 
         All of it is written or, if anything fails or is killed, nothing; this model is as it was, bit for bit. The result
         is also in the folder (`certificate.json`), for `peftc.verify(folder)`.
@@ -320,7 +327,18 @@ class CompiledModel(CompiledFiles):
 
         Raises ExportError: a model that can't be traced, adapters that can't be merged, a package that is missing.
         """
-        return export(self.program, Path(folder), to, adapters, inputs, generation, progress)
+        return export(
+            self.program,
+            Path(folder),
+            to,
+            adapters,
+            inputs=inputs,
+            generation=generation,
+            tokenizer=tokenizer,
+            gguf=None if gguf is None else Path(gguf),
+            quantized=quantized,
+            progress=progress,
+        )
 
     def unload(self) -> nn.Module:
         """Remove every adapter and return the base: same classes, tensors, flags and outputs as the original.

@@ -135,7 +135,8 @@ class Costs:
 @dataclass(frozen=True)
 class Planned:
     """All that a plan says. `adapters` holds the specs with defaults and shorthands resolved, `sites` describes every site
-    an edit touches, `ties` are all groups of parameters that are one tensor, `cautions` facts worth reading.
+    an edit touches, `ties` are all groups of parameters that are one tensor, `cautions` facts worth reading. `flows`: of a
+    program, which matrices feed which, by name, with no other matrix between.
     """
 
     model: str
@@ -151,6 +152,7 @@ class Planned:
     cautions: tuple[str, ...]
     autocast_adapter_dtype: bool
     costs: Costs
+    flows: tuple[tuple[str, str], ...] = ()
     version: int = VERSION
 
     def edits_of(self, adapter: str) -> list[Edit]:

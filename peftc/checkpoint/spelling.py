@@ -86,8 +86,8 @@ def respelled_spec(model: nn.Module, spec: AdapterSpec, keys: Iterable[str]) -> 
 
 def _goes_by_plain_names(spec: AdapterSpec, fqns: Iterable[str]) -> bool:
     """Whether nothing in `spec` depends on more than the ends of names, and these select all of `fqns`."""
-    targets = spec.target_modules
-    if not spec.goes_by_plain_names or targets is None:
+    targets = spec.named_targets
+    if not spec.goes_by_plain_names or spec.target_modules is None:
         return False
     return targets == "all-linear" or all(selects(targets, fqn) for fqn in fqns)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,19 +20,28 @@ def export(
     out: NewFolder,
     to: Annotated[Target, typer.Option(help="What to write.")] = "hf",
     adapters: Annotated[Adapters | None, typer.Option(help="What becomes of the adapter.")] = None,
-    generation: Annotated[bool, typer.Option("--generation", help="With prefill and decode programs.")] = False,
+    generation: Annotated[
+        bool, typer.Option("--generation", help="With generate.py, which needs no model code.")
+    ] = False,
+    gguf: Annotated[
+        Path | None, typer.Option(help="The base as GGUF, to have its changed tensors written anew.")
+    ] = None,
+    quantized: Annotated[bool, typer.Option("--quantized", help="In their own types, not float16.")] = False,
     model_class: ModelClass = None,
     as_json: AsJson = False,
 ) -> None:
     """Write BASE with ADAPTER for a runtime, and compare what was written with the live model.
 
-    hf: a transformers checkpoint; pt2: a torch.export program; onnx; gguf and mlx: the adapter alone, beside a base.
+    hf: a transformers checkpoint; pt2: a torch.export program; onnx; aoti: a compiled program; gguf and mlx: the adapter
+    alone, beside a base, or with --adapters merged --gguf FILE the whole.
     """
     from peftc import api
-    from peftc.cli.models import with_weights
+    from peftc.cli.models import tokenizer_in, with_weights
 
     compiled = api.load(with_weights(base, model_class), adapter)
-    _told(compiled.export(out, to, adapters=adapters, generation=generation), as_json)
+    tokenizer = tokenizer_in(base) if generation else None
+    more: dict[str, Any] = {"generation": generation, "tokenizer": tokenizer, "gguf": gguf, "quantized": quantized}
+    _told(compiled.export(out, to, adapters=adapters, **more), as_json)
 
 
 def verify(

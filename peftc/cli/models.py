@@ -35,6 +35,18 @@ def with_weights(folder: Path, name: str | None = None) -> Any:
         raise CheckpointError(f"{folder}: can't be loaded as a {cls.__name__}: {error}") from None
 
 
+def tokenizer_in(folder: Path) -> Any | None:
+    """The tokenizer in a folder, or None if there is none. Raises CheckpointError."""
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # Whatever the files' contents make the class raise.
+        raise CheckpointError(f"{folder}: its tokenizer can't be loaded: {error}") from None
+
+
 def _described(path: Path, name: str | None) -> tuple[Any, Any]:
     """The class and the config."""
     import transformers

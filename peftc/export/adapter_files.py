@@ -5,10 +5,8 @@ difference of any change of a weight.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from importlib import import_module
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,6 +15,15 @@ from torch import Tensor
 from peftc.checkpoint.save import config_of
 from peftc.checkpoint.serving import serving_form
 from peftc.errors import CheckpointError, ExportError
+from peftc.export.gguf_names import (
+    architecture_of,
+    layers_of,
+    package,
+    tensor_names,
+    turned,
+    turned_back,
+    turned_heads,
+)
 from peftc.graph.sites import WeightSite, transformers_config
 from peftc.plan import Edit
 from peftc.rewrite.program import Program
@@ -25,14 +32,6 @@ from peftc.rule import Bound
 # By site: A (r, in) and B (out, r), whose product is the change of the weight.
 Factors = Mapping[str, tuple[Tensor, Tensor]]
 _PREFIX = "base_model.model."
-# What llama.cpp calls the architectures whose matrices it keeps as they are, and whether it turns the rows of queries and
-# keys around (interleaved rotary positions). Others split or reorder matrices.
-_ARCHITECTURES: Mapping[str, tuple[str, bool]] = {
-    "llama": ("llama", True), "mistral": ("llama", True), "mixtral": ("llama", True), "granite": ("granite", True),
-    "smollm3": ("smollm3", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False), "gemma": ("gemma", False),
-    "gemma2": ("gemma2", False), "gemma3_text": ("gemma3", False), "phi3": ("phi3", False), "gpt2": ("gpt2", False),
-    "olmo2": ("olmo2", False), "starcoder2": ("starcoder2", False), "stablelm": ("stablelm", False),
-}  # fmt: skip
 
 
 def write_adapter(program: Program, adapter: str, to: str, folder: Path) -> tuple[float, float]:
@@ -60,12 +59,12 @@ def _change(program: Program, edit: Edit) -> Tensor:
 
 def _gguf(program: Program, factors: Factors, adapter: str, folder: Path) -> Factors:
     """`<adapter>.gguf`. Returns the factors as the file has them, read back."""
-    gguf: Any = import_module("gguf")
+    gguf = package()
     config = transformers_config(program.base)
-    architecture, turned = _architecture(config)
+    architecture = architecture_of(config)
     _refuse_ties(program, factors)
-    names = _gguf_names(gguf, architecture, config, factors)
-    heads = _heads(config) if turned else {}
+    names = dict(zip(factors, tensor_names(config, [f"{site}.weight" for site in factors]).values(), strict=True))
+    heads = turned_heads(config)
     writer = gguf.GGUFWriter(folder / f"{adapter}.gguf", architecture)
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
@@ -73,7 +72,7 @@ def _gguf(program: Program, factors: Factors, adapter: str, folder: Path) -> Fac
     for site, (a, b) in factors.items():
         count = heads.get(site.rpartition(".")[2])
         a = a.T if _is_embedding(program, site) else a  # llama.cpp looks its rows up.
-        b = b if count is None else b.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2)
+        b = b if count is None else turned(b, count)
         for suffix, tensor in (("lora_a", a), ("lora_b", b)):
             writer.add_tensor(f"{names[site]}.{suffix}", tensor.float().contiguous().cpu().numpy())
     writer.write_header_to_file()
@@ -87,22 +86,9 @@ def _gguf(program: Program, factors: Factors, adapter: str, folder: Path) -> Fac
     for site, name in names.items():
         a, b = read[f"{name}.lora_a"], read[f"{name}.lora_b"]
         count = heads.get(site.rpartition(".")[2])
-        b = b if count is None else b.unflatten(0, (count, -1, 2)).transpose(1, 2).flatten(0, 2)
+        b = b if count is None else turned_back(b, count)
         found[site] = (a.T if _is_embedding(program, site) else a), b
     return found
-
-
-def _gguf_names(gguf: Any, architecture: str, config: Any, sites: Iterable[str]) -> dict[str, str]:
-    """What llama.cpp calls the weights of `sites`."""
-    kind = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    table = gguf.get_tensor_name_map(kind, _layers(config))
-    names = {site: table.get_name(f"{site}.weight", try_suffixes=(".weight",)) for site in sites}
-    unknown = [site for site, name in names.items() if name is None]
-    if unknown:
-        raise ExportError(
-            f"to='gguf': {unknown[0]} has no name in GGUF's {architecture}. Leave it out, or export the merged checkpoint."
-        )
-    return names
 
 
 def _is_embedding(program: Program, site: str) -> bool:
@@ -125,7 +111,7 @@ def _mlx(program: Program, factors: Factors, adapter: str, folder: Path) -> Fact
     rank = next(iter(factors.values()))[0].shape[0]
     written = {
         "fine_tune_type": "lora",
-        "num_layers": _layers(transformers_config(program.base)),
+        "num_layers": layers_of(transformers_config(program.base)),
         "lora_parameters": {"rank": rank, "scale": 1.0, "dropout": 0.0, "keys": keys},
     }
     (own / "adapter_config.json").write_text(json.dumps(written, indent=2) + "\n")
@@ -148,25 +134,6 @@ def _serving(program: Program, adapter: str, to: str) -> dict[str, tuple[Tensor,
             if key.endswith(f".{first}"):
                 found[key.removeprefix(_PREFIX).removesuffix(f".{first}")] = a, tensors[key.replace(first, second)]
     return found
-
-
-def _architecture(config: Any) -> tuple[str, bool]:
-    kind = str(getattr(config, "model_type", None))
-    if kind not in _ARCHITECTURES:
-        raise ExportError(
-            f"to='gguf': {kind} is none of {', '.join(_ARCHITECTURES)}, whose matrices llama.cpp keeps as"
-            " they are. Export the merged checkpoint, and let llama.cpp's converter take that."
-        )
-    return _ARCHITECTURES[kind]
-
-
-def _layers(config: Any) -> int:
-    return int(getattr(config, "num_hidden_layers", 0) or 0)
-
-
-def _heads(config: Any) -> dict[str, int]:
-    heads = int(config.num_attention_heads)
-    return {"q_proj": heads, "k_proj": int(getattr(config, "num_key_value_heads", None) or heads)}
 
 
 def _refuse_ties(program: Program, factors: Factors) -> None:

@@ -4,19 +4,15 @@
 rank 0 and the program is the base. `pt2`: safetensors with the inputs by name; factors of zeros for the base.
 """
 
-import inspect
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from peftc import lifecycle
 from peftc.checkpoint.save import config_of
@@ -24,7 +20,7 @@ from peftc.checkpoint.serving import serving_form
 from peftc.checkpoint.state import key_of
 from peftc.errors import CheckpointError, ExportError
 from peftc.export.certificate import tensors_of
-from peftc.graph.exported import exportable
+from peftc.export.tracing import Template, onnx_of, program_of
 from peftc.merge.combine import target_names
 from peftc.registry import spec_classes
 from peftc.rewrite.program import Program
@@ -47,15 +43,6 @@ def input_names(keys: Iterable[str]) -> dict[str, str]:
         # Names are equal where keys differ in case, or have `_` for `.`.
         found[key] = next(n for n in (name, *(f"{name}_{i}" for i in range(2, len(taken) + 3))) if n not in taken)
     return found
-
-
-@dataclass(frozen=True)
-class Template:
-    """The adapter that is exported: by input, the live parameter's name in the model, its axis of the rank, its dtype."""
-
-    parameters: Mapping[str, str]
-    axes: Mapping[str, int]
-    dtypes: Mapping[str, torch.dtype]
 
 
 def adapter_tensors(program: Program) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
@@ -103,57 +90,46 @@ def template(program: Program, config: Mapping[str, Any], names: Mapping[str, st
         emit(program)
 
 
-class _Calls(nn.Module):
-    """The model as a function of its inputs and of the factors, with its outputs by name."""
-
-    def __init__(self, model: nn.Module, made: Template, names: Sequence[str], more: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.model = model
-
-        def forward(**given: Tensor) -> dict[str, Tensor]:
-            factors = {path: given.pop(name) for name, path in made.parameters.items()}
-            return tensors_of(functional_call(model, factors, (), {**given, **more}))
-
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [inspect.Parameter(name, kind) for name in (*names, *made.parameters)]
-        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        self.forward = forward
-
-
 def traced(model: nn.Module, made: Template, given: Mapping[str, Tensor], more: Mapping[str, Any], to: str) -> Any:
     """The torch.export program of `model` with factors as inputs, to be written as `to`. `more`: what else every call has.
 
     Raises ExportError.
     """
-    factors = {name: model.get_parameter(path).detach().clone() for name, path in made.parameters.items()}
-    auto = torch.export.Dim.AUTO
-    sizes: dict[str, Any] = {name: dict.fromkeys(range(value.dim()), auto) for name, value in given.items()}
-    sizes |= {name: {axis: auto} for name, axis in made.axes.items()}
-    calls = _Calls(model, made, list(given), more)
-    with torch.no_grad(), exportable(model, *(("onnx",) if to == "onnx" else ())):
-        try:
-            return torch.export.export(calls, (), {**given, **factors}, dynamic_shapes=sizes, strict=False)
-        except Exception as error:  # Whatever tracing raises, of models that it can't take.
-            raise ExportError(f"{type(model).__name__} can't be exported: {type(error).__name__}: {error}") from error
+
+    def call(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return tensors_of(made.call(model, tensors, {**{name: tensors[name] for name in given}, **more}))
+
+    sizes = {name: dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO) for name, value in given.items()}
+    return program_of(model, made, call, given, sizes, to)
 
 
 def write_pt2(program: Any, made: Template, outputs: Sequence[str], tensors: Mapping[str, Any], stage: Path) -> None:
     """`model.pt2`, and the inputs of every adapter as safetensors."""
     torch.export.save(program, stage / "model.pt2")
-    (stage / ADAPTERS).mkdir()
-    for name, own in tensors.items():
-        save_file(own, stage / ADAPTERS / f"{name}.safetensors")
+    write_adapters(tensors, stage)
 
 
 def write_onnx(program: Any, made: Template, outputs: Sequence[str], tensors: Mapping[str, Any], stage: Path) -> None:
     """`model.onnx`, whose factors have rank 0 unless they are given, and an `.onnx_adapter` for every adapter."""
-    onnx, runtime = import_module("onnx"), import_module("onnxruntime")
+    refuse_bfloat16(made)
+    onnx = import_module("onnx")
+    model = with_defaults(onnx_of(program, outputs).model_proto, made)
+    onnx.save(model, stage / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+    write_onnx_adapters(tensors, stage)
+
+
+def refuse_bfloat16(made: Template) -> None:
+    """Raise ExportError for factors that onnxruntime's adapters can't have."""
     if torch.bfloat16 in made.dtypes.values():
         raise ExportError(
             "adapters='inputs': numpy has no bfloat16 for the factors. Compile with autocast_adapter_dtype=True, which"
             " keeps adapters in float32."
         )
-    model: Any = _translated(program, outputs).model_proto
+
+
+def with_defaults(model: Any, made: Template) -> Any:
+    """An ONNX model whose factors have rank 0 unless they are given."""
+    onnx = import_module("onnx")
     for entry in model.graph.input:
         axis = made.axes.get(entry.name)
         if axis is not None:
@@ -161,7 +137,19 @@ def write_onnx(program: Any, made: Template, outputs: Sequence[str], tensors: Ma
             sizes[axis] = 0
             empty = torch.zeros(sizes, dtype=made.dtypes[entry.name]).numpy()
             model.graph.initializer.append(onnx.numpy_helper.from_array(empty, entry.name))
-    onnx.save(model, stage / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+    return model
+
+
+def write_adapters(tensors: Mapping[str, Any], stage: Path) -> None:
+    """`adapters/<name>.safetensors` for every adapter: its inputs by name."""
+    (stage / ADAPTERS).mkdir()
+    for name, own in tensors.items():
+        save_file(own, stage / ADAPTERS / f"{name}.safetensors")
+
+
+def write_onnx_adapters(tensors: Mapping[str, Any], stage: Path) -> None:
+    """`adapters/<name>.onnx_adapter` for every adapter, in onnxruntime's form."""
+    runtime: Any = import_module("onnxruntime")
     (stage / ADAPTERS).mkdir()
     for name, own in tensors.items():
         form = runtime.AdapterFormat()
@@ -172,58 +160,48 @@ def write_onnx(program: Any, made: Template, outputs: Sequence[str], tensors: Ma
         form.export_adapter(str(stage / ADAPTERS / f"{name}.onnx_adapter"))
 
 
-def _translated(program: Any, outputs: Sequence[str]) -> Any:
-    """The program in ONNX's ops, with transformers' translations of theirs, if that is there. Raises ExportError."""
-    theirs: Any = (
-        import_module("transformers.exporters.exporter_onnx") if find_spec("transformers") is not None else None
-    )
-    table = theirs._ONNX_TRANSLATION_TABLE if theirs is not None else None
-    try:
-        if theirs is not None:
-            theirs.apply_fx_node_fixes("onnx", program.graph_module)
-        written: Any = torch.onnx.export(
-            program, dynamo=True, verbose=False, output_names=list(outputs), custom_translation_table=table
-        )
-    except Exception as error:  # What has no ONNX operator.
-        raise ExportError(
-            f"the program can't be written as ONNX: {str(error).strip().splitlines()[0][:300]}"
-        ) from error
-    if theirs is not None:
-        theirs.apply_onnx_ir_fixes(written)
-    return written
-
-
 WRITERS: Mapping[str, Callable[..., None]] = {"pt2": write_pt2, "onnx": write_onnx}
 
 
-def run_with_adapter(folder: Path, adapter: str | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The outputs by name of the program in `folder` with one of its adapters, or as the base."""
-    if (folder / "model.onnx").exists():
-        return _run_onnx(folder, adapter, inputs)
+# An adapter's name (None: the base) and inputs to outputs by name.
+Run = Callable[[str | None, Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+def with_adapters(folder: Path) -> Run:
+    """What runs the program in `folder` with one of its adapters, or as the base; loaded once."""
+    return _onnx_run(folder) if (folder / "model.onnx").exists() else _pt2_run(folder)
+
+
+def _pt2_run(folder: Path) -> Run:
     program: Any = torch.export.load(folder / "model.pt2")
-    factors = load_file(folder / ADAPTERS / f"{adapter}.safetensors") if adapter is not None else {}
-    given = {**inputs, **factors}
+    module = program.module()
+    users = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
+    zeros: dict[str, Tensor] = {}
     for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name in _users(program) and node.name not in given:
+        if node.op == "placeholder" and node.name in users:
             sizes = [int(str(size)) if str(size).isdigit() else 2 for size in node.meta["val"].shape]
-            given[node.name] = torch.zeros(sizes, dtype=node.meta["val"].dtype)
-    return tensors_of(program.module()(**{name: given[name] for name in _users(program)}))
+            zeros[node.name] = torch.zeros(sizes, dtype=node.meta["val"].dtype)
+
+    def run(adapter: str | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        factors = load_file(folder / ADAPTERS / f"{adapter}.safetensors") if adapter is not None else {}
+        return tensors_of(module(**{name: {**zeros, **inputs, **factors}[name] for name in users}))
+
+    return run
 
 
-def _users(program: Any) -> list[str]:
-    return [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
-
-
-def _run_onnx(folder: Path, adapter: str | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _onnx_run(folder: Path) -> Run:
     runtime: Any = import_module("onnxruntime")
     options = runtime.SessionOptions()
     options.log_severity_level = 3  # It warns of every input that has a default, which is the purpose.
     session = runtime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
-    run = runtime.RunOptions()
-    if adapter is not None:
-        own = runtime.LoraAdapter()
-        own.Load(str(folder / ADAPTERS / f"{adapter}.onnx_adapter"))
-        run.add_active_adapter(own)
-    made = session.run(None, {name: value.detach().cpu().numpy() for name, value in inputs.items()}, run)
     names = [output.name for output in session.get_outputs()]
-    return {name: torch.from_numpy(value) for name, value in zip(names, made, strict=True)}
+
+    def run(adapter: str | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        chosen, own = runtime.RunOptions(), runtime.LoraAdapter()
+        if adapter is not None:
+            own.Load(str(folder / ADAPTERS / f"{adapter}.onnx_adapter"))
+            chosen.add_active_adapter(own)
+        made = session.run(names, {name: value.detach().cpu().numpy() for name, value in inputs.items()}, chosen)
+        return {name: torch.from_numpy(value) for name, value in zip(names, made, strict=True)}
+
+    return run

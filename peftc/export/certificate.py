@@ -28,9 +28,10 @@ class Certificate:
 
     `to` and `adapters` as they were exported; `names` of the adapters in it. `difference`: the largest of any output, and
     `scale` the largest output. `tokens`: greedy tokens that were compared, `tokens_equal` how many of them are the same
-    before the first that is not (None: the model generates none). `files`: the SHA-256 of every file of the artefact.
-    `of`: what the difference is of: outputs, or the changes of weights that adapters beside a base make. `sources`: hashes
-    of what it was made from: every adapter's tensors as its file has them, and the base's fingerprint as manifests have it.
+    before the first that is not (None: the model generates none); `generation`: whether what generates keeps caches, if
+    there is any. `files`: the SHA-256 of every file of the artefact. `of`: what the difference is of: outputs, the changes
+    of weights that adapters beside a base make, or merged weights. `sources`: hashes of what it was made from: every
+    adapter's tensors as its file has them, and the base's fingerprint as manifests have it.
     """
 
     to: str
@@ -44,12 +45,14 @@ class Certificate:
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
     of: str = "outputs"
     sources: Mapping[str, str] = field(default_factory=dict[str, str])
+    generation: str | None = None
 
     def __str__(self) -> str:
         said = f"{self.to}, adapters {self.adapters} ({', '.join(self.names) or 'none'})"
         lines = [f"{said}: {self.of} differ by {self.difference:.2g} at most, of {self.scale:.3g}"]
         if self.tokens is not None:
-            lines.append(f"greedy tokens: {self.tokens_equal} of {self.tokens} are the same")
+            how = f" ({self.generation})" if self.generation is not None else ""
+            lines.append(f"greedy tokens{how}: {self.tokens_equal} of {self.tokens} are the same")
         return "; ".join(lines)
 
     def write(self, folder: Path, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
@@ -129,6 +132,16 @@ def difference(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) ->
         largest = max(largest, float((one - other)[finite].abs().max()) if finite.any() else 0.0)
         scale = max(scale, float(other[finite].abs().max()) if finite.any() else 0.0)
     return largest, scale
+
+
+def agreement(pairs: Iterable[tuple[Sequence[int] | None, Sequence[int] | None]]) -> dict[str, int | None]:
+    """How many tokens there are, and how many are the same before the first that is not, as a certificate says it."""
+    tokens = equal = None
+    for one, other in pairs:
+        if one is not None and other is not None:
+            same = next((at for at, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), len(one))
+            tokens, equal = (tokens or 0) + len(one), (equal or 0) + same
+    return {"tokens": tokens, "tokens_equal": equal}
 
 
 def tensors_of(outputs: Any) -> dict[str, Tensor]:

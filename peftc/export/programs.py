@@ -5,13 +5,10 @@ and the live model is as it was, and the comparison of what came out with it.
 """
 
 import inspect
-import io
 import logging
-import warnings
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import replace
-from importlib import import_module
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
@@ -25,8 +22,12 @@ from peftc.choices import Adapters, Target
 from peftc.errors import ExportError, MergeError
 from peftc.export.adapter_files import write_adapter
 from peftc.export.adapter_inputs import WRITERS as INPUT_WRITERS
-from peftc.export.adapter_inputs import adapter_tensors, input_names, run_with_adapter, template, traced
-from peftc.export.certificate import Certificate, difference, hashes, sources, tensors_of, versions
+from peftc.export.adapter_inputs import adapter_tensors, input_names, template, traced, with_adapters
+from peftc.export.certificate import Certificate, agreement, difference, hashes, sources, tensors_of, versions
+from peftc.export.exporters import EXPORTERS, Run
+from peftc.export.generation import TOKENS, Texts, live_tokens, require_generating, write_generation, written_tokens
+from peftc.export.merged_gguf import write_merged
+from peftc.export.tracing import first, quiet, require_compiler
 from peftc.graph.sites import is_pretrained
 from peftc.merge import merge, unmerge
 from peftc.progress import Tick, bar
@@ -39,88 +40,96 @@ _DEFAULT: Mapping[str, Adapters] = {
     "hf": "merged",
     "pt2": "merged",
     "onnx": "merged",
+    "aoti": "merged",
     "gguf": "beside",
     "mlx": "beside",
 }
+PROGRAMS = ("pt2", "onnx", "aoti")
+_MERGED = "merged weights"
 _PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "gguf": ("gguf",)}
-_TOKENS = 8  # That are compared.
-# What torch.export's own programs are called, of models that are not of transformers.
-PLAIN = "model.pt2"
-_HEADS = ("config.json", "export.json", "certificate.json")
 _STEPS = ("what the live model computes", "writing", "comparing")
 _LOG = logging.getLogger(__name__)
+_HEADS = ("config.json", "export.json", "certificate.json")
 
 
-def export(
-    program: Program,
-    folder: Path,
-    to: Target,
-    adapters: Adapters | None,
-    inputs: Mapping[str, Tensor] | None,
-    generation: bool,
-    progress: bool = True,
-) -> Certificate:
+@dataclass(frozen=True)
+class Request:
+    """What is to be written; see `CompiledModel.export`."""
+
+    to: Target
+    adapters: Adapters
+    inputs: Mapping[str, Tensor] | None
+    generation: bool
+    tokenizer: Any
+    gguf: Path | None
+    quantized: bool
+    progress: bool
+
+
+def export(program: Program, folder: Path, to: Target, adapters: Adapters | None, **options: Any) -> Certificate:
     """Write the model to `folder` and compare what was written with it; see `CompiledModel.export`."""
-    adapters = _DEFAULT.get(to, "merged") if adapters is None else adapters
-    _require(program, to, adapters, generation)
+    request = Request(to, adapters or _DEFAULT.get(to, "merged"), **options)
+    _require(program, request)
     begin = perf_counter()
-    with bar(f"export to {to}", len(_STEPS), "steps", progress) as tick:
-        if adapters == "beside":
-            certificate = _beside(program, folder, to, tick)
-        else:
-            given = _inputs(program.base, inputs)
-            _require_captured(program, given)
-            if adapters == "inputs":
-                certificate = _as_inputs(program, folder, to, given, tick)
-            else:
-                certificate = _whole(program, folder, to, adapters, given, generation, tick)
+    with bar(f"export to {to}", len(_STEPS), "steps", request.progress) as tick:
+        certificate = _written(program, folder, request, tick)
         tick()
     _LOG.info("exported to %s in %.2f s: %s", folder, perf_counter() - begin, certificate)
     return certificate
 
 
+def _written(program: Program, folder: Path, request: Request, tick: Tick) -> Certificate:
+    if request.adapters == "beside":
+        return _beside(program, folder, request.to, tick)
+    if request.to == "gguf":
+        return _gguf(program, folder, request, tick)
+    given = _inputs(program.base, request.inputs)
+    _require_captured(program, given)
+    if request.generation:
+        require_generating(program, given)
+    texts = Texts(request.tokenizer) if request.generation else None
+    with _for_inference(program.base):
+        if request.adapters == "inputs":
+            return _as_inputs(program, folder, request.to, given, texts, tick)
+        return _whole(program, folder, request, given, texts, tick)
+
+
 def _whole(
     program: Program,
     folder: Path,
-    to: Target,
-    adapters: Adapters,
+    request: Request,
     given: Mapping[str, Tensor],
-    generation: bool,
+    texts: Texts | None,
     tick: Tick,
 ) -> Certificate:
-    """A model that needs nothing else, with the adapters merged or as the ops that they are."""
-    live, writing, comparing = _STEPS
-    with _for_inference(program.base):
-        tick(0, live)
-        expected = tensors_of(program.base(**given))
-        if not expected:
-            raise ExportError(f"{type(program.base).__name__} gives no tensors for {sorted(given)}: nothing to compare")
-        names = program.merged or program.spliced
-        made_from = sources(program, names)
-        tokens = _greedy(lambda ids: program.base(**ids), program.base, given)
-        tick(1, writing)
-        with _merged(program, adapters), staged(folder, _HEADS) as stage:
-            run = _EXPORTERS[to](program, stage, given, generation)
-            tick(1, comparing)
-            largest, scale = difference(tensors_of(run(given)), expected)
-            try:
-                made = _greedy(run, program.base, given)
-            except Exception as error:  # Of any runtime.
-                raise ExportError(
-                    f"to={to!r}: what was written does not run on other lengths than it was traced with: {_first(error)}"
-                ) from error
-            certificate = Certificate(
-                to,
-                adapters,
-                names,
-                largest,
-                scale,
-                *_agreement(made, tokens),
-                hashes(stage),
-                versions(),
-                sources=made_from,
-            )
-            certificate.write(stage, given, expected)
+    """One program, or a checkpoint, with its adapters merged or inside."""
+    to, adapters = request.to, request.adapters
+    tick(0, _STEPS[0])
+    expected = tensors_of(program.base(**given))
+    if not expected:
+        raise ExportError(f"{type(program.base).__name__} gives no tensors for {sorted(given)}: nothing to compare")
+    names = program.merged or program.spliced
+    made_from = sources(program, names)
+    tokens = _greedy(lambda ids: program.base(**ids), program.base, given)
+    live = live_tokens(program.base, given) if texts is not None else []
+    tick(1, _STEPS[1])
+    with _merged(program, adapters), staged(folder, _HEADS) as stage:
+        run = EXPORTERS[to](program, stage, given)
+        tick(1, _STEPS[2])
+        largest, scale = difference(tensors_of(run(given)), expected)
+        try:
+            pairs: list[tuple[list[int] | None, list[int] | None]] = [(_greedy(run, program.base, given), tokens)]
+        except Exception as error:  # Of any runtime.
+            raise ExportError(
+                f"to={to!r}: what was written does not run on other lengths than it was traced with: {first(error)}"
+            ) from error
+        certificate = Certificate(to, adapters, names, largest, scale, None, None, {}, versions(), sources=made_from)
+        if texts is not None:
+            with quiet():
+                certificate = replace(certificate, generation=write_generation(program, stage, to, given, texts))
+            pairs = [(written_tokens(stage, given, [None])[0], live)]
+        certificate = replace(certificate, files=hashes(stage), **agreement(pairs))
+        certificate.write(stage, given, expected)
     return certificate
 
 
@@ -141,58 +150,90 @@ def _beside(program: Program, folder: Path, to: Target, tick: Tick) -> Certifica
     return certificate
 
 
-def _as_inputs(program: Program, folder: Path, to: Target, given: Mapping[str, Tensor], tick: Tick) -> Certificate:
-    """One program whose factors are inputs, and a file for every adapter."""
-    live, writing, comparing = _STEPS
-    taken = inspect.signature(original_class(program.base).forward).parameters
-    # A program takes no more than it was captured with.
-    more = {"use_cache": False} if "use_cache" in taken and program.plan.capture != "export" else {}
-    with _for_inference(program.base):
-        tick(0, live)
-        expected = {name: _live(program, name, given, more) for name in program.adapters}
-        made_from = sources(program, list(expected))
-        by_key, config = adapter_tensors(program)
-        names_of = input_names({key for own in by_key.values() for key in own})
-        tick(1, writing)
-        with staged(folder, _HEADS) as stage:
-            with template(program, config, names_of) as made, _quiet():
-                whole = traced(program.base, made, given, more, to)
-                tensors = {
-                    name: {names_of[key]: value.to(made.dtypes[names_of[key]]) for key, value in own.items()}
-                    for name, own in by_key.items()
-                }
-                INPUT_WRITERS[to](whole, made, list(next(iter(expected.values()))), tensors, stage)
-            tick(1, comparing)
-            found = [difference(run_with_adapter(stage, name, given), outputs) for name, outputs in expected.items()]
-            largest, scale = (max(numbers) for numbers in zip(*found, strict=True))
-            names = tuple(expected)
-            certificate = Certificate(
-                to, "inputs", names, largest, scale, None, None, hashes(stage), versions(), sources=made_from
-            )
-            certificate.write(stage, given, expected[names[0]])
+def _gguf(program: Program, folder: Path, request: Request, tick: Tick) -> Certificate:
+    """The base's own GGUF file with the merged weights in it."""
+    assert request.gguf is not None, "it was asked for"
+    names = program.merged or program.spliced
+    made_from = sources(program, names)
+    tick(1, _STEPS[1])
+    with _merged(program, "merged"), staged(folder, _HEADS) as stage:
+        numbers = write_merged(program, request.gguf, request.quantized, stage)
+        tick(1, _STEPS[2])
+        certificate = Certificate("gguf", "merged", names, *numbers, None, None, hashes(stage), versions(), _MERGED)
+        certificate = replace(certificate, sources=made_from)
+        certificate.write(stage, {}, {})
     return certificate
 
 
-def _live(program: Program, name: str, given: Mapping[str, Tensor], more: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What the model computes with one adapter."""
+def _as_inputs(
+    program: Program, folder: Path, to: Target, given: Mapping[str, Tensor], texts: Texts | None, tick: Tick
+) -> Certificate:
+    """One program whose factors are inputs, and a file for every adapter."""
+    taken = inspect.signature(original_class(program.base).forward).parameters
+    # A program takes no more than it was captured with.
+    more = {"use_cache": False} if "use_cache" in taken and program.plan.capture != "export" else {}
+    tick(0, _STEPS[0])
+    expected: dict[str, dict[str, Tensor]] = {}
+    live: dict[str, list[int]] = {}
+    for name in program.adapters:
+        with _active(program, name):
+            expected[name] = tensors_of(program.base(**given, **more))
+            live |= {name: live_tokens(program.base, given)} if texts is not None else {}
+    names = tuple(expected)
+    certificate = Certificate(to, "inputs", names, 0.0, 0.0, None, None, {}, versions())
+    by_key, config = adapter_tensors(program)
+    names_of = input_names({key for own in by_key.values() for key in own})
+    tick(1, _STEPS[1])
+    with staged(folder, _HEADS) as stage:
+        with template(program, config, names_of) as made, quiet():
+            whole = traced(program.base, made, given, more, to)
+            tensors = {
+                name: {names_of[key]: value.to(made.dtypes[names_of[key]]) for key, value in own.items()}
+                for name, own in by_key.items()
+            }
+            INPUT_WRITERS[to](whole, made, list(expected[names[0]]), tensors, stage)
+            if texts is not None:
+                kept = write_generation(program, stage, to, given, texts, made, tensors)
+                certificate = replace(certificate, generation=kept)
+        tick(1, _STEPS[2])
+        run = with_adapters(stage)
+        found = [difference(run(name, given), outputs) for name, outputs in expected.items()]
+        largest, scale = (max(numbers) for numbers in zip(*found, strict=True))
+        written = written_tokens(stage, given, list(live)) if live else []
+        pairs = list(zip(written, live.values(), strict=True))
+        certificate = replace(
+            certificate,
+            difference=largest,
+            scale=scale,
+            files=hashes(stage),
+            sources=sources(program, names),
+            **agreement(pairs),
+        )
+        certificate.write(stage, given, expected[names[0]])
+    return certificate
+
+
+@contextmanager
+def _active(program: Program, name: str) -> Generator[None]:
+    """A context in which one adapter is active."""
     active, learning, enabled = program.active, program.learning, program.enabled
     try:
         program.enabled = True
         activate(program, [name], [])
-        return tensors_of(program.base(**given, **more))
+        yield
     finally:
         program.enabled = enabled
         activate(program, active, learning)
 
 
-def _greedy(run: "Run", model: nn.Module, given: Mapping[str, Tensor]) -> list[int] | None:
+def _greedy(run: Run, model: nn.Module, given: Mapping[str, Tensor]) -> list[int] | None:
     """The next tokens of the first row, each from a call of its own; None of models that generate none from ids alone."""
     config: Any = getattr(model, "config", None)
     generates = is_pretrained(model) and cast(Any, model).can_generate()
     if not generates or config.is_encoder_decoder or not set(given) <= {"input_ids", "attention_mask"}:
         return None
     ids, tokens = given["input_ids"].expand(2, -1) if len(given["input_ids"]) == 1 else given["input_ids"], list[int]()
-    for _ in range(_TOKENS):
+    for _ in range(TOKENS):
         inputs = {name: ids if name == "input_ids" else torch.ones_like(ids) for name in given}
         next_ids = tensors_of(run(inputs))["logits"][:, -1].argmax(-1, keepdim=True)
         tokens.append(int(next_ids[0]))
@@ -200,27 +241,25 @@ def _greedy(run: "Run", model: nn.Module, given: Mapping[str, Tensor]) -> list[i
     return tokens
 
 
-def _agreement(one: list[int] | None, other: list[int] | None) -> tuple[int | None, int | None]:
-    """How many tokens there are, and how many are the same before the first that is not."""
-    if one is None or other is None:
-        return None, None
-    parts = next((at for at, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), len(one))
-    return len(one), parts
-
-
-def _require(program: Program, to: str, adapters: str, generation: bool) -> None:
+def _require(program: Program, request: Request) -> None:
     """Raise ExportError for what can't be, before anything is done."""
     require_idle(program)
+    to, adapters = request.to, request.adapters
     if to not in get_args(Target) or adapters not in get_args(Adapters):
         raise ExportError(
             f"to={to!r}, adapters={adapters!r}: valid are {', '.join(get_args(Target))};"
             f" {', '.join(get_args(Adapters))}"
         )
-    if (adapters == "beside") != (_DEFAULT[to] == "beside"):
+    if to == "gguf" and adapters == "merged":
+        _require_base(request)
+    elif (adapters == "beside") != (_DEFAULT[to] == "beside"):
         raise ExportError(
-            f"to={to!r}, adapters={adapters!r}: gguf and mlx take adapters beside a base (adapters='beside'), hf, pt2 and"
-            " onnx are whole models (adapters='merged', 'inside' or 'inputs')"
+            f"to={to!r}, adapters={adapters!r}: gguf and mlx take adapters beside a base (adapters='beside'; gguf also"
+            " 'merged'), hf, pt2, onnx and aoti are whole models (adapters='merged', 'inside' or, for pt2 and onnx,"
+            " 'inputs')"
         )
+    if (request.gguf is not None or request.quantized) and (to, adapters) != ("gguf", "merged"):
+        raise ExportError("gguf= and quantized= are for to='gguf', adapters='merged'")
     if program.merged and adapters == "inside":
         raise ExportError(f"{', '.join(program.merged)} merged: unmerge_adapter() first, or export adapters='merged'")
     if adapters == "inputs" and program.merged:
@@ -235,9 +274,26 @@ def _require(program: Program, to: str, adapters: str, generation: bool) -> None
             f"to='hf': {original_class(program.base).__name__} is no model of transformers; merge_and_unload() and save its"
             " state dict"
         )
-    if generation and (to == "hf" or not is_pretrained(program.base)):
-        raise ExportError("generation=True is for programs (pt2, onnx) of transformers' generative models")
+    if adapters == "inputs" and to == "aoti":
+        raise ExportError(
+            "to='aoti': adapters='inputs' is for pt2 and onnx; a compiled program has them merged or inside"
+        )
+    if request.generation and to not in PROGRAMS:
+        raise ExportError(f"to={to!r}: generation=True is for programs ({', '.join(PROGRAMS)})")
+    if request.tokenizer is not None and not request.generation:
+        raise ExportError("tokenizer= goes beside what generates: give generation=True, too")
     require_packages(to)
+    if to == "aoti":
+        require_compiler()
+
+
+def _require_base(request: Request) -> None:
+    if request.gguf is None:
+        raise ExportError(
+            "to='gguf', adapters='merged': give gguf=, the base's own GGUF file, whose tokenizer and other tensors are"
+            " kept. Without one: export(folder) writes the merged checkpoint for llama.cpp's converter, adapters='beside'"
+            " the adapter alone"
+        )
 
 
 def require_packages(to: str) -> None:
@@ -310,113 +366,3 @@ def _merged(program: Program, adapters: Adapters) -> Generator[None]:
         yield
     finally:
         unmerge(program, check=False)
-
-
-Run = Callable[[Mapping[str, Tensor]], Any]
-
-
-def _checkpoint(program: Program, stage: Path, given: Mapping[str, Tensor], generation: bool) -> Run:
-    """A transformers checkpoint of the merged model."""
-    base: Any = program.base
-    own = {name: tensor for name, tensor in base.state_dict().items() if not _is_added(program, name)}
-    base.save_pretrained(stage, state_dict=own)
-
-    model: Any = cast(Any, original_class(base)).from_pretrained(stage).eval()
-    return lambda inputs: model(**inputs)
-
-
-def _is_added(program: Program, name: str) -> bool:
-    return any(part in program.children for part in name.split("."))
-
-
-def _program(program: Program, stage: Path, given: Mapping[str, Tensor], generation: bool) -> Run:
-    """A torch.export program."""
-    if not is_pretrained(program.base):
-        return _plain_program(program.base, stage, given)
-    from transformers.exporters.configs import DynamoConfig
-    from transformers.exporters.exporter_dynamo import DynamoExporter
-
-    return _exported(program, stage, given, generation, DynamoExporter(), DynamoConfig(dynamic=True))
-
-
-def _onnx(program: Program, stage: Path, given: Mapping[str, Tensor], generation: bool) -> Run:
-    """An ONNX model."""
-    if not is_pretrained(program.base):
-        return _plain_onnx(program.base, stage, given)
-    from transformers.exporters.configs import OnnxConfig
-    from transformers.exporters.exporter_onnx import OnnxExporter
-
-    return _exported(program, stage, given, generation, OnnxExporter(), OnnxConfig(dynamic=True))
-
-
-def _exported(
-    program: Program, stage: Path, given: Mapping[str, Tensor], generation: bool, exporter: Any, config: Any
-) -> Run:
-    """What one of transformers' exporters makes, in its own folder format, which it also runs."""
-    base: Any = program.base
-    with _quiet():
-        try:
-            made = exporter.export(base, dict(given), config)
-            made.save_pretrained(stage)
-            if generation:
-                exporter.export_for_generation(base, dict(given), config).save_pretrained(stage / "generation")
-        except Exception as error:  # Whatever tracing raises, of models that it can't take.
-            raise ExportError(
-                f"{original_class(base).__name__} can't be exported by {type(exporter).__name__}: {_first(error)}"
-            ) from error
-    return loaded(stage)
-
-
-def loaded(folder: Path) -> Run:
-    """What runs the program of a transformers model in `folder`, loaded once."""
-    from transformers.exporters.base import ExportedModel
-
-    exported: Any = ExportedModel.from_pretrained(str(folder))
-    return lambda inputs: exported(**inputs)
-
-
-def _plain_program(model: nn.Module, stage: Path, given: Mapping[str, Tensor]) -> Run:
-    batched = {name: {0: torch.export.Dim.AUTO} for name in given}
-    try:
-        made = torch.export.export(model, (), dict(given), dynamic_shapes=batched)
-    except Exception as error:  # A user's forward may raise anything while it is traced.
-        raise ExportError(f"{original_class(model).__name__} can't be exported: {_first(error)}") from error
-    torch.export.save(made, stage / PLAIN)
-    return lambda inputs: torch.export.load(stage / PLAIN).module()(**inputs)
-
-
-def _plain_onnx(model: nn.Module, stage: Path, given: Mapping[str, Tensor]) -> Run:
-    batched = {name: {0: torch.export.Dim.AUTO} for name in given}
-    path = stage / "model.onnx"
-    with _quiet():
-        try:
-            torch.onnx.export(
-                model, (), str(path), kwargs=dict(given), dynamic_shapes=batched, dynamo=True, verbose=False
-            )
-        except Exception as error:  # As above; and what has no ONNX operator.
-            raise ExportError(f"{original_class(model).__name__} can't be exported: {_first(error)}") from error
-    return lambda inputs: run_onnx(path, inputs)
-
-
-def run_onnx(path: Path, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...] | Tensor:
-    """The outputs of an ONNX model of one's own module; the only one, or a tuple."""
-    onnxruntime: Any = import_module("onnxruntime")
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    made = session.run(None, {name: value.detach().cpu().numpy() for name, value in inputs.items()})
-    outputs = tuple(torch.from_numpy(value) for value in made)
-    return outputs[0] if len(outputs) == 1 else outputs
-
-
-def _first(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-
-
-@contextmanager
-def _quiet() -> Generator[None]:
-    """Without the warnings of exporters, and what they print of their progress."""
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        yield
-
-
-_EXPORTERS: Mapping[str, Callable[..., Run]] = {"hf": _checkpoint, "pt2": _program, "onnx": _onnx}

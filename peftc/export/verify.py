@@ -12,9 +12,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from peftc.errors import ExportError
-from peftc.export.adapter_inputs import run_with_adapter
+from peftc.export.adapter_inputs import with_adapters
 from peftc.export.certificate import Certificate, difference, hashes, read, tensors_of
-from peftc.export.programs import PLAIN, loaded, require_packages, run_onnx
+from peftc.export.exporters import COMPILED, PLAIN, loaded, run_compiled, run_onnx
+from peftc.export.programs import require_packages
 from peftc.progress import bar
 from peftc.stream import merge_checkpoint
 
@@ -51,7 +52,7 @@ def _exported(folder: Path, tolerance: float) -> Certificate:
     wrong = [name for name, sha in certificate.files.items() if now.get(name) != sha]  # Others may lie beside them.
     if wrong:
         raise ExportError(f"{folder}: {', '.join(sorted(wrong))} is not what was exported")
-    if certificate.adapters == "beside":
+    if certificate.of != "outputs":
         return certificate  # The files are those; what they change was compared when they were written.
     with torch.no_grad():
         largest, scale = difference(tensors_of(_run(folder, certificate, inputs)), outputs)
@@ -63,7 +64,7 @@ def _exported(folder: Path, tolerance: float) -> Certificate:
 def _run(folder: Path, certificate: Certificate, inputs: Mapping[str, Tensor]) -> Any:
     require_packages(certificate.to)
     if certificate.adapters == "inputs":
-        return run_with_adapter(folder, certificate.names[0], inputs)
+        return with_adapters(folder)(certificate.names[0], inputs)
     if certificate.to == "hf":
         import json
 
@@ -71,6 +72,8 @@ def _run(folder: Path, certificate: Certificate, inputs: Mapping[str, Tensor]) -
 
         (name,) = json.loads((folder / "config.json").read_text())["architectures"]
         return getattr(transformers, name).from_pretrained(folder).eval()(**inputs)
+    if certificate.to == "aoti":
+        return run_compiled(folder / COMPILED)(inputs)
     if (folder / PLAIN).exists() and not (folder / "export.json").exists():
         return torch.export.load(folder / PLAIN).module()(**inputs)
     if (folder / "model.onnx").exists() and not (folder / "export.json").exists():

@@ -33,6 +33,13 @@ def graph_of(model: nn.Module) -> fx.Graph:
     return _traced(model, set(), set())
 
 
+def flat_graph_of(model: nn.Module) -> fx.Graph:
+    """The graph of the whole `model` (a copy), torch.nn's modules as the ops that they are."""
+    graph = _traced(model, {fqn for fqn, _ in model.named_modules()}, set())
+    split_ties(graph, model)
+    return graph
+
+
 def _traced(model: nn.Module, inlined: Collection[str], leaves: Collection[str]) -> fx.Graph:
     before = {fqn: kept for fqn, module in model.named_modules() if (kept := _kept(module)) is not None}
     graphs = [_trace(model.train(training), inlined, leaves) for training in (True, False)]

@@ -44,11 +44,11 @@ def why_not(spec: AdapterSpec, site: WeightSite, index: SiteIndex) -> str:
         return f"{spec.peft_type} adapts {', '.join(ops_of(spec))}, and this is {site.op}"
     if site.refusal is not None:
         return site.refusal
-    targets = spec.target_modules
+    targets = spec.named_targets
     if site.host is not None:
         named = spec.target_parameters if isinstance(spec, ParameterSelection) else None
         return f"target_parameters={list(named or ())!r} does not name it"
-    if targets is not None and targets != "all-linear" and not selects(targets, site.fqn):
+    if spec.target_modules is not None and targets != "all-linear" and not selects(targets, site.fqn):
         told = f"target_modules={targets if isinstance(targets, str) else list(targets)!r} does not name it"
         return told + (" (nor does 'all-linear': it is the output layer)" if site.fqn == index.output_embedding else "")
     if spec.exclude_modules and selects(spec.exclude_modules, site.fqn):

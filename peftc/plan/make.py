@@ -20,10 +20,12 @@ from peftc.graph.fingerprint import fingerprint
 from peftc.graph.hooked import given_class, is_offloaded, parallel_style
 from peftc.graph.lineage import with_ops
 from peftc.graph.ops import op_named
+from peftc.graph.patterns import Dataflow, feeds
 from peftc.graph.region import Capture, Region, Source
 from peftc.graph.rows import is_known_linear
 from peftc.graph.sites import SiteIndex, WeightSite, dtype_name, index_sites, transformers_config
-from peftc.graph.symbolic import graph_of
+from peftc.graph.symbolic import flat_graph_of, graph_of
+from peftc.plan.by_pattern import dataflow
 from peftc.plan.claims import Access, adapter_dtype, weight_edit
 from peftc.plan.companions import with_companions
 from peftc.plan.join import add_costs, added_costs, joined
@@ -32,7 +34,7 @@ from peftc.plan.plan import Plan
 from peftc.plan.saved import SAVED, saved_site
 from peftc.registry import find_rule, rules_of
 from peftc.rule import Param, Rule
-from peftc.specs import AdapterSpec, ParameterSelection
+from peftc.specs import AdapterSpec, ParameterSelection, Pattern
 
 
 def make_plan(
@@ -52,9 +54,10 @@ def make_plan(
     """
     dtype_for = partial(adapter_dtype, autocast=autocast_adapter_dtype)
     index = _indexed(model, level, specs, flat)
+    flow = _dataflow(model, level, specs, flat)
     matches: dict[str, list[Match]] = {}
     for name, spec in specs.items():
-        all_ = with_companions(name, _match(name, spec, model, level, index, dtype_for), index)
+        all_ = with_companions(name, _match(name, spec, model, level, index, flow, dtype_for), index)
         matches[name] = [_without_unused(name, one, model, index) for one in all_] if fresh else _that_is_why(all_)
     found_by = [(name, found) for name, all_ in matches.items() for found in all_]
     touched = {site.fqn: site for _, found in found_by for site in found.sites}
@@ -82,6 +85,7 @@ def make_plan(
         cautions=(),
         autocast_adapter_dtype=autocast_adapter_dtype,
         costs=add_costs(_base_costs(index), added_costs(edits, trained)),
+        flows=feeds(flow) if flow is not None else (),
     )
     order = [name for fqn in index.modules for name in (fqn, *index.hosted.get(fqn, ()))]
     return joined(among, plan, order), regions
@@ -93,6 +97,14 @@ def _indexed(model: nn.Module, level: Capture, specs: Mapping[str, AdapterSpec],
         return with_ops(index, flat.graph, model)
     by_weight = any(isinstance(spec, ParameterSelection) and spec.target_parameters for spec in specs.values())
     return with_ops(index, graph_of(structural_copy(model)), model) if level == "symbolic" and by_weight else index
+
+
+def _dataflow(model: nn.Module, level: Capture, specs: Mapping[str, AdapterSpec], flat: Flat | None) -> Dataflow | None:
+    """What patterns are matched in: the program, or a trace, if a spec asks for one."""
+    if flat is not None:
+        return dataflow(flat.graph, model)
+    asked = any(isinstance(spec.target_modules, Pattern) for spec in specs.values())
+    return dataflow(flat_graph_of(structural_copy(model)), model) if level == "symbolic" and asked else None
 
 
 def role_of(model: nn.Module) -> Callable[[str], str | None]:
@@ -107,6 +119,7 @@ def _match(
     model: nn.Module,
     level: Capture,
     index: SiteIndex,
+    flow: Dataflow | None,
     dtype_for: Callable[[str], str],
 ) -> Match:
     for rule in rules_of(spec):
@@ -118,7 +131,7 @@ def _match(
                 return Match(spec, (), saved, (*misses, replace(found, adapter=adapter)))
             spec, claims = found
             return Match(spec, (), saved, tuple(misses), claims)
-    return match(adapter, spec, index)
+    return match(adapter, spec, index, flow)
 
 
 def _that_is_why(matches: list[Match]) -> list[Match]:

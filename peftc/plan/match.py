@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from peftc.architectures import Family, families
 from peftc.edits import Miss
 from peftc.errors import NoMatchError, describe_nearest, nearest
+from peftc.graph.patterns import Dataflow
 from peftc.graph.sites import SiteIndex, WeightSite
+from peftc.plan.by_pattern import with_names
 from peftc.plan.claims import Claim
 from peftc.plan.synonyms import same_meaning, stacked_as
 from peftc.registry import find_rule, ops_of
@@ -37,11 +39,15 @@ class Match:
     beside: bool = False
 
 
-def match(adapter: str, spec: AdapterSpec, index: SiteIndex) -> Match:
-    """Resolve `spec` against the sites of a model. Raises NoMatchError if it needs defaults that are not known."""
-    spec = _with_defaults(spec, index)
+def match(adapter: str, spec: AdapterSpec, index: SiteIndex, flow: Dataflow | None = None) -> Match:
+    """Resolve `spec` against the sites of a model, and in the dataflow of its program, if it is one.
+
+    Raises NoMatchError if it needs defaults that are not known.
+    """
+    misses: list[Miss] = []
+    spec = _with_defaults(with_names(adapter, spec, index, flow, misses), index)
     saved, saved_misses = match_saved(adapter, spec, index)
-    misses = list(saved_misses)
+    misses += saved_misses
     names = _targets(adapter, spec, index, misses)
     unwanted = _excluded(adapter, spec, index, misses) | _inside(names, saved)
     names = [name for name in names if name not in unwanted]
@@ -64,7 +70,7 @@ def match(adapter: str, spec: AdapterSpec, index: SiteIndex) -> Match:
         misses = [dataclasses.replace(miss, error=True) if miss in refused else miss for miss in misses]
     elif not sites and not saved and not any(miss.error for miss in misses):
         reason = "selects nothing: all it matches is excluded or in modules_to_save"
-        targets = spec.target_modules or ()
+        targets = spec.named_targets
         value = targets if isinstance(targets, str) else ", ".join(targets)
         misses.append(Miss(adapter, "target_modules", value, reason))
     return Match(_resolved(spec, sites, index), tuple(sites), saved, tuple(misses))
@@ -120,7 +126,7 @@ def _no_defaults(spec: AdapterSpec, index: SiteIndex) -> str:
 
 def _targets(adapter: str, spec: AdapterSpec, index: SiteIndex, misses: list[Miss]) -> list[str]:
     """The fqns that `target_modules` selects, in module order."""
-    selector, adapted = spec.target_modules or (), _adaptable(spec, index)
+    selector, adapted = spec.named_targets, _adaptable(spec, index)
     if isinstance(selector, str):
         if selector.lower() == "all-linear":
             return _all_linear(adapter, spec, index, misses)

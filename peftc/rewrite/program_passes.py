@@ -9,7 +9,9 @@ from torch import fx
 from torch.nn import functional as F
 
 from peftc.graph.exported import VALUE, changes_something
+from peftc.graph.patterns import Dataflow, matching
 from peftc.rewrite.splice import ORIGIN
+from peftc.specs import Pattern
 
 aten = torch.ops.aten
 _END = 2**63 - 1
@@ -128,8 +130,8 @@ class SiblingsFused:
         groups: dict[Any, list[fx.Node]] = {}
         dtypes: dict[fx.Node, torch.dtype | None] = {}
         changed = _changed_in_place(graph)
-        for node in graph.nodes:
-            if _is_first_product(node) and node.args[0] not in changed:
+        for node in matching(SIBLING, _dataflow(graph)):
+            if _is_plain_product(node) and node.args[0] not in changed:
                 key = (node.args[0], dtype_of_node(node.args[1], dtypes))
                 groups.setdefault(key, []).append(node)
         for nodes in groups.values():
@@ -139,13 +141,21 @@ class SiblingsFused:
         return graph
 
 
-def _is_first_product(node: fx.Node) -> bool:
-    """Whether `node` is x·Aᵀ of what came into its graph before, with a tensor A of an adapter."""
-    if node.target is not F.linear or len(node.args) != 2 or node.kwargs or ORIGIN not in node.meta:
-        return False
-    x, weight = node.args
-    own = isinstance(weight, fx.Node) and weight.op == "get_attr" and str(weight.target).startswith(f"{_part(node)}.")
-    return own and isinstance(x, fx.Node) and ORIGIN not in x.meta
+# x·Aᵀ of an adapter, of what came into its graph before, beside another one.
+_FIRST = Pattern(op="linear", made_by="adapter", input=Pattern(made_by="model"))
+SIBLING = _FIRST.model_copy(update={"beside": (_FIRST,)})
+
+
+def _dataflow(graph: fx.Graph) -> Dataflow:
+    return Dataflow(
+        graph, lambda node: node.meta.get(VALUE, (None, ()))[1], by_adapter=lambda node: ORIGIN in node.meta
+    )
+
+
+def _is_plain_product(node: fx.Node) -> bool:
+    """Whether a product is F.linear of a tensor that belongs to the adapter, and nothing else."""
+    weight: Any = node.args[1] if len(node.args) == 2 and node.target is F.linear and not node.kwargs else None
+    return weight is not None and weight.op == "get_attr" and str(weight.target).startswith(f"{_part(node)}.")
 
 
 def _part(node: fx.Node) -> str:

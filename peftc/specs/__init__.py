@@ -2,6 +2,7 @@
 
 from peftc.specs.base import AdapterSpec
 from peftc.specs.io import load_spec, load_specs
+from peftc.specs.pattern import Pattern
 from peftc.specs.selection import LayerSelection, OtherPatterns, ParameterSelection, PatternedAlpha, PatternedRank
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "LayerSelection",
     "OtherPatterns",
     "ParameterSelection",
+    "Pattern",
     "PatternedAlpha",
     "PatternedRank",
     "load_spec",

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from torch import Tensor, nn
 
 from peftc.errors import SpecError, nearest
+from peftc.specs.pattern import Pattern
 
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
 # Which biases of the base an adapter trains: those of its sites, or all.
@@ -46,6 +47,10 @@ def _as_tuple(value: Any) -> Any:
     return tuple(dict.fromkeys(items) if all(isinstance(item, str | int) for item in items) else items)
 
 
+def _as_targets(value: Any) -> Any:
+    return Pattern.read(cast("Mapping[str, Any]", value)) if isinstance(value, Mapping) else _as_tuple(value)
+
+
 def _one_as_tuple(value: Any) -> Any:
     return (value,) if isinstance(value, str | int) and not isinstance(value, bool) else _as_tuple(value)
 
@@ -63,13 +68,15 @@ Names = Annotated[tuple[Name, ...], BeforeValidator(_as_tuple)]
 OneOrMoreNames = Annotated[tuple[Name, ...], BeforeValidator(_one_as_tuple)]
 LayerIndices = Annotated[tuple[int, ...], BeforeValidator(_one_as_tuple)]
 Selector = Annotated[Name | Names, BeforeValidator(_as_tuple)]
+Targets = Annotated[Name | Names | Pattern, BeforeValidator(_as_targets)]
 
 
 class AdapterSpec(BaseModel):
     """What one adapter changes. Frozen; a PEFT `adapter_config.json` is a spec.
 
     `target_modules`: a list of names (a module matches if its fqn equals a name or ends with `"." + name`), one string
-    (a regular expression that must match the whole fqn, or `"all-linear"`), or None for the defaults of the model type.
+    (a regular expression that must match the whole fqn, or `"all-linear"`), a `Pattern` over the dataflow of a program
+    (`capture="export"` or `"symbolic"`), or None for the defaults of the model type.
     `exclude_modules` is matched the same way and wins. `modules_to_save`: modules trained and saved whole.
     Keys that peftc does not know are kept in `model_extra` and written back.
 
@@ -108,7 +115,7 @@ class AdapterSpec(BaseModel):
     base_model_name_or_path: str | None = None
     revision: str | None = None
     inference_mode: bool = False
-    target_modules: Selector | None = None
+    target_modules: Targets | None = None
     exclude_modules: Selector | None = None
     modules_to_save: Names | None = None
 
@@ -119,7 +126,9 @@ class AdapterSpec(BaseModel):
         try:
             super().__init__(**plain(data))
         except ValidationError as error:
-            raise SpecError(f"{name}: " + "; ".join(_explain(type(self), item) for item in error.errors())) from None
+            # That a value is no pattern either says nothing to who has misspelt a name.
+            items = [item for item in error.errors() if "Pattern" not in item["loc"]]
+            raise SpecError(f"{name}: " + "; ".join(_explain(type(self), item) for item in items)) from None
         for key in self.unknown_keys:
             near = nearest(key, type(self).model_fields)
             hint = f" Nearest: {', '.join(map(repr, near))}." if near else ""
@@ -187,6 +196,11 @@ class AdapterSpec(BaseModel):
         """Whether nothing but the ends of names decides what is adapted, and how."""
         targets = self.target_modules
         return not self.exclude_modules and (isinstance(targets, tuple) or targets == "all-linear")
+
+    @property
+    def named_targets(self) -> str | tuple[str, ...]:
+        """`target_modules` as names; a pattern has none before a plan says which it stands for."""
+        return () if self.target_modules is None or isinstance(self.target_modules, Pattern) else self.target_modules
 
     @property
     def heads(self) -> tuple[str, ...]:

@@ -14,7 +14,10 @@ def network(plan: Planned) -> Network:
     """Nodes: modules by fqn, down to the sites (`site=True`, `op`, `role`, `layer`, `edits`).
 
     Edges, by their `relation`: `contains` (module to child), `tie` (between modules that share a tensor, `parameters`
-    names it) and `conflict` (from the contested module to itself, with the `reason`).
+    names it), `conflict` (from the contested module to itself, with the `reason`) and, of a program, `feeds` (between the
+    modules whose `weights` feed each other, with no other matrix between).
+
+    Example: nx.descendants(nx.subgraph_view(graph, filter_edge=lambda *e: graph.edges[e]["relation"] == "feeds"), fqn)
     """
     graph: Network = nx.MultiDiGraph(model=plan.model, fingerprint=plan.fingerprint)
     edits: dict[str, list[str]] = {}
@@ -30,6 +33,11 @@ def network(plan: Planned) -> Network:
             _contain(graph, owner)
         for first, second in pairwise(owners):
             graph.add_edge(first, second, relation="tie", parameters=group)
+    for weights in plan.flows:
+        first, second = (name.removesuffix(".weight") for name in weights)
+        for owner in (first, second):
+            _contain(graph, owner)
+        graph.add_edge(first, second, relation="feeds", weights=weights)
     for conflict in plan.conflicts:
         _contain(graph, conflict.site)
         graph.add_edge(conflict.site, conflict.site, relation="conflict", reason=conflict.reason)

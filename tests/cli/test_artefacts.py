@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
 
 import peftc as library
 from tests.support.checkpoints import adapter_on_disk, assert_same_files
 from tests.support.command import peftc
+from tests.support.gguf_files import write_llama
 from tests.support.models import model_of
+from tests.support.words import word_tokenizer
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -54,6 +57,24 @@ def test_a_merge_of_others_is_checked_by_tensor() -> None:
     save_file(tensors, "merged/model.safetensors", {"format": "pt"})
     assert "lm_head.weight differs by 1" in peftc("verify", "model", "adapter", "merged", code=1).err
     peftc("verify", "model", "adapter", "merged", "--tolerance", 100)
+
+
+@pytest.mark.slow
+def test_a_program_with_what_generates_text_beside_it() -> None:
+    word_tokenizer().save_pretrained("model")
+    told = peftc("export", "model", "adapter", "exported", "--to", "pt2", "--generation").out
+    assert "greedy tokens (with caches): 8 of 8 are the same" in told
+    assert Path("exported/generation/tokenizer.json").is_file()
+
+
+def test_the_base_as_gguf_with_the_adapter_in_it() -> None:
+    write_llama(LlamaForCausalLM.from_pretrained("model"), Path("base.gguf"))
+    assert (
+        "give gguf=" in peftc("export", "model", "adapter", "out", "--to", "gguf", "--adapters", "merged", code=1).err
+    )
+    how = ["--to", "gguf", "--adapters", "merged", "--gguf", "base.gguf"]
+    assert "merged weights differ by 0 at most" in peftc("export", "model", "adapter", "out", *how).out
+    assert peftc("verify", "out").out.startswith("gguf, adapters merged (default): merged weights")
 
 
 def test_an_adapter_for_another_runtime() -> None:

@@ -105,7 +105,7 @@ def test_node_counts_are_those_of_the_bare_model_and_of_the_plan(tmp_path: Path)
 @pytest.mark.slow
 def test_a_program_runs_where_there_is_no_peftc(tmp_path: Path) -> None:
     model = compiled_of("llama")
-    model.export(tmp_path, "pt2", adapters="inside", generation=True)
+    model.export(tmp_path, "pt2", adapters="inside")
     code = """
 import sys
 sys.modules["peftc"] = None
@@ -117,14 +117,13 @@ tensors = load_file(folder + "/certificate.safetensors")
 made = ExportedModel.from_pretrained(folder)(
     **{name.removeprefix("input."): value for name, value in tensors.items() if name.startswith("input.")}
 )
-stages = ExportedModel.from_pretrained(folder + "/generation")
-print(float((made.logits - tensors["output.logits"]).abs().max()) < 1e-5, sorted(stages.components))
+print(float((made.logits - tensors["output.logits"]).abs().max()) < 1e-5)
 """
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.strip().splitlines()[-1] == "True ['decode', 'prefill']"
+    assert done.stdout.strip().splitlines()[-1] == "True"
 
 
 def test_what_is_trained_whole_goes_along(tmp_path: Path) -> None:
