@@ -38,6 +38,12 @@ SPECS: dict[str, peftc.AdapterSpec] = {
     "Bat": peftc.MissConfig(r=2, init_weights="bat"),
     "Road": peftc.RoadConfig(group_size=2),
     "C3A": peftc.C3AConfig(block_size=2),
+    "Deft": peftc.DeftConfig(r=2),
+    "UniLora": peftc.UniLoraConfig(theta_d_length=20, init_weights=False),
+    "Psoft": peftc.PsoftConfig(r=3),
+    "Supertuning": peftc.SupertuningConfig(sparsity=0.7, r=2),
+    "WaveFT": peftc.WaveFTConfig(n_frequency=10),
+    "Peanut": peftc.PeanutConfig(r=4, depth=1),
     **{f"Dora{op}": peftc.LoraConfig(use_dora=True) for op in ("Linear", "Embedding", "Conv")},
 }
 

@@ -1,0 +1,19 @@
+"""The methods of PEFT 0.21 that have no rule here: what is missing, and what comes closest."""
+
+from collections.abc import Mapping
+
+_CALL = "a rule sees one site and its input, and no argument of the model's call"
+
+ABSENT: Mapping[str, str] = {
+    "ADAMSS": "its subspaces are clusters of singular vectors, and it freezes some of them while training."
+    " Closest: PSOFT, whose subspace is the whole of them, or ADALORA, which freezes directions",
+    "CARTRIDGE": "its cache is filled by a run over a text before training. Closest: PREFIX_TUNING",
+    "CPT": "it weighs the loss by the kinds of tokens, and projects after each step. Closest: PROMPT_TUNING with the text",
+    "FROD": "its bases are a joint decomposition of all the weights of one kind. Closest: VERA, whose bases are random",
+    "LILY": "its router averages over the batch, so it is no function of a row. Closest: VBLORA, of shared vectors",
+    "MULTITASK_PROMPT_TUNING": "it takes task_ids in the call. Closest: a PROMPT_TUNING adapter for each task",
+    "POLY": f"it takes task_ids in the call; {_CALL}. Closest: one LORA adapter for each task, and adapter_names",
+    "SHADOW": "it trains a second model beside the first. Closest: LORA",
+    "XLORA": f"it runs the model twice, and the first run chooses among the adapters; {_CALL}. Closest: LORA adapters,"
+    " combined by add_weighted_adapter or chosen by adapter_names",
+}
