@@ -5,15 +5,15 @@ from collections.abc import Mapping
 _CALL = "a rule sees one site and its input, and no argument of the model's call"
 
 ABSENT: Mapping[str, str] = {
-    "ADAMSS": "its subspaces are clusters of singular vectors, and it freezes some of them while training."
-    " Closest: PSOFT, whose subspace is the whole of them, or ADALORA, which freezes directions",
-    "CARTRIDGE": "its cache is filled by a run over a text before training. Closest: PREFIX_TUNING",
+    "ADAMSS": "it clusters the singular vectors of a weight into subspaces with a budget for each. Closest: PSOFT, of one"
+    " subspace, or ADALORA, which has a budget",
+    "CARTRIDGE": "its first tokens are frozen, and begin with a text's own keys and values. Closest: PREFIX_TUNING",
     "CPT": "it weighs the loss by the kinds of tokens, and projects after each step. Closest: PROMPT_TUNING with the text",
-    "FROD": "its bases are a joint decomposition of all the weights of one kind. Closest: VERA, whose bases are random",
+    "FROD": "its bases come out of all the weights of one kind together. Closest: VERA, whose bases are random",
     "LILY": "its router averages over the batch, so it is no function of a row. Closest: VBLORA, of shared vectors",
     "MULTITASK_PROMPT_TUNING": "it takes task_ids in the call. Closest: a PROMPT_TUNING adapter for each task",
     "POLY": f"it takes task_ids in the call; {_CALL}. Closest: one LORA adapter for each task, and adapter_names",
-    "SHADOW": "it trains a second model beside the first. Closest: LORA",
+    "SHADOW": "it trains a small network beside the model, whose state every block changes. Closest: LORA",
     "XLORA": f"it runs the model twice, and the first run chooses among the adapters; {_CALL}. Closest: LORA adapters,"
     " combined by add_weighted_adapter or chosen by adapter_names",
 }
