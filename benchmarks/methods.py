@@ -87,6 +87,7 @@ METHODS: Mapping[str, Entry] = {
     "LN-tuning": Entry(
         peftc.LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm", "norm"]), 10
     ),
+    "LLaMA-Adapter": Entry(peftc.AdaptionPromptConfig(adapter_len=10, adapter_layers=30, task_type="CAUSAL_LM"), 5),
     "prompt tuning": Entry(peftc.PromptTuningConfig(**PROMPT), 15),
     "prefix tuning": Entry(peftc.PrefixTuningConfig(**PROMPT), 15),
     "p-tuning": Entry(peftc.PromptEncoderConfig(encoder_hidden_size=128, **PROMPT), 1),
@@ -212,9 +213,8 @@ parameters.
 - That every method trains from the same call, what a step of each costs here, and what it holds.
 - It does not rank the methods. {steps} steps are far from convergence: what moves fast is ahead, and a method whose paper
   trains for thousands of steps is not shown at its best. One seed, one task, one model of 135M parameters, one budget.
-- Rates are not tuned. LoRA has the demo's, {rate:g}; the others have a multiple of it that is usual
-  for them (ten times for VeRA, (IA)³, RoAd and FourierFT, say), or the same. Another rate can turn
-  the order around.
+- Rates are not tuned. LoRA has the demo's, {rate:g}; the others have a multiple of it that is usual for them (ten times for
+  VeRA, (IA)³, RoAd and FourierFT, say), or the same. Another rate can turn the order around.
 - Sizes are the methods' defaults, with rank 8 where a rank is like LoRA's; they do not train equally many parameters.
 - Seconds are of a shared machine. Methods that make a new weight in every step pay about the same for a batch of any
   size, so they look dearer here than with long sequences.
@@ -263,11 +263,14 @@ def plot(figures: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     ):
         xs, ys = ([points[name][key] for name in group] for key in ("parameters", "loss"))
         axes.scatter(xs, ys, s=22, color=colour, label=label, zorder=3)
-    for name, one in points.items():
-        axes.annotate(name, (one["parameters"], one["loss"]), xytext=(4, 3), textcoords="offset points", fontsize=7.5)
-    axes.set(xscale="log", xlabel="trained parameters", ylabel=f"loss of held-out answers after {STEPS} steps")
+    for number, (name, one) in enumerate(sorted(points.items(), key=lambda item: item[1]["loss"])):
+        side = {"xytext": (5, -2)} if number % 2 else {"xytext": (-5, -2), "ha": "right"}
+        axes.annotate(name, (one["parameters"], one["loss"]), **side, textcoords="offset points", fontsize=7.5)
+    axes.set(
+        xscale="log", yscale="log", xlabel="trained parameters", ylabel=f"loss of held-out answers after {STEPS} steps"
+    )
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower left", frameon=False)
+    axes.legend(loc="center right", frameon=False)
     figure.tight_layout()
     figure.savefig(file)
 
