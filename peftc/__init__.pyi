@@ -17,10 +17,14 @@ from peftc.rule import Param, Rule
 from peftc.specs import AdapterSpec, Pattern
 from peftc.stream import merge_checkpoint, unmerge_checkpoint
 from peftc_rules.adalora.config import AdaLoraConfig
+from peftc_rules.adaption_prompt import AdaptionPromptConfig
+from peftc_rules.beft import BeftConfig
 from peftc_rules.boft import BOFTConfig
 from peftc_rules.c3a import C3AConfig
+from peftc_rules.deft import DeftConfig
 from peftc_rules.delora import DeloraConfig
 from peftc_rules.fourierft import FourierFTConfig
+from peftc_rules.glora import GloraConfig
 from peftc_rules.gralora import GraloraConfig
 from peftc_rules.hira import HiraConfig
 from peftc_rules.hra import HRAConfig
@@ -31,31 +35,43 @@ from peftc_rules.lokr import LoKrConfig
 from peftc_rules.lora.config import LoraConfig
 from peftc_rules.miss import MissConfig
 from peftc_rules.oft import OFTConfig
+from peftc_rules.osf import OSFConfig
 from peftc_rules.p_tuning import PromptEncoderConfig
+from peftc_rules.peanut import PeanutConfig
 from peftc_rules.prefix_tuning import PrefixTuningConfig
 from peftc_rules.prompt_tuning import PromptTuningConfig
+from peftc_rules.psoft import PsoftConfig
+from peftc_rules.pvera import PveraConfig
 from peftc_rules.randlora import RandLoraConfig
 from peftc_rules.road import RoadConfig
 from peftc_rules.shira import ShiraConfig
+from peftc_rules.supertuning import SupertuningConfig
+from peftc_rules.tinylora import TinyLoraConfig
 from peftc_rules.trainable_tokens.config import TrainableTokensConfig
+from peftc_rules.unilora import UniLoraConfig
 from peftc_rules.vblora import VBLoRAConfig
 from peftc_rules.vera import VeraConfig
+from peftc_rules.waveft import WaveFTConfig
 
 __all__ = [
     "AdaLoraConfig",
     "AdapterError",
     "AdapterSpec",
+    "AdaptionPromptConfig",
     "BOFTConfig",
+    "BeftConfig",
     "C3AConfig",
     "Calibration",
     "CaptureError",
     "CheckpointError",
     "CompiledModel",
     "ConflictError",
+    "DeftConfig",
     "DeloraConfig",
     "ExportError",
     "Form",
     "FourierFTConfig",
+    "GloraConfig",
     "GraloraConfig",
     "HRAConfig",
     "HiraConfig",
@@ -69,10 +85,12 @@ __all__ = [
     "MissConfig",
     "NoMatchError",
     "OFTConfig",
+    "OSFConfig",
     "Op",
     "Param",
     "Pass",
     "Pattern",
+    "PeanutConfig",
     "PeftcError",
     "Plan",
     "PlanError",
@@ -81,6 +99,8 @@ __all__ = [
     "PromptRule",
     "PromptSpec",
     "PromptTuningConfig",
+    "PsoftConfig",
+    "PveraConfig",
     "RandLoraConfig",
     "RoadConfig",
     "Rule",
@@ -88,9 +108,13 @@ __all__ = [
     "Shape",
     "ShiraConfig",
     "SpecError",
+    "SupertuningConfig",
+    "TinyLoraConfig",
     "TrainableTokensConfig",
+    "UniLoraConfig",
     "VBLoRAConfig",
     "VeraConfig",
+    "WaveFTConfig",
     "calibrate",
     "compile",
     "get_peft_model_state_dict",

@@ -87,6 +87,15 @@ class Factors(NamedTuple):
     scale: Any
 
 
+class Placed(NamedTuple):
+    """What a site has because of the others that are matched: tensors that it shares with some of them, by name (equal keys
+    are one tensor), and constants.
+    """
+
+    shared: Mapping[str, Param] = {}
+    constants: Mapping[str, Constant] = {}
+
+
 @dataclass(frozen=True)
 class Combination:
     """How `add_weighted_adapter` combines adapters; see there for what the fields mean."""
@@ -180,6 +189,10 @@ class Rule(Generic[S]):
     def shared(self, spec: S, sites: Sequence[Any]) -> dict[str, Param]:
         """Tensors that all matched `sites` of the model share; every site's `p` has them too."""
         return {}
+
+    def placed(self, spec: S, sites: Sequence[Any]) -> Sequence[Placed]:
+        """For each of the matched `sites`, in the model's order, what depends on the others; nothing, if none does."""
+        return ()
 
     def constants(self, spec: S, site: Any) -> dict[str, Constant]:
         """Numbers the algebra uses, by name (`scaling`); shown in the plan. Traced code may not branch on a float."""
@@ -381,7 +394,6 @@ def _wrong(
         *(f"{name!r} is declared twice" for name in dict.fromkeys(names) if names.count(name) > 1),
         *(f"{name!r} is declared twice" for name in others if name in firsts - set(params)),
         *(f"key {key!r} is used twice" for key in dict.fromkeys(keys) if keys.count(key) > 1),
-        *(f"key {key!r} has more than two parts" for key in keys if key.count(".") > 1),
         *(f"{name!r} is a name that modules have" for name in [*keys, *dropouts] if name.partition(".")[0] in _TAKEN),
         *(f"{n}: unknown init {p.init!r}" for n, p in params.items() if not re.fullmatch(_INITS, p.init)),
         *(f"{n}: a seed for init 'rule'" for n, p in params.items() if p.seed is not None and p.init == "rule"),

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule
-from peftc.specs.base import TrainedBiases
 from peftc.specs.selection import LayerSelection
 
 from .rotation import cayley, kept, rotated, unfit, width
@@ -45,10 +44,6 @@ class BOFTConfig(LayerSelection):
                 " let the other be 0, since their product is the number of inputs"
             )
         return self
-
-    @property
-    def trained_biases(self) -> TrainedBiases:
-        return "adapted" if self.bias == "boft_only" else self.bias
 
     def on_model(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
         # Without its CUDA extension peft makes one factor, and writes the number that was asked for.

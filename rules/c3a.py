@@ -10,7 +10,6 @@ from torch import Tensor
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule
-from peftc.specs.base import TrainedBiases
 from peftc.specs.selection import LayerSelection, OtherPatterns, first_match
 
 from .rotation import wide
@@ -37,10 +36,6 @@ class C3AConfig(LayerSelection, OtherPatterns):
     bias: Literal["none", "all", "c3a_only"] = "none"
     block_size_pattern: dict[str, Size] = Field(default_factory=dict)
     init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"
-
-    @property
-    def trained_biases(self) -> TrainedBiases:
-        return "adapted" if self.bias == "c3a_only" else self.bias
 
     def block_for(self, fqn: str) -> int:
         """The size of blocks at module `fqn`, after `block_size_pattern`."""

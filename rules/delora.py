@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Factors, Param, Rule
-from peftc.specs.base import TrainedBiases
 from peftc.specs.selection import LayerSelection, OtherPatterns, PatternedRank, first_match
 
 
@@ -33,10 +32,6 @@ class DeloraConfig(LayerSelection, PatternedRank, OtherPatterns):
     bias: Literal["none", "all", "delora_only"] = "none"
     init_weights: bool = True
     lambda_pattern: dict[str, float | int] = Field(default_factory=dict)
-
-    @property
-    def trained_biases(self) -> TrainedBiases:
-        return "adapted" if self.bias == "delora_only" else self.bias
 
 
 class Delora(Rule[DeloraConfig]):

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule
-from peftc.specs.base import TrainedBiases
 from peftc.specs.selection import LayerSelection, OtherPatterns, first_match
 
 Count = Annotated[int, Field(gt=0)]
@@ -38,10 +37,6 @@ class FourierFTConfig(LayerSelection, OtherPatterns):
     bias: Literal["none", "all", "fourier_only"] = "none"
     n_frequency_pattern: dict[str, Count] = Field(default_factory=dict)
     init_weights: bool = False
-
-    @property
-    def trained_biases(self) -> TrainedBiases:
-        return "adapted" if self.bias == "fourier_only" else self.bias
 
     def count_for(self, fqn: str) -> int:
         """The number of coefficients at module `fqn`."""
@@ -74,7 +69,7 @@ class FourierFT(Rule[FourierFTConfig]):
         return f"its weight has {size} entries, fewer than n_frequency={n}" if n > size else None
 
     def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
-        return {"fourierft_indices": _places(p.sizes, p.n_frequency, p.random_loc_seed)}
+        return {"fourierft_indices": places(p.sizes, p.n_frequency, p.random_loc_seed)}
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         return weight + p.scaling * _change(p)
@@ -95,7 +90,7 @@ def _change(p: Any) -> Tensor:
 
 
 @functools.lru_cache(maxsize=8)
-def _places(sizes: tuple[int, int], count: int, seed: int) -> Tensor:
+def places(sizes: tuple[int, int], count: int, seed: int) -> Tensor:
     """The rows and columns of `count` entries, as peft draws them; layers of one size have the same."""
     rows, columns = sizes
     chosen = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed))[:count]

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule
-from peftc.specs.base import TrainedBiases
 from peftc.specs.selection import LayerSelection
 
 
@@ -43,10 +42,6 @@ class GraloraConfig(LayerSelection):
         if self.r % self.gralora_k:
             raise ValueError(f"gralora_k={self.gralora_k} does not divide r={self.r}, which the blocks share")
         return self
-
-    @property
-    def trained_biases(self) -> TrainedBiases:
-        return "adapted" if self.bias == "gralora_only" else self.bias
 
 
 class Gralora(Rule[GraloraConfig]):

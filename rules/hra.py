@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule
-from peftc.specs.base import TrainedBiases
 from peftc.specs.selection import LayerSelection
 
 from .rotation import eye, unfit, wide, width
@@ -34,10 +33,6 @@ class HRAConfig(LayerSelection):
     apply_GS: bool = False  # noqa: N815 - PEFT's name
     init_weights: bool = True
     bias: Literal["none", "all", "hra_only"] = "none"
-
-    @property
-    def trained_biases(self) -> TrainedBiases:
-        return "adapted" if self.bias == "hra_only" else self.bias
 
 
 class Hra(Rule[HRAConfig]):

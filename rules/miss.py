@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Factors, Param, Rule
-from peftc.specs.base import TrainedBiases
 from peftc.specs.selection import LayerSelection
 
 
@@ -36,10 +35,6 @@ class MissConfig(LayerSelection):
     mini_r: Annotated[int, Field(gt=0)] = 1
     init_weights: bool | Literal["bat", "mini"] = True
     bias: Literal["none", "all", "MiSS_only"] = "none"
-
-    @property
-    def trained_biases(self) -> TrainedBiases:
-        return "adapted" if self.bias == "MiSS_only" else self.bias
 
 
 class Miss(Rule[MissConfig]):

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule
-from peftc.specs.base import TrainedBiases
 from peftc.specs.selection import LayerSelection
 
 from .rotation import cayley, constrained, kept, nearest_divisor, rotated, series, unfit, unpacked, width
@@ -47,10 +46,6 @@ class OFTConfig(LayerSelection):
                 " their product is the number of inputs"
             )
         return self
-
-    @property
-    def trained_biases(self) -> TrainedBiases:
-        return "adapted" if self.bias == "oft_only" else self.bias
 
     def block_for(self, size: int) -> int:
         """How many of `size` inputs a block has."""

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule
-from peftc.specs.base import TrainedBiases
 from peftc.specs.selection import LayerSelection, Rank
 
 
@@ -39,10 +38,6 @@ class RandLoraConfig(LayerSelection):
     randlora_alpha: float | int = 640
     bias: Literal["none", "all", "randlora_only"] = "none"
     init_weights: bool = True
-
-    @property
-    def trained_biases(self) -> TrainedBiases:
-        return "adapted" if self.bias == "randlora_only" else self.bias
 
 
 class RandLora(Rule[RandLoraConfig]):

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from peftc.errors import SpecError
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule
-from peftc.specs.base import TrainedBiases
 from peftc.specs.selection import LayerSelection, Rank
 
 _LOGITS = ("vblora_logits_A", "vblora_logits_B")
@@ -48,10 +47,6 @@ class VBLoRAConfig(LayerSelection):
         if self.topk > self.num_vectors:
             raise ValueError(f"topk={self.topk} is more than there are vectors, num_vectors={self.num_vectors}")
         return self
-
-    @property
-    def trained_biases(self) -> TrainedBiases:
-        return "adapted" if self.bias == "vblora_only" else self.bias
 
     def on_model(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
         mixed = [key.removesuffix(_INDICES) for key in tensors if key.endswith(_INDICES)]

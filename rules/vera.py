@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import torch
 from pydantic import Field
@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule
-from peftc.specs.base import TrainedBiases
 from peftc.specs.selection import LayerSelection, Rank
 
 
@@ -38,37 +37,36 @@ class VeraConfig(LayerSelection):
     bias: Literal["none", "all", "vera_only"] = "none"
     init_weights: bool = True
 
-    @property
-    def trained_biases(self) -> TrainedBiases:
-        return "adapted" if self.bias == "vera_only" else self.bias
+
+S = TypeVar("S", bound=Any)
 
 
-class Vera(Rule[VeraConfig]):
-    """On linear sites. The projections of a smaller site are the first rows and columns."""
+class VeraRule(Rule[S]):
+    """What VeRA and PVeRA have in common: shared projections, `halves`·r rows of them in A, and a vector for either."""
 
-    name, spec, ops, additive = "vera", VeraConfig, ("linear",), True
-    keys = ("vera_lambda_b", "vera_lambda_d")
+    ops, additive = ("linear",), True
     columns: ClassVar[Mapping[str, str]] = {"r": "r"}
+    prefix: ClassVar[str]
+    halves: ClassVar[int] = 1
 
-    def shared(self, spec: VeraConfig, sites: Sequence[WeightSite]) -> dict[str, Param]:
+    def shared(self, spec: S, sites: Sequence[WeightSite]) -> dict[str, Param]:
         out, wide = max(site.out_features for site in sites), max(site.in_features for site in sites)
         seed = None if spec.save_projection else spec.projection_prng_key
-        shapes = {"vera_A": (spec.r, wide), "vera_B": (out, spec.r)}
-        return {name: Param(shape, "drawn", trainable=False, seed=seed) for name, shape in shapes.items()}
-
-    def params(self, spec: VeraConfig, site: WeightSite) -> dict[str, Param]:
-        b, d = ("zeros", f"constant:{spec.d_initial}") if spec.init_weights else ("ones", "normal")
+        shapes = {"A": (self.halves * spec.r, wide), "B": (out, spec.r)}
         return {
-            "vera_lambda_b": Param((site.out_features,), b, use="vector"),
-            "vera_lambda_d": Param((spec.r,), d, use="vector"),
+            f"{self.prefix}_{name}": Param(shape, "drawn", trainable=False, seed=seed) for name, shape in shapes.items()
         }
 
-    def constants(self, spec: VeraConfig, site: WeightSite) -> dict[str, Constant]:
+    def params(self, spec: S, site: WeightSite) -> dict[str, Param]:
+        b, d = ("zeros", f"constant:{spec.d_initial}") if spec.init_weights else ("ones", "normal")
+        return {
+            f"{self.prefix}_lambda_b": Param((site.out_features,), b, use="vector"),
+            f"{self.prefix}_lambda_d": Param((self.halves * spec.r,), d, use="vector"),
+        }
+
+    def constants(self, spec: S, site: WeightSite) -> dict[str, Constant]:
         sizes = (site.out_features, site.in_features)
         return {"r": spec.r, "sizes": sizes, "projection_prng_key": spec.projection_prng_key}
-
-    def dropouts(self, spec: VeraConfig, site: WeightSite) -> dict[str, float]:
-        return {"vera_dropout": spec.vera_dropout}
 
     def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
         """Kaiming-uniform for ReLU, A first and B after it out of one stream, as peft draws them."""
@@ -76,18 +74,31 @@ class Vera(Rule[VeraConfig]):
         bounds = {name: math.sqrt(6 / shape[1]) for name, shape in shapes.items()}
         return {n: torch.empty(s).uniform_(-bounds[n], bounds[n], generator=generator) for n, s in shapes.items()}
 
-    def weight(self, weight: Tensor, p: Any) -> Tensor:
-        rows, columns = p.sizes
-        up, down = p.vera_lambda_b[:, None] * p.vera_B[:rows], p.vera_lambda_d[:, None] * p.vera_A[:, :columns]
-        return weight + up @ down
-
     def unfold(self, weight: Tensor, p: Any) -> Tensor:
         return weight  # Sums of products of three numbers have other bits on another device.
 
-    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
+    def projections(self, p: Any) -> tuple[Tensor, Tensor]:
+        """A and B as far as this site has inputs and outputs."""
         rows, columns = p.sizes
-        inner = p.vera_lambda_d * F.linear(p.vera_dropout(x), p.vera_A[:, :columns])
-        return y + p.vera_lambda_b * F.linear(inner, p.vera_B[:rows])
+        return getattr(p, f"{self.prefix}_A")[:, :columns], getattr(p, f"{self.prefix}_B")[:rows]
+
+
+class Vera(VeraRule[VeraConfig]):
+    """On linear sites. The projections of a smaller site are the first rows and columns."""
+
+    name, spec, prefix = "vera", VeraConfig, "vera"
+    keys = ("vera_lambda_b", "vera_lambda_d")
+
+    def dropouts(self, spec: VeraConfig, site: WeightSite) -> dict[str, float]:
+        return {"vera_dropout": spec.vera_dropout}
+
+    def weight(self, weight: Tensor, p: Any) -> Tensor:
+        a, b = self.projections(p)
+        return weight + (p.vera_lambda_b[:, None] * b) @ (p.vera_lambda_d[:, None] * a)
+
+    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
+        a, b = self.projections(p)
+        return y + p.vera_lambda_b * F.linear(p.vera_lambda_d * F.linear(p.vera_dropout(x), a), b)
 
 
 RULES = (Vera(),)

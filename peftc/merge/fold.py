@@ -249,15 +249,31 @@ def _folded(site: WeightSite, edits: Sequence[Edit], weight: Tensor, steps: Sequ
     return new
 
 
-def fold_bias(site: WeightSite, edits: Sequence[Edit], bias: Tensor, value: Value) -> Tensor | None:
-    """The folded bias of `site`, or None if no edit changes it. Raises MergeError if it is not finite."""
+def fold_bias(
+    site: WeightSite, edits: Sequence[Edit], bias: Tensor, value: Value, weight: Callable[[], Tensor]
+) -> Tensor | None:
+    """The folded bias of `site`, or None if no edit changes it; `weight` gives the stored weight, to rules that ask for it.
+
+    Raises MergeError if it is not finite.
+    """
     start = new = bias.to(fold_dtype(bias), copy=True)
-    for step in steps_of(edits, start.dtype, value):
-        new = step.rule.bias(new, Bound({**step.values, **step.edit.constants}, {"bias": lambda b=new: b}))
+    steps = steps_of(edits, start.dtype, value)
+    for number, step in enumerate(steps):
+        lazy = {"bias": lambda b=new: b, "weight": partial(_before, site, weight, steps[:number])}
+        new = step.rule.bias(new, Bound({**step.values, **step.edit.constants}, lazy))
     if new is start:
         return None
     require_finite(new.to(bias.dtype), str(site.bias), edits)
     return new.to(bias.dtype)
+
+
+def _before(site: WeightSite, weight: Callable[[], Tensor], steps: Sequence[Step]) -> Tensor:
+    """The canonical weight after `steps`, which come before another one; not rounded."""
+    stored = weight()
+    new = canonical(stored.to(fold_dtype(stored)), site)
+    for step in steps:
+        new = step.rule.weight(new, step.at("", 0, 0, new))
+    return new
 
 
 def fold_copies(program: Program, edit: Edit) -> list[Folded]:

@@ -202,7 +202,13 @@ def _fold(program: Program, fqn: str, edits: Sequence[Edit], weight_in_place: bo
     if site.bias is None:
         return found
     owner, _, leaf = site.bias.rpartition(".")
-    folded = fold_bias(site, edits, whole(tensor_of(program, owner, leaf)).detach(), value_in(program))
+    folded = fold_bias(
+        site,
+        edits,
+        whole(tensor_of(program, owner, leaf)).detach(),
+        value_in(program),
+        lambda: whole(tensor_of(program, *owner_of(site))).detach(),
+    )
     return found if folded is None else [*found, Folded(owner, leaf, folded)]
 
 

@@ -17,7 +17,7 @@ from peftc.prompts.specs import PromptSpec
 from peftc.registry import spec_class_named, spec_classes
 from peftc.specs import AdapterSpec
 from peftc.specs.base import plain
-from peftc.specs.io import CONFIG_NAME
+from peftc.specs.io import CONFIG_NAME, absent
 
 __all__ = ["PeftConfig", "PeftConfigMixin", "PromptLearningConfig", "get_peft_config"]
 
@@ -180,6 +180,8 @@ def resolve(config: Any, spec: AdapterSpec) -> None:
 def _spec_class(peft_type: Any) -> type[AdapterSpec]:
     name = str(plain(peft_type)).upper()
     classes = spec_classes()
+    if name in absent():
+        raise SpecError(f"peft_type={name!r} has no rule yet: {absent()[name]}.")
     if name not in classes:
         raise SpecError(f"peft_type={name!r}: peftc has the methods {', '.join(sorted(classes))}")
     return classes[name]

@@ -38,6 +38,17 @@ METHODS: Mapping[PeftType, Method] = {
     PeftType.RANDLORA: Method("randlora", "RandLoraModel", "RandLoraLayer", "randlora_"),
     PeftType.VBLORA: Method("vblora", "VBLoRAModel", "VBLoRALayer", "vblora_"),
     PeftType.SHIRA: Method("shira", "ShiraModel", "ShiraLayer", "shira_"),
+    PeftType.BEFT: Method("beft", "BeftModel", "BeftLayer", "beft_"),
+    PeftType.DEFT: Method("deft", "DeftModel", "DeftLayer", "deft_"),
+    PeftType.GLORA: Method("glora", "GloraModel", "GloraLayer", "glora_"),
+    PeftType.OSF: Method("osf", "OSFModel", "OSFLayer", "osf_"),
+    PeftType.PEANUT: Method("peanut", "PeanutModel", "PeanutLayer", "peanut_"),
+    PeftType.PSOFT: Method("psoft", "PsoftModel", "PsoftLayer", "psoft_"),
+    PeftType.PVERA: Method("pvera", "PveraModel", "PveraLayer", "pvera_lambda_"),
+    PeftType.SUPERTUNING: Method("supertuning", "SupertuningModel", "SupertuningLayer", "supertuning_"),
+    PeftType.TINYLORA: Method("tinylora", "TinyLoraModel", "TinyLoraLayer", "tinylora_"),
+    PeftType.UNILORA: Method("unilora", "UniLoraModel", "UniLoraLayer", "unilora_"),
+    PeftType.WAVEFT: Method("waveft", "WaveFTModel", "WaveFTLayer", "waveft_"),
     PeftType.TRAINABLE_TOKENS: Method(
         "trainable_tokens", "TrainableTokensModel", "TrainableTokensLayer", "trainable_tokens_"
     ),

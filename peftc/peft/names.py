@@ -18,6 +18,7 @@ from typing import Any, Literal
 from peftc.errors import PeftcError
 from peftc.peft.methods import METHODS
 from peftc.peft.types import VERSION
+from peftc.specs.io import absent
 
 _HERE = "peftc.peft"
 _HOMES = (
@@ -73,7 +74,8 @@ def kind_of(module: str, name: str) -> tuple[Kind, str]:
     origin = module if module else next(tuners, module)
     parts = origin.split(".")
     if len(parts) > 1 and parts[0] == "tuners" and parts[1] not in ("tuners_utils", "_buffer_dict"):
-        return "to come", f"the method {parts[1]!r} has no part of this name yet"
+        missing = absent().get(parts[1].upper(), "the method has no part of this name yet")
+        return "to come", f"{parts[1]}: {missing}"
     return "refused", _WAYS.get(name, "it is a part of PEFT's own machinery, which is another here")
 
 

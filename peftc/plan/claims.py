@@ -1,13 +1,13 @@
 """What a rule asks for at a site, and the edit that it becomes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from peftc.edits import Edit, PlannedParam
 from peftc.errors import CaptureError
 from peftc.graph.sites import Site, WeightSite, dtype_of
-from peftc.rule import Constant, Param, Rule, flops_per_token, validate
+from peftc.rule import Constant, Param, Placed, Rule, flops_per_token, validate
 from peftc.specs import AdapterSpec
 
 
@@ -50,24 +50,25 @@ def weight_edit(
     site: WeightSite,
     access: Access,
     dtype: str,
-    shared: Mapping[str, Param],
+    placed: Placed,
     saved_as: str | None,
 ) -> Edit:
-    """The edit that `rule` makes at a weight's site; `shared` are parameters that it has in common with others.
+    """The edit that `rule` makes at a weight's site, `placed` among others.
 
     Raises CaptureError if the rule needs an operand that can't be reached, RuleError if it breaks the contract.
     """
-    params, constants, dropouts = rule.params(spec, site), rule.constants(spec, site), rule.dropouts(spec, site)
+    params, dropouts, shared = rule.params(spec, site), rule.dropouts(spec, site), placed.shared
+    constants = {**rule.constants(spec, site), **placed.constants}
     slots = _reachable(rule, spec, site, access)
     validate(rule, slots, {**params, **shared}, constants, dropouts)
-    planned = [_planned(name, param, dtype) for name, param in params.items()]
-    planned += [_planned(name, param, dtype, shared=True) for name, param in shared.items()]
+    own = [planned(name, param, dtype) for name, param in params.items()]
+    own += [planned(name, param, dtype, shared=True) for name, param in shared.items()]
     return Edit(
         site=site.fqn,
         adapter=adapter,
         rule=rule,
         slots=slots,
-        params=tuple(planned),
+        params=tuple(own),
         constants=constants,
         dropouts=dropouts,
         flops_per_token=0 if slots == ("weight",) else flops_per_token({**params, **shared}),
@@ -109,7 +110,8 @@ def _unmergeable(
     return reason or rule.cannot_fold(spec, site)
 
 
-def _planned(name: str, param: Param, dtype: str, shared: bool = False) -> PlannedParam:
+def planned(name: str, param: Param, dtype: str, shared: bool = False) -> PlannedParam:
+    """A parameter that a rule declares, for an adapter of `dtype`."""
     own = param.dtype or dtype
     return PlannedParam(
         name=name,

@@ -33,7 +33,7 @@ from peftc.plan.match import Match, match, match_saved
 from peftc.plan.plan import Plan
 from peftc.plan.saved import SAVED, saved_site
 from peftc.registry import find_rule, rules_of
-from peftc.rule import Param, Rule
+from peftc.rule import Placed, Rule
 from peftc.specs import AdapterSpec, ParameterSelection, Pattern
 
 
@@ -243,14 +243,12 @@ def _access_in_one(source: Source, sites: Mapping[str, WeightSite], model: nn.Mo
 
 
 def _edits(adapter: str, found: Match, access: Mapping[str, Access], dtype_for: Callable[[str], str]) -> list[Edit]:
-    paths, shared = _saved_as(found.sites), _shared(found.spec, found.sites)
+    paths, placed = _saved_as(found.sites), _placed(found.spec, found.sites)
     edits: list[Edit] = []
     for site in found.sites:
         rule = _rule_of(found.spec, site)
         own, dtype = access[site.fqn], dtype_for(site.dtype)
-        edits.append(
-            weight_edit(adapter, found.spec, rule, site, own, dtype, shared.get(rule, {}), paths.get(site.fqn))
-        )
+        edits.append(weight_edit(adapter, found.spec, rule, site, own, dtype, placed[site.fqn], paths.get(site.fqn)))
         first, inside = found.follows.get(site.fqn), found.spec.kept_in
         if inside is not None:
             edits[-1] = replace(edits[-1], saved_as=f"{first or site.fqn}.{inside}")
@@ -266,12 +264,17 @@ def _rule_of(spec: AdapterSpec, site: WeightSite) -> Rule[Any]:
     return rule
 
 
-def _shared(spec: AdapterSpec, sites: Sequence[WeightSite]) -> dict[Rule[Any], dict[str, Param]]:
-    """The parameters that all sites of a rule share."""
+def _placed(spec: AdapterSpec, sites: Sequence[WeightSite]) -> dict[str, Placed]:
+    """By site, what it has in common with others of its rule, and what depends on them."""
     groups: dict[Rule[Any], list[WeightSite]] = {}
     for site in sites:
         groups.setdefault(_rule_of(spec, site), []).append(site)
-    return {rule: rule.shared(spec, own) for rule, own in groups.items()}
+    found: dict[str, Placed] = {}
+    for rule, own in groups.items():
+        shared, each = rule.shared(spec, own), rule.placed(spec, own) or [Placed()] * len(own)
+        for site, one in zip(own, each, strict=True):
+            found[site.fqn] = Placed({**shared, **one.shared}, one.constants)
+    return found
 
 
 def _saved_as(sites: Sequence[WeightSite]) -> dict[str, str]:

@@ -219,13 +219,17 @@ def _attach_tensor(
     if dot:
         holders = _child(holder, first, Container)
         # The names were checked before, so there is no need to look for them again in every module.
-        module = holders._modules.get(adapter)
-        if module is None:
-            module = holders._modules[adapter] = _blank(Holder)
+        top = holders._modules.get(adapter)
+        if top is None:
+            top = holders._modules[adapter] = _blank(Holder)
+        module, (*inner, rest) = top, rest.split(".")
+        for name in inner:
+            module = _child(module, name, Holder)
         part.owners[param.key] = (module, rest)
     else:
         vectors = _child(holder, first, Vectors)
-        module, rest = vectors, adapter
+        top = module = vectors
+        rest = adapter
         part.owners[param.key] = (vectors, adapter)
     if rest not in module._parameters:
         parameter = nn.Parameter(_allocated(part, param, device, layout), requires_grad=False)
@@ -233,7 +237,7 @@ def _attach_tensor(
             module._parameters[rest] = parameter
         else:
             cast(Vectors, module)[rest] = parameter
-    part.__dict__[first] = module if dot else cast(Vectors, module).leaf(adapter)
+    part.__dict__[first] = top if dot else cast(Vectors, module).leaf(adapter)
 
 
 def _child(module: nn.Module, name: str, cls: type[Any]) -> Any:

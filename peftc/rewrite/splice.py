@@ -185,9 +185,10 @@ def _folded(place: _Place, edits: Sequence[Active], function: str, path: str) ->
     value = stored.mT if turned else stored
     if dtype_of(place.site.dtype).itemsize == 2:
         value = value.to(torch.float32)  # A fold is computed in float32 at least, and cast once.
-    for active in edits:
+    for number, active in enumerate(edits):
+        lazy = {**_lazy(place, edits[:number]), function: lambda v=value: v}
         with marked(place.graph, active, function):
-            value = _traced(active, function, value, _bound(place, active, {"weight": lambda v=value: v}, wide=True))
+            value = traced(active, function, value, _bound(place, active, lazy, wide=True))
     # Stored as it was also in memory: the bits of a product depend on how its operands lie.
     return (value.mT.contiguous() if turned else value).to(stored.dtype).node
 
@@ -247,7 +248,7 @@ def _apply(place: _Place, active: Active, before: Sequence[Active], slot: str, x
         own = fx.Proxy(x, place.tracer)
         if not op_named(place.site.op).indices:  # Indices are no numbers to cast.
             own = own.to(getattr(p, active.edit.params[0].name).dtype)
-        result = _traced(active, slot, own, *(fx.Proxy(node, place.tracer) for node in y), p)
+        result = traced(active, slot, own, *(fx.Proxy(node, place.tracer) for node in y), p)
         if slot == "input":
             result = result.to(fx.Proxy(x, place.tracer).dtype)
     return result.node
@@ -263,18 +264,22 @@ def _lazy(place: _Place, before: Sequence[Active]) -> dict[str, Callable[[], Any
             value = fx.Proxy(place.graph.get_attr(stored_path(place.source, place.anchor.weight)), place.tracer)
             value = value.mT if place.site.layout == "in_out" else value
         for active in before:
-            value = _traced(active, "weight", value, _bound(place, active, {"weight": lambda v=value: v}, wide=True))
+            value = traced(active, "weight", value, _bound(place, active, {"weight": lambda v=value: v}, wide=True))
         return value
 
     def bias() -> Any:
         if place.site.bias is None:
             return None
-        return fx.Proxy(place.graph.get_attr(stored_path(place.source, place.anchor.bias)), place.tracer)
+        value: Any = fx.Proxy(place.graph.get_attr(stored_path(place.source, place.anchor.bias)), place.tracer)
+        for number, active in enumerate(before):
+            if type(active.edit.rule).bias is not Rule.bias:
+                value = traced(active, "bias", value, _bound(place, active, _lazy(place, before[:number]), wide=True))
+        return value
 
     return {"weight": weight, "bias": bias}
 
 
-def _traced(active: Active, function: str, *args: Any) -> fx.Proxy:
+def traced(active: Active, function: str, *args: Any) -> fx.Proxy:
     """What a function of the rule gives for proxies. Raises RuleError if it does not trace."""
     rule = active.edit.rule
     where = f"rule {rule.name!r} ({type(rule).__name__}.{function})"

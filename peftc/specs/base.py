@@ -170,8 +170,9 @@ class AdapterSpec(BaseModel):
 
     @property
     def trained_biases(self) -> TrainedBiases:
-        """Which biases of the base model are trained with this adapter."""
-        return "none"
+        """Which biases of the base model are trained with this adapter: as `bias` says, where the method has that field."""
+        value = str(vars(self).get("bias", "none"))
+        return "adapted" if value.endswith("_only") else cast(TrainedBiases, value)
 
     def companions(self) -> Mapping[str, tuple["AdapterSpec", ...]]:
         """Specs, of other methods too, that belong to this one, by the field that asks for them: one adapter has it all."""

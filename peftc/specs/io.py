@@ -1,9 +1,11 @@
 """Reading and writing specs: dicts, JSON, YAML, and foreign objects with PEFT's `to_dict()`."""
 
+import functools
 import json
 import os
 import warnings
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,6 +15,8 @@ from peftc.errors import SpecError, nearest
 from peftc.specs.base import AdapterSpec, plain
 
 CONFIG_NAME = "adapter_config.json"
+# The entry points that name methods without a rule.
+ABSENT = "peftc.absent"
 _MAX_BYTES = 16 << 20
 
 
@@ -76,6 +80,8 @@ def _from_dict(data: Mapping[str, Any], known: Mapping[str, type[AdapterSpec]], 
     if name is None:
         raise SpecError(f"{where}: peft_type is missing; valid are {', '.join(sorted(known))}")
     if not isinstance(name, str) or name not in known:
+        if str(name) in absent():
+            raise SpecError(f"{where}: peft_type: {name!r} has no rule yet: {absent()[str(name)]}.")
         near = nearest(str(name).upper(), known)
         hint = f" Nearest: {near[0]!r}." if near else ""
         raise SpecError(f"{where}: peft_type: {name!r} is not known; valid are {', '.join(sorted(known))}.{hint}")
@@ -87,3 +93,12 @@ def _from_dict(data: Mapping[str, Any], known: Mapping[str, type[AdapterSpec]], 
         keys = ", ".join(map(repr, spec.unknown_keys))
         warnings.warn(f"{where}: keys without effect here, kept as they are: {keys}", stacklevel=4)
     return spec
+
+
+@functools.cache
+def absent() -> Mapping[str, str]:
+    """By `peft_type` of a method that has no rule, what is missing and what comes closest, as installed packages say."""
+    found: dict[str, str] = {}
+    for point in entry_points(group=ABSENT):
+        found.update(cast("Mapping[str, str]", point.load()))
+    return found

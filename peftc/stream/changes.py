@@ -373,6 +373,7 @@ def _folds(work: Work, edits: Sequence[Edit], starts: Mapping[str, Change]) -> l
     found = [replace(starts.get(weight, Change(weight)), edits=tuple(edits))]
     name = str(site.bias)
     bias = parameter_at(work.program.base, name) if site.bias is not None else None
-    if bias is not None and fold_bias(site, edits, bias, value_in(work.program)) is not None:
+    shape_only = parameter_at(work.program.base, weight)
+    if bias is not None and fold_bias(site, edits, bias, value_in(work.program), lambda: shape_only) is not None:
         found.append(replace(starts.get(name, Change(name)), edits=tuple(edits), is_bias=True))
     return found

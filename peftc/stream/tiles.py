@@ -9,8 +9,11 @@ from torch import Tensor
 
 from peftc.checkpoint.lazy import FileTensors, outline
 from peftc.checkpoint.tensor_file import Entry
+from peftc.errors import MergeError
+from peftc.graph.sites import WeightSite, parameter_name
 from peftc.merge.fold import fold_bias, fold_of
-from peftc.stream.changes import Change, Work, file_of, weight_site
+from peftc.merge.undo import owner_of
+from peftc.stream.changes import Change, Work, file_of, stored_name, weight_site
 from peftc.stream.names import Fusion
 
 # What reads rows of the merged tensors, where they are there already.
@@ -96,11 +99,25 @@ def _taken(work: Work, change: Change, stored: str, start: Callable[[slice], Ten
             return merged(stored, together(parts)), unknown
         new = start(together(parts))
         if change.is_bias:
-            folded = fold_bias(weight_site(work, change.edits[0]), change.edits, new, work.value)
+            site = weight_site(work, change.edits[0])
+            folded = fold_bias(site, change.edits, new, work.value, lambda: _weight(work, site))
             new = new if folded is None else folded
         return _scaled(new, change.scale), unknown
 
     return Recipe([slice(at, min(length, at + size)) for at in range(0, length, size)], make)
+
+
+def _weight(work: Work, site: WeightSite) -> Tensor:
+    """The whole weight of a site, which its bias follows from."""
+    parameter = parameter_name(*owner_of(site))
+    stored = stored_name(work, parameter)
+    if stored is None:
+        raise MergeError(
+            f"{site.bias}: what is folded into it follows from {parameter}, which the checkpoint holds in another form."
+            " Merge in memory (merge_and_unload)."
+        )
+    file = file_of(work, stored)
+    return file.rows(stored, slice(0, file.header.entries[stored].shape[0]))
 
 
 def fused_recipes(

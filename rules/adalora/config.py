@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from peftc.specs.base import AdapterSpec, TrainedBiases
+from peftc.specs.base import AdapterSpec
 from peftc.specs.selection import LayerSelection
 
 Steps = Annotated[int, Field(ge=0)]
@@ -79,10 +79,6 @@ class AdaLoraConfig(LayerSelection):
         if self.r != 8:
             warnings.warn(f"AdaLoraConfig.r={self.r} is not used: the rank at the start is init_r", stacklevel=2)
         return self
-
-    @property
-    def trained_biases(self) -> TrainedBiases:
-        return "adapted" if self.bias == "lora_only" else self.bias
 
     def kept_at(self, fqn: str) -> list[bool] | None:
         """Which of the `init_r` triplets at module `fqn` the file has; None if it says nothing."""

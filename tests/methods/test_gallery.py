@@ -14,7 +14,12 @@ from peftc.rule import Rule
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "methods.md"
 # peft's folders of the methods that its tuner classes are not named after.
-_ELSEWHERE = {"PREFIX_TUNING": "prefix_tuning", "PROMPT_TUNING": "prompt_tuning", "P_TUNING": "p_tuning"}
+_ELSEWHERE = {
+    "ADAPTION_PROMPT": "adaption_prompt",
+    "PREFIX_TUNING": "prefix_tuning",
+    "PROMPT_TUNING": "prompt_tuning",
+    "P_TUNING": "p_tuning",
+}
 
 
 def by_method() -> dict[str, list[Rule[Any]]]:

@@ -42,6 +42,12 @@ SPECS: dict[str, peftc.AdapterSpec] = {
     "QaloraLinear": peftc.LoraConfig(r=2, use_qalora=True, qalora_group_size=4),
     "BdLoraLinear": peftc.LoraConfig(r=2, use_bdlora={"target_modules_bd_b": ["site"], "nblocks": 2}),
     "KasaLinear": peftc.LoraConfig(r=2, kasa_config={}),
+    "Deft": peftc.DeftConfig(r=2),
+    "UniLora": peftc.UniLoraConfig(theta_d_length=20, init_weights=False),
+    "Psoft": peftc.PsoftConfig(r=3),
+    "Supertuning": peftc.SupertuningConfig(sparsity=0.7, r=2),
+    "WaveFT": peftc.WaveFTConfig(n_frequency=10),
+    "Peanut": peftc.PeanutConfig(r=4, depth=1),
     **{f"Dora{op}": peftc.LoraConfig(use_dora=True) for op in ("Linear", "Embedding", "Conv")},
 }
 

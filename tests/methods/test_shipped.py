@@ -26,8 +26,18 @@ SPECS: dict[str, peftc.AdapterSpec] = {
     "C3A": peftc.C3AConfig(block_size=8),
     "HiRA": peftc.HiraConfig(r=2),
     "DeLoRA": peftc.DeloraConfig(r=2),
+    "DEFT": peftc.DeftConfig(r=2),
+    "GLoRA": peftc.GloraConfig(r=2),
+    "OSF": peftc.OSFConfig(),
+    "PEANuT": peftc.PeanutConfig(r=4, depth=1),
+    "PSOFT": peftc.PsoftConfig(r=4),
+    "PVeRA": peftc.PveraConfig(r=8),
+    "Super-Tuning": peftc.SupertuningConfig(sparsity=0.9, r=2),
+    "TinyLoRA": peftc.TinyLoraConfig(u=9),
+    "Uni-LoRA": peftc.UniLoraConfig(theta_d_length=99),
+    "WaveFT": peftc.WaveFTConfig(n_frequency=99),
 }
-PRODUCTS = ("MiSS", "DeLoRA")
+PRODUCTS = ("MiSS", "DeLoRA", "Uni-LoRA")
 IDS = token_ids(2, 7, 64)
 
 

@@ -21,13 +21,18 @@ METHODS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "vera": ("VeraConfig", "VeraModel", "VeraLayer", {"r": 4}),
     "adalora": ("AdaLoraConfig", "AdaLoraModel", "AdaLoraLayer", {"total_step": 10, "init_r": 4}),
     "fourierft": ("FourierFTConfig", "FourierFTModel", "FourierFTLayer", {"n_frequency": 50, "scaling": 20.0}),
+    "osf": ("OSFConfig", "OSFModel", "OSFLayer", {}),
+    "psoft": ("PsoftConfig", "PsoftModel", "PsoftLayer", {"r": 4}),
+    "pvera": ("PveraConfig", "PveraModel", "PveraLayer", {"r": 4}),
+    "unilora": ("UniLoraConfig", "UniLoraModel", "UniLoraLayer", {"theta_d_length": 50}),
+    "waveft": ("WaveFTConfig", "WaveFTModel", "WaveFTLayer", {"n_frequency": 50, "scaling": 10.0}),
     "ln_tuning": ("LNTuningConfig", "LNTuningModel", "LNTuningLayer", {}),
 }
 
 
 def place(name: str) -> tuple[bool, str]:
     """What parameters are sorted by: what all modules share is last, whatever it is named after."""
-    return "vector_bank" in name, name.rpartition("layers.")[2]
+    return "vector_bank" in name or "theta_d" in name, name.rpartition("layers.")[2]
 
 
 def program(lib: Any, method: str, folder: Path) -> Any:

@@ -421,7 +421,6 @@ DECLARATIONS: dict[str, tuple[dict[str, Any], str]] = {
     "slot": ({"slots": lambda *_: ("ouput",)}, "slot 'ouput'"),
     "nothing": ({"params": lambda *_: {}}, "declares no parameter"),
     "init": ({"params": lambda *_: {"u": peftc.Param((4, 4), "xavier")}}, "unknown init 'xavier'"),
-    "key": ({"params": lambda *_: {"u": peftc.Param((4, 4), key="a.b.c")}}, "more than two parts"),
     "two keys": ({"params": lambda *_: {n: peftc.Param((4, 4), key="k") for n in "uv"}}, "key 'k' is used twice"),
     "taken": ({"params": lambda *_: {"u": peftc.Param((4, 4), key="forward")}}, "a name that modules have"),
     "constant": ({"constants": lambda *_: {"c": [1]}}, "constant 'c' is a list"),

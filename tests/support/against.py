@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import peftc
 from tests.support.interchange import perturbed, quietly
+from tests.support.methods import gradients as by_name
 
 
 def config_of(name: str, fields: dict[str, Any]) -> Any:
@@ -27,9 +28,7 @@ def gradients(model: Any, x: Any) -> dict[str, Tensor]:
     """Those of a sum of squares, by names that both libraries have."""
     model.zero_grad()
     model(x).float().square().sum().backward()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    plain = {name.replace(".base_layer.", "."): value for name, value in found.items()}
-    return {name.removeprefix("base_model.model.").removeprefix("base."): value for name, value in plain.items()}
+    return by_name(model)
 
 
 def same_as_peft(

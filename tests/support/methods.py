@@ -52,12 +52,15 @@ def freeze_ranknum(model: nn.Module) -> None:
             parameter.requires_grad_(False)
 
 
+# What sites share, which peft names after the first of them.
+_SHARED = re.compile(r".*(?=vblora_vector_bank|unilora_theta_d|tinylora_v\.)")
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Gradients by the parameter's name, without what stands before and around the base's names."""
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     plain = {name.removeprefix("base_model.model.").removeprefix("base."): gradient for name, gradient in found.items()}
-    # What sites share is named after the first of them in peft.
-    return {re.sub(r".*(vblora_vector_bank)", r"\1", n.replace(".base_layer.", ".")): g for n, g in plain.items()}
+    return {_SHARED.sub("", name.replace(".base_layer.", ".")): gradient for name, gradient in plain.items()}
 
 
 # How far a bfloat16 model may be off: peft multiplies its activations, cast up, by the adapter; peftc casts the adapter.

@@ -1,0 +1,1 @@
+"""Attention modules as sites: what is added to their output, from their own queries, keys and values."""
