@@ -45,6 +45,8 @@ package: $(VENV)/test.done  ## An sdist and a wheel in dist/, tried in an enviro
 bench: $(VENV)/test.done  ## The benchmarks whose figures benchmarks/README.md holds
 	$(BIN)/python benchmarks/compile.py
 	$(BIN)/python benchmarks/train_step.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/half_curves.py
 	$(BIN)/python benchmarks/prompts.py
 	$(BIN)/python benchmarks/switch.py
 	$(BIN)/python benchmarks/merge.py
