@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.command import lay_out
+from tests.support.command import WIDTH, lay_out
 
 
 @pytest.fixture(scope="session")
@@ -21,4 +21,5 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     folder = tmp_path / "here"
     shutil.copytree(made, folder)
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", str(WIDTH))  # Of plans that tests print, as of the command.
     return folder

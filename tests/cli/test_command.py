@@ -191,7 +191,7 @@ def completed(shell: str, **words: str) -> list[str]:
 def test_shells_complete_commands_options_and_their_values() -> None:
     assert completed("bash", COMP_WORDS="peftc un", COMP_CWORD="1") == ["unmerge"]
     values = completed("zsh", _TYPER_COMPLETE_ARGS="peftc export base adapter out --to ")
-    assert values[-5:] == ["hf", "pt2", "onnx", "gguf", "mlx"]
+    assert values[-6:] == ["hf", "pt2", "onnx", "aoti", "gguf", "mlx"]
     options = completed(
         "fish", _TYPER_COMPLETE_ARGS="peftc merge --un", _TYPER_COMPLETE_FISH_ACTION="get-args", COMP_WORDS=""
     )

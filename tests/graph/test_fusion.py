@@ -114,7 +114,7 @@ def test_forms(name: str, shape: tuple[int, ...]) -> None:
 def test_a_weight_that_trains_and_an_input_that_lies_otherwise() -> None:
     graph = ProductsFused()(traced(FORMS["lora"][0]))
     module = fx.GraphModule(Root(), graph)
-    for x in (torch.randn(8, 5, 2).double().T, torch.randn(3, 16).double()[:, ::2]):
+    for x in (torch.randn(8, 5, 2).double().permute(2, 1, 0), torch.randn(3, 16).double()[:, ::2]):
         assert not x.is_contiguous()
         y = F.linear(x, module.weight, module.bias)
         torch.testing.assert_close(module(x), y + 0.7 * x @ module.a0.A.w.T @ module.a0.B.w.T)

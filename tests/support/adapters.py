@@ -23,6 +23,9 @@ EVERY_METHOD: dict[str, dict[str, Any]] = {
     "VERA": {"r": 4},
     "VBLORA": {"vector_length": 8, "num_vectors": 8},
     "MISS": {"r": 4},
+    "PSOFT": {"r": 4},
+    "WAVEFT": {"n_frequency": 10},
+    "ADAPTION_PROMPT": {"target_modules": "self_attn", "adapter_len": 4, "adapter_layers": 2},
     "TRAINABLE_TOKENS": {"token_indices": [1, 2], "target_modules": ["embed_tokens"]},
     "LN_TUNING": {"target_modules": ["input_layernorm"]},
 }
