@@ -91,6 +91,8 @@ def _product(term: Any) -> tuple[Any, Any, Any] | None:
     inner: Any = term.args[0]
     if scale == 1.0:
         scale, inner = _scaled(inner)
+    if not isinstance(inner, fx.Node) or ORIGIN not in inner.meta or _is_cast_to_a_parameter(inner):
+        return None  # A change as large as the weight, whose gradient is not to be rounded to half precision.
     return inner, term.args[1], scale
 
 

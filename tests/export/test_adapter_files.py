@@ -97,7 +97,7 @@ def test_what_such_files_cant_say_is_refused_with_what_can(tmp_path: Path) -> No
         assert not list((tmp_path / "out").glob("*"))
     compiled = compiled_llama()
     with pytest.raises(peftc.ExportError, match="gguf and mlx take adapters beside a base"):
-        compiled.export(tmp_path / "out", to="gguf", adapters="merged")
+        compiled.export(tmp_path / "out", to="mlx", adapters="merged")
     compiled.enable_adapters(False)
     with pytest.raises(peftc.ExportError, match="nothing to write"):
         compiled.export(tmp_path / "out", to="gguf")

@@ -150,6 +150,7 @@ TABLES = {
     "RANDLORA": "RANDLORA",
     "SHIRA": "SHIRA",
     "VBLORA": "VBLORA",
+    "PVERA": "PVERA",
 }
 # The names that falcon had before, which peft's table for norms lacks.
 OTHERS = {("RefinedWeb", "LN_TUNING"), ("RefinedWebModel", "LN_TUNING")}

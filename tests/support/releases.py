@@ -122,14 +122,9 @@ EARLY: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # What would change the result, and peftc has not.
 REFUSED: dict[str, Any] = {
-    "layer_replication": [[0, 2], [1, 3]],
     "megatron_config": {"hidden_size": 32},
-    "use_qalora": True,
-    "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 2},
     "ensure_weight_tying": True,
-    "use_bdlora": {"nblocks": 2},
-    "kasa_config": {"beta": 0.1},
     "velora_config": {"num_groups": 2},
     "monteclora_config": {"num_samples": 2},
     "init_lora_weights": "loftq",
