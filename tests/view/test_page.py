@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import operator
 import re
 import tomllib
 from collections import Counter
@@ -26,7 +25,12 @@ from tests.support.plans import SEVEN, golden_plans, meta_llama
 
 ROOT = Path(__file__).parent.parent.parent
 PLANS = golden_plans()
-WEIGHTS = [name for name, cls in peftc.registry.spec_classes().items() if not issubclass(cls, peftc.PromptSpec)]
+# LLaMA-Adapter changes what a call of attention gives, which is no formula of a weight.
+WEIGHTS = [
+    name
+    for name, cls in peftc.registry.spec_classes().items()
+    if not issubclass(cls, peftc.PromptSpec) and name != "ADAPTION_PROMPT"
+]
 
 
 def pair() -> tuple[nn.Module, peftc.Plan, peftc.Plan]:
@@ -273,7 +277,10 @@ class TestDrawings:
         def is_fact(node: fx.Node) -> bool:
             if node.target is getattr:
                 return node.args[1] in ("shape", "dtype", "device")
-            return node.target is torch.promote_types or (node.target is operator.getitem and is_fact(node.args[0]))
+            if node.target is torch.promote_types:
+                return True
+            # What is computed of sizes alone is a number where it is drawn.
+            return bool(node.all_input_nodes) and all(map(is_fact, node.all_input_nodes))
 
         added = [node for node in graph.nodes if ORIGIN in node.meta and node.op != "get_attr" and node.target != "to"]
         return sum(not is_fact(node) for node in added)
