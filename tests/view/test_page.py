@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import operator
 import re
 import tomllib
 from collections import Counter
