@@ -9,14 +9,7 @@ from typing import Any, Literal, Self, Unpack
 from torch import Tensor, nn
 
 from peftc import lifecycle
-from peftc.checkpoint import (
-    Download,
-    LoadResult,
-    Verify,
-    locate,
-    read_adapter,
-    respelled_spec,
-)
+from peftc.checkpoint import Download, LoadResult, Verify, locate, read_adapter, respelled_spec
 from peftc.choices import Adapters, Target
 from peftc.compiled_files import CompiledFiles
 from peftc.errors import MergeError

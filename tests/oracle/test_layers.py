@@ -155,8 +155,11 @@ def test_half_precision_bases_equal_peft(dtype: torch.dtype, autocast: bool, tmp
     ids = token_ids(2, 7, 64)
     ours, other = compiled(ids).logits, theirs(ids).logits
     assert ours.dtype == other.dtype == dtype
-    # Roundings fall otherwise: the scale is applied to the product here and to B's output there, and bfloat16 activations
-    # are multiplied by adapters in bfloat16. Neither is nearer to the truth.
+    if dtype is not torch.bfloat16 or not autocast:
+        # The scale is applied to the product here and to B's output there, so a rounding may fall the other way.
+        assert_close(ours.float(), other.float(), "logits", 4 * torch.finfo(dtype).eps)
+        return
+    # bfloat16 activations are multiplied by adapters in bfloat16 here, and cast up there: each has roundings of its own.
     exact = copy.deepcopy(compiled).double()(ids).logits
     assert_close(ours.double(), exact, "logits", 8 * torch.finfo(dtype).eps)
     assert_close(other.double(), exact, "peft's logits", 8 * torch.finfo(dtype).eps)

@@ -23,6 +23,10 @@ CONFIGS: dict[str, Any] = {
 }
 
 
+# In bfloat16 peft casts activations up and peftc the adapter down; these tiny models make much of that rounding.
+AMPLIFIED = (("t5", "beside"), ("gpt2", "beside"))
+
+
 def theirs_of(model: Any, config: Any, seed: int = 1) -> Any:
     """A model of peft, as if it had been trained."""
     with warnings.catch_warnings():
@@ -58,12 +62,16 @@ def test_files_outputs_and_gradients(kind: str, how: str, tied: bool, dtype: tor
             model.cls.predictions.decoder.bias += 1.0
     lost = lost_bias(model, kind, tied)
     wide = dtype == torch.float32
+    near: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5} if wide else {"rtol": 0.05, "atol": 0.05}
     theirs = theirs_of(model, CONFIGS[how]())
     theirs.save_pretrained(tmp_path / "theirs")
     ours = peftc.load(model, tmp_path / "theirs", is_trainable=True).eval()
     y, want = outputs(ours, kind), outputs(theirs, kind) + lost
     assert not torch.allclose(y, outputs(model, kind), atol=0.1)
-    assert (y - want).norm() <= (1e-5 if wide else 0.05) * want.norm()
+    if not wide and (kind, how) in AMPLIFIED:
+        assert (y - want).norm() <= 0.05 * want.norm()
+    else:
+        torch.testing.assert_close(y, want, **near)
     for one in (y, want):
         one.float().log_softmax(-1)[..., [1, 5, 9]].mean().backward()
     grads = {name.rpartition(".")[0]: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
@@ -72,9 +80,9 @@ def test_files_outputs_and_gradients(kind: str, how: str, tied: bool, dtype: tor
     rows = next(grad for name, grad in grads.items() if "trainable_tokens" in name)
     mine = next(grad for name, grad in own.items() if "trainable_tokens" in name)
     assert rows.abs().max() > 1e-4
-    if wide or how == "alone":
+    if wide or (kind, how) not in AMPLIFIED:
         assert (mine - rows).abs().max() <= (1e-4 if wide else 0.05) * rows.abs().max()
-    else:  # T5 makes much of a rounding: as near to the exact gradients as peft's are, to a factor.
+    else:  # As near to the exact gradients as peft's are, to a factor.
         exact = copy.deepcopy(ours).double()
         exact.zero_grad(set_to_none=True)
         outputs(exact, kind).log_softmax(-1)[..., [1, 5, 9]].mean().backward()
