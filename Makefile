@@ -23,7 +23,7 @@ test-slow: $(VENV)/test.done  ## The others: several processes, killed ones, all
 	$(PYTEST) -m slow --ignore=tests/clients
 
 test-clients: $(VENV)/clients.done  ## The real packages of real clients: trl, diffusers, accelerate, bitsandbytes, …
-	$(PYTEST) tests/clients
+	$(PYTEST) tests/clients tests/oracle/test_starts.py
 
 lint: $(VENV)/test.done  ## ruff, pyright strict, the layers
 	$(BIN)/ruff check .

@@ -324,6 +324,9 @@ def peft_loftq(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("bits", "iterations"), [(4, 1), (4, 3), (8, 2)])
 def test_loftq_is_that_of_peft(bits: int, iterations: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(
+        "bitsandbytes", reason="peft's LoftQ needs bitsandbytes; `make test-clients` has it, and runs this"
+    )
     peft_loftq(monkeypatch)
     torch.manual_seed(0)
     # On the CPU, bitsandbytes gives rows back that are shorter than its blocks of 64 as something else.
