@@ -45,8 +45,12 @@ def _trains(rank: int, folder: Path, dtype: torch.dtype) -> None:
         for model in (alone, compiled):
             model.set_adapter(name)
         with torch.no_grad():
-            close(wrapper(**batch(0)).logits, alone(**batch(0)).logits, 50 * near)
-        close(train(wrapper, wrapper.parameters(), steps, rank), train(alone, alone.parameters(), steps), near)
+            close(wrapper(**batch(0)).logits, alone(**batch(0)).logits, near)
+        close(
+            train(wrapper, wrapper.parameters(), steps, rank),
+            train(alone, alone.parameters(), steps, halves=True),
+            near,
+        )
     with torch.no_grad(), compiled.disable_adapter(), alone.disable_adapter():
         close(wrapper(**batch(0)).logits, alone(**batch(0)).logits, near)
     for refused, match in (

@@ -70,13 +70,21 @@ def batch(step: int, rank: int | None = None, rows: int = 4) -> dict[str, Tensor
     return {"input_ids": mine, "labels": mine}
 
 
-def train(call: Any, parameters: Any, steps: Sequence[int], rank: int | None = None) -> list[float]:
-    """Train on the batches of `steps`; the losses of the whole batches. `rank`: this process has a part of each."""
+def train(
+    call: Any, parameters: Any, steps: Sequence[int], rank: int | None = None, halves: bool = False
+) -> list[float]:
+    """Train on the batches of `steps`; the losses of the whole batches. `rank`: this process has a part of each.
+
+    `halves`: each half by itself, and the mean of their gradients, which is what two processes compute, rounding and all.
+    """
     optimizer = torch.optim.SGD([p for p in parameters if p.requires_grad], lr=0.2, momentum=0.9)
     losses: list[float] = []
     for step in steps:
-        loss = call(**batch(step, rank)).loss
-        loss.backward()
+        loss = torch.zeros(())
+        for part in (0, 1) if halves else (rank,):
+            own = call(**batch(step, part)).loss / (2 if halves else 1)
+            own.backward()
+            loss = loss + own.detach()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(mean(loss.detach()) if rank is not None else loss.item())
