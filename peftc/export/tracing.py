@@ -79,7 +79,7 @@ def require_compiler() -> None:
     builder: Any = import_module("torch._inductor.cpp_builder")
     try:
         builder.get_cpp_compiler()
-    except Exception as error:
+    except Exception as error:  # Inductor's own, of several classes.
         raise ExportError(
             f"to='aoti' needs a C++ compiler (g++, or what CXX names), and there is none: {type(error).__name__}. to='pt2'"
             " needs none"

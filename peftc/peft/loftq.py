@@ -66,7 +66,7 @@ def _files(path: Any) -> list[Path]:
     if not path or not folder.exists():
         try:
             folder = Path(snapshot_download(str(path), local_files_only=True))
-        except Exception as error:
+        except Exception as error:  # The client's, for a name as for a cache.
             raise CheckpointError(
                 f"replace_lora_weights_loftq: {path!r} is no folder here, nor a model in the cache; pass model_path, where"
                 f" the weights are as they were ({type(error).__name__})"
