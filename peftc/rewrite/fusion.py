@@ -16,7 +16,7 @@ from peftc.rewrite.splice import ORIGIN
 aten = torch.ops.aten
 _LINEAR = (F.linear, aten.linear.default)
 # Ops whose output nobody else has, nor needs for a gradient.
-_FRESH = (*_LINEAR, torch.addmm, torch.mm, aten.addmm.default, aten.mm.default)
+FRESH = (*_LINEAR, torch.addmm, torch.mm, aten.addmm.default, aten.mm.default)
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def _is_own(node: Any) -> bool:
 def _is_fresh(y: fx.Node, reader: fx.Node) -> bool:
     """Whether nothing but `reader` reads the values of `y`, or has them."""
     others = [user for user in y.users if user is not reader and not _reads_dtype(user)]
-    return not others and (y.target in _FRESH or y.target is add_product)
+    return not others and (y.target in FRESH or y.target is add_product)
 
 
 def _reads_dtype(node: fx.Node) -> bool:

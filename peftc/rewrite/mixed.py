@@ -21,6 +21,7 @@ from peftc.graph.region import Region, Source
 from peftc.graph.sites import parameter_name, transformers_config
 from peftc.rewrite import route as ops
 from peftc.rewrite.checkpointing import CHECKPOINT
+from peftc.rewrite.fusion import FRESH
 from peftc.rewrite.hosts import BOUND, Binding, Code, install, is_host, uninstall
 from peftc.rewrite.parts import Part, asks
 from peftc.rewrite.passes import piped
@@ -42,14 +43,14 @@ _TURNING = ("longformer", "led", "xlnet", "fsmt")
 
 @contextmanager
 def mixed(program: Program, names: Any, several: bool = False) -> Generator[None]:
-    """Let the model's calls use adapter `names[i]` for row i, or with `several` for as many rows as each then has (beams).
+    """Let the model's calls use adapter `names[i]` for row i, or with `several`, as `generate`, which keeps no gradients,
+    calls it, for as many rows as each then has (beams).
 
     Raises AdapterError or MergeError before anything runs.
     """
     rows = _checked(program, names)
-    route = Route(
-        rows, _runs(program, frozenset(rows) - {BASE}), torch.is_grad_enabled(), _rows_first(program), several
-    )
+    learns = torch.is_grad_enabled() and not several
+    route = Route(rows, _runs(program, frozenset(rows) - {BASE}), learns, _rows_first(program), several)
     with _entered(program, route):
         yield
 
@@ -68,7 +69,9 @@ def _checked(program: Program, names: Any) -> tuple[str, ...]:
             raise AdapterError(f"adapter_names: {name!r} can't share a batch: {reason}")
     if program.plan.capture != "modules":
         raise AdapterError("adapter_names: needs capture='modules'; one flat graph runs all rows alike")
-    if _sequence_first(program):
+    if "sequence_first" not in program.made.mixed:
+        program.made.mixed["sequence_first"] = _sequence_first(program)
+    if program.made.mixed["sequence_first"]:
         raise AdapterError("adapter_names: this model has modules that take positions before rows (batch_first=False)")
     if program.merged:
         raise MergeError(f"adapter_names: {', '.join(program.merged)} merged; call unmerge_adapter() first")
@@ -144,15 +147,14 @@ def _open(program: Program) -> None:
         module.__dict__[BOUND] = Routed(module, program.installed.get(region.host), module is root)
     if not isinstance(root.__dict__[BOUND], Routed):
         root.__dict__[BOUND] = Routed(root, None, True)
-    again = partial(_again, program)
-    for layer in root.modules():
-        function = layer.__dict__.get(CHECKPOINT)
-        if function is not None:
-            layer.__dict__[CHECKPOINT] = _Carried(function, again)
+    again, carried = partial(_again, program), [layer for layer in root.modules() if layer.__dict__.get(CHECKPOINT)]
+    for layer in carried:
+        layer.__dict__[CHECKPOINT] = _Carried(layer.__dict__[CHECKPOINT], again)
+    program.made.mixed["carried"] = carried
 
 
 def _close(program: Program) -> None:
-    for layer in program.base.modules():
+    for layer in program.made.mixed.pop("carried"):
         function = layer.__dict__.get(CHECKPOINT)
         if isinstance(function, _Carried):
             layer.__dict__[CHECKPOINT] = function.function
@@ -251,7 +253,7 @@ def _grouped(program: Program, source: Source) -> Code:
         assert use is not None, "a site that is not opaque has an op"
         with graph.inserting_before(node):
             parts = graph.get_attr("parts_by_name")
-        follow(graph, node, ops.add_products, operand(node, use.form.x), parts)
+        follow(graph, node, ops.add_products, operand(node, use.form.x), parts, node.target in FRESH)
         graph, ran = piped(graph, program.passes, lambda new, name: verify(new, None, None, None, name))
         program.made.codes[key] = Code(graph, ran)
     return program.made.codes[key]

@@ -59,8 +59,8 @@ class Given:
 @dataclass
 class Made:
     """What was made so far and can be made again: `codes` by what they are made of; `layouts`, what all hosts run, by the
-    names that are active; `mixed`, what they run in batches of several, by the set of names. `averaging`: what averages
-    the gradients of those that learn over processes.
+    names that are active; `mixed`, what they run in batches of several, by the set of names, and what is undone after
+    such calls. `averaging`: what averages the gradients of those that learn over processes.
     """
 
     codes: dict[Any, Code] = field(default_factory=dict[Any, Code])

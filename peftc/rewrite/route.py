@@ -47,7 +47,7 @@ class Route:
     inputs: frozenset[int] = frozenset()
     bound: bool = False
     partitions: dict[Any, "Partition"] = field(default_factory=dict[Any, "Partition"])
-    stacks: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    sites: dict[Any, "Grouped"] = field(default_factory=dict[Any, "Grouped"])
     gathered: "tuple[Tensor, int, Partition, Tensor] | None" = None
 
     def note(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -66,7 +66,9 @@ class Route:
 
         Raises AdapterError if that can't be told.
         """
-        if not self._known(x, rows_first or self.rows_first):
+        if not (self.rows_first and x.dim() == 3 and x.shape[0] == self.rows) and not self._known(
+            x, rows_first or self.rows_first
+        ):
             raise AdapterError(
                 f"adapter_names: a module is called with a tensor of shape {tuple(x.shape)} for a batch of {self.rows}, and"
                 " which sequence each part belongs to can't be told. Run the adapters one after the other (set_adapter)."
@@ -126,24 +128,34 @@ def _routed(self: Routed, *args: Any, **kwargs: Any) -> Any:
 class Partition:
     """Rows in groups of one adapter each and equal size; short groups are filled up with one of their own rows.
 
-    `adapters`: of every group. `gather` (groups · size): the rows in group order. `scatter`: where each row that has an
-    adapter is in that order, `rows` which row that is; None if all are there, in order.
+    `adapters`: of every group. `gather` (groups · size): the rows in group order; None if that is their own. `scatter`:
+    where each row that has an adapter is in that order, `rows` which row that is; None if all are there, in order.
+    `whole`: no group was filled up.
     """
 
     adapters: tuple[str, ...]
     gather: Tensor | None
     scatter: Tensor | None
     rows: Tensor | None
+    whole: bool
 
 
-def partition(x: Tensor, present: Sequence[str]) -> Partition:
-    """The groups of the rows of `x` at a site with the adapters `present`; rows of others are in none."""
-    route = current.get()
-    each = route.each(x)
-    key = (each, x.device, tuple(present))
+@dataclass(frozen=True)
+class Grouped:
+    """What a site needs of its adapters: the partition, scale · upᵀ (groups, r, out), downᵀ (groups, in, r), dropouts."""
+
+    part: Partition
+    up: Tensor
+    down: Tensor
+    dropouts: tuple[nn.Module, ...]
+
+
+def partition(route: Route, each: int, present: Sequence[str], device: torch.device) -> Partition:
+    """The groups of rows at a site with the adapters `present`; rows of others are in none."""
+    key = (each, device, tuple(present))
     if key not in route.partitions:
         names = [name for name in route.names for _ in range(each)]
-        route.partitions[key] = _partition(names, frozenset(present), x.device)
+        route.partitions[key] = _partition(names, frozenset(present), device)
     return route.partitions[key]
 
 
@@ -165,19 +177,28 @@ def _partition(names: Sequence[str], present: frozenset[str], device: torch.devi
         return None if values == list(range(length)) else torch.tensor(values, device=device)
 
     adapters = tuple(name for name, _ in parts)
-    return Partition(adapters, index(gather, len(names)), index(scatter, len(gather)), index(order, len(names)))
+    whole = len(gather) == count
+    return Partition(adapters, index(gather, len(names)), index(scatter, len(gather)), index(order, len(names)), whole)
 
 
-def add_products(y: Tensor, x: Tensor, parts: Mapping[str, Part]) -> Tensor:
-    """`y` (rows, …, out) with every row's own `scale · up @ down @ x` added, for x (rows, …, in)."""
-    part = partition(x, tuple(parts))
-    up, down = _factors(part, parts)
-    grouped = _gathered(x, part).reshape(len(part.adapters), -1, x.shape[-1]).to(down.dtype)
-    first = parts[part.adapters[0]]
-    for name, probability in first.edit.dropouts.items():
-        if probability > 0:  # The same for all adapters here.
-            grouped = getattr(first, name)(grouped)
-    delta = torch.bmm(torch.bmm(grouped, down), up).reshape(-1, *y.shape[1:])
+def add_products(y: Tensor, x: Tensor, parts: Mapping[str, Part], fresh: bool) -> Tensor:
+    """`y` (rows, …, out) with every row's own `scale · up @ down @ x` added, for x (rows, …, in).
+
+    `fresh`: nobody else has `y`, so that it may be added to in place.
+    """
+    route = current.get()
+    own = _of_site(route, route.each(x), parts, x.device)
+    part = own.part
+    grouped = _gathered(route, x, part).reshape(len(part.adapters), -1, x.shape[-1]).to(own.down.dtype)
+    for dropout in own.dropouts:
+        grouped = dropout(grouped)
+    inner = torch.bmm(grouped, own.down)
+    if fresh and part.whole and y.dtype is inner.dtype and y.is_contiguous() and not torch.is_grad_enabled():
+        if part.gather is None:
+            y.view(len(part.adapters), -1, y.shape[-1]).baddbmm_(inner, own.up)
+            return y
+        return y.index_add_(0, part.gather, torch.bmm(inner, own.up).view(-1, *y.shape[1:]))
+    delta = torch.bmm(inner, own.up).reshape(-1, *y.shape[1:])
     delta = delta if part.scatter is None else delta.index_select(0, part.scatter)
     added = y + delta if part.rows is None else _promoted(y, delta).index_add(0, part.rows, _promoted(delta, y))
     return added.to(y.dtype)
@@ -187,11 +208,10 @@ def _promoted(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, other.dtype))
 
 
-def _gathered(x: Tensor, part: Partition) -> Tensor:
+def _gathered(route: Route, x: Tensor, part: Partition) -> Tensor:
     """The rows of `x` in groups."""
     if part.gather is None:
         return x
-    route = current.get()
     last, grad = route.gathered, torch.is_grad_enabled()
     if last is not None and last[0] is x and last[1] == x._version and last[2] is part and not grad:
         return last[3]
@@ -200,18 +220,21 @@ def _gathered(x: Tensor, part: Partition) -> Tensor:
     return gathered
 
 
-def _factors(part: Partition, parts: Mapping[str, Part]) -> tuple[Tensor, Tensor]:
-    """scale · upᵀ (groups, r, out) and downᵀ (groups, in, r); lower ranks are filled up with zeros."""
-    stacks, key = current.get().stacks, (id(parts), id(part))
-    if torch.is_grad_enabled() or key not in stacks:
-        made = [_of(parts[name]) for name in part.adapters]
-        ups, downs, scales = zip(*made, strict=True)
-        scale = torch.tensor(scales, dtype=ups[0].dtype, device=ups[0].device)[:, None, None]
-        up, down = (_stack(ups) * scale).mT, _stack(downs).mT
-        if torch.is_grad_enabled():
-            return up, down
-        stacks[key] = up.contiguous(), down  # So it lies best for groups of a few rows.
-    return stacks[key]
+def _of_site(route: Route, each: int, parts: Mapping[str, Part], device: torch.device) -> Grouped:
+    """What the adapters at a site add, kept as long as the call lasts where no gradients are wanted."""
+    key = (id(parts), each)
+    if not torch.is_grad_enabled() and key in route.sites:
+        return route.sites[key]
+    part = partition(route, each, tuple(parts), device)
+    ups, downs, scales = zip(*(_of(parts[name]) for name in part.adapters), strict=True)
+    scale = torch.tensor(scales, dtype=ups[0].dtype, device=ups[0].device)[:, None, None]
+    first = parts[part.adapters[0]]  # Dropouts are the same for all adapters here.
+    dropouts = tuple(getattr(first, name) for name, probability in first.edit.dropouts.items() if probability > 0)
+    up = _stack([up.mT for up in ups])  # So it lies best for groups of a few rows.
+    own = Grouped(part, up * scale if up.requires_grad else up.mul_(scale), _stack(downs).mT, dropouts)
+    if not torch.is_grad_enabled():
+        route.sites[key] = own
+    return own
 
 
 def _of(part: Part) -> tuple[Tensor, Tensor, float]:

@@ -12,6 +12,8 @@ import transformers
 from torch import Tensor, nn
 
 import peftc
+from peftc.rewrite.mixed import mixed
+from peftc.rewrite.route import add_products, current
 from tests.support.adapters import perturb
 from tests.support.models import Everything, Net, inputs_for, tiny, token_ids
 from tests.support.prompts import generated
@@ -112,6 +114,21 @@ def test_groups_of_any_sizes(names: list[str]) -> None:
     compiled = three(tiny("llama"), TARGETS["llama"])
     ids = torch.randint(3, 60, (len(names), 5), generator=torch.Generator().manual_seed(2))
     assert_rows_as_alone(compiled, {"input_ids": ids}, names)
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["b", "a"], ["a", "a", "b"], ["__base__", "b"]])
+def test_what_others_have_is_not_written_to(names: list[str]) -> None:
+    compiled = perturb(peftc.compile(nn.Sequential(nn.Linear(4, 5)), {n: lora(["0"], r=2) for n in "ab"}))
+    parts = {n: next(iter(compiled.program.adapters[n].parts.values())) for n in names if n != "__base__"}
+    x, y = torch.randn(len(names), 7, 4), torch.randn(len(names), 7, 5)
+    before = y.clone()
+    with torch.no_grad(), mixed(compiled.program, names):
+        current.get().note((x,), {})
+        other = add_products(y, x, parts, fresh=False)
+        assert torch.equal(y, before)
+        own = add_products(y, x, parts, fresh=True)
+    torch.testing.assert_close(own, other)
+    assert not torch.equal(other, before)
 
 
 def test_methods_kinds_and_saved_modules_mix() -> None:
