@@ -19,7 +19,7 @@ def linear_with_products(x: Tensor, weight: Tensor, bias: Tensor | None, terms: 
     """x · weightᵀ + bias + all terms, for x (…, in): by rows, which are a view, so that terms are added in place; under
     autocast with x cast once.
     """
-    if not _is_plain(x) or not x.is_contiguous():
+    if not is_plain(x) or not x.is_contiguous():
         return _added(F.linear(x, weight, bias), x, terms)
     if _is_autocast(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -40,7 +40,7 @@ def _added(y: Tensor, x: Tensor, terms: tuple[Term, ...]) -> Tensor:
 def _added_in_place(y: Tensor, x: Tensor, terms: tuple[Term, ...]) -> Tensor:
     """The same for rows x (n, in) and y (n, out), which nobody else has. Few calls: of one token they are all it costs."""
     for inner, up, scale in terms:
-        own = product(x, *inner) if type(inner) is tuple else _rows(inner)
+        own = product(x, *inner) if isinstance(inner, tuple) else _rows(inner)
         if own.dtype is y.dtype is up.dtype and type(own) is type(y) is Tensor:
             y = y.addmm_(own, up.t(), alpha=float(scale))
         else:
@@ -66,7 +66,7 @@ def product(x: Tensor, down: Tensor, dropout: nn.Module | None = None) -> Tensor
             x = x.to(down.dtype)
     if dropout is None:
         return F.linear(x, down)
-    if type(dropout) is nn.Dropout and _is_plain(x) and not _is_hooked(dropout):
+    if type(dropout) is nn.Dropout and is_plain(x) and not _is_hooked(dropout):
         if not dropout.training or dropout.p == 0:
             return F.linear(x, down)
         if torch.is_grad_enabled():
@@ -81,14 +81,14 @@ def add_product(y: Tensor, inner: Tensor, up: Tensor, scale: Tensor | float, fre
     """
     if y.dtype is torch.bfloat16 or y.dtype is inner.dtype:
         inner, up = inner.to(y.dtype), up.to(y.dtype)
-    if not _is_plain(y) or type(inner) is not Tensor or inner.dtype is not y.dtype:
+    if not is_plain(y) or type(inner) is not Tensor or inner.dtype is not y.dtype:
         return (y + F.linear(inner * scale, up)).to(y.dtype)
     if fresh and y.dim() == 2:
         return y.addmm_(inner, up.t(), alpha=float(scale))
     return torch.addmm(_rows(y), _rows(inner), up.t(), alpha=float(scale)).view(y.shape)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether ops on `tensor` run here and now, on numbers that torch holds itself."""
     return (
         not torch.compiler.is_compiling()

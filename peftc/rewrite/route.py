@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 from torch.utils import checkpoint as checkpoint_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from peftc.errors import AdapterError
 from peftc.rewrite.acting import subset
+from peftc.rewrite.batched import batched_products
 from peftc.rewrite.hosts import Binding, base_of
 from peftc.rewrite.lent import not_lent
 from peftc.rewrite.parts import Part
@@ -47,7 +49,7 @@ class Route:
     inputs: frozenset[int] = frozenset()
     bound: bool = False
     partitions: dict[Any, "Partition"] = field(default_factory=dict[Any, "Partition"])
-    sites: dict[Any, "Grouped"] = field(default_factory=dict[Any, "Grouped"])
+    stacks: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict[Any, tuple[Tensor, Tensor]])
     gathered: "tuple[Tensor, int, Partition, Tensor] | None" = None
 
     def note(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -140,23 +142,16 @@ class Partition:
     whole: bool
 
 
-@dataclass(frozen=True)
-class Grouped:
-    """What a site needs of its adapters: the partition, scale · upᵀ (groups, r, out), downᵀ (groups, in, r), dropouts."""
-
-    part: Partition
-    up: Tensor
-    down: Tensor
-    dropouts: tuple[nn.Module, ...]
-
-
-def partition(route: Route, each: int, present: Sequence[str], device: torch.device) -> Partition:
-    """The groups of rows at a site with the adapters `present`; rows of others are in none."""
-    key = (each, device, tuple(present))
-    if key not in route.partitions:
-        names = [name for name in route.names for _ in range(each)]
-        route.partitions[key] = _partition(names, frozenset(present), device)
-    return route.partitions[key]
+def partition(route: Route, each: int, parts: Mapping[str, Part], device: torch.device) -> Partition:
+    """The groups of rows at a site whose adapters have `parts`; rows of others are in none."""
+    quick = (each, id(parts))
+    if quick not in route.partitions:
+        key = (each, device, tuple(parts))
+        if key not in route.partitions:
+            names = [name for name in route.names for _ in range(each)]
+            route.partitions[key] = _partition(names, frozenset(parts), device)
+        route.partitions[quick] = route.partitions[key]
+    return route.partitions[quick]
 
 
 def _partition(names: Sequence[str], present: frozenset[str], device: torch.device) -> Partition:
@@ -187,18 +182,34 @@ def add_products(y: Tensor, x: Tensor, parts: Mapping[str, Part], fresh: bool) -
     `fresh`: nobody else has `y`, so that it may be added to in place.
     """
     route = current.get()
-    own = _of_site(route, route.each(x), parts, x.device)
-    part = own.part
-    grouped = _gathered(route, x, part).reshape(len(part.adapters), -1, x.shape[-1]).to(own.down.dtype)
-    for dropout in own.dropouts:
-        grouped = dropout(grouped)
-    inner = torch.bmm(grouped, own.down)
-    if fresh and part.whole and y.dtype is inner.dtype and y.is_contiguous() and not torch.is_grad_enabled():
-        if part.gather is None:
-            y.view(len(part.adapters), -1, y.shape[-1]).baddbmm_(inner, own.up)
-            return y
-        return y.index_add_(0, part.gather, torch.bmm(inner, own.up).view(-1, *y.shape[1:]))
-    delta = torch.bmm(inner, own.up).reshape(-1, *y.shape[1:])
+    each = route.each(x)
+    part = partition(route, each, parts, x.device)
+    groups, first = len(part.adapters), parts[part.adapters[0]]
+    grouped = _gathered(route, x, part).reshape(groups, -1, x.shape[-1])
+    for name, probability in first.edit.dropouts.items():
+        if probability > 0:  # The same for all adapters here.
+            grouped = getattr(first, name)(grouped)
+    in_order = part.whole and part.gather is None and y.is_contiguous()
+    if torch.is_grad_enabled():
+        downs, ups, scale = _factors(part, parts)
+        grouped = grouped.to(downs[0].dtype)
+        together = in_order and y.dtype is grouped.dtype
+        delta = batched_products(
+            y.view(groups, -1, y.shape[-1]) if together else None, grouped, scale, downs, ups
+        ).view(-1, *y.shape[1:])
+        return delta if together else _scattered(y, delta, part)
+    up, down = _stacked(route, part, parts)
+    inner = torch.bmm(grouped.to(down.dtype), down)
+    if not (fresh and part.whole and y.dtype is inner.dtype and y.is_contiguous()):
+        return _scattered(y, torch.bmm(inner, up).view(-1, *y.shape[1:]), part)
+    if part.gather is not None:
+        return y.index_add_(0, part.gather, torch.bmm(inner, up).view(-1, *y.shape[1:]))
+    y.view(groups, -1, y.shape[-1]).baddbmm_(inner, up)
+    return y
+
+
+def _scattered(y: Tensor, delta: Tensor, part: Partition) -> Tensor:
+    """`y` with the rows of `delta`, in group order, added to those that they are of."""
     delta = delta if part.scatter is None else delta.index_select(0, part.scatter)
     added = y + delta if part.rows is None else _promoted(y, delta).index_add(0, part.rows, _promoted(delta, y))
     return added.to(y.dtype)
@@ -220,37 +231,32 @@ def _gathered(route: Route, x: Tensor, part: Partition) -> Tensor:
     return gathered
 
 
-def _of_site(route: Route, each: int, parts: Mapping[str, Part], device: torch.device) -> Grouped:
-    """What the adapters at a site add, kept as long as the call lasts where no gradients are wanted."""
-    key = (id(parts), each)
-    if not torch.is_grad_enabled() and key in route.sites:
-        return route.sites[key]
-    part = partition(route, each, tuple(parts), device)
-    ups, downs, scales = zip(*(_of(parts[name]) for name in part.adapters), strict=True)
-    scale = torch.tensor(scales, dtype=ups[0].dtype, device=ups[0].device)[:, None, None]
-    first = parts[part.adapters[0]]  # Dropouts are the same for all adapters here.
-    dropouts = tuple(getattr(first, name) for name, probability in first.edit.dropouts.items() if probability > 0)
-    up = _stack([up.mT for up in ups])  # So it lies best for groups of a few rows.
-    own = Grouped(part, up * scale if up.requires_grad else up.mul_(scale), _stack(downs).mT, dropouts)
-    if not torch.is_grad_enabled():
-        route.sites[key] = own
-    return own
+def _stacked(route: Route, part: Partition, parts: Mapping[str, Part]) -> tuple[Tensor, Tensor]:
+    """scale · upᵀ (groups, r, out) and downᵀ (groups, in, r) without gradients, kept as long as the call lasts."""
+    key = (id(parts), id(part))
+    if key not in route.stacks:
+        downs, ups, scale = _factors(part, parts)
+        # So they lie best for groups of a few rows.
+        route.stacks[key] = torch.stack([up.mT for up in ups]).mul_(scale), torch.stack(downs).mT
+    return route.stacks[key]
 
 
-def _of(part: Part) -> tuple[Tensor, Tensor, float]:
-    factors = part.edit.rule.factors(Bound({**part.tensors(), **part.edit.constants}))
-    assert factors is not None, "that decides which parts come here"
-    return factors.up, factors.down, factors.scale
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    shape = [max(sizes) for sizes in zip(*(tensor.shape for tensor in tensors), strict=True)]
-    padded: list[Tensor] = []
-    for tensor in tensors:
-        missing = [(0, full - own) for full, own in zip(shape, tensor.shape, strict=True)]
-        padding = [number for pair in reversed(missing) for number in pair]
-        padded.append(nn.functional.pad(tensor, padding) if any(padding) else tensor)
-    return torch.stack(padded)
+def _factors(part: Partition, parts: Mapping[str, Part]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """down (r, in) and up (out, r) of every group, lower ranks filled up with zeros, and scale (groups, 1, 1)."""
+    found = [
+        parts[name].edit.rule.factors(Bound({**parts[name].tensors(), **parts[name].edit.constants}))
+        for name in part.adapters
+    ]
+    factors = [own for own in found if own is not None]
+    assert len(factors) == len(found), "that decides which parts come here"
+    r = max(own.down.shape[0] for own in factors)
+    like = factors[0].down
+    scale = torch.tensor([own.scale for own in factors], dtype=like.dtype, device=like.device)[:, None, None]
+    downs = [
+        own.down if own.down.shape[0] == r else F.pad(own.down, (0, 0, 0, r - own.down.shape[0])) for own in factors
+    ]
+    ups = [own.up if own.up.shape[1] == r else F.pad(own.up, (0, r - own.up.shape[1])) for own in factors]
+    return downs, ups, scale
 
 
 class ByRow:
