@@ -101,7 +101,7 @@ def step(model: Any, embeddings: Tensor, **more: Any) -> Callable[[], None]:
 
 
 def training(base: LlamaForCausalLM, rounds: int) -> None:
-    """Print a table of one step of 16 adapters, a row each; peft has none in one batch, where it takes one step for each."""
+    """Print a table of one step of 16 adapters, a row each. peft has no such step: it takes one for each adapter."""
     names = [f"a{i}" for i in range(16)]
     spec = peftc.LoraConfig(r=R, target_modules=TARGETS, init_lora_weights=False)
     compiled = peftc.compile(base, dict.fromkeys(names, spec)).train()

@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import pickle
 import weakref
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -128,8 +129,6 @@ def test_configs(lib: Any, tmp_path: Path) -> None:
 
 @BOTH
 def test_hot_swapping(lib: Any, tmp_path: Path) -> None:
-    from importlib import import_module
-
     hotswap = import_module(f"{lib.__name__}.utils.hotswap")
     one, two = adapted(lib), filled(adapted(lib), 2)
     two.save_pretrained(tmp_path)
@@ -143,24 +142,85 @@ def test_hot_swapping(lib: Any, tmp_path: Path) -> None:
         )
 
 
-def test_hot_swapping_what_does_not_fit_changes_nothing_and_the_advice_holds(tmp_path: Path) -> None:
-    from peftc.peft.hotswap import hotswap_adapter
-
-    model = adapted(peftc.peft)
+@BOTH
+def test_hot_swapping_takes_other_ranks_scalings_and_fewer_modules(lib: Any, tmp_path: Path) -> None:
+    hotswap = import_module(f"{lib.__name__}.utils.hotswap")
+    model = adapted(lib, r=2, lora_alpha=3).eval()
     before = model(IDS).logits
-    adapted(peftc.peft, r=8).save_pretrained(tmp_path)
-    with pytest.raises(peftc.AdapterError, match=r"differ in r .*Load the new one beside the old"):
-        hotswap_adapter(model, tmp_path, "default")
+    hotswap.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    torch.testing.assert_close(model(IDS).logits, before)
+    others: list[dict[str, Any]] = [
+        {"r": 4, "lora_alpha": 9},
+        {"r": 8, "lora_alpha": 2, "target_modules": ["q_proj"]},
+    ]
+    if lib is peftc.peft:  # peft takes r for the scaling where rank_pattern says another rank.
+        others.append({"r": 2, "rank_pattern": {"v_proj": 5}})
+    for seed, fields in enumerate(others):
+        other = filled(adapted(lib, **fields), seed + 2).eval()
+        other.save_pretrained(tmp_path / str(seed))
+        hotswap.hotswap_adapter(model, str(tmp_path / str(seed)), adapter_name="default")
+        torch.testing.assert_close(model(IDS).logits, other(IDS).logits)
+        assert not torch.allclose(model(IDS).logits, before)
+    if lib is peftc.peft:  # peft saves tensors of the padded rank with the config of another.
+        model.save_pretrained(tmp_path / "own")
+        for other_lib in (peft, peftc.peft):
+            again = other_lib.PeftModel.from_pretrained(base(), tmp_path / "own").eval()
+            torch.testing.assert_close(again(IDS).logits, model(IDS).logits)
+
+
+def test_a_hot_swap_compiles_nothing_anew_and_keeps_what_is_active_and_learns(tmp_path: Path) -> None:
+    torch.compiler.reset()
+    model, graphs = adapted(peftc.peft, r=2), list[int]()
+    model.add_adapter("other", peftc.peft.LoraConfig(r=3, target_modules=["q_proj"]))
+    peftc.peft.prepare_model_for_compiled_hotswap(model, target_rank=8)
+    assert model.active_adapters == ["default"]
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert learning
+    assert all(".default." in name for name in learning)
+
+    def count(graph: torch.fx.GraphModule, example: Any) -> Any:
+        graphs.append(1)
+        return graph.forward
+
+    fast = torch.compile(model.eval(), backend=count, fullgraph=True)
+    fast(IDS)
+    assert len(graphs) == 1
+    for r in (2, 4, 8):
+        other = filled(adapted(peftc.peft, r=r, lora_alpha=r * r), r).eval()
+        other.save_pretrained(tmp_path / str(r))
+        peftc.peft.hotswap_adapter(fast, tmp_path / str(r), "default")
+        torch.testing.assert_close(fast(IDS).logits, other(IDS).logits)
+    assert len(graphs) == 1
+    assert learning == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with pytest.raises(ValueError, match=r"prepare it before torch\.compile"):
+        peftc.peft.prepare_model_for_compiled_hotswap(fast, target_rank=8)
+    with pytest.warns(UserWarning, match=r"prepare it before torch\.compile"):
+        peftc.peft.prepare_model_for_compiled_hotswap(fast, target_rank=8, check_compiled="warn")
+    config = peftc.peft.LoraConfig(r=2, rank_pattern={"q": 3})
+    peftc.peft.prepare_model_for_compiled_hotswap(model, target_rank=8, config={"one": config})
+    assert (config.r, config.rank_pattern) == (8, {"q": 8})
+    with pytest.raises(ValueError, match="target_rank=4: adapter 'other' has rank 8"):
+        peftc.peft.prepare_model_for_compiled_hotswap(model, target_rank=4)
+
+
+def test_hot_swapping_what_does_not_fit_changes_nothing_and_the_advice_holds(tmp_path: Path) -> None:
+    model = adapted(peftc.peft)
+    before, names = model(IDS).logits, dict(model.named_parameters())
+    adapted(peftc.peft, use_dora=True).save_pretrained(tmp_path / "dora")
+    adapted(peftc.peft, r=2, target_modules=["q_proj", "k_proj"]).save_pretrained(tmp_path / "more")
+    with pytest.raises(peftc.AdapterError, match=r"differ in use_dora .*Load the new one beside the old"):
+        peftc.peft.hotswap_adapter(model, tmp_path / "dora", "default")
+    with pytest.raises(peftc.CheckpointError, match="k_proj"):
+        peftc.peft.hotswap_adapter(model, tmp_path / "more", "default")
     assert torch.equal(model(IDS).logits, before)
-    model.load_adapter(tmp_path, "new")
+    assert names.keys() == dict(model.named_parameters()).keys()
+    model.load_adapter(tmp_path / "dora", "new")
     model.set_adapter("new")
     assert not torch.equal(model(IDS).logits, before)
 
 
 @BOTH
 def test_rescaling_for_a_while(lib: Any) -> None:
-    from importlib import import_module
-
     model = adapted(lib).eval()
     full, none = model(IDS).logits, base().eval()(IDS).logits
     with import_module(f"{lib.__name__}.helpers").rescale_adapter_scale(model, 0.0):
