@@ -28,13 +28,13 @@ class Param:
     """A tensor that an adapter adds to a site.
 
     `init`: `zeros`, `ones`, `constant:<value>`, `normal` or `normal:<std>`, `uniform:<bound>`, `kaiming_uniform`, `rule`
-    (by `Rule.initialise`), `drawn` (by `Rule.draw`) or `derived` (by `Rule.derived`). `seed`: it is drawn with this seed,
-    the same everywhere; such a tensor need not be saved.
+    (by `Rule.initialise`), `gathered` (by `Rule.gather`), `drawn` (by `Rule.draw`) or `derived` (by `Rule.derived`).
+    `seed`: it is drawn with this seed, the same everywhere; such a tensor need not be saved.
     `key`: its name in checkpoints, by default its name in the rule; the live name has the adapter's name after the
     first part (`lora_A.weight` is the parameter `lora_A.default.weight`). `dtype`: its own, if not the adapter's; an
-    integer one is never trained. `trainable=False`: frozen; saved only if its `init` is `rule`, or `drawn` without a
-    `seed`, and a file without it leaves it as it was initialised. `kept=False`: files never have it, as it follows from the
-    weight (`init` is `rule`). `stored`: files hold this many times the tensor.
+    integer one is never trained. `trainable=False`: frozen; saved only if its `init` is `rule` or `gathered`, or `drawn`
+    without a `seed`, and a file without it leaves it as it was initialised. `kept=False`: files never have it, as it
+    follows from the weight (`init` is `rule`). `stored`: files hold this many times the tensor.
     `use` is for the FLOPs of the plan: a `matrix` is multiplied with (two per element and token), a `vector` scales or
     is added (one), a `lookup` table is only indexed.
     `axes`: one letter per dimension, `o` if it runs along the rows of the canonical weight, `i` along its columns, any
@@ -309,7 +309,14 @@ class Rule(Generic[S]):
     def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
         """Values of the parameters whose `init` is `rule`, from the canonical `weight`, `p.bias` and the parameters that
         have theirs already, in float32 at least; and from `p.data`, which is None without calibration. `weight` is empty
-        where the site has no plain one: `check` refuses that where it is needed.
+        where the site has no plain one: `check` refuses that where it is needed. `p.loaded`: of these parameters, by name,
+        those that a file has brought, whose values here are not used.
+        """
+        raise NotImplementedError
+
+    def gather(self, name: str, weights: Mapping[str, Tensor], p: Any) -> Tensor:
+        """The frozen parameter `name`, whose `init` is `gathered`, from the canonical weights of all sites that share it,
+        in the model's order and in float32 at least.
         """
         raise NotImplementedError
 
@@ -358,7 +365,7 @@ class Rule(Generic[S]):
         raise NotImplementedError
 
 
-_INITS = r"zeros|ones|kaiming_uniform|rule|drawn|derived|normal(:[\d.e-]+)?|(uniform|constant):[\d.e+-]+"
+_INITS = r"zeros|ones|kaiming_uniform|rule|gathered|drawn|derived|normal(:[\d.e-]+)?|(uniform|constant):[\d.e+-]+"
 
 
 def validate(

@@ -74,6 +74,22 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         "shallow": {"r": 4, "init_weights": False},
         "deep": {"r": 4, "depth": 2, "act_fn": "tanh", "init_weights": False, "scaling": 0.5},
     },
+    "FrodConfig": {
+        "plain": {},
+        "not saved": {"save_projection": False, "sparse_rate": 0.3, "projection_prng_key": 3, "bias": "frod_only"},
+        "random": {"init_weights": False, "frod_dropout": 0.1, "regularization_alpha": 0.1},
+    },
+    "AdamssConfig": {
+        "plain": {},
+        "of a higher rank": {"num_subspaces": 2, "subspace_rank": 2},
+        "of ranks by singular values": {
+            "init_weights": None,
+            "subspace_rank": 2,
+            "use_dynamic_rank": True,
+            "num_subspaces": 3,
+            "r": 4,
+        },
+    },
     "OSFConfig": {
         "half": {},
         "a number": {"effective_rank": 3},
@@ -83,7 +99,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 # Where peft has linears only, or (BEFT) can't merge without a bias.
 TARGETS: dict[str, list[str]] = {
     "BeftConfig": ["l"],
-    **{name: ["l", "n"] for name in ("GloraConfig", "PsoftConfig", "SupertuningConfig", "PeanutConfig", "OSFConfig")},
+    **{
+        name: ["l", "n"]
+        for name in ("GloraConfig", "PsoftConfig", "SupertuningConfig", "PeanutConfig", "OSFConfig", "AdamssConfig")
+    },
 }
 CASES = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
 
