@@ -1,7 +1,7 @@
 """How two plans differ, a line for each place; layers that differ alike are in one."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from peftc.edits import Edit, Planned, PlannedParam
@@ -15,15 +15,18 @@ def difference(old: Planned, new: Planned) -> str:
 
     `~ edit layers.{0–3}.q_proj default lora: lora_A 4×32 → 8×32, …` is of four edits.
     """
-    lines: list[str] = []
-    for name in ("model", "capture", "fingerprint", "autocast_adapter_dtype"):
-        ours, theirs = getattr(old, name), getattr(new, name)
-        if ours != theirs:
-            lines.append(f"~ {name}: {ours} → {theirs}")
+    lines = [f"~ {name}: {told}" for name, told in heads_apart([old, new])]
     if old.costs != new.costs:
         lines.append(f"~ costs: {_apart(_costs(old), _costs(new))}")
     parts = zip(_places(old), _places(new), strict=True)
     return "\n".join([*lines, *(line for (label, a), (_, b) in parts for line in _compare(label, a, b))])
+
+
+def heads_apart(plans: Sequence[Planned]) -> list[tuple[str, str]]:
+    """What plans say otherwise of the model and how it is captured: `capture`, `modules → symbolic`."""
+    told = ("model", "capture", "fingerprint", "autocast_adapter_dtype")
+    pairs = [(name, [str(getattr(plan, name)) for plan in plans]) for name in told]
+    return [(name, " → ".join(own)) for name, own in pairs if len(set(own)) > 1]
 
 
 def _places(plan: Planned) -> list[tuple[str, Mapping[tuple[str, str], Any]]]:
