@@ -10,7 +10,8 @@ ABSENT: Mapping[str, str] = {
     "LILY": "its router averages over the batch, so it is no function of a row. Closest: VBLORA, of shared vectors",
     "MULTITASK_PROMPT_TUNING": "it takes task_ids in the call. Closest: a PROMPT_TUNING adapter for each task",
     "POLY": f"it takes task_ids in the call; {_CALL}. Closest: one LORA adapter for each task, and adapter_names",
-    "SHADOW": "it trains a small network beside the model, whose state every block changes. Closest: LORA",
+    "SHADOW": "it trains a second, smaller decoder beside the model, whose hidden state goes on from block to block and is"
+    " added to what they read, so what it does at a site is no function of that site's input. Closest: LORA",
     "XLORA": f"it runs the model twice, and the first run chooses among the adapters; {_CALL}. Closest: LORA adapters,"
     " combined by add_weighted_adapter or chosen by adapter_names",
 }
