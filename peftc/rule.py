@@ -158,6 +158,12 @@ class Rule(Generic[S]):
     replaces_rows: ClassVar[bool] = False
     spellings: ClassVar[tuple[tuple[str, str], ...]] = ()
     columns: ClassVar[Mapping[str, str]] = {}
+    # Fields of the spec that are probabilities of dropouts, which have their names.
+    drops: ClassVar[tuple[str, ...]] = ()
+    # Whether `weight` has the same bits in float64 on every device: no sum of products of three numbers has.
+    repeats: ClassVar[bool] = True
+    # What it takes from the weight (`singular values`), if it can't do without: a site that has no plain one is refused.
+    takes: ClassVar[str] = ""
     # The first parts of the keys that its tensors have in files (`lora_A`).
     keys: ClassVar[tuple[str, ...]] = ()
     # For rules whose adapters are modules: the child of the site that holds them, by adapter name.
@@ -200,11 +206,17 @@ class Rule(Generic[S]):
 
     def dropouts(self, spec: S, site: Any) -> dict[str, float]:
         """Dropout modules by name, with their probability; `p.<name>(x)` is live under train() and eval()."""
-        return {}
+        return {name: getattr(spec, name) for name in self.drops}
 
     def check(self, spec: S, site: Any) -> str | None:
         """The reason why `site` can't be adapted with `spec`, or None."""
         return None
+
+    def refusal(self, spec: S, site: Any) -> str | None:
+        """As `check`, with what every rule of its kind refuses."""
+        if self.takes and site.weight is None:
+            return f"it takes {self.takes} from the weight, which is not a plain parameter here"
+        return self.check(spec, site)
 
     def cannot_fold(self, spec: S, site: Any) -> str | None:
         """The reason why the adapter at `site` can't be merged into the weight, or None."""
@@ -304,7 +316,7 @@ class Rule(Generic[S]):
 
         An undo log corrects it, so it need not be right, but the better it is the smaller is the log.
         """
-        return weight - self.weight(torch.zeros_like(weight), p) if self.additive else weight
+        return weight - self.weight(torch.zeros_like(weight), p) if self.additive and self.repeats else weight
 
     def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
         """Values of the parameters whose `init` is `rule`, from the canonical `weight`, `p.bias` and the parameters that

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule
-from peftc.specs.selection import LayerSelection
+from peftc.specs.selection import Count, LayerSelection, Share
 
 from .rotation import cayley, kept, rotated, unfit, width
 
@@ -30,8 +30,8 @@ class BOFTConfig(LayerSelection):
     peft_type: Literal["BOFT"] = "BOFT"
     boft_block_size: Annotated[int, Field(ge=0)] = 4
     boft_block_num: Annotated[int, Field(ge=0)] = 0
-    boft_n_butterfly_factor: Annotated[int, Field(gt=0)] = 1
-    boft_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    boft_n_butterfly_factor: Count = 1
+    boft_dropout: Share = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "boft_only"] = "none"
     init_weights: bool = True

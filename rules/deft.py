@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule
-from peftc.specs.selection import LayerSelection, Rank
+from peftc.specs.selection import LayerSelection, Rank, Share
 
 from .rotation import wide
 
@@ -35,7 +35,7 @@ class DeftConfig(LayerSelection):
     alpha: Annotated[int, Field(ge=0)] | None = None
     para: bool = False
     fan_in_fan_out: bool = False
-    deft_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    deft_dropout: Share = 0.0
     init_weights: bool = True
     bias: Literal["none", "all", "deft_only"] = "none"
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule
 from peftc.specs import AdapterSpec
-from peftc.specs.selection import Rank
+from peftc.specs.selection import Rank, Share
 
 
 class SupertuningConfig(AdapterSpec):
@@ -30,7 +30,7 @@ class SupertuningConfig(AdapterSpec):
     select_top: bool = True
     r: Rank | None = None
     lora_alpha: float | int | None = None
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_dropout: Share = 0.0
     init_weights: bool = True
     save_precomputed_indices: bool = True
 
@@ -46,6 +46,7 @@ class Supertuning(Rule[SupertuningConfig]):
 
     name, spec, ops, additive = "supertuning", SupertuningConfig, ("linear",), True
     keys = ("supertuning_values", "supertuning_indices", "supertuning_lora_A", "supertuning_lora_B")
+    takes = "the places of its largest entries"
 
     def params(self, spec: SupertuningConfig, site: WeightSite) -> dict[str, Param]:
         count, zero = _count(spec, site), spec.init_weights
@@ -68,8 +69,6 @@ class Supertuning(Rule[SupertuningConfig]):
         return {"supertuning_lora_dropout": spec.lora_dropout} if spec.r else {}
 
     def check(self, spec: SupertuningConfig, site: WeightSite) -> str | None:
-        if site.weight is None:
-            return "its places are chosen by a weight that is not a plain parameter here"
         return None if _count(spec, site) else f"sparsity={spec.sparsity} leaves nothing of its weight to be trained"
 
     def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -11,12 +11,10 @@ from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule
-from peftc.specs.selection import LayerSelection, OtherPatterns, first_match
+from peftc.specs.selection import Count, LayerSelection, OtherPatterns, first_match
 
 from .fourierft import places
 from .wavelets import WAVELETS, filter_length, low_pass
-
-Count = Annotated[int, Field(gt=0)]
 
 
 class WaveFTConfig(LayerSelection, OtherPatterns):
@@ -62,6 +60,7 @@ class WaveFT(Rule[WaveFTConfig]):
     name, spec, ops, additive = "waveft", WaveFTConfig, ("linear",), True
     scale, keys = "scaling", ("waveft_spectrum",)
     columns: ClassVar[Mapping[str, str]] = {"n": "n_frequency"}
+    repeats = False
 
     def params(self, spec: WaveFTConfig, site: WeightSite) -> dict[str, Param]:
         n, seed = first_match(spec.n_frequency_pattern, site.name, spec.n_frequency), spec.random_loc_seed

@@ -22,6 +22,8 @@ class AdaLora(Rule[AdaLoraConfig]):
     local, additive, scale = "oi", True, "scaling"
     keys = ("lora_A", "lora_E", "lora_B")
     columns: ClassVar[Mapping[str, str]] = {"r": "r", "alpha": "lora_alpha"}
+    drops = ("lora_dropout",)
+    repeats = False
 
     def params(self, spec: AdaLoraConfig, site: WeightSite) -> dict[str, Param]:
         kept = spec.kept_at(site.fqn)
@@ -40,9 +42,6 @@ class AdaLora(Rule[AdaLoraConfig]):
         numbers = {"scaling": scaling, "orth_reg_weight": float(spec.orth_reg_weight)}
         return {"r": spec.init_r, "lora_alpha": float(alpha), "kernel_shape": kernel, **numbers}
 
-    def dropouts(self, spec: AdaLoraConfig, site: WeightSite) -> dict[str, float]:
-        return {"lora_dropout": spec.lora_dropout}
-
     def check(self, spec: AdaLoraConfig, site: WeightSite) -> str | None:
         kept = spec.kept_at(site.fqn)
         if kept is not None and len(kept) != spec.init_r:
@@ -51,9 +50,6 @@ class AdaLora(Rule[AdaLoraConfig]):
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         return weight + p.scaling * (p.lora_B @ (p.lora_E * p.lora_A)).reshape(weight.shape)
-
-    def unfold(self, weight: Tensor, p: Any) -> Tensor:
-        return weight  # Sums of products of three numbers have other bits on another device.
 
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         x = p.lora_dropout(x)

@@ -9,9 +9,8 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from peftc.errors import CheckpointError
-from peftc.specs.selection import LayerSelection, Rank
+from peftc.specs.selection import Count, LayerSelection, Rank
 
-Count = Annotated[int, Field(gt=0)]
 Decay = Annotated[float | int, Field(ge=0, le=1)]
 # Where files have the factors of one subspace.
 _FACTOR = re.compile(r"(.*adamss_)([AB])\.(\d+)")

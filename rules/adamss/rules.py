@@ -28,6 +28,8 @@ class Adamss(Rule[AdamssConfig]):
     name, spec, ops, additive = "adamss", AdamssConfig, ("linear",), True
     keys = ("adamss_A", "adamss_B", "adamss_newB", *_INTEGERS)
     columns: ClassVar[Mapping[str, str]] = {"r": "r", "subspaces": "subspaces"}
+    takes = "subspaces"
+    repeats = False
 
     def params(self, spec: AdamssConfig, site: WeightSite) -> dict[str, Param]:
         numbers, rank = self.constants(spec, site), spec.subspace_rank
@@ -55,9 +57,6 @@ class Adamss(Rule[AdamssConfig]):
             "random_seed": spec.random_seed,
             "adaptive": spec.use_asa,
         }
-
-    def check(self, spec: AdamssConfig, site: WeightSite) -> str | None:
-        return "its subspaces are those of a plain parameter" if site.weight is None else None
 
     def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
         weight = weight.float() if p.bias is None else torch.cat([weight, p.bias[:, None]], dim=1).float()

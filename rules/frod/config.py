@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from peftc.specs.selection import LayerSelection
+from peftc.specs.selection import LayerSelection, Share
 
 
 class FrodConfig(LayerSelection):
@@ -27,7 +27,7 @@ class FrodConfig(LayerSelection):
     peft_type: Literal["FROD"] = "FROD"
     projection_prng_key: int = 0
     save_projection: bool = True
-    frod_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    frod_dropout: Share = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "frod_only"] = "none"
     init_weights: bool = True

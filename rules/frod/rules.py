@@ -23,6 +23,8 @@ class Frod(Rule[FrodConfig]):
     name, spec, ops, additive = "frod", FrodConfig, ("linear",), True
     keys = (*_SHARED, "frod_lambda_l", "frod_lambda_s_values", "frod_U", "frod_start")
     columns: ClassVar[Mapping[str, str]] = {"nonzero": "nonzero"}
+    takes = "bases"
+    drops, repeats = ("frod_dropout",), False
 
     def placed(self, spec: FrodConfig, sites: Sequence[WeightSite]) -> Sequence[Placed]:
         kinds = [kind_of(site.name) for site in sites]
@@ -57,12 +59,6 @@ class Frod(Rule[FrodConfig]):
             "noise": 0.0 if spec.init_weights else 0.1,
             "projection_prng_key": spec.projection_prng_key,
         }
-
-    def dropouts(self, spec: FrodConfig, site: WeightSite) -> dict[str, float]:
-        return {"frod_dropout": spec.frod_dropout}
-
-    def check(self, spec: FrodConfig, site: WeightSite) -> str | None:
-        return "it starts from a weight that is not a plain parameter here" if site.weight is None else None
 
     def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
         """Places off the diagonal, out of one stream for all kinds in alphabetical order, as peft draws them."""

@@ -84,6 +84,7 @@ class LoraEmbedding(Lora):
 
     ops = ("embedding",)
     names = ("lora_embedding_A", "lora_embedding_B")
+    drops = ()  # token ids can't be dropped; PEFT has none here either
 
     def params(self, spec: LoraConfig, site: WeightSite) -> dict[str, Param]:
         r, random = spec.rank_for(site.name), spec.init_lora_weights is False
@@ -91,9 +92,6 @@ class LoraEmbedding(Lora):
             "lora_embedding_A": Param((r, site.in_features), "normal" if random else "zeros", use="lookup", axes="ri"),
             "lora_embedding_B": Param((site.out_features, r), "normal", axes="or"),
         }
-
-    def dropouts(self, spec: LoraConfig, site: WeightSite) -> dict[str, float]:
-        return {}  # token ids can't be dropped; PEFT has none here either
 
     def check(self, spec: LoraConfig, site: WeightSite) -> str | None:
         if spec.lora_bias:
