@@ -19,6 +19,10 @@ from peftc.specs.base import AdapterSpec
 
 S = TypeVar("S", bound=AdapterSpec)
 Constant = float | int | bool | str | tuple[Any, ...]
+# By name.
+Shapes = Mapping[str, tuple[int, ...]]
+# An adapter's tensors, by site and name.
+BySite = Mapping[str, Mapping[str, Tensor]]
 # The operands of a site that an edit may replace. Ops of other kinds (a call) have slots of their own.
 SLOTS = ("input", "weight", "output")
 
@@ -261,16 +265,12 @@ class Rule(Generic[S]):
         """
         return None
 
-    def after_step(
-        self, spec: S, tensors: Mapping[str, Mapping[str, Tensor]], step: int, state: dict[str, Any]
-    ) -> None:
+    def after_step(self, spec: S, tensors: BySite, step: int, state: dict[str, Any]) -> None:
         """What happens to an adapter's tensors, by site and name, after the step number `step` (from 1) of an optimiser
         that holds some; in place, without gradient. `state`: what the rule keeps from step to step, empty at first.
         """
 
-    def filed(
-        self, spec: S, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-    ) -> tuple[S, Mapping[str, Mapping[str, Tensor]]]:
+    def filed(self, spec: S, tensors: BySite, state: Mapping[str, Any]) -> tuple[S, BySite]:
         """The spec and the tensors, by site and name, of an adapter as files hold them; `state` as `after_step` left it.
 
         A name that no parameter has is a key of files, which the spec's `on_model` turns back.
@@ -318,7 +318,7 @@ class Rule(Generic[S]):
         """
         return weight - self.weight(torch.zeros_like(weight), p) if self.additive and self.repeats else weight
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         """Values of the parameters whose `init` is `rule`, from the canonical `weight`, `p.bias` and the parameters that
         have theirs already, in float32 at least; and from `p.data`, which is None without calibration. `weight` is empty
         where the site has no plain one: `check` refuses that where it is needed. `p.loaded`: of these parameters, by name,
@@ -332,7 +332,7 @@ class Rule(Generic[S]):
         """
         raise NotImplementedError
 
-    def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def draw(self, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         """Values of the parameters whose `init` is `drawn`, on the CPU, from the constants alone: the same everywhere."""
         raise NotImplementedError
 

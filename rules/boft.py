@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import Constant, Param, Rule, Shapes
 from peftc.specs.selection import Count, LayerSelection, Share
 
 from .rotation import cayley, kept, rotated, unfit, width
@@ -75,7 +75,7 @@ class Boft(Rule[BOFTConfig]):
             "boft_s": Param(gain, "ones" if fresh else "rule", use="vector", axes=axes),
         }
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         return {"boft_s": 1 + 0.1 * torch.randn(shapes["boft_s"], dtype=weight.dtype, device=weight.device)}
 
     def constants(self, spec: BOFTConfig, site: WeightSite) -> dict[str, Constant]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import Constant, Param, Rule, Shapes
 from peftc.specs.selection import LayerSelection, Rank, Share
 
 from .rotation import wide
@@ -68,7 +68,7 @@ class Deft(Rule[DeftConfig]):
             return "R starts with what the weight gives, which is not a plain parameter here"
         return None
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         return {"deft_R": _subspace(p)[1].to(weight.dtype).mT @ weight / p.scaling}
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Factors, Param, Rule
+from peftc.rule import Constant, Factors, Param, Rule, Shapes
 from peftc.specs.selection import LayerSelection, OtherPatterns, PatternedRank, Share, first_match
 
 
@@ -56,7 +56,7 @@ class Delora(Rule[DeloraConfig]):
         start = first_match(spec.lambda_pattern, site.name, spec.delora_lambda)
         return {"r": spec.rank_for(site.name), "start": float(start)}
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         norms = torch.linalg.vector_norm(weight, dim=0)
         return {"delora_lambda": weight.new_full((1,), p.start), "delora_w_norm": norms}
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import Constant, Param, Rule, Shapes
 from peftc.specs.selection import Count, LayerSelection, OtherPatterns, first_match
 
 
@@ -67,7 +67,7 @@ class FourierFT(Rule[FourierFTConfig]):
         n, size = spec.count_for(site.name), site.out_features * site.in_features
         return f"its weight has {size} entries, fewer than n_frequency={n}" if n > size else None
 
-    def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def draw(self, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         return {"fourierft_indices": places(p.sizes, p.n_frequency, p.random_loc_seed)}
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:

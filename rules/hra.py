@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import Constant, Param, Rule, Shapes
 from peftc.specs.selection import LayerSelection, Rank
 
 from .rotation import eye, unfit, wide, width
@@ -46,7 +46,7 @@ class Hra(Rule[HRAConfig]):
         paired = spec.init_weights and spec.r % 2 == 0 and not spec.apply_GS
         return {"hra_u": Param((width(site), spec.r), "rule" if paired else "kaiming_uniform", axes="..")}
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         half = weight.new_empty(shapes["hra_u"][0], shapes["hra_u"][1] // 2)
         nn.init.kaiming_uniform_(half, a=sqrt(5))
         return {"hra_u": half.repeat_interleave(2, dim=1)}

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import BySite, Constant, Param, Rule
 from peftc.specs.selection import Count, LayerSelection, Share
 
 from .rotation import cayley, constrained, kept, nearest_divisor, rotated, series, unfit, unpacked, width
@@ -90,9 +90,7 @@ class Oft(Rule[OFTConfig]):
     def cautions(self, constants: Mapping[str, Constant], slots: Sequence[str]) -> list[str]:
         return [] if constants["fits"] else [f"has blocks of {constants['block']}: {constants['asked']} does not fit"]
 
-    def after_step(
-        self, spec: OFTConfig, tensors: Mapping[str, Mapping[str, Tensor]], step: int, state: dict[str, Any]
-    ) -> None:
+    def after_step(self, spec: OFTConfig, tensors: BySite, step: int, state: dict[str, Any]) -> None:
         for own in tensors.values() if spec.coft else ():
             own["oft_R"].copy_(constrained(own["oft_R"], spec.eps))
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import Constant, Param, Rule, Shapes
 from peftc.specs import AdapterSpec
 from peftc.specs.base import require_regex
 from peftc.specs.selection import Count
@@ -82,7 +82,7 @@ class OSF(Rule[OSFConfig]):
         full = spec.rank_for(site) >= min(site.in_features, site.out_features)
         return "all of its singular directions stay: give a smaller effective_rank" if full else None
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         u, s, v = torch.linalg.svd(weight, full_matrices=False)
         low = dict(zip(_TRAINED, (u[:, p.kept :], s[p.kept :], v[p.kept :]), strict=True))
         found = {**low, **{f"{name}_init": value.clone() for name, value in low.items()}}

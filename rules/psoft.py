@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import Constant, Param, Rule, Shapes
 from peftc.specs.selection import Count, LayerSelection, Rank, Share
 
 from .rotation import cayley, eye, series, unpacked, wide
@@ -90,7 +90,7 @@ class Psoft(Rule[PsoftConfig]):
         least = min(site.in_features, site.out_features)
         return f"its weight has {least} singular directions, fewer than r={spec.r}" if spec.r > least else None
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         # A and B are the same from float32 on, whatever the base's dtype, and are made so that peft makes the same.
         first, values, second = _svd(weight.float(), p)
         values = values / p.scaling

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import Constant, Param, Rule, Shapes
 from peftc.specs.selection import LayerSelection, Rank, Share
 
 
@@ -74,7 +74,7 @@ class RandLora(Rule[RandLoraConfig]):
         numbers = {"r": spec.r, "randlora_alpha": float(spec.randlora_alpha), "scaling": scaling}
         return {**numbers, "sizes": sizes, "bases": kind, "projection_prng_key": spec.projection_prng_key}
 
-    def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def draw(self, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         """A first and B after it out of one stream, as peft draws them; both are divided by their deviation."""
         generator = torch.Generator().manual_seed(p.projection_prng_key)
         if p.bases == "uniform":

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import BySite, Constant, Param, Rule, Shapes
 from peftc.specs import AdapterSpec
 from peftc.specs.selection import Rank, Share
 
@@ -71,7 +71,7 @@ class Supertuning(Rule[SupertuningConfig]):
     def check(self, spec: SupertuningConfig, site: WeightSite) -> str | None:
         return None if _count(spec, site) else f"sparsity={spec.sparsity} leaves nothing of its weight to be trained"
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         places = torch.topk(weight.abs().flatten(), p.count, largest=p.largest).indices
         return {"supertuning_indices": places.int()}
 
@@ -88,8 +88,8 @@ class Supertuning(Rule[SupertuningConfig]):
         return y + change + p.op(p.op(p.supertuning_lora_dropout(x), p.A), p.B) * p.scaling
 
     def filed(
-        self, spec: SupertuningConfig, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-    ) -> tuple[SupertuningConfig, Mapping[str, Mapping[str, Tensor]]]:
+        self, spec: SupertuningConfig, tensors: BySite, state: Mapping[str, Any]
+    ) -> tuple[SupertuningConfig, BySite]:
         left = () if spec.save_precomputed_indices else ("supertuning_indices",)
         return spec, {site: {n: t for n, t in own.items() if n not in left} for site, own in tensors.items()}
 

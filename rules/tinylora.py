@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Placed, Rule
+from peftc.rule import Constant, Param, Placed, Rule, Shapes
 from peftc.specs.selection import Count, LayerSelection, Rank, Share
 
 
@@ -77,12 +77,12 @@ class TinyLora(Rule[TinyLoraConfig]):
     def constants(self, spec: TinyLoraConfig, site: WeightSite) -> dict[str, Constant]:
         return {"r": min(spec.r, site.out_features, site.in_features), "u": spec.u, "turned": site.op == "embedding"}
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         up, values, down = torch.linalg.svd(weight.mT if p.turned else weight, full_matrices=False)
         roots = values[: p.r].sqrt()
         return {"tinylora_A": roots[:, None] * down[: p.r], "tinylora_B": up[:, : p.r] * roots}
 
-    def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def draw(self, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(p.seed)
         return {"tinylora_P": torch.normal(0.0, p.r**-0.5, shapes["tinylora_P"], generator=generator)}
 

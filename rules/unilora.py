@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Factors, Param, Placed, Rule
+from peftc.rule import Constant, Factors, Param, Placed, Rule, Shapes
 from peftc.specs.selection import Count, LayerSelection, Rank, Share
 
 # Numbers first: an input is cast to what comes first.
@@ -72,7 +72,7 @@ class UniLora(Rule[UniLoraConfig]):
     def constants(self, spec: UniLoraConfig, site: WeightSite) -> dict[str, Constant]:
         return {"r": spec.r, "length": spec.theta_d_length, "proj_seed": spec.proj_seed}
 
-    def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def draw(self, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         places = _places(p.places, p.length, p.proj_seed)
         scales = places.bincount(minlength=p.length).float().clamp(min=1).rsqrt()
         a, b = (shapes[name] for name in _DRAWN[:2])

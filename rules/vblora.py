@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from peftc.errors import SpecError
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import BySite, Constant, Param, Rule
 from peftc.specs.selection import Count, LayerSelection, Rank, Share
 
 _LOGITS = ("vblora_logits_A", "vblora_logits_B")
@@ -102,9 +102,7 @@ class VBLoRA(Rule[VBLoRAConfig]):
         a, b = _factors(p)
         return y + F.linear(F.linear(p.vblora_dropout(x), a), b)
 
-    def filed(
-        self, spec: VBLoRAConfig, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-    ) -> tuple[VBLoRAConfig, Mapping[str, Mapping[str, Tensor]]]:
+    def filed(self, spec: VBLoRAConfig, tensors: BySite, state: Mapping[str, Any]) -> tuple[VBLoRAConfig, BySite]:
         if not spec.save_only_topk_weights:
             return spec, tensors
         return spec, {site: _mixtures(spec, own) for site, own in tensors.items()}

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import Constant, Param, Rule, Shapes
 from peftc.specs.selection import LayerSelection, Rank, Share
 
 
@@ -73,7 +73,7 @@ class VeraRule(Rule[S]):
         sizes = (site.out_features, site.in_features)
         return {"r": spec.r, "sizes": sizes, "projection_prng_key": spec.projection_prng_key}
 
-    def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def draw(self, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         """Kaiming-uniform for ReLU, A first and B after it out of one stream, as peft draws them."""
         generator = torch.Generator().manual_seed(p.projection_prng_key)
         bounds = {name: math.sqrt(6 / shape[1]) for name, shape in shapes.items()}

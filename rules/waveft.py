@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import Constant, Param, Rule, Shapes
 from peftc.specs.selection import Count, LayerSelection, OtherPatterns, first_match
 
 from .fourierft import places
@@ -89,7 +89,7 @@ class WaveFT(Rule[WaveFTConfig]):
         )
         return f"its weight has {size} entries, fewer than n_frequency={n}" if n > size else None
 
-    def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def draw(self, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         found = places(p.sizes, p.n_frequency, p.random_loc_seed)
         return {"waveft_indices": found, "waveft_filter": torch.tensor(low_pass(p.wavelet))}
 

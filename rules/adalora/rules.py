@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import BySite, Constant, Param, Rule
 
 from .budget import allot, filed, weigh
 from .config import AdaLoraConfig
@@ -63,9 +63,7 @@ class AdaLora(Rule[AdaLoraConfig]):
         norms = [torch.linalg.norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)) for gram in grams]
         return p.orth_reg_weight * (norms[0] + norms[1]) / (2 * p.sites)
 
-    def after_step(
-        self, spec: AdaLoraConfig, tensors: Mapping[str, Mapping[str, Tensor]], step: int, state: dict[str, Any]
-    ) -> None:
+    def after_step(self, spec: AdaLoraConfig, tensors: BySite, step: int, state: dict[str, Any]) -> None:
         end = spec.total_step - spec.tfinal
         if step < end:
             weigh(spec, tensors, state.setdefault("averages", {}))
@@ -76,7 +74,5 @@ class AdaLora(Rule[AdaLoraConfig]):
             for site, kept in state.get("kept", {}).items():
                 tensors[site]["lora_E"].masked_fill_(~kept, 0)
 
-    def filed(
-        self, spec: AdaLoraConfig, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-    ) -> tuple[AdaLoraConfig, Mapping[str, Mapping[str, Tensor]]]:
+    def filed(self, spec: AdaLoraConfig, tensors: BySite, state: Mapping[str, Any]) -> tuple[AdaLoraConfig, BySite]:
         return filed(spec, tensors, state["kept"]) if "kept" in state else (spec, tensors)

@@ -6,12 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftc.rule import BySite
+
 from .config import AdamssConfig
 
 _LEARNS = 2  # The column of `adamss_sizes` that says so.
 
 
-def act(spec: AdamssConfig, tensors: Mapping[str, Mapping[str, Tensor]], step: int, state: dict[str, Any]) -> None:
+def act(spec: AdamssConfig, tensors: BySite, step: int, state: dict[str, Any]) -> None:
     """Keep what has stopped as it was, weigh the others, and at the steps for it stop those that are over the number."""
     for site, stopped in state.get("stopped", {}).items():
         for name, (where, value) in stopped.items():
@@ -37,7 +39,7 @@ def _weighed(spec: AdamssConfig, tensor: Tensor, before: tuple[Tensor, Tensor] |
     return torch.lerp(now, mean, spec.asa_importance_beta), spread
 
 
-def _stop(spec: AdamssConfig, tensors: Mapping[str, Mapping[str, Tensor]], step: int, state: dict[str, Any]) -> None:
+def _stop(spec: AdamssConfig, tensors: BySite, step: int, state: dict[str, Any]) -> None:
     total = sum(len(own["adamss_A"]) for own in tensors.values())
     left = 1 - (step - spec.init_warmup) / (spec.final_warmup - spec.init_warmup)
     wanted = int(spec.asa_target_subspaces + (total - spec.asa_target_subspaces) * left**spec.asa_schedule_exponent)

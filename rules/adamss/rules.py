@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from peftc.errors import CheckpointError
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import BySite, Constant, Param, Rule, Shapes
 
 from .budget import act
 from .config import AdamssConfig
@@ -58,7 +58,7 @@ class Adamss(Rule[AdamssConfig]):
             "adaptive": spec.use_asa,
         }
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         weight = weight.float() if p.bias is None else torch.cat([weight, p.bias[:, None]], dim=1).float()
         left, right = decomposed(weight, p.r, p.random_seed)
         places = clusters(left, p.subspaces)
@@ -95,15 +95,11 @@ class Adamss(Rule[AdamssConfig]):
         x = F.linear(x, p.adamss_newB[:, : p.inputs])
         return y + F.linear(F.linear(x + p.adamss_newB[:, p.inputs] if p.biased else x, down), up)
 
-    def after_step(
-        self, spec: AdamssConfig, tensors: Mapping[str, Mapping[str, Tensor]], step: int, state: dict[str, Any]
-    ) -> None:
+    def after_step(self, spec: AdamssConfig, tensors: BySite, step: int, state: dict[str, Any]) -> None:
         if spec.use_asa:
             act(spec, tensors, step, state)
 
-    def filed(
-        self, spec: AdamssConfig, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-    ) -> tuple[AdamssConfig, Mapping[str, Mapping[str, Tensor]]]:
+    def filed(self, spec: AdamssConfig, tensors: BySite, state: Mapping[str, Any]) -> tuple[AdamssConfig, BySite]:
         return spec, {site: _apart(own) for site, own in tensors.items()}
 
 

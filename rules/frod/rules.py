@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from peftc.errors import SpecError
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Placed, Rule
+from peftc.rule import BySite, Constant, Param, Placed, Rule, Shapes
 
 from .basis import basis, kind_of, layer_of
 from .config import FrodConfig
@@ -60,7 +60,7 @@ class Frod(Rule[FrodConfig]):
             "projection_prng_key": spec.projection_prng_key,
         }
 
-    def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def draw(self, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         """Places off the diagonal, out of one stream for all kinds in alphabetical order, as peft draws them."""
         generator, size = torch.Generator().manual_seed(p.projection_prng_key), p.inputs
         for other in p.drawn_before:
@@ -77,7 +77,7 @@ class Frod(Rule[FrodConfig]):
         # As peft's: in directions for which a weight has no rows, U follows from the rounding.
         return found.to(getattr(torch, p.rounded)) if p.rounded else found
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         shared, wide = p.frod_V.double().cpu(), weight.double().cpu()
         try:
             found = torch.linalg.solve(shared, wide.mT).mT
@@ -94,9 +94,7 @@ class Frod(Rule[FrodConfig]):
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         return y + F.linear(F.linear(p.frod_dropout(x) @ p.frod_V, _middle(p)), p.frod_U)
 
-    def filed(
-        self, spec: FrodConfig, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-    ) -> tuple[FrodConfig, Mapping[str, Mapping[str, Tensor]]]:
+    def filed(self, spec: FrodConfig, tensors: BySite, state: Mapping[str, Any]) -> tuple[FrodConfig, BySite]:
         left = () if spec.save_projection else _SHARED
         return spec, {site: {n: t for n, t in own.items() if n not in left} for site, own in tensors.items()}
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Factors, Param
+from peftc.rule import Factors, Param, Shapes
 
 from .base import Lora
 from .config import LoraConfig
@@ -60,7 +60,7 @@ class LoraLinear(Lora):
             return Factors(p.lora_B, p.lora_A, p.scaling)
         return Factors(torch.cat([p.lora_B, p.lora_B0], 1), torch.cat([p.lora_A, -p.lora_A0]), p.scaling)
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         return made(weight, shapes, p)
 
     def calibration(self, spec: LoraConfig) -> Literal["inputs", "gradients"] | None:
