@@ -21,7 +21,7 @@ class Frod(Rule[FrodConfig]):
     """On linear sites. As U·diag(l₀)·Vᵀ is the weight, what is added to it is written as the change of l alone."""
 
     name, spec, ops, additive = "frod", FrodConfig, ("linear",), True
-    keys = (*_SHARED, "frod_lambda_l", "frod_lambda_s_values", "frod_U", "frod_start")
+    keys = ("frod_lambda_l", "frod_lambda_s_values")
     columns: ClassVar[Mapping[str, str]] = {"nonzero": "nonzero"}
     takes = "bases"
     drops, repeats = ("frod_dropout",), False
