@@ -18,12 +18,12 @@ from typing import Annotated, Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import finetune_smollm2 as demo
 import torch
 import typer
 from torch import Tensor, nn
 
 import peftc
+from peftc.demo import shop, smollm2
 
 ROOT = Path(__file__).parent.parent
 FIGURES, PAGE, PLOT = (
@@ -33,7 +33,7 @@ FIGURES, PAGE, PLOT = (
 )
 SITES = ("q_proj", "v_proj")
 STEPS, ROWS, RATE = 8, 4, 2e-3
-demo.BATCH_SIZE = ROWS
+smollm2.BATCH_SIZE = ROWS
 PROMPT = {"num_virtual_tokens": 10, "task_type": "CAUSAL_LM"}
 
 
@@ -109,20 +109,20 @@ class Saved:
 
     def bytes(self, model: Any, batch: dict[str, Tensor]) -> int:
         with torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor):
-            loss = demo.answer_loss(model, batch)
+            loss = smollm2.answer_loss(model, batch)
         found = sum(self.storages.values())
         del loss
         return found
 
 
 @torch.no_grad()
-def score(model: Any, tokenizer: Any, examples: Sequence[demo.Example]) -> tuple[float, int]:
+def score(model: Any, tokenizer: Any, examples: Sequence[shop.Example]) -> tuple[float, int]:
     """The mean loss of held-out answers, and how many of them greedy decoding gives word for word: those whose every token
     is the likeliest after what comes before.
     """
     model.eval()
     losses, right = [], 0
-    for batch in demo.batches(examples, tokenizer, 1, 0, demo.SYSTEM):
+    for batch in smollm2.batches(examples, tokenizer, 1, 0, shop.SYSTEM):
         window = int((batch["labels"] != -100).sum(dim=1).max()) + 1
         given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         logits = model(**given, logits_to_keep=window).logits[:, :-1]
@@ -141,7 +141,7 @@ def train(model: Any, batches: Sequence[dict[str, Tensor]], rate: float) -> tupl
     model.train()
     cpu, wall = time.process_time(), time.perf_counter()
     for batch in batches:
-        demo.answer_loss(model, batch).backward()
+        smollm2.answer_loss(model, batch).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -151,8 +151,8 @@ def train(model: Any, batches: Sequence[dict[str, Tensor]], rate: float) -> tupl
 def measure(base: Any, tokenizer: Any, entry: Entry | None) -> dict[str, Any]:
     """The figures of one method, or of the base alone."""
     torch.manual_seed(0)
-    training, heldout = (demo.read_examples(demo.DATA / f"schema_{part}.jsonl") for part in ("train", "heldout"))
-    batches = list(demo.batches(training, tokenizer, 1, 0, demo.SYSTEM))[:STEPS]
+    training, heldout = (shop.read_examples("train"), shop.read_examples("heldout"))
+    batches = list(smollm2.batches(training, tokenizer, 1, 0, shop.SYSTEM))[:STEPS]
     if entry is None:
         loss, right = score(base, tokenizer, heldout)
         return {"parameters": 0, "loss": loss, "right": right}
@@ -289,7 +289,7 @@ def main(
     """Measure the methods, and write the page and the plot."""
     names = [name.strip() for name in only.split(",") if name.strip()] or ["base", *METHODS]
     if measured:
-        base, tokenizer = demo.load_base(None), demo.load_tokenizer(None)
+        base, tokenizer = smollm2.load_base(None), smollm2.load_tokenizer(None)
         for name in names:
             found = measure(base, tokenizer, METHODS.get(name))
             print(name, found, flush=True)

@@ -20,14 +20,14 @@ from typing import Annotated, Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
-import finetune_smollm2 as demo
 import torch
 import typer
-from packages import folder_of
 from rich.console import Console
 
 import peftc
 from benchmarks.timing import paired
+from peftc.demo import smollm2
+from peftc.demo.packages import folder_of
 from peftc.export import generate as standalone
 
 ADAPTERS, TOKENS = 16, 32
@@ -60,7 +60,7 @@ def model_with(names: list[str], layers: int | None = None) -> Any:
     """The model, or its first layers, with adapters of rank 8 on all linears, far from fresh."""
     torch.manual_seed(0)
     spec = peftc.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM")
-    base = demo.load_base(None)
+    base = smollm2.load_base(None)
     if layers is not None:
         base.model.layers, base.config.num_hidden_layers = base.model.layers[:layers], layers
     compiled = peftc.compile(base, dict.fromkeys(names, spec)).eval()
@@ -174,8 +174,8 @@ def main(
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     compiled = exported(out)
-    tokenizer = demo.load_tokenizer(None)
-    text = demo.prompt(tokenizer, "Kindly get me a wheelbarrow for tomorrow.")
+    tokenizer = smollm2.load_tokenizer(None)
+    text = smollm2.prompt(tokenizer, "Kindly get me a wheelbarrow for tomorrow.")
     ids = tokenizer(text).input_ids
     measure(compiled, out, ids, rounds)
     if node is not None:

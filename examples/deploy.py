@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import finetune_smollm2 as demo
 import typer
 from report import check, console
 from rich.table import Table
 
 import peftc
+from peftc.demo import smollm2
 
 TOKENS = 40
 # What asks a checkpoint: transformers, whose own `generate` serves it.
@@ -41,9 +41,9 @@ def main(
     to: Annotated[list[str] | None, typer.Option(help="hf, pt2, onnx or aoti; by default the first three.")] = None,
 ) -> None:
     """Export, check again, and ask."""
-    tokenizer = demo.load_tokenizer(model)
-    compiled = peftc.load(demo.load_base(model), adapter).eval()
-    text = demo.prompt(tokenizer, "Kindly get me a wheelbarrow for tomorrow.")
+    tokenizer = smollm2.load_tokenizer(model)
+    compiled = peftc.load(smollm2.load_base(model), adapter).eval()
+    text = smollm2.prompt(tokenizer, "Kindly get me a wheelbarrow for tomorrow.")
     table = Table("to", "size", "export", "difference", "greedy tokens", "asked", "answer", box=None)
     answers: dict[str, str] = {}
     for target in to or ["hf", "pt2", "onnx"]:

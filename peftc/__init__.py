@@ -7,6 +7,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from peftc import errors
 from peftc.integrations.trainer import install as _install
 
 # Public names by where they are from. That is imported when one of them is first asked for: the help of the command, and
@@ -23,19 +24,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     ),
     "peftc.checkpoint": ("LoadResult",),
     "peftc.compiled": ("CompiledModel",),
-    "peftc.errors": (
-        "AdapterError",
-        "CaptureError",
-        "CheckpointError",
-        "ConflictError",
-        "ExportError",
-        "MergeError",
-        "NoMatchError",
-        "PeftcError",
-        "PlanError",
-        "RuleError",
-        "SpecError",
-    ),
+    "peftc.errors": tuple(name for name in errors.__all__ if name.endswith("Error")),
     "peftc.export": ("preflight", "verify"),
     "peftc.graph.ops": ("Form", "Op", "Shape", "register_op", "unregister_op"),
     "peftc.plan": ("Plan",),

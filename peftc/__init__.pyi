@@ -17,6 +17,7 @@ from peftc.rule import Param, Rule
 from peftc.specs import AdapterSpec, Pattern
 from peftc.stream import merge_checkpoint, unmerge_checkpoint
 from peftc_rules.adalora.config import AdaLoraConfig
+from peftc_rules.adamss.config import AdamssConfig
 from peftc_rules.adaption_prompt import AdaptionPromptConfig
 from peftc_rules.beft import BeftConfig
 from peftc_rules.boft import BOFTConfig
@@ -24,6 +25,7 @@ from peftc_rules.c3a import C3AConfig
 from peftc_rules.deft import DeftConfig
 from peftc_rules.delora import DeloraConfig
 from peftc_rules.fourierft import FourierFTConfig
+from peftc_rules.frod.config import FrodConfig
 from peftc_rules.glora import GloraConfig
 from peftc_rules.gralora import GraloraConfig
 from peftc_rules.hira import HiraConfig
@@ -55,6 +57,7 @@ from peftc_rules.waveft import WaveFTConfig
 
 __all__ = [
     "AdaLoraConfig",
+    "AdamssConfig",
     "AdapterError",
     "AdapterSpec",
     "AdaptionPromptConfig",
@@ -71,6 +74,7 @@ __all__ = [
     "ExportError",
     "Form",
     "FourierFTConfig",
+    "FrodConfig",
     "GloraConfig",
     "GraloraConfig",
     "HRAConfig",

@@ -37,7 +37,7 @@ class PlannedParam:
     @property
     def saved(self) -> bool:
         """Whether checkpoints hold it: what is trained, and what training started from, where that can't be told again."""
-        start = self.init in ("copy", "rule") or (self.init == "drawn" and self.seed is None)
+        start = self.init in ("copy", "rule", "gathered") or (self.init == "drawn" and self.seed is None)
         return self.trainable or (start and self.kept)
 
     @property

@@ -19,6 +19,10 @@ from peftc.specs.base import AdapterSpec
 
 S = TypeVar("S", bound=AdapterSpec)
 Constant = float | int | bool | str | tuple[Any, ...]
+# By name.
+Shapes = Mapping[str, tuple[int, ...]]
+# An adapter's tensors, by site and name.
+BySite = Mapping[str, Mapping[str, Tensor]]
 # The operands of a site that an edit may replace. Ops of other kinds (a call) have slots of their own.
 SLOTS = ("input", "weight", "output")
 
@@ -28,13 +32,13 @@ class Param:
     """A tensor that an adapter adds to a site.
 
     `init`: `zeros`, `ones`, `constant:<value>`, `normal` or `normal:<std>`, `uniform:<bound>`, `kaiming_uniform`, `rule`
-    (by `Rule.initialise`), `drawn` (by `Rule.draw`) or `derived` (by `Rule.derived`). `seed`: it is drawn with this seed,
-    the same everywhere; such a tensor need not be saved.
+    (by `Rule.initialise`), `gathered` (by `Rule.gather`), `drawn` (by `Rule.draw`) or `derived` (by `Rule.derived`).
+    `seed`: it is drawn with this seed, the same everywhere; such a tensor need not be saved.
     `key`: its name in checkpoints, by default its name in the rule; the live name has the adapter's name after the
     first part (`lora_A.weight` is the parameter `lora_A.default.weight`). `dtype`: its own, if not the adapter's; an
-    integer one is never trained. `trainable=False`: frozen; saved only if its `init` is `rule`, or `drawn` without a
-    `seed`, and a file without it leaves it as it was initialised. `kept=False`: files never have it, as it follows from the
-    weight (`init` is `rule`). `stored`: files hold this many times the tensor.
+    integer one is never trained. `trainable=False`: frozen; saved only if its `init` is `rule` or `gathered`, or `drawn`
+    without a `seed`, and a file without it leaves it as it was initialised. `kept=False`: files never have it, as it
+    follows from the weight (`init` is `rule`). `stored`: files hold this many times the tensor.
     `use` is for the FLOPs of the plan: a `matrix` is multiplied with (two per element and token), a `vector` scales or
     is added (one), a `lookup` table is only indexed.
     `axes`: one letter per dimension, `o` if it runs along the rows of the canonical weight, `i` along its columns, any
@@ -158,6 +162,12 @@ class Rule(Generic[S]):
     replaces_rows: ClassVar[bool] = False
     spellings: ClassVar[tuple[tuple[str, str], ...]] = ()
     columns: ClassVar[Mapping[str, str]] = {}
+    # Fields of the spec that are probabilities of dropouts, which have their names.
+    drops: ClassVar[tuple[str, ...]] = ()
+    # Whether `weight` has the same bits in float64 on every device: no sum of products of three numbers has.
+    repeats: ClassVar[bool] = True
+    # What it takes from the weight (`singular values`), if it can't do without: a site that has no plain one is refused.
+    takes: ClassVar[str] = ""
     # The first parts of the keys that its tensors have in files (`lora_A`).
     keys: ClassVar[tuple[str, ...]] = ()
     # For rules whose adapters are modules: the child of the site that holds them, by adapter name.
@@ -200,11 +210,17 @@ class Rule(Generic[S]):
 
     def dropouts(self, spec: S, site: Any) -> dict[str, float]:
         """Dropout modules by name, with their probability; `p.<name>(x)` is live under train() and eval()."""
-        return {}
+        return {name: getattr(spec, name) for name in self.drops}
 
     def check(self, spec: S, site: Any) -> str | None:
         """The reason why `site` can't be adapted with `spec`, or None."""
         return None
+
+    def refusal(self, spec: S, site: Any) -> str | None:
+        """As `check`, with what every rule of its kind refuses."""
+        if self.takes and site.weight is None:
+            return f"it takes {self.takes} from the weight, which is not a plain parameter here"
+        return self.check(spec, site)
 
     def cannot_fold(self, spec: S, site: Any) -> str | None:
         """The reason why the adapter at `site` can't be merged into the weight, or None."""
@@ -249,16 +265,12 @@ class Rule(Generic[S]):
         """
         return None
 
-    def after_step(
-        self, spec: S, tensors: Mapping[str, Mapping[str, Tensor]], step: int, state: dict[str, Any]
-    ) -> None:
+    def after_step(self, spec: S, tensors: BySite, step: int, state: dict[str, Any]) -> None:
         """What happens to an adapter's tensors, by site and name, after the step number `step` (from 1) of an optimiser
         that holds some; in place, without gradient. `state`: what the rule keeps from step to step, empty at first.
         """
 
-    def filed(
-        self, spec: S, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-    ) -> tuple[S, Mapping[str, Mapping[str, Tensor]]]:
+    def filed(self, spec: S, tensors: BySite, state: Mapping[str, Any]) -> tuple[S, BySite]:
         """The spec and the tensors, by site and name, of an adapter as files hold them; `state` as `after_step` left it.
 
         A name that no parameter has is a key of files, which the spec's `on_model` turns back.
@@ -304,16 +316,23 @@ class Rule(Generic[S]):
 
         An undo log corrects it, so it need not be right, but the better it is the smaller is the log.
         """
-        return weight - self.weight(torch.zeros_like(weight), p) if self.additive else weight
+        return weight - self.weight(torch.zeros_like(weight), p) if self.additive and self.repeats else weight
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         """Values of the parameters whose `init` is `rule`, from the canonical `weight`, `p.bias` and the parameters that
         have theirs already, in float32 at least; and from `p.data`, which is None without calibration. `weight` is empty
-        where the site has no plain one: `check` refuses that where it is needed.
+        where the site has no plain one: `check` refuses that where it is needed. `p.loaded`: of these parameters, by name,
+        those that a file has brought, whose values here are not used.
         """
         raise NotImplementedError
 
-    def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def gather(self, name: str, weights: Mapping[str, Tensor], p: Any) -> Tensor:
+        """The frozen parameter `name`, whose `init` is `gathered`, from the canonical weights of all sites that share it,
+        in the model's order and in float32 at least.
+        """
+        raise NotImplementedError
+
+    def draw(self, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         """Values of the parameters whose `init` is `drawn`, on the CPU, from the constants alone: the same everywhere."""
         raise NotImplementedError
 
@@ -358,7 +377,7 @@ class Rule(Generic[S]):
         raise NotImplementedError
 
 
-_INITS = r"zeros|ones|kaiming_uniform|rule|drawn|derived|normal(:[\d.e-]+)?|(uniform|constant):[\d.e+-]+"
+_INITS = r"zeros|ones|kaiming_uniform|rule|gathered|drawn|derived|normal(:[\d.e-]+)?|(uniform|constant):[\d.e+-]+"
 
 
 def validate(

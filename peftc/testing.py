@@ -186,12 +186,15 @@ def _compiled(case: _Case, spec: AdapterSpec, dtype: torch.dtype = torch.float64
 
 
 def _trained(compiled: Any) -> Any:
-    """The adapters as if they had been trained."""
-    with torch.no_grad():
-        for name in compiled.peft_config:
-            for tensor in compiled.adapter_state_dict(name).values():
-                if tensor.is_floating_point():
-                    tensor.add_(0.3 * torch.randn(tensor.shape, dtype=torch.float64).to(tensor.dtype))
+    """The adapters as if they had been trained; what follows from their tensors follows from the new ones."""
+    for name in compiled.peft_config:
+        moved = {
+            key: tensor + 0.3 * torch.randn(tensor.shape, dtype=torch.float64).to(tensor.dtype)
+            if tensor.is_floating_point()
+            else tensor.clone()
+            for key, tensor in compiled.adapter_state_dict(name).items()
+        }
+        peftc.set_peft_model_state_dict(compiled, moved, name)
     return compiled
 
 

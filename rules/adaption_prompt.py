@@ -1,14 +1,12 @@
 """LLaMA-Adapter: y + g·softmax(q·K(P)ᵀ/√d)·V(P)·O, prompts in the upper layers.  Zhang et al. 2023, arXiv:2303.16199."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import Field
 from torch import Tensor
 
 from peftc.attention.sites import AttentionSite, AttentionSpec
 from peftc.rule import Constant, Param, Rule
-
-Count = Annotated[int, Field(gt=0)]
+from peftc.specs.selection import Count
 
 
 class AdaptionPromptConfig(AttentionSpec):

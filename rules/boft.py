@@ -8,8 +8,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
-from peftc.specs.selection import LayerSelection
+from peftc.rule import Constant, Param, Rule, Shapes
+from peftc.specs.selection import Count, LayerSelection, Share
 
 from .rotation import cayley, kept, rotated, unfit, width
 
@@ -30,8 +30,8 @@ class BOFTConfig(LayerSelection):
     peft_type: Literal["BOFT"] = "BOFT"
     boft_block_size: Annotated[int, Field(ge=0)] = 4
     boft_block_num: Annotated[int, Field(ge=0)] = 0
-    boft_n_butterfly_factor: Annotated[int, Field(gt=0)] = 1
-    boft_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    boft_n_butterfly_factor: Count = 1
+    boft_dropout: Share = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "boft_only"] = "none"
     init_weights: bool = True
@@ -75,7 +75,7 @@ class Boft(Rule[BOFTConfig]):
             "boft_s": Param(gain, "ones" if fresh else "rule", use="vector", axes=axes),
         }
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         return {"boft_s": 1 + 0.1 * torch.randn(shapes["boft_s"], dtype=weight.dtype, device=weight.device)}
 
     def constants(self, spec: BOFTConfig, site: WeightSite) -> dict[str, Constant]:

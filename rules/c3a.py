@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from math import sqrt
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -10,11 +10,11 @@ from torch import Tensor
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule
-from peftc.specs.selection import LayerSelection, OtherPatterns, first_match
+from peftc.specs.selection import Count, LayerSelection, OtherPatterns, first_match
 
 from .rotation import wide
 
-Size = Annotated[int, Field(gt=0)]
+Size = Count
 
 
 class C3AConfig(LayerSelection, OtherPatterns):

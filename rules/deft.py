@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
-from peftc.specs.selection import LayerSelection, Rank
+from peftc.rule import Constant, Param, Rule, Shapes
+from peftc.specs.selection import LayerSelection, Rank, Share
 
 from .rotation import wide
 
@@ -35,7 +35,7 @@ class DeftConfig(LayerSelection):
     alpha: Annotated[int, Field(ge=0)] | None = None
     para: bool = False
     fan_in_fan_out: bool = False
-    deft_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    deft_dropout: Share = 0.0
     init_weights: bool = True
     bias: Literal["none", "all", "deft_only"] = "none"
 
@@ -68,7 +68,7 @@ class Deft(Rule[DeftConfig]):
             return "R starts with what the weight gives, which is not a plain parameter here"
         return None
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         return {"deft_R": _subspace(p)[1].to(weight.dtype).mT @ weight / p.scaling}
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:

@@ -1,7 +1,7 @@
 """DeLoRA: W + (λ/r)·Σ bᵢaᵢᵀ / (‖bᵢ‖‖aᵢ‖), by the columns' norms.  Bini et al. 2025, arXiv:2503.18225, section 3."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Factors, Param, Rule
-from peftc.specs.selection import LayerSelection, OtherPatterns, PatternedRank, first_match
+from peftc.rule import Constant, Factors, Param, Rule, Shapes
+from peftc.specs.selection import LayerSelection, OtherPatterns, PatternedRank, Share, first_match
 
 
 class DeloraConfig(LayerSelection, PatternedRank, OtherPatterns):
@@ -28,7 +28,7 @@ class DeloraConfig(LayerSelection, PatternedRank, OtherPatterns):
 
     peft_type: Literal["DELORA"] = "DELORA"
     delora_lambda: float | int = 15
-    module_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    module_dropout: Share = 0.0
     bias: Literal["none", "all", "delora_only"] = "none"
     init_weights: bool = True
     lambda_pattern: dict[str, float | int] = Field(default_factory=dict)
@@ -40,6 +40,8 @@ class Delora(Rule[DeloraConfig]):
     name, spec, ops, additive = "delora", DeloraConfig, ("linear",), True
     keys = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
     columns: ClassVar[Mapping[str, str]] = {"r": "r"}
+    drops = ("module_dropout",)
+    takes = "norms"
 
     def params(self, spec: DeloraConfig, site: WeightSite) -> dict[str, Param]:
         r, zero = spec.rank_for(site.name), "zeros" if spec.init_weights else "kaiming_uniform"
@@ -54,15 +56,7 @@ class Delora(Rule[DeloraConfig]):
         start = first_match(spec.lambda_pattern, site.name, spec.delora_lambda)
         return {"r": spec.rank_for(site.name), "start": float(start)}
 
-    def dropouts(self, spec: DeloraConfig, site: WeightSite) -> dict[str, float]:
-        return {"module_dropout": spec.module_dropout}
-
-    def check(self, spec: DeloraConfig, site: WeightSite) -> str | None:
-        return (
-            "it starts from norms of the weight, which is not a plain parameter here" if site.weight is None else None
-        )
-
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         norms = torch.linalg.vector_norm(weight, dim=0)
         return {"delora_lambda": weight.new_full((1,), p.start), "delora_w_norm": norms}
 

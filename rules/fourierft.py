@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field
@@ -10,10 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
-from peftc.specs.selection import LayerSelection, OtherPatterns, first_match
-
-Count = Annotated[int, Field(gt=0)]
+from peftc.rule import Constant, Param, Rule, Shapes
+from peftc.specs.selection import Count, LayerSelection, OtherPatterns, first_match
 
 
 class FourierFTConfig(LayerSelection, OtherPatterns):
@@ -52,6 +50,7 @@ class FourierFT(Rule[FourierFTConfig]):
     name, spec, ops, additive, identity = "fourierft", FourierFTConfig, ("linear",), True, False
     scale, keys = "scaling", ("fourierft_spectrum",)
     columns: ClassVar[Mapping[str, str]] = {"n": "n_frequency"}
+    repeats = False
 
     def params(self, spec: FourierFTConfig, site: WeightSite) -> dict[str, Param]:
         n, seed = spec.count_for(site.name), spec.random_loc_seed
@@ -68,7 +67,7 @@ class FourierFT(Rule[FourierFTConfig]):
         n, size = spec.count_for(site.name), site.out_features * site.in_features
         return f"its weight has {size} entries, fewer than n_frequency={n}" if n > size else None
 
-    def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def draw(self, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         return {"fourierft_indices": places(p.sizes, p.n_frequency, p.random_loc_seed)}
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:
@@ -76,9 +75,6 @@ class FourierFT(Rule[FourierFTConfig]):
 
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         return y + F.linear(x, _change(p)) * p.scaling
-
-    def unfold(self, weight: Tensor, p: Any) -> Tensor:
-        return weight  # A transform has other bits on another device.
 
 
 def _change(p: Any) -> Tensor:

@@ -43,6 +43,7 @@ class Glora(Rule[GloraConfig]):
     name, spec, ops, local = "glora", GloraConfig, ("linear",), "oi"
     keys = tuple(f"glora_{path}" for path in "ABCDE")
     columns: ClassVar[Mapping[str, str]] = {"r": "r"}
+    takes = "what it scales"
 
     def params(self, spec: GloraConfig, site: WeightSite) -> dict[str, Param]:
         rows, columns, zero = site.out_features, site.in_features, spec.init_weights
@@ -67,8 +68,6 @@ class Glora(Rule[GloraConfig]):
         return {"r": spec.r, **{f"form_{path}": form for path, form in _forms(spec, site).items()}}
 
     def check(self, spec: GloraConfig, site: WeightSite) -> str | None:
-        if site.weight is None:
-            return "it scales a weight that is not a plain parameter here"
         return None if set(_forms(spec, site).values()) != {"none"} else "all five of its tensors are left out (none)"
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:

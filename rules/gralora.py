@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule
-from peftc.specs.selection import LayerSelection
+from peftc.specs.selection import Count, LayerSelection, Rank, Share
 
 
 class GraloraConfig(LayerSelection):
@@ -28,11 +28,11 @@ class GraloraConfig(LayerSelection):
     defaults_of = "LORA"
 
     peft_type: Literal["GRALORA"] = "GRALORA"
-    r: Annotated[int, Field(gt=0)] = 32
+    r: Rank = 32
     hybrid_r: Annotated[int, Field(ge=0)] = 0
     alpha: float | int = 64
-    gralora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    gralora_k: Annotated[int, Field(gt=0)] = 2
+    gralora_dropout: Share = 0.0
+    gralora_k: Count = 2
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "gralora_only"] = "none"
     init_weights: bool = True
@@ -50,6 +50,7 @@ class Gralora(Rule[GraloraConfig]):
     name, spec, ops, additive, scale = "gralora", GraloraConfig, ("linear",), True, "scaling"
     keys = ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general")
     columns: ClassVar[Mapping[str, str]] = {"r": "r", "alpha": "alpha"}
+    drops = ("gralora_dropout",)
 
     def params(self, spec: GraloraConfig, site: WeightSite) -> dict[str, Param]:
         k, r = spec.gralora_k, spec.r
@@ -75,9 +76,6 @@ class Gralora(Rule[GraloraConfig]):
             "k": spec.gralora_k,
             "hybrid": spec.hybrid_r > 0,
         }
-
-    def dropouts(self, spec: GraloraConfig, site: WeightSite) -> dict[str, float]:
-        return {"gralora_dropout": spec.gralora_dropout}
 
     def check(self, spec: GraloraConfig, site: WeightSite) -> str | None:
         if site.in_features % spec.gralora_k or site.out_features % spec.gralora_k:

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator
 from torch import Tensor, nn
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule
-from peftc.specs.selection import LayerSelection, PatternedRank, Rank
+from peftc.specs.selection import LayerSelection, PatternedRank, Rank, Share
 
 
 def _lower(value: Any) -> Any:
@@ -30,7 +30,7 @@ class HiraConfig(LayerSelection, PatternedRank):
 
     peft_type: Literal["HIRA"] = "HIRA"
     r: Rank = 32
-    hira_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    hira_dropout: Share = 0.0
     fan_in_fan_out: bool = False
     init_weights: Annotated[bool | Literal["gaussian"], BeforeValidator(_lower)] = True
 
@@ -48,6 +48,7 @@ class Hira(Rule[HiraConfig]):
     name, spec, ops, local = "hira", HiraConfig, ("linear",), "oi"
     keys = ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B")
     columns: ClassVar[Mapping[str, str]] = {"r": "r"}
+    drops = ("hira_dropout",)
 
     def params(self, spec: HiraConfig, site: WeightSite) -> dict[str, Param]:
         r = spec.rank_for(site.name)
@@ -64,9 +65,6 @@ class Hira(Rule[HiraConfig]):
 
     def constants(self, spec: HiraConfig, site: WeightSite) -> dict[str, Constant]:
         return {"r": spec.rank_for(site.name)}
-
-    def dropouts(self, spec: HiraConfig, site: WeightSite) -> dict[str, float]:
-        return {"hira_dropout": spec.hira_dropout}
 
     def check(self, spec: HiraConfig, site: WeightSite) -> str | None:
         return f"its {site.groups} groups have weights that BA does not fit" if site.groups > 1 else None
@@ -91,6 +89,7 @@ class HiraEmbedding(Hira):
     """On embeddings."""
 
     ops = ("embedding",)
+    drops = ()  # Token ids can't be dropped; peft does not either.
 
     def params(self, spec: HiraConfig, site: WeightSite) -> dict[str, Param]:
         r = spec.rank_for(site.name)
@@ -98,9 +97,6 @@ class HiraEmbedding(Hira):
             "hira_embedding_A": Param((r, site.in_features), "zeros" if spec.init_weights else "normal", axes="ri"),
             "hira_embedding_B": Param((site.out_features, r), "normal", axes="or"),
         }
-
-    def dropouts(self, spec: HiraConfig, site: WeightSite) -> dict[str, float]:
-        return {}  # Token ids can't be dropped; peft does not either.
 
     def product(self, p: Any) -> Tensor:
         return p.hira_embedding_B @ p.hira_embedding_A

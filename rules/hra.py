@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping
 from math import sqrt
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
-from peftc.specs.selection import LayerSelection
+from peftc.rule import Constant, Param, Rule, Shapes
+from peftc.specs.selection import LayerSelection, Rank
 
 from .rotation import eye, unfit, wide, width
 
@@ -29,7 +28,7 @@ class HRAConfig(LayerSelection):
     defaults_of = "LORA"
 
     peft_type: Literal["HRA"] = "HRA"
-    r: Annotated[int, Field(gt=0)] = 8
+    r: Rank = 8
     apply_GS: bool = False  # noqa: N815 - PEFT's name
     init_weights: bool = True
     bias: Literal["none", "all", "hra_only"] = "none"
@@ -47,7 +46,7 @@ class Hra(Rule[HRAConfig]):
         paired = spec.init_weights and spec.r % 2 == 0 and not spec.apply_GS
         return {"hra_u": Param((width(site), spec.r), "rule" if paired else "kaiming_uniform", axes="..")}
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         half = weight.new_empty(shapes["hra_u"][0], shapes["hra_u"][1] // 2)
         nn.init.kaiming_uniform_(half, a=sqrt(5))
         return {"hra_u": half.repeat_interleave(2, dim=1)}

@@ -1,12 +1,11 @@
 """LN-tuning: the norms of a model are trained, and nothing else.  Zhao et al. 2023, arXiv:2312.11420, section 3."""
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import Constant, Param, Rule, Shapes
 from peftc.specs import AdapterSpec
 
 
@@ -49,7 +48,7 @@ class LNTuning(Rule[LNTuningConfig]):
             return "it keeps statistics, of which an adapter needs its own: name it in modules_to_save"
         return None
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         made = {"ln_weight": weight.mT if p.turned else weight}
         return made | ({"ln_bias": p.bias} if "ln_bias" in shapes else {})
 

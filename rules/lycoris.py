@@ -2,17 +2,14 @@
 
 from collections.abc import Mapping
 from math import prod
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Rule
-from peftc.specs.selection import LayerSelection, PatternedAlpha, PatternedRank, first_match
-
-Probability = Annotated[float, Field(ge=0, lt=1)]
+from peftc.specs.selection import LayerSelection, PatternedAlpha, PatternedRank, Share, first_match
 
 
 class TermConfig(LayerSelection, PatternedRank, PatternedAlpha):
@@ -21,8 +18,8 @@ class TermConfig(LayerSelection, PatternedRank, PatternedAlpha):
     defaults_of = "LORA"
 
     alpha: float | int = 8
-    rank_dropout: Probability = 0.0
-    module_dropout: Probability = 0.0
+    rank_dropout: Share = 0.0
+    module_dropout: Share = 0.0
     use_effective_conv2d: bool = False
 
 
@@ -35,6 +32,7 @@ class Term(Rule[S]):
     ops = ("linear", "conv1d", "conv2d")
     additive, scale = True, "scaling"
     columns: ClassVar[Mapping[str, str]] = {"r": "r", "alpha": "alpha"}
+    drops = ("rank_dropout", "module_dropout")
 
     def constants(self, spec: S, site: WeightSite) -> dict[str, Constant]:
         r, alpha = spec.rank_for(site.name), first_match(spec.alpha_pattern, site.name, spec.alpha)
@@ -46,9 +44,6 @@ class Term(Rule[S]):
             "kernel": site.kernel_size,
             "drops": _drops(spec),
         }
-
-    def dropouts(self, spec: S, site: WeightSite) -> dict[str, float]:
-        return {"rank_dropout": spec.rank_dropout, "module_dropout": spec.module_dropout}
 
     def slots(self, spec: S, site: WeightSite) -> tuple[str, ...]:
         # A sum with a weight in half precision would lose what is small in Δ, and rows can't be dropped in the weight.

@@ -4,16 +4,15 @@ The paper's first versions called it Bone; Bat is its form that goes by the weig
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Factors, Param, Rule
-from peftc.specs.selection import LayerSelection
+from peftc.specs.selection import Count, LayerSelection, Rank, Share
 
 
 class MissConfig(LayerSelection):
@@ -30,9 +29,9 @@ class MissConfig(LayerSelection):
     defaults_of = "LORA"
 
     peft_type: Literal["MISS"] = "MISS"
-    r: Annotated[int, Field(gt=0)] = 64
-    miss_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    mini_r: Annotated[int, Field(gt=0)] = 1
+    r: Rank = 64
+    miss_dropout: Share = 0.0
+    mini_r: Count = 1
     init_weights: bool | Literal["bat", "mini"] = True
     bias: Literal["none", "all", "MiSS_only"] = "none"
 
@@ -43,6 +42,7 @@ class Miss(Rule[MissConfig]):
     name, spec, ops, local, additive = "miss", MissConfig, ("linear",), "o", True
     keys = ("miss_block",)
     columns: ClassVar[Mapping[str, str]] = {"r": "r"}
+    drops = ("miss_dropout",)
 
     def serves(self, spec: MissConfig) -> bool:
         return spec.init_weights != "bat"
@@ -55,9 +55,6 @@ class Miss(Rule[MissConfig]):
     def constants(self, spec: MissConfig, site: WeightSite) -> dict[str, Constant]:
         copies = site.out_features // spec.mini_r if spec.init_weights == "mini" else 1
         return {"r": spec.r, "copies": copies, "columns": site.in_features}
-
-    def dropouts(self, spec: MissConfig, site: WeightSite) -> dict[str, float]:
-        return {"miss_dropout": spec.miss_dropout}
 
     def check(self, spec: MissConfig, site: WeightSite) -> str | None:
         if spec.r > site.in_features:

@@ -7,8 +7,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
-from peftc.specs.selection import LayerSelection
+from peftc.rule import BySite, Constant, Param, Rule
+from peftc.specs.selection import Count, LayerSelection, Share
 
 from .rotation import cayley, constrained, kept, nearest_divisor, rotated, series, unfit, unpacked, width
 
@@ -28,7 +28,7 @@ class OFTConfig(LayerSelection):
     peft_type: Literal["OFT"] = "OFT"
     r: Annotated[int, Field(ge=0)] = 0
     oft_block_size: Annotated[int, Field(ge=0)] = 32
-    module_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    module_dropout: Share = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "oft_only"] = "none"
     init_weights: bool = True
@@ -36,7 +36,7 @@ class OFTConfig(LayerSelection):
     eps: float = 6e-5
     block_share: bool = False
     use_cayley_neumann: bool = True
-    num_cayley_neumann_terms: Annotated[int, Field(gt=0)] = 5
+    num_cayley_neumann_terms: Count = 5
 
     @model_validator(mode="after")
     def _check_size(self) -> Self:
@@ -59,6 +59,7 @@ class Oft(Rule[OFTConfig]):
     keys = ("oft_R", "oft_embedding_R")
     columns: ClassVar[Mapping[str, str]] = {"block": "block"}
     key: ClassVar[str] = "oft_R.weight"
+    drops = ("module_dropout",)
 
     def params(self, spec: OFTConfig, site: WeightSite) -> dict[str, Param]:
         size, block = width(site), spec.block_for(width(site))
@@ -79,9 +80,6 @@ class Oft(Rule[OFTConfig]):
             "drops": spec.module_dropout > 0 and not spec.block_share and not site.kernel_size,
         }
 
-    def dropouts(self, spec: OFTConfig, site: WeightSite) -> dict[str, float]:
-        return {"module_dropout": spec.module_dropout}
-
     def check(self, spec: OFTConfig, site: WeightSite) -> str | None:
         if spec.block_for(width(site)) == 1:
             return (
@@ -92,9 +90,7 @@ class Oft(Rule[OFTConfig]):
     def cautions(self, constants: Mapping[str, Constant], slots: Sequence[str]) -> list[str]:
         return [] if constants["fits"] else [f"has blocks of {constants['block']}: {constants['asked']} does not fit"]
 
-    def after_step(
-        self, spec: OFTConfig, tensors: Mapping[str, Mapping[str, Tensor]], step: int, state: dict[str, Any]
-    ) -> None:
+    def after_step(self, spec: OFTConfig, tensors: BySite, step: int, state: dict[str, Any]) -> None:
         for own in tensors.values() if spec.coft else ():
             own["oft_R"].copy_(constrained(own["oft_R"], spec.eps))
 

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import Constant, Param, Rule, Shapes
 from peftc.specs import AdapterSpec
 from peftc.specs.base import require_regex
+from peftc.specs.selection import Count
 
-Size = Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, le=1)]
+Size = Count | Annotated[float, Field(gt=0, le=1)]
 _TRAINED = ("U_low", "S_low", "V_low")
 
 
@@ -55,6 +56,7 @@ class OSF(Rule[OSFConfig]):
     name, spec, ops, identity = "osf", OSFConfig, ("linear",), False  # A fresh one changes roundings.
     keys = ("osf_svd_params", *(f"_osf_{name}_init" for name in _TRAINED), "_osf_U_high", "_osf_V_high")
     columns: ClassVar[Mapping[str, str]] = {"kept": "kept"}
+    takes = "singular values"
 
     def params(self, spec: OSFConfig, site: WeightSite) -> dict[str, Param]:
         rows, columns, kept = site.out_features, site.in_features, spec.rank_for(site)
@@ -77,12 +79,10 @@ class OSF(Rule[OSFConfig]):
         return {"kept": spec.rank_for(site), "tall": shape > 0, "flat": shape < 0}
 
     def check(self, spec: OSFConfig, site: WeightSite) -> str | None:
-        if site.weight is None:
-            return "its singular values are those of a plain parameter"
         full = spec.rank_for(site) >= min(site.in_features, site.out_features)
         return "all of its singular directions stay: give a smaller effective_rank" if full else None
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         u, s, v = torch.linalg.svd(weight, full_matrices=False)
         low = dict(zip(_TRAINED, (u[:, p.kept :], s[p.kept :], v[p.kept :]), strict=True))
         found = {**low, **{f"{name}_init": value.clone() for name, value in low.items()}}

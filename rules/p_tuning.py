@@ -3,12 +3,13 @@
 import warnings
 from typing import Annotated, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, model_validator
 from torch import Tensor, nn
 
 from peftc.prompts.calls import Stack
 from peftc.prompts.rule import PromptRule
 from peftc.prompts.specs import Count, PromptSpec, upper
+from peftc.specs.selection import Share
 
 from .prompt_tuning import PromptTuningConfig
 
@@ -26,7 +27,7 @@ class PromptEncoderConfig(PromptSpec):
     encoder_reparameterization_type: Annotated[Literal["MLP", "LSTM"], BeforeValidator(upper)] = "MLP"
     encoder_hidden_size: Count | None = None
     encoder_num_layers: Count = 2
-    encoder_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    encoder_dropout: Share = 0.0
 
     @model_validator(mode="after")
     def _check_encoder(self) -> Self:

@@ -51,6 +51,7 @@ class Peanut(Rule[PeanutConfig]):
     name, spec, ops, local = "peanut", PeanutConfig, ("linear",), "i"
     keys = ("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders")
     columns: ClassVar[Mapping[str, str]] = {"r": "r", "depth": "depth"}
+    takes = "its change"
 
     def params(self, spec: PeanutConfig, site: WeightSite) -> dict[str, Param]:
         r, rows, zero = spec.r, site.out_features, "zeros" if spec.init_weights else "kaiming_uniform"
@@ -66,9 +67,6 @@ class Peanut(Rule[PeanutConfig]):
 
     def constants(self, spec: PeanutConfig, site: WeightSite) -> dict[str, Constant]:
         return {"r": spec.r, "depth": spec.depth, "act_fn": spec.act_fn, "scaling": float(spec.scaling)}
-
-    def check(self, spec: PeanutConfig, site: WeightSite) -> str | None:
-        return "its change is made of a weight that is not a plain parameter here" if site.weight is None else None
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         return weight + p.scaling * _change(weight, p)

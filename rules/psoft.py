@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
-from peftc.specs.selection import LayerSelection, Rank
+from peftc.rule import Constant, Param, Rule, Shapes
+from peftc.specs.selection import Count, LayerSelection, Rank, Share
 
 from .rotation import cayley, eye, series, unpacked, wide
 
@@ -33,7 +33,7 @@ class PsoftConfig(LayerSelection):
     peft_type: Literal["PSOFT"] = "PSOFT"
     r: Rank = 32
     psoft_alpha: float | int = 32
-    psoft_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    psoft_dropout: Share = 0.0
     fan_in_fan_out: bool = False
     ab_svd_init: Literal["psoft_init", "pissa_init"] = "psoft_init"
     psoft_svd: Literal["full", "lowrank"] = "full"
@@ -43,7 +43,7 @@ class PsoftConfig(LayerSelection):
     psoft_mag_b: bool = True
     psoft_mag_a: bool = True
     use_cayley_neumann: bool = False
-    num_cayley_neumann_terms: Annotated[int, Field(gt=0)] = 5
+    num_cayley_neumann_terms: Count = 5
     cayley_neumann_eps: Annotated[float, Field(gt=0, lt=1)] | None = None
     init_weights: bool = True
 
@@ -54,6 +54,8 @@ class Psoft(Rule[PsoftConfig]):
     name, spec, ops = "psoft", PsoftConfig, ("linear",)
     keys = ("psoft_R", "psoft_A", "psoft_B")
     columns: ClassVar[Mapping[str, str]] = {"r": "r", "alpha": "alpha"}
+    drops = ("psoft_dropout",)
+    takes = "singular vectors"
 
     def params(self, spec: PsoftConfig, site: WeightSite) -> dict[str, Param]:
         r = spec.r
@@ -84,16 +86,11 @@ class Psoft(Rule[PsoftConfig]):
             "eps": spec.cayley_neumann_eps or 1.0,
         }
 
-    def dropouts(self, spec: PsoftConfig, site: WeightSite) -> dict[str, float]:
-        return {"psoft_dropout": spec.psoft_dropout}
-
     def check(self, spec: PsoftConfig, site: WeightSite) -> str | None:
-        if site.weight is None:
-            return "it starts from a weight that is not a plain parameter here"
         least = min(site.in_features, site.out_features)
         return f"its weight has {least} singular directions, fewer than r={spec.r}" if spec.r > least else None
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         # A and B are the same from float32 on, whatever the base's dtype, and are made so that peft makes the same.
         first, values, second = _svd(weight.float(), p)
         values = values / p.scaling

@@ -1,21 +1,20 @@
 """PVeRA: VeRA whose inner vector is drawn from a learned distribution.  Fillioux et al. 2025, arXiv:2512.07703."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant
-from peftc.specs.selection import LayerSelection, Rank
+from peftc.specs.selection import Share
 
-from .vera import VeraRule
+from .vera import ProjectedConfig, VeraRule
 
 
-class PveraConfig(LayerSelection):
+class PveraConfig(ProjectedConfig):
     """Probabilistic VeRA. Fillioux et al. 2025, arXiv:2512.07703, section 3.
 
     The 2`r` rows of A and d give means and logarithms of variances; while training, the inner vector is drawn from them,
@@ -24,19 +23,12 @@ class PveraConfig(LayerSelection):
     Example: PveraConfig(r=256, target_modules=["q_proj", "v_proj"])
     """
 
-    defaults_of, excludes = "LORA", False
     # Numbers come out of torch's own generator, as those of dropouts do.
     not_implemented: ClassVar[Mapping[str, Any]] = {"generator_seed": None}
 
     peft_type: Literal["PVERA"] = "PVERA"
-    r: Rank = 256
-    projection_prng_key: int = 0
-    save_projection: bool = True
-    pvera_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    d_initial: float = 0.1
-    fan_in_fan_out: bool = False
+    pvera_dropout: Share = 0.0
     bias: Literal["none", "all", "pvera_only"] = "none"
-    init_weights: bool = True
     sample_at_inference: bool = False
 
 

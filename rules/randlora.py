@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
-from peftc.specs.selection import LayerSelection, Rank
+from peftc.rule import Constant, Param, Rule, Shapes
+from peftc.specs.selection import LayerSelection, Rank, Share
 
 
 class RandLoraConfig(LayerSelection):
@@ -33,7 +32,7 @@ class RandLoraConfig(LayerSelection):
     save_projection: bool = True
     sparse: bool = False
     very_sparse: bool = False
-    randlora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    randlora_dropout: Share = 0.0
     fan_in_fan_out: bool = False
     randlora_alpha: float | int = 640
     bias: Literal["none", "all", "randlora_only"] = "none"
@@ -48,6 +47,8 @@ class RandLora(Rule[RandLoraConfig]):
     columns: ClassVar[Mapping[str, str]] = {"r": "r", "alpha": "randlora_alpha"}
     # peft's files have the shared bases once more for every site.
     spellings = ((r"^base_model\.model\..*\.(randlora_[AB])$", r"base_model.\1"),)
+    drops = ("randlora_dropout",)
+    repeats = False
 
     def shared(self, spec: RandLoraConfig, sites: Sequence[WeightSite]) -> dict[str, Param]:
         largest = max(site.out_features for site in sites), max(site.in_features for site in sites)
@@ -73,10 +74,7 @@ class RandLora(Rule[RandLoraConfig]):
         numbers = {"r": spec.r, "randlora_alpha": float(spec.randlora_alpha), "scaling": scaling}
         return {**numbers, "sizes": sizes, "bases": kind, "projection_prng_key": spec.projection_prng_key}
 
-    def dropouts(self, spec: RandLoraConfig, site: WeightSite) -> dict[str, float]:
-        return {"randlora_dropout": spec.randlora_dropout}
-
-    def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def draw(self, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         """A first and B after it out of one stream, as peft draws them; both are divided by their deviation."""
         generator = torch.Generator().manual_seed(p.projection_prng_key)
         if p.bases == "uniform":
@@ -92,9 +90,6 @@ class RandLora(Rule[RandLoraConfig]):
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         down, up = _factors(p)
         return weight + p.scaling * (up @ down)
-
-    def unfold(self, weight: Tensor, p: Any) -> Tensor:
-        return weight  # Sums of products of many numbers have other bits on another device.
 
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         down, up = _factors(p)

@@ -8,7 +8,7 @@ from pydantic import Field
 from torch import Tensor
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import Constant, Param, Rule, Shapes
 from peftc.specs import AdapterSpec
 
 
@@ -45,7 +45,7 @@ class Road(Rule[RoadConfig]):
             "road_alpha": Param((size,), alpha, use="vector", axes="."),
         }
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         return {"road_alpha": 1 + 0.5 * torch.randn(shapes["road_alpha"], dtype=weight.dtype, device=weight.device)}
 
     def constants(self, spec: RoadConfig, site: WeightSite) -> dict[str, Constant]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from peftc.errors import SpecError
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import Constant, Param, Rule, Shapes
 from peftc.specs import AdapterSpec
 from peftc.specs.selection import Rank
 
@@ -57,7 +57,7 @@ class Shira(Rule[ShiraConfig]):
         count, size = spec.r * (site.in_features + site.out_features), site.in_features * site.out_features
         return f"its weight has {size} entries, fewer than the {count} of r={spec.r}" if count > size else None
 
-    def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def draw(self, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         if p.mask_type != "random":
             raise SpecError(
                 f"ShiraConfig.mask_type={p.mask_type!r}: only 'random' places can be drawn. Load a file that has them, or"

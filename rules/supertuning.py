@@ -8,9 +8,9 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import BySite, Constant, Param, Rule, Shapes
 from peftc.specs import AdapterSpec
-from peftc.specs.selection import Rank
+from peftc.specs.selection import Rank, Share
 
 
 class SupertuningConfig(AdapterSpec):
@@ -30,7 +30,7 @@ class SupertuningConfig(AdapterSpec):
     select_top: bool = True
     r: Rank | None = None
     lora_alpha: float | int | None = None
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_dropout: Share = 0.0
     init_weights: bool = True
     save_precomputed_indices: bool = True
 
@@ -46,6 +46,7 @@ class Supertuning(Rule[SupertuningConfig]):
 
     name, spec, ops, additive = "supertuning", SupertuningConfig, ("linear",), True
     keys = ("supertuning_values", "supertuning_indices", "supertuning_lora_A", "supertuning_lora_B")
+    takes = "the places of its largest entries"
 
     def params(self, spec: SupertuningConfig, site: WeightSite) -> dict[str, Param]:
         count, zero = _count(spec, site), spec.init_weights
@@ -68,11 +69,9 @@ class Supertuning(Rule[SupertuningConfig]):
         return {"supertuning_lora_dropout": spec.lora_dropout} if spec.r else {}
 
     def check(self, spec: SupertuningConfig, site: WeightSite) -> str | None:
-        if site.weight is None:
-            return "its places are chosen by a weight that is not a plain parameter here"
         return None if _count(spec, site) else f"sparsity={spec.sparsity} leaves nothing of its weight to be trained"
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         places = torch.topk(weight.abs().flatten(), p.count, largest=p.largest).indices
         return {"supertuning_indices": places.int()}
 
@@ -89,8 +88,8 @@ class Supertuning(Rule[SupertuningConfig]):
         return y + change + p.op(p.op(p.supertuning_lora_dropout(x), p.A), p.B) * p.scaling
 
     def filed(
-        self, spec: SupertuningConfig, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-    ) -> tuple[SupertuningConfig, Mapping[str, Mapping[str, Tensor]]]:
+        self, spec: SupertuningConfig, tensors: BySite, state: Mapping[str, Any]
+    ) -> tuple[SupertuningConfig, BySite]:
         left = () if spec.save_precomputed_indices else ("supertuning_indices",)
         return spec, {site: {n: t for n, t in own.items() if n not in left} for site, own in tensors.items()}
 

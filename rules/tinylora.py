@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Placed, Rule
-from peftc.specs.selection import LayerSelection, Rank
+from peftc.rule import Constant, Param, Placed, Rule, Shapes
+from peftc.specs.selection import Count, LayerSelection, Rank, Share
 
 
 class TinyLoraConfig(LayerSelection):
@@ -28,12 +28,12 @@ class TinyLoraConfig(LayerSelection):
 
     peft_type: Literal["TINYLORA"] = "TINYLORA"
     r: Rank = 2
-    u: Annotated[int, Field(gt=0)] = 64
+    u: Count = 64
     weight_tying: Annotated[float | int, Field(ge=0, le=1)] = 0.0
     projection_seed: int = 42
     save_projection: bool = True
     init_v_bound: float = 0.02
-    tinylora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    tinylora_dropout: Share = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "tinylora_only"] = "none"
     init_weights: bool | Literal["uniform"] = True
@@ -45,6 +45,8 @@ class TinyLora(Rule[TinyLoraConfig]):
     name, spec, ops, additive = "tinylora", TinyLoraConfig, ("linear", "embedding"), True
     keys = ("tinylora_A", "tinylora_B", "tinylora_P")
     columns: ClassVar[Mapping[str, str]] = {"r": "r", "u": "u"}
+    takes = "singular vectors"
+    drops, repeats = ("tinylora_dropout",), False
 
     def placed(self, spec: TinyLoraConfig, sites: Sequence[WeightSite]) -> Sequence[Placed]:
         groups = max(1, round(len(sites) * (1 - spec.weight_tying)))
@@ -75,18 +77,12 @@ class TinyLora(Rule[TinyLoraConfig]):
     def constants(self, spec: TinyLoraConfig, site: WeightSite) -> dict[str, Constant]:
         return {"r": min(spec.r, site.out_features, site.in_features), "u": spec.u, "turned": site.op == "embedding"}
 
-    def dropouts(self, spec: TinyLoraConfig, site: WeightSite) -> dict[str, float]:
-        return {"tinylora_dropout": spec.tinylora_dropout}
-
-    def check(self, spec: TinyLoraConfig, site: WeightSite) -> str | None:
-        return "it starts from a weight that is not a plain parameter here" if site.weight is None else None
-
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         up, values, down = torch.linalg.svd(weight.mT if p.turned else weight, full_matrices=False)
         roots = values[: p.r].sqrt()
         return {"tinylora_A": roots[:, None] * down[: p.r], "tinylora_B": up[:, : p.r] * roots}
 
-    def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def draw(self, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(p.seed)
         return {"tinylora_P": torch.normal(0.0, p.r**-0.5, shapes["tinylora_P"], generator=generator)}
 

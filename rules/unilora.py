@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Factors, Param, Placed, Rule
-from peftc.specs.selection import LayerSelection, Rank
+from peftc.rule import Constant, Factors, Param, Placed, Rule, Shapes
+from peftc.specs.selection import Count, LayerSelection, Rank, Share
 
 # Numbers first: an input is cast to what comes first.
 _DRAWN = ("unilora_scales_A", "unilora_scales_B", "unilora_indices_A", "unilora_indices_B")
@@ -33,8 +33,8 @@ class UniLoraConfig(LayerSelection):
     peft_type: Literal["UNILORA"] = "UNILORA"
     r: Rank = 4
     proj_seed: int = 42
-    theta_d_length: Annotated[int, Field(gt=0)] = 256
-    unilora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    theta_d_length: Count = 256
+    unilora_dropout: Share = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "unilora_only"] = "none"
     init_theta_d_bound: Annotated[float, Field(gt=0)] = 0.02
@@ -48,6 +48,8 @@ class UniLora(Rule[UniLoraConfig]):
     name, spec, ops, additive, identity = "unilora", UniLoraConfig, ("linear",), True, False  # Its start is random.
     keys = _DRAWN
     columns: ClassVar[Mapping[str, str]] = {"r": "r"}
+    drops = ("unilora_dropout",)
+    repeats = False
 
     def shared(self, spec: UniLoraConfig, sites: Sequence[WeightSite]) -> dict[str, Param]:
         init = f"uniform:{spec.init_theta_d_bound}" if spec.init_weights else "normal"
@@ -70,10 +72,7 @@ class UniLora(Rule[UniLoraConfig]):
     def constants(self, spec: UniLoraConfig, site: WeightSite) -> dict[str, Constant]:
         return {"r": spec.r, "length": spec.theta_d_length, "proj_seed": spec.proj_seed}
 
-    def dropouts(self, spec: UniLoraConfig, site: WeightSite) -> dict[str, float]:
-        return {"unilora_dropout": spec.unilora_dropout}
-
-    def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def draw(self, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         places = _places(p.places, p.length, p.proj_seed)
         scales = places.bincount(minlength=p.length).float().clamp(min=1).rsqrt()
         a, b = (shapes[name] for name in _DRAWN[:2])
@@ -84,9 +83,6 @@ class UniLora(Rule[UniLoraConfig]):
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         up, down, _ = self.factors(p)
         return weight + up @ down
-
-    def unfold(self, weight: Tensor, p: Any) -> Tensor:
-        return weight  # Sums of products of four numbers have other bits on another device.
 
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         up, down, _ = self.factors(p)

@@ -1,17 +1,17 @@
 """VB-LoRA: W + B·A, whose pieces are mixed from one bank of vectors.  Li et al. 2024, arXiv:2405.15179, section 3."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftc.errors import SpecError
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
-from peftc.specs.selection import LayerSelection, Rank
+from peftc.rule import BySite, Constant, Param, Rule
+from peftc.specs.selection import Count, LayerSelection, Rank, Share
 
 _LOGITS = ("vblora_logits_A", "vblora_logits_B")
 _INDICES, _WEIGHTS = "_topk_indices", "_topk_weights"
@@ -32,11 +32,11 @@ class VBLoRAConfig(LayerSelection):
 
     peft_type: Literal["VBLORA"] = "VBLORA"
     r: Rank = 4
-    num_vectors: Annotated[int, Field(gt=0)] = 256
-    vector_length: Annotated[int, Field(gt=0)] = 256
-    topk: Annotated[int, Field(gt=0)] = 2
+    num_vectors: Count = 256
+    vector_length: Count = 256
+    topk: Count = 2
     save_only_topk_weights: bool = False
-    vblora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    vblora_dropout: Share = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "vblora_only"] = "none"
     init_vector_bank_bound: float = 0.02
@@ -74,6 +74,8 @@ class VBLoRA(Rule[VBLoRAConfig]):
     name, spec, ops, additive, identity = "vblora", VBLoRAConfig, ("linear",), True, False
     keys = tuple(name + end for name in _LOGITS for end in ("", _INDICES, _WEIGHTS))
     columns: ClassVar[Mapping[str, str]] = {"r": "r", "topk": "topk"}
+    drops = ("vblora_dropout",)
+    repeats = False
 
     def shared(self, spec: VBLoRAConfig, sites: Sequence[WeightSite]) -> dict[str, Param]:
         shape, init = (spec.num_vectors, spec.vector_length), f"uniform:{spec.init_vector_bank_bound}"
@@ -87,9 +89,6 @@ class VBLoRA(Rule[VBLoRAConfig]):
     def constants(self, spec: VBLoRAConfig, site: WeightSite) -> dict[str, Constant]:
         return {"r": spec.r, "topk": spec.topk}
 
-    def dropouts(self, spec: VBLoRAConfig, site: WeightSite) -> dict[str, float]:
-        return {"vblora_dropout": spec.vblora_dropout}
-
     def check(self, spec: VBLoRAConfig, site: WeightSite) -> str | None:
         sides = {"inputs": site.in_features, "outputs": site.out_features}
         odd = next((f"{size} {side}" for side, size in sides.items() if size % spec.vector_length), None)
@@ -99,16 +98,11 @@ class VBLoRA(Rule[VBLoRAConfig]):
         a, b = _factors(p)
         return weight + b @ a
 
-    def unfold(self, weight: Tensor, p: Any) -> Tensor:
-        return weight  # A softmax has other bits on another device.
-
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         a, b = _factors(p)
         return y + F.linear(F.linear(p.vblora_dropout(x), a), b)
 
-    def filed(
-        self, spec: VBLoRAConfig, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-    ) -> tuple[VBLoRAConfig, Mapping[str, Mapping[str, Tensor]]]:
+    def filed(self, spec: VBLoRAConfig, tensors: BySite, state: Mapping[str, Any]) -> tuple[VBLoRAConfig, BySite]:
         if not spec.save_only_topk_weights:
             return spec, tensors
         return spec, {site: _mixtures(spec, own) for site, own in tensors.items()}

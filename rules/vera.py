@@ -2,19 +2,31 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
-from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
-from peftc.specs.selection import LayerSelection, Rank
+from peftc.rule import Constant, Param, Rule, Shapes
+from peftc.specs.selection import LayerSelection, Rank, Share
 
 
-class VeraConfig(LayerSelection):
+class ProjectedConfig(LayerSelection):
+    """What VeRA's and PVeRA's fields have in common."""
+
+    defaults_of, excludes = "LORA", False
+
+    r: Rank = 256
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    init_weights: bool = True
+
+
+class VeraConfig(ProjectedConfig):
     """Vectors that scale random projections, which stay as they are. Kopiczko et al. 2023, arXiv:2310.11454, section 3.1.
 
     `r` is the rank; d starts at `d_initial` and b at zero, or both at random (`init_weights=False`). A and B have the
@@ -25,20 +37,12 @@ class VeraConfig(LayerSelection):
     Example: VeraConfig(r=256, target_modules=["q_proj", "v_proj"], d_initial=0.1)
     """
 
-    defaults_of, excludes = "LORA", False
-
     peft_type: Literal["VERA"] = "VERA"
-    r: Rank = 256
-    projection_prng_key: int = 0
-    save_projection: bool = True
-    vera_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    d_initial: float = 0.1
-    fan_in_fan_out: bool = False
+    vera_dropout: Share = 0.0
     bias: Literal["none", "all", "vera_only"] = "none"
-    init_weights: bool = True
 
 
-S = TypeVar("S", bound=Any)
+S = TypeVar("S", bound=ProjectedConfig)
 
 
 class VeraRule(Rule[S]):
@@ -48,6 +52,7 @@ class VeraRule(Rule[S]):
     columns: ClassVar[Mapping[str, str]] = {"r": "r"}
     prefix: ClassVar[str]
     halves: ClassVar[int] = 1
+    repeats = False
 
     def shared(self, spec: S, sites: Sequence[WeightSite]) -> dict[str, Param]:
         out, wide = max(site.out_features for site in sites), max(site.in_features for site in sites)
@@ -68,14 +73,11 @@ class VeraRule(Rule[S]):
         sizes = (site.out_features, site.in_features)
         return {"r": spec.r, "sizes": sizes, "projection_prng_key": spec.projection_prng_key}
 
-    def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def draw(self, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         """Kaiming-uniform for ReLU, A first and B after it out of one stream, as peft draws them."""
         generator = torch.Generator().manual_seed(p.projection_prng_key)
         bounds = {name: math.sqrt(6 / shape[1]) for name, shape in shapes.items()}
         return {n: torch.empty(s).uniform_(-bounds[n], bounds[n], generator=generator) for n, s in shapes.items()}
-
-    def unfold(self, weight: Tensor, p: Any) -> Tensor:
-        return weight  # Sums of products of three numbers have other bits on another device.
 
     def projections(self, p: Any) -> tuple[Tensor, Tensor]:
         """A and B as far as this site has inputs and outputs."""
@@ -88,9 +90,7 @@ class Vera(VeraRule[VeraConfig]):
 
     name, spec, prefix = "vera", VeraConfig, "vera"
     keys = ("vera_lambda_b", "vera_lambda_d")
-
-    def dropouts(self, spec: VeraConfig, site: WeightSite) -> dict[str, float]:
-        return {"vera_dropout": spec.vera_dropout}
+    drops = ("vera_dropout",)
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         a, b = self.projections(p)

@@ -1,31 +1,29 @@
 """WaveFT: W + s·(inverse wavelet transform of a sparse spectrum).  Bilican et al. 2025, arXiv:2505.12532, section 3."""
 
-import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
-from peftc.specs.selection import LayerSelection, OtherPatterns, first_match
+from peftc.rule import Constant, Param, Rule, Shapes
+from peftc.specs.selection import Count, LayerSelection, OtherPatterns, first_match
 
 from .fourierft import places
-
-Count = Annotated[int, Field(gt=0)]
+from .wavelets import WAVELETS, filter_length, low_pass
 
 
 class WaveFTConfig(LayerSelection, OtherPatterns):
     """Some coefficients of the change's wavelet transform. Bilican et al. 2025, arXiv:2505.12532.
 
     `n_frequency` of them are trained (`n_frequency_pattern`: others at some modules), at places that are drawn with
-    `random_loc_seed`; s is `scaling`. `wavelet_family`: db1 (Haar's) to db10, Daubechies' wavelets. Without `use_idwt` the
-    coefficients are the change itself. `init_weights=False`: a random start. `bias` trains base biases.
+    `random_loc_seed`; s is `scaling`. `wavelet_family`: Daubechies' db1 (Haar's) to db10, or with PyWavelets
+    (`peftc[wavelets]`) sym2 to sym10 and coif1 to coif3. Without `use_idwt` the coefficients are the change itself.
+    `init_weights=False`: a random start. `bias` trains base biases.
 
     Example: WaveFTConfig(n_frequency=2592, scaling=25.0, target_modules=["q_proj", "v_proj"])
     """
@@ -46,8 +44,10 @@ class WaveFTConfig(LayerSelection, OtherPatterns):
 
     @model_validator(mode="after")
     def _check_family(self) -> Self:
-        if not re.fullmatch("db([1-9]|10)", self.wavelet_family):
-            raise ValueError(f"wavelet_family={self.wavelet_family!r}: peftc has db1 to db10; take one of these")
+        if not re.fullmatch(WAVELETS, self.wavelet_family):
+            raise ValueError(
+                f"wavelet_family={self.wavelet_family!r}: take one of db1 to db10, sym2 to sym10 and coif1 to coif3"
+            )
         return self
 
     def scaled(self, factor: float) -> Self:
@@ -60,20 +60,27 @@ class WaveFT(Rule[WaveFTConfig]):
     name, spec, ops, additive = "waveft", WaveFTConfig, ("linear",), True
     scale, keys = "scaling", ("waveft_spectrum",)
     columns: ClassVar[Mapping[str, str]] = {"n": "n_frequency"}
+    repeats = False
 
     def params(self, spec: WaveFTConfig, site: WeightSite) -> dict[str, Param]:
         n, seed = first_match(spec.n_frequency_pattern, site.name, spec.n_frequency), spec.random_loc_seed
-        length = 2 * int(spec.wavelet_family[2:])
         return {
             "waveft_spectrum": Param((n,), "zeros" if spec.init_weights else "normal:0.01", use="vector"),
-            "waveft_filter": Param((length,), "drawn", trainable=False, seed=seed, use="lookup"),
+            "waveft_filter": Param(
+                (filter_length(spec.wavelet_family),), "drawn", trainable=False, seed=seed, use="lookup"
+            ),
             "waveft_indices": Param((2, n), "drawn", trainable=False, dtype="int64", seed=seed, use="lookup"),
         }
 
     def constants(self, spec: WaveFTConfig, site: WeightSite) -> dict[str, Constant]:
-        n = first_match(spec.n_frequency_pattern, site.name, spec.n_frequency)
-        numbers = {"n_frequency": n, "random_loc_seed": spec.random_loc_seed, "scaling": float(spec.scaling)}
-        return {**numbers, "sizes": (site.out_features, site.in_features), "transformed": spec.use_idwt}
+        return {
+            "n_frequency": first_match(spec.n_frequency_pattern, site.name, spec.n_frequency),
+            "random_loc_seed": spec.random_loc_seed,
+            "scaling": float(spec.scaling),
+            "sizes": (site.out_features, site.in_features),
+            "transformed": spec.use_idwt,
+            "wavelet": spec.wavelet_family,
+        }
 
     def check(self, spec: WaveFTConfig, site: WeightSite) -> str | None:
         n, size = (
@@ -82,9 +89,9 @@ class WaveFT(Rule[WaveFTConfig]):
         )
         return f"its weight has {size} entries, fewer than n_frequency={n}" if n > size else None
 
-    def draw(self, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def draw(self, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         found = places(p.sizes, p.n_frequency, p.random_loc_seed)
-        return {"waveft_indices": found, "waveft_filter": torch.tensor(daubechies(shapes["waveft_filter"][0] // 2))}
+        return {"waveft_indices": found, "waveft_filter": torch.tensor(low_pass(p.wavelet))}
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         return weight + p.scaling * _change(p)
@@ -113,19 +120,6 @@ def _change(p: Any) -> Tensor:
     pairs = ((low, low), (high, low), (low, high), (high, high))
     kernel = torch.stack([a[:, None] * b for a, b in pairs])[:, None]
     return F.conv_transpose2d(bands[None], kernel, stride=2, padding=more)[0, 0, :rows, :columns]
-
-
-def daubechies(moments: int) -> list[float]:
-    """The low-pass filter with so many vanishing moments.  Daubechies 1988, section 4: spectral factorisation."""
-    powers = [math.comb(moments - 1 + k, k) for k in range(moments)]
-    found = np.ones(1)
-    for root in np.roots(powers[::-1]):
-        # Of the pair z, 1/z with z + 1/z = 2 − 4y the one inside of the unit circle.
-        pair = np.roots([1, 4 * root - 2, 1])
-        found = np.convolve(found, [1, -pair[np.abs(pair).argmin()]])
-    for _ in range(moments):
-        found = np.convolve(found, [1, 1])
-    return [float(value) for value in (found * math.sqrt(2) / found.sum()).real]
 
 
 RULES = (WaveFT(),)

@@ -107,6 +107,7 @@ def test_the_wheel_works_where_nothing_else_of_the_tree_is(built: Path, tmp_path
         site.parts
     }
     run(tmp_path / "venv" / "bin" / "peftc", "inspect", "adapter", folder=tmp_path)
+    assert '"intent": ' in run(tmp_path / "venv" / "bin" / "peftc", "demo", "--show", 1, folder=tmp_path)
 
 
 def test_every_package_is_listed() -> None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import peftc
+from peftc.graph.sites import WeightSite
+from peftc.registry import rules
 from peftc.rule import Bound
 from tests.support import made_up_method
 from tests.support.made_up_method import Gated, GatedConfig
@@ -183,3 +185,18 @@ def _compile_with(rule: Any, spec: Any) -> None:
         peftc.compile(tiny("llama"), spec)
     finally:
         peftc.unregister(rule)
+
+
+def test_a_rule_that_takes_something_from_the_weight_refuses_sites_without_a_plain_one() -> None:
+    site = WeightSite("l", "linear", "Linear4bit", in_features=8, out_features=6)
+    taking = [rule for rule in rules() if rule.takes]
+    assert len(taking) > 5
+    for rule in taking:
+        reason = f"it takes {rule.takes} from the weight, which is not a plain parameter here"
+        assert rule.refusal(rule.spec(), site) == reason
+
+
+def test_dropouts_are_the_fields_that_a_rule_names() -> None:
+    spec, site = peftc.LoHaConfig(rank_dropout=0.25), WeightSite("l", "linear", "Linear", in_features=8, out_features=6)
+    (rule,) = (rule for rule in rules() if rule.spec is peftc.LoHaConfig and "linear" in rule.ops)
+    assert rule.dropouts(spec, site) == {"rank_dropout": 0.25, "module_dropout": 0.0}

@@ -173,8 +173,8 @@ def load_state(
     left = require_fit(fit.result, fit.own, where, strict or (odd and not resized))
     values = {key: tensors[source] for key, source in fit.sources.items()}
     require_values(program, adapter, values, fit, where)
-    _start_others(program, adapter, fit, tables_only=not attached)
     _copy(program, adapter, {key: value for key, value in values.items() if key in fit.own}, fit.own, encoder or {})
+    _start_others(program, adapter, fit, tables_only=not attached)
     for key, name in fit.embeddings.items():
         if key in values:
             take_over(program, adapter, name, values[key])
@@ -305,7 +305,7 @@ def _optional(program: Program, adapter: str) -> set[str]:
     own = program.adapters[adapter]
     keys = [(edit, param, key_of(own.spec, edit, param)) for edit in own.edits for param in edit.params]
     first = {key for edit, _, key in keys if edit.follows is None}
-    starts = {key for _, param, key in keys if not param.trainable and param.init in ("rule", "drawn")}
+    starts = {key for _, param, key in keys if not param.trainable and param.init in ("rule", "gathered", "drawn")}
     return starts | {key for _, _, key in keys} - first
 
 

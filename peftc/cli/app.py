@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from peftc.cli import adapters, artefacts, checkpoints, methods, plans
+from peftc.cli import adapters, artefacts, checkpoints, demo, methods, plans
 from peftc.errors import PeftcError
 
 _ABOUT = """Plan, inspect, merge, convert and export adapters (PEFT's files).
@@ -37,6 +37,7 @@ _COMMANDS: tuple[tuple[str, Callable[..., None], str], ...] = (
     ("export", artefacts.export, "peftc export model adapter exported --to hf"),
     ("verify", artefacts.verify, "peftc verify model adapter merged"),
     ("rules", methods.rules, "peftc rules"),
+    ("demo", demo.demo, "peftc demo --show 2"),
 )
 
 

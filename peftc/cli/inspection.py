@@ -19,10 +19,9 @@ from peftc.graph.ops import shapes as module_ops
 from peftc.graph.rows import POINTWISE
 from peftc.graph.sites import Site, WeightSite
 from peftc.registry import find_rule, ops_of, rules_of
-from peftc.rule import Bound, Param, Rule
+from peftc.rule import Bound, Param, Rule, Shapes
 from peftc.specs import AdapterSpec
 
-Shapes = Mapping[str, tuple[int, ...]]
 # How many dimensions the kernel of an op's weight has, where it has one.
 _KERNELS = {op: dims for dims, op in enumerate(POINTWISE, 1)}
 

@@ -49,6 +49,8 @@ METHODS: Mapping[PeftType, Method] = {
     PeftType.TINYLORA: Method("tinylora", "TinyLoraModel", "TinyLoraLayer", "tinylora_"),
     PeftType.UNILORA: Method("unilora", "UniLoraModel", "UniLoraLayer", "unilora_"),
     PeftType.WAVEFT: Method("waveft", "WaveFTModel", "WaveFTLayer", "waveft_"),
+    PeftType.FROD: Method("frod", "FrodModel", "FrodLayer", "frod_"),
+    PeftType.ADAMSS: Method("adamss", "AdamssModel", "AdamssLayer", "adamss_"),
     PeftType.TRAINABLE_TOKENS: Method(
         "trainable_tokens", "TrainableTokensModel", "TrainableTokensLayer", "trainable_tokens_"
     ),

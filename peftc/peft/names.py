@@ -38,6 +38,7 @@ _HOMES = (
 )
 # Names that are not those of what serves them.
 _OTHERWISE = {"_get_submodules": "functions.submodules_at", "BasePromptEncoder": "encoders.PromptEmbedding"}
+_OTHERWISE["AdamssAsaCallback"] = "callbacks.AdamssAsaCallback"
 # Names that mean something else in every method's module: those of the methods here.
 _BY_METHOD: dict[str, dict[str, str]] = {
     "tuners.lora": {

@@ -33,7 +33,7 @@ CALIBRATED = "_peftc_calibrated"
 _LATER = "eva"
 _BEFORE = {"corda": "preprocess_corda", "lora_ga": "preprocess_loraga"}
 # Methods whose scripts say when a step is over (update_and_allocate).
-_BY_HAND = ("ADALORA",)
+_BY_HAND = ("ADALORA", "ADAMSS")
 
 
 class Root:

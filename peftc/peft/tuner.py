@@ -200,7 +200,19 @@ def _unloaded(base: nn.Module, unload: Callable[[Root], nn.Module]) -> nn.Module
     return model
 
 
-class _Allots(BaseTuner):
+class _Steps(BaseTuner):
+    """A model with a method that acts after every step."""
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Weigh what was learned and take out what is over the budget of this step: after `optimizer.step()` and before
+        `zero_grad()`, with the number of the step.
+        """
+        root = self.root
+        for name in root.program.learning:
+            after_step(root.program.adapters[name], spec_of(root.configs[name]), global_step)
+
+
+class _Allots(_Steps):
     """A model with AdaLoRA. In train(), the loss that it returns has the penalty of orthogonality in it."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -209,14 +221,10 @@ class _Allots(BaseTuner):
         return with_penalty(self.root.program, output) if self.training else output
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Weigh what was learned and mask what is over the budget of this step: after `optimizer.step()` and before
-        `zero_grad()`, with the number of the step.
-        """
-        root = self.root
-        for name in root.program.learning:
-            adapter, config = root.program.adapters[name], root.configs[name]
-            after_step(adapter, spec_of(config), global_step)
-            config.rank_pattern = cast(Any, spec_filed(root.program, name)).rank_pattern
+        """The same, and the configs say which ranks are left."""
+        super().update_and_allocate(global_step)
+        for name in self.root.program.learning:
+            self.root.configs[name].rank_pattern = cast(Any, spec_filed(self.root.program, name)).rank_pattern
 
     def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: ranks that were allotted apart have no common sum."""
@@ -265,6 +273,7 @@ _CLASSES: dict[Any, type[BaseTuner]] = {}
 # What some have beside the rest.
 _WRITTEN: Mapping[Any, type[BaseTuner]] = {
     PeftType.ADALORA: _Allots,
+    PeftType.ADAMSS: _Steps,
     PeftType.VBLORA: _Savable,
     PeftType.LORA: _Regularised,
 }

@@ -59,4 +59,4 @@ def why_not(spec: AdapterSpec, site: WeightSite, index: SiteIndex) -> str:
     if whole is not None:
         return f"modules_to_save={whole!r} trains a copy of it"
     rule = find_rule(spec, site)
-    return (rule.check(spec, site) if rule is not None else None) or "it was not there when the adapter was planned"
+    return (rule.refusal(spec, site) if rule is not None else None) or "it was not there when the adapter was planned"

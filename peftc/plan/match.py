@@ -309,7 +309,7 @@ def unfit(spec: AdapterSpec, site: WeightSite) -> str | None:
     rule = find_rule(spec, site)
     if rule is None:
         return f"is {site.op}; {spec.peft_type} adapts {', '.join(ops_of(spec))}"
-    reason = rule.check(spec, site)
+    reason = rule.refusal(spec, site)
     return f"can't be adapted: {reason}" if reason else None
 
 

@@ -1,13 +1,12 @@
 """Prompt methods: virtual tokens in front of the real ones, as embeddings or as cached keys and values."""
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from peftc.errors import SpecError
 from peftc.specs.base import AdapterSpec, plain
-
-Count = Annotated[int, Field(gt=0)]
+from peftc.specs.selection import Count
 
 
 def upper(value: Any) -> Any:

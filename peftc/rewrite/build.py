@@ -6,9 +6,10 @@ import re
 import warnings
 from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftc.errors import AdapterError, ConflictError, NoMatchError
 from peftc.graph.copying import structural_copy
@@ -16,19 +17,19 @@ from peftc.graph.finding import module_at, modules_at, parameter_at
 from peftc.graph.hooked import INNER, is_hooked
 from peftc.graph.ops import op_named
 from peftc.graph.region import Region
-from peftc.graph.sites import is_lazy, parameter_name
+from peftc.graph.sites import WeightSite, canonical, is_lazy, parameter_name
 from peftc.plan import Edit, Plan, PlannedParam, without
 from peftc.rewrite.calibration import require_data
 from peftc.rewrite.checkpointing import let_gradients_through
 from peftc.rewrite.holders import Group
 from peftc.rewrite.hosts import BOUND, install, is_host, original_class, reads, uninstall
 from peftc.rewrite.learning import watch_steps
-from peftc.rewrite.parts import Adapter, asks, attach, containers, detach, start, weight_of
+from peftc.rewrite.parts import Adapter, asks, attach, containers, detach, require_there, start, weight_of, wide
 from peftc.rewrite.passes import Pass
 from peftc.rewrite.processes import require_placed
 from peftc.rewrite.program import Program
 from peftc.rewrite.route import BASE
-from peftc.rewrite.sharding import Places, places_of, reshard, widest_mesh
+from peftc.rewrite.sharding import Places, places_of, reshard, whole, widest_mesh
 from peftc.rewrite.switch import activate, stop_averaging
 
 _LOG = logging.getLogger(__name__)
@@ -208,7 +209,8 @@ def _attach(
     program.children |= dict.fromkeys([*containers(edit), *(p.key.partition(".")[0] for p in edit.params if p.shared)])
     if starts is not None and edit.follows is None:
         own = [param for param in edit.params if param.key not in shared] if shared else list(edit.params)
-        start(part, adapter.spec, own, holder, weight, places.mesh, starts.get(edit.site))
+        weights = partial(_sharing, program)
+        start(part, adapter.spec, own, holder, weight, places.mesh, weights, starts.get(edit.site))
     shared |= {param.key for param in edit.params if param.shared}
 
 
@@ -262,7 +264,22 @@ def start_alone(program: Program, edit: Edit, params: Collection[PlannedParam]) 
     adapter, site = program.adapters[edit.adapter], program.plan.sites[edit.site]
     holder = program.modules[site.holder]
     weight = weight_of(program.modules[site.owner], site)
-    start(adapter.part(edit), adapter.spec, list(params), holder, weight, widest_mesh(program.base))
+    weights = partial(_sharing, program)
+    start(adapter.part(edit), adapter.spec, list(params), holder, weight, widest_mesh(program.base), weights)
+
+
+def _sharing(program: Program, edit: Edit, param: PlannedParam) -> dict[str, Tensor]:
+    """The canonical weights, in float32 at least, of the sites that share a parameter of `edit`."""
+    found: dict[str, Tensor] = {}
+    for other in (other for other in program.plan.edits if other.adapter == edit.adapter):
+        if any(own.shared and own.key == param.key for own in other.params):
+            site = program.plan.sites[other.site]
+            weight = weight_of(program.modules[site.owner], site)
+            assert weight is not None, "the rule's check() asks for a weight"
+            assert isinstance(site, WeightSite), "other rules declare modules"
+            require_there(other, weight)
+            found[other.site] = wide(canonical(whole(weight), site))
+    return found
 
 
 def remove(program: Program, adapter: str) -> None:

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftc.errors import AdapterError, RuleError
+from peftc.errors import AdapterError, PeftcError, RuleError
 from peftc.graph.hooked import device_of
 from peftc.graph.sites import Site, WeightSite, canonical, dtype_of
 from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
@@ -337,11 +337,13 @@ def start(
     host: nn.Module,
     weight: nn.Parameter | None,
     mesh: Any,
+    sharing: Callable[[Edit, PlannedParam], Mapping[str, Tensor]],
     data: Any = None,
 ) -> None:
     """Initialise `params` of a part as a new adapter has them: the same on all processes of `mesh`, if that is not None.
 
-    `host`: the site's module, `weight` its weight; `data`: what calibration found there.
+    `host`: the site's module, `weight` its weight; `sharing` gives the weights of the sites that share a parameter; `data`:
+    what calibration found there.
     """
     if part.edit.rule.container is not None:
         if params and not part.edit.whole:
@@ -356,6 +358,9 @@ def start(
     for param in given:
         if param.init == "derived":
             derive(part, param, tensors[param.name], weight)
+        elif param.init == "gathered":
+            with torch.no_grad():
+                tensors[param.name].copy_(gathered(part.edit, param, sharing(part.edit, param)))
         elif param.init not in ("rule", "drawn"):
             fill(tensors[param.name], param.init, param.seed)
     _start_drawn(part.edit, {param.name: tensors[param.name] for param in given if param.init == "drawn"})
@@ -389,13 +394,25 @@ def drawn(edit: Edit) -> dict[str, Tensor]:
     return values
 
 
+def gathered(edit: Edit, param: PlannedParam, weights: Mapping[str, Tensor]) -> Tensor:
+    """What the rule of `edit` makes of the `weights` of the sites that share `param`. Raises RuleError if it can't."""
+    rule = edit.rule
+    try:
+        value = rule.gather(param.name, weights, Bound(edit.constants))
+    except (NotImplementedError, RuntimeError) as error:
+        raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}.gather): {param.key}: {error!r}") from error
+    if tuple(value.shape) != param.shape:
+        raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}.gather): {param.key} is not as declared")
+    return value
+
+
 def derive(part: Part, param: PlannedParam, tensor: Tensor, weight: nn.Parameter | None) -> None:
     """Fill `tensor` with what follows from the constants of an edit, or from its site's weight."""
 
     def stored() -> Tensor:
         assert weight is not None, "the rule's check() asks for a weight"
         assert isinstance(part.site, WeightSite), "other rules declare modules"
-        _require_there(part, weight)
+        require_there(part.edit, weight)
         return canonical(whole(weight), part.site)
 
     with torch.no_grad():
@@ -403,12 +420,12 @@ def derive(part: Part, param: PlannedParam, tensor: Tensor, weight: nn.Parameter
         tensor.copy_(value)
 
 
-def _require_there(part: Part, weight: Tensor) -> None:
+def require_there(edit: Edit, weight: Tensor) -> None:
     """Raise AdapterError if `weight` has no values here to start from."""
     if weight.is_meta:
         raise AdapterError(
-            f"{part.edit.site}: {part.edit.rule.name} starts from the weight here, which accelerate has offloaded. Load the"
-            " model without offloading, or let the adapter start otherwise."
+            f"{edit.site}: {edit.rule.name} starts from the weight here, which accelerate has offloaded. Load the model"
+            " without offloading, or let the adapter start otherwise."
         )
 
 
@@ -423,16 +440,22 @@ def _start_by_rule(
     edit, rule, site = part.edit, part.edit.rule, part.site
     assert isinstance(site, WeightSite), "other rules declare modules"
     if weight is not None:
-        _require_there(part, weight)
+        require_there(part.edit, weight)
     shapes = {param.name: param.shape for param in edit.params if param.init == "rule"}
-
+    loaded = shapes.keys() - {param.name for param in params}
     try:
         with torch.no_grad():
             base = torch.empty(0) if weight is None else wide(canonical(whole(weight), site))
-            lazy = {"bias": lambda: None if bias is None else wide(whole(bias)), "data": lambda: data}
+            lazy: dict[str, Callable[[], Any]] = {
+                "bias": lambda: None if bias is None else wide(whole(bias)),
+                "data": lambda: data,
+                "loaded": lambda: {name: whole(value) for name, value in part.tensors().items() if name in loaded},
+            }
             values = rule.initialise(base, shapes, Bound({**_others(part, tensors, shapes), **edit.constants}, lazy))
             for param in params:
                 tensors[param.name].copy_(values[param.name])
+    except PeftcError:
+        raise
     except (NotImplementedError, KeyError, RuntimeError, TypeError) as error:
         raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}.initialise) at {edit.site}: {error!r}") from error
 

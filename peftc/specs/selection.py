@@ -9,7 +9,10 @@ from pydantic import Field, model_validator
 from peftc.specs.base import AdapterSpec, LayerIndices, Names, OneOrMoreNames, require_regex
 
 T = TypeVar("T")
-Rank = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+Rank = Count
+# A probability, or what is left out.
+Share = Annotated[float, Field(ge=0, lt=1)]
 # How the keys of patterns, and layers_pattern, are set into regular expressions, as in PEFT.
 _PATTERN = r"(.*\.)?({})$"
 LAYERS_PATTERN = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."

@@ -2,10 +2,12 @@
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -30,7 +32,7 @@ from peftc.merge.merge import require_mergeable
 from peftc.merge.undo import owner_of
 from peftc.plan import Edit, PlannedParam
 from peftc.rewrite.build import build, require_applicable
-from peftc.rewrite.parts import drawn, wide
+from peftc.rewrite.parts import drawn, gathered, wide
 from peftc.rewrite.program import Program
 from peftc.rewrite.switch import activate
 from peftc.rule import Bound, Combination, Part, fill
@@ -83,7 +85,8 @@ class Change:
 class Work:
     """A merge that was thought through: `program` is the model with the adapters, on the meta device.
 
-    `cut`: parameters that are no longer tied to others. `value` gives an adapter's tensors as loading would leave them.
+    `cut`: parameters that are no longer tied to others. `value` gives an adapter's tensors as loading would leave them;
+    `computed`: those that follow from weights, of what adapters share, and of the last site.
     """
 
     checkpoint: Checkpoint
@@ -94,6 +97,9 @@ class Work:
     options: Options
     value: Value
     changes: Mapping[str, Change] = field(default_factory=dict[str, Change])
+    computed: dict[tuple[str, str], Mapping[str, Tensor]] = field(
+        default_factory=dict[tuple[str, str], Mapping[str, Tensor]]
+    )
     cut: tuple[str, ...] = ()
 
 
@@ -200,16 +206,51 @@ def _loaded(work: Work, edit: Edit, param: PlannedParam) -> Tensor:
         return drawn(edit)[param.name].to(dtype)
     if param.init == "derived":
         return edit.rule.derived(param.name, param.shape, Bound(edit.constants)).to(dtype)
-    site = weight_site(work, edit)
-    if param.init != "rule":
-        made = torch.empty(param.shape, dtype=dtype)
-        fill(made, param.init, param.seed)
-        return made
-    stored = stored_name(work, str(site.weight))
-    assert stored is not None, "required before"
-    weight = file_of(work, stored)[stored]
+    if param.init in ("rule", "gathered"):
+        return _computed(work, edit, param).to(dtype)
+    made = torch.empty(param.shape, dtype=dtype)
+    fill(made, param.init, param.seed)
+    return made
+
+
+def _computed(work: Work, edit: Edit, param: PlannedParam) -> Tensor:
+    """A parameter that follows from weights; those of one site are computed together."""
+    group = (edit.adapter, param.key if param.shared else edit.site)
+    if group in work.computed:
+        return work.computed[group][param.name]
+    if param.init == "gathered":
+        own = [other for other in work.program.adapters[edit.adapter].edits if param in other.params]
+        weights = {other.site: _weight(work, weight_site(work, other)) for other in own}
+        work.computed[group] = {param.name: gathered(edit, param, weights)}
+        return work.computed[group][param.name]
+    for other in [other for other in work.computed if other[1] in work.program.plan.sites]:
+        del work.computed[other]  # A site is folded once.
+    site, values = weight_site(work, edit), {own.name: partial(_loaded, work, edit, own) for own in edit.params}
     shapes = {own.name: own.shape for own in edit.params if own.init == "rule"}
-    return edit.rule.initialise(wide(canonical(weight, site)), shapes, Bound(edit.constants))[param.name].to(dtype)
+    brought = {own.name for own in edit.params if _key(work, edit, own) in work.sources[edit.adapter].fit.sources}
+    lazy: dict[str, Callable[[], Any]] = {
+        **{name: partial(_wide, value) for name, value in values.items() if name not in shapes},
+        "bias": lambda: None if site.bias is None else wide(_stored(work, site.bias)),
+        "data": lambda: None,
+        "loaded": lambda: {name: values[name]() for name in shapes.keys() & brought},
+    }
+    work.computed[group] = edit.rule.initialise(_weight(work, site), shapes, Bound(edit.constants, lazy))
+    return work.computed[group][param.name]
+
+
+def _weight(work: Work, site: WeightSite) -> Tensor:
+    """The weight of a site as rules start from it."""
+    return wide(canonical(_stored(work, str(site.weight)), site))
+
+
+def _wide(value: Callable[[], Tensor]) -> Tensor:
+    return wide(value())
+
+
+def _stored(work: Work, parameter: str) -> Tensor:
+    stored = stored_name(work, parameter)
+    assert stored is not None, "required before"
+    return file_of(work, stored)[stored]
 
 
 def _require_starts(work: Work) -> None:
@@ -225,11 +266,16 @@ def _require_starts(work: Work) -> None:
             if not lost or edit.rule.container is not None:
                 continue
             site = weight_site(work, edit)
+            if work.options.undo and any(not param.kept for param in edit.params):
+                raise CheckpointError(
+                    f"{source.files.where}: {lost[0]} of {site.fqn} is in no file, as it follows from the weight, and"
+                    " undo=True would need the weight again: merge without it, and keep the base"
+                )
             if work.options.undo or stored_name(work, str(site.weight)) is None:
                 raise CheckpointError(
                     f"{source.files.where}: lacks what {site.fqn} was trained from ({lost[0]}). That follows from a weight"
                     " stored in parts, or that undo=True would need again. Load the adapter with peftc, save it, and merge"
-                    " what was saved."
+                    " what was saved; of what no file has, load base and adapter, and save merge_and_unload()."
                 )
 
 

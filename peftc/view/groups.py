@@ -23,9 +23,13 @@ def groups(plan: Planned) -> list[tuple[str, list[Edit]]]:
     """Edits that differ only in the numbers of their fqn, in order of first appearance, by the `span` of their sites."""
     found: dict[object, list[Edit]] = {}
     for edit in plan.edits:
-        key = (re.sub(r"(?<![^.])[0-9]+(?![^.])", "#", edit.site), alike(plan, edit))
-        found.setdefault(key, []).append(edit)
+        found.setdefault((unnumbered(edit.site), alike(plan, edit)), []).append(edit)
     return [(span([edit.site for edit in edits]), edits) for edits in found.values()]
+
+
+def unnumbered(name: str) -> str:
+    """`layers.#.q_proj`: a name without its numbers."""
+    return re.sub(r"(?<![^.])[0-9]+(?![^.])", "#", name)
 
 
 def span(names: Sequence[str]) -> str:

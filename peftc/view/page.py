@@ -17,6 +17,7 @@ from peftc.specs import AdapterSpec
 from peftc.view import words
 from peftc.view.charts import SLOT, TALL, layer_charts
 from peftc.view.dataflow import Flow, dataflow
+from peftc.view.diff import heads_apart
 from peftc.view.groups import groups
 from peftc.view.layout import HEIGHT, Layout, layout
 from peftc.view.tree import Branch, tree, what
@@ -62,7 +63,7 @@ def plan_page(plans: Sequence[Planned], model: nn.Module | None = None) -> str:
         drawing=partial(_drawing, drawings),
         notes=[*_notes(plans)],
         charts=layer_charts(plans),
-        apart=_apart(plans),
+        apart=[f"{name.replace('_', ' ')}: {told}" for name, told in heads_apart(plans)],
         sites=_sites(plans) if len(plans) > 1 else "",
         fields=[*_fields(plans)],
         most=[max(1, *(here.amounts[at] for here in root.here)) for at in range(3)],
@@ -144,13 +145,6 @@ def _notes(plans: Sequence[Planned]) -> Iterator[Note]:
         found.items(), key=lambda item: order.index(item[0][0]) if item[0][0] in order else 9
     ):
         yield Note(label, _WEIGHT.get(label, "info"), line, tuple(own))
-
-
-def _apart(plans: Sequence[Planned]) -> list[str]:
-    """How two plans differ, but for what the page shows of both."""
-    told = ("model", "capture", "fingerprint", "autocast_adapter_dtype")
-    pairs = [(name, [getattr(plan, name) for plan in plans]) for name in told]
-    return [f"{name.replace('_', ' ')}: {' → '.join(map(str, own))}" for name, own in pairs if len(set(own)) > 1]
 
 
 def _sites(plans: Sequence[Planned]) -> str:

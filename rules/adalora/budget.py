@@ -6,13 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftc.rule import BySite
+
 from .config import AdaLoraConfig
 
-# An adapter's tensors by site and name.
-Tensors = Mapping[str, Mapping[str, Tensor]]
 
-
-def weigh(spec: AdaLoraConfig, tensors: Tensors, averages: dict[tuple[str, str], tuple[Tensor, Tensor]]) -> None:
+def weigh(spec: AdaLoraConfig, tensors: BySite, averages: dict[tuple[str, str], tuple[Tensor, Tensor]]) -> None:
     """Take the sensitivity |w·∇w| of every number into its averages."""
     for site, own in tensors.items():
         for name, tensor in own.items():
@@ -22,7 +21,7 @@ def weigh(spec: AdaLoraConfig, tensors: Tensors, averages: dict[tuple[str, str],
             averages[site, name] = (mean, spec.beta2 * spread + (1 - spec.beta2) * (now - mean).abs())
 
 
-def allot(spec: AdaLoraConfig, tensors: Tensors, step: int, state: dict[str, Any]) -> None:
+def allot(spec: AdaLoraConfig, tensors: BySite, step: int, state: dict[str, Any]) -> None:
     """Mask the triplets that are over the budget of `step`, and note which are kept."""
     first = sum(len(own["lora_E"]) for own in tensors.values())
     budget = spec.budget(step, first, spec.target_r * len(tensors))
@@ -45,7 +44,7 @@ def _scores(site: str, averages: Mapping[tuple[str, str], tuple[Tensor, Tensor]]
     return e + (a.mean(1, keepdim=True) + b.mean(0)[:, None])
 
 
-def filed(spec: AdaLoraConfig, tensors: Tensors, kept: Mapping[str, Tensor]) -> tuple[AdaLoraConfig, Tensors]:
+def filed(spec: AdaLoraConfig, tensors: BySite, kept: Mapping[str, Tensor]) -> tuple[AdaLoraConfig, BySite]:
     """The triplets that are not zero, and which of the first ones they are.
 
     What has grown again since it was masked is no zero, and stays.

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from peftc.specs.base import AdapterSpec
-from peftc.specs.selection import LayerSelection
+from peftc.specs.selection import Count, LayerSelection, Share
 
 Steps = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
@@ -52,18 +52,18 @@ class AdaLoraConfig(LayerSelection):
     apart = frozenset({"rank_pattern"})
 
     peft_type: Literal["ADALORA"] = "ADALORA"
-    total_step: Annotated[int, Field(gt=0)]
+    total_step: Count
     r: int = 8
     lora_alpha: float | int = 8
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_dropout: Share = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     init_lora_weights: bool = True
-    target_r: Annotated[int, Field(gt=0)] = 8
-    init_r: Annotated[int, Field(gt=0)] = 12
+    target_r: Count = 8
+    init_r: Count = 12
     tinit: Steps = 0
     tfinal: Steps = 0
-    deltaT: Annotated[int, Field(gt=0)] = 1  # noqa: N815 - PEFT's name
+    deltaT: Count = 1  # noqa: N815 - PEFT's name
     beta1: Decay = 0.85
     beta2: Decay = 0.85
     orth_reg_weight: Annotated[float, Field(ge=0)] = 0.5

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import BySite, Constant, Param, Rule
 
 from .budget import allot, filed, weigh
 from .config import AdaLoraConfig
@@ -22,6 +22,8 @@ class AdaLora(Rule[AdaLoraConfig]):
     local, additive, scale = "oi", True, "scaling"
     keys = ("lora_A", "lora_E", "lora_B")
     columns: ClassVar[Mapping[str, str]] = {"r": "r", "alpha": "lora_alpha"}
+    drops = ("lora_dropout",)
+    repeats = False
 
     def params(self, spec: AdaLoraConfig, site: WeightSite) -> dict[str, Param]:
         kept = spec.kept_at(site.fqn)
@@ -40,9 +42,6 @@ class AdaLora(Rule[AdaLoraConfig]):
         numbers = {"scaling": scaling, "orth_reg_weight": float(spec.orth_reg_weight)}
         return {"r": spec.init_r, "lora_alpha": float(alpha), "kernel_shape": kernel, **numbers}
 
-    def dropouts(self, spec: AdaLoraConfig, site: WeightSite) -> dict[str, float]:
-        return {"lora_dropout": spec.lora_dropout}
-
     def check(self, spec: AdaLoraConfig, site: WeightSite) -> str | None:
         kept = spec.kept_at(site.fqn)
         if kept is not None and len(kept) != spec.init_r:
@@ -51,9 +50,6 @@ class AdaLora(Rule[AdaLoraConfig]):
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         return weight + p.scaling * (p.lora_B @ (p.lora_E * p.lora_A)).reshape(weight.shape)
-
-    def unfold(self, weight: Tensor, p: Any) -> Tensor:
-        return weight  # Sums of products of three numbers have other bits on another device.
 
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         x = p.lora_dropout(x)
@@ -67,9 +63,7 @@ class AdaLora(Rule[AdaLoraConfig]):
         norms = [torch.linalg.norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device)) for gram in grams]
         return p.orth_reg_weight * (norms[0] + norms[1]) / (2 * p.sites)
 
-    def after_step(
-        self, spec: AdaLoraConfig, tensors: Mapping[str, Mapping[str, Tensor]], step: int, state: dict[str, Any]
-    ) -> None:
+    def after_step(self, spec: AdaLoraConfig, tensors: BySite, step: int, state: dict[str, Any]) -> None:
         end = spec.total_step - spec.tfinal
         if step < end:
             weigh(spec, tensors, state.setdefault("averages", {}))
@@ -80,7 +74,5 @@ class AdaLora(Rule[AdaLoraConfig]):
             for site, kept in state.get("kept", {}).items():
                 tensors[site]["lora_E"].masked_fill_(~kept, 0)
 
-    def filed(
-        self, spec: AdaLoraConfig, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
-    ) -> tuple[AdaLoraConfig, Mapping[str, Mapping[str, Tensor]]]:
+    def filed(self, spec: AdaLoraConfig, tensors: BySite, state: Mapping[str, Any]) -> tuple[AdaLoraConfig, BySite]:
         return filed(spec, tensors, state["kept"]) if "kept" in state else (spec, tensors)

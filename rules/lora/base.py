@@ -38,6 +38,7 @@ class Lora(Rule[LoraConfig]):
     names: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
 
     scale = "scaling"
+    drops = ("lora_dropout",)
 
     def serves(self, spec: LoraConfig) -> bool:
         return spec.variant != "dora"
@@ -53,9 +54,6 @@ class Lora(Rule[LoraConfig]):
             "groups": site.groups,
             **({"init": str(init)} if "rule" in init_names(spec, site) else {}),
         }
-
-    def dropouts(self, spec: LoraConfig, site: WeightSite) -> dict[str, float]:
-        return {"lora_dropout": spec.lora_dropout}
 
     def cannot_fold(self, spec: LoraConfig, site: WeightSite) -> str | None:
         return (

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from peftc.specs import LayerSelection, ParameterSelection, PatternedAlpha, PatternedRank
 from peftc.specs.base import AdapterSpec, TrainedBiases
-from peftc.specs.selection import first_match
+from peftc.specs.selection import Count, Share, first_match
 
 from ..trainable_tokens import TokensBeside
 from .replication import replicated
@@ -71,7 +71,7 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
 
     peft_type: Literal["LORA"] = "LORA"
     lora_alpha: float | int = 8
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_dropout: Share = 0.0
     fan_in_fan_out: bool = False
     bias: Literal["none", "all", "lora_only"] = "none"
     use_rslora: bool = False
@@ -83,7 +83,7 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     corda_config: CordaConfig | None = None
     lora_ga_config: LoraGAConfig | None = None
     use_qalora: bool = False
-    qalora_group_size: Annotated[int, Field(gt=0)] = 16
+    qalora_group_size: Count = 16
     use_bdlora: BdLoraConfig | None = None
     kasa_config: KasaConfig | None = None
     alora_invocation_tokens: Annotated[tuple[int, ...], BeforeValidator(as_tuple)] | None = None

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite
-from peftc.rule import Combination, Constant, Factors, Param
+from peftc.rule import Combination, Constant, Factors, Param, Shapes
 
 from .base import Lora
 from .config import LoraConfig
@@ -52,7 +52,7 @@ class _Dora(Lora):
             return f"use_dora=True needs the weight that LoRA makes, which {site.groups} groups can't express"
         return super().check(spec, site)
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         if not shapes.keys() & {"lora_A", "lora_B"}:
             return {"magnitude": _norm(super().weight(weight, p)).view(shapes["magnitude"])}
         made = super().initialise(weight, shapes, p)

@@ -1,6 +1,5 @@
 """KaSA: the weight without its least singular triplets, and new ones.  Wang et al. 2024, arXiv:2412.06071, section 3."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Factors, Param
+from peftc.rule import Constant, Factors, Param, Shapes
 
 from .config import LoraConfig
 from .linear import LoraLinear
@@ -39,7 +38,7 @@ class KasaLinear(LoraLinear):
             f"kasa_config would leave nothing of the weight: r={r}, its smaller side is {side}" if r >= side else None
         )
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
         return {"lora_A0": vh[-p.r :], "lora_B0": u[:, -p.r :] * s[-p.r :]}
 

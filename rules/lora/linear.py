@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Factors, Param
+from peftc.rule import Factors, Param, Shapes
 
 from .base import Lora
 from .config import LoraConfig
@@ -60,7 +60,7 @@ class LoraLinear(Lora):
             return Factors(p.lora_B, p.lora_A, p.scaling)
         return Factors(torch.cat([p.lora_B, p.lora_B0], 1), torch.cat([p.lora_A, -p.lora_A0]), p.scaling)
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         return made(weight, shapes, p)
 
     def calibration(self, spec: LoraConfig) -> Literal["inputs", "gradients"] | None:
@@ -84,6 +84,7 @@ class LoraEmbedding(Lora):
 
     ops = ("embedding",)
     names = ("lora_embedding_A", "lora_embedding_B")
+    drops = ()  # token ids can't be dropped; PEFT has none here either
 
     def params(self, spec: LoraConfig, site: WeightSite) -> dict[str, Param]:
         r, random = spec.rank_for(site.name), spec.init_lora_weights is False
@@ -91,9 +92,6 @@ class LoraEmbedding(Lora):
             "lora_embedding_A": Param((r, site.in_features), "normal" if random else "zeros", use="lookup", axes="ri"),
             "lora_embedding_B": Param((site.out_features, r), "normal", axes="or"),
         }
-
-    def dropouts(self, spec: LoraConfig, site: WeightSite) -> dict[str, float]:
-        return {}  # token ids can't be dropped; PEFT has none here either
 
     def check(self, spec: LoraConfig, site: WeightSite) -> str | None:
         if spec.lora_bias:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Factors, Param
+from peftc.rule import Constant, Factors, Param, Shapes
 
 from .config import LoraConfig
 from .linear import LoraLinear
@@ -68,7 +68,7 @@ class LoftqLinear(LoraLinear):
     def factors(self, p: Any) -> Factors | None:
         return None  # What quantising changes is no product.
 
-    def initialise(self, weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> dict[str, Tensor]:
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         left, a, b, near = weight, weight, weight, weight
         for _ in range(p.iterations):
             near = quantised(left, p.bits)

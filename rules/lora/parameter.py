@@ -16,6 +16,7 @@ class LoraParameter(Lora):
     """W + s·B·A, for every expert its own: `lora_A` holds their A one below the other, `lora_B` interleaves their B."""
 
     ops = ("parameter",)
+    drops = ()
 
     def params(self, spec: LoraConfig, site: WeightSite) -> dict[str, Param]:
         r, init = spec.rank_for(site.name) * (site.experts or 1), init_names(spec, site)
@@ -28,9 +29,6 @@ class LoraParameter(Lora):
 
     def constants(self, spec: LoraConfig, site: WeightSite) -> dict[str, Constant]:
         return {**super().constants(spec, site), "experts": site.experts or 0}
-
-    def dropouts(self, spec: LoraConfig, site: WeightSite) -> dict[str, float]:
-        return {}
 
     def check(self, spec: LoraConfig, site: WeightSite) -> str | None:
         if spec.lora_dropout and not spec.inference_mode:

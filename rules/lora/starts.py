@@ -8,6 +8,7 @@ from torch import Tensor
 
 from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite, dtype_of
+from peftc.rule import Shapes
 
 from . import corda, eva, from_weight, lora_ga
 from .config import LoraConfig
@@ -85,7 +86,7 @@ def unfit(spec: LoraConfig, site: WeightSite) -> str | None:
     return None
 
 
-def made(weight: Tensor, shapes: Mapping[str, tuple[int, ...]], p: Any) -> Made:
+def made(weight: Tensor, shapes: Shapes, p: Any) -> Made:
     """The factors of an adapter, and what is taken off again. Raises AdapterError if data that they need are not there."""
     start = STARTS[p.init.partition("_niter_")[0]]
     if start.learns.kind is not None and p.data is None:

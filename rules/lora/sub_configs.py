@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from peftc.specs.base import Names
+from peftc.specs.selection import Count
 
 # The values of `init_lora_weights` that are names, beside `pissa_niter_<n>`.
 INITS = ("gaussian", "olora", "pissa", "orthogonal", "eva", "corda", "lora_ga", "loftq", "mica")
@@ -73,14 +74,14 @@ class LoraGAConfig(_Told):
 
     direction: Literal["ArBr", "A2rBr", "ArB2r", "random"] = "ArB2r"
     scale: Literal["stable", "weight_svd", "gd_scale", "unit"] = "stable"
-    stable_gamma: Annotated[int, Field(gt=0)] = 16
+    stable_gamma: Count = 16
 
 
 class LoftQConfig(_Told):
     """Quantisation in turn with low rank (Li et al. 2023, arXiv:2310.08659): `loftq_iter` times, to `loftq_bits`."""
 
     loftq_bits: Literal[4, 8] = 4
-    loftq_iter: Annotated[int, Field(gt=0)] = 1
+    loftq_iter: Count = 1
 
 
 class BdLoraConfig(_Told):
@@ -91,7 +92,7 @@ class BdLoraConfig(_Told):
 
     target_modules_bd_a: Names | None = None
     target_modules_bd_b: Names | None = None
-    nblocks: Annotated[int, Field(gt=0)] = 1
+    nblocks: Count = 1
     match_strict: bool = True
 
     @model_validator(mode="after")

@@ -27,6 +27,8 @@ SPECS: dict[str, peftc.AdapterSpec] = {
     "C3A": peftc.C3AConfig(block_size=16, **TARGETS),
     "HiRA": peftc.HiraConfig(r=2, **TARGETS),
     "DeLoRA": peftc.DeloraConfig(r=2, **TARGETS),
+    "AdaMSS": peftc.AdamssConfig(subspace_rank=2, **TARGETS),
+    "FRoD": peftc.FrodConfig(**TARGETS),
 }
 
 
@@ -36,7 +38,8 @@ def _same(rank: int, folder: Path) -> None:
         alone = perturb(peftc.compile(llama(), spec))
         state = {key: full(value).clone() for key, value in alone.adapter_state_dict().items()}
         compiled: Any = peftc.compile(llama(), copy.deepcopy(spec), inplace=True)
-        peftc.set_peft_model_state_dict(compiled, state)
+        for model in (alone, compiled):  # What follows from its tensors follows from the new ones.
+            peftc.set_peft_model_state_dict(model, state)
         for layer in compiled.base.model.layers:
             fully_shard(layer)
         fully_shard(compiled.base)

@@ -8,10 +8,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import peftc
+from peftc.demo.shop import read_examples
 from tests.support.adapters import perturb
+from tests.support.smollm2 import tiny_model
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
@@ -32,7 +33,7 @@ def example(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_finetune_smollm2_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     """The whole way, with SmolLM2's tokenizer and a random model, which learns nothing worth asking for."""
     finetune = example("finetune_smollm2", monkeypatch)
-    tiny_model(finetune, tmp_path / "tiny")
+    tiny_model(tmp_path / "tiny")
     finetune.main(model=str(tmp_path / "tiny"), out=tmp_path / "out", epochs=1, seed=0, require=0.0)
     printed = capsys.readouterr().out
     assert "unmerged: all 20 base tensors are what they were, bit for bit" in printed
@@ -41,25 +42,10 @@ def test_finetune_smollm2_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_p
         finetune.check(False, "at least 75% of the answers are right in every field")
 
 
-def tiny_model(finetune: ModuleType, folder: Path) -> None:
-    """A random model with the tokenizer of SmolLM2."""
-    where, options = finetune.locate(None)
-    AutoTokenizer.from_pretrained(where, **options).save_pretrained(folder)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-
-
 @pytest.mark.slow
 def test_deploy_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     finetune = example("finetune_smollm2", monkeypatch)
-    tiny_model(finetune, tmp_path / "tiny")
+    tiny_model(tmp_path / "tiny")
     compiled = peftc.compile(finetune.load_base(str(tmp_path / "tiny")), finetune.LORA)
     perturb(compiled).save_pretrained(tmp_path / "adapter")
     deploy = example("deploy", monkeypatch)
@@ -72,7 +58,7 @@ def test_deploy_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 
 def test_deploy_gguf_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     finetune = example("finetune_smollm2", monkeypatch)
-    tiny_model(finetune, tmp_path / "tiny")
+    tiny_model(tmp_path / "tiny")
     compiled = peftc.compile(finetune.load_base(str(tmp_path / "tiny")), finetune.LORA)
     perturb(compiled).save_pretrained(tmp_path / "adapter")
     deploy = example("deploy_gguf", monkeypatch)
@@ -85,7 +71,8 @@ def test_deploy_gguf_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 @pytest.mark.slow
 def test_ptuning_smollm2_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
-    tiny_model(example("finetune_smollm2", monkeypatch), tmp_path / "tiny")
+    tiny_model(tmp_path / "tiny")
+    example("finetune_smollm2", monkeypatch)
     ptuning = example("ptuning_smollm2", monkeypatch)
     ptuning.main(model=str(tmp_path / "tiny"), out=tmp_path / "out", epochs=1, seed=0, require=0.0)
     printed = capsys.readouterr().out
@@ -118,11 +105,9 @@ def test_convnet_symbolic(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
 
 
 def test_the_examples_data_is_held_out() -> None:
-    for stem, field in (("schema", "message"), ("workshop", "request")):
-        files = {part: EXAMPLES / "data" / f"{stem}_{part}.jsonl" for part in ("train", "heldout")}
-        rows = {
-            part: {json.loads(line)[field] for line in file.read_text(encoding="utf-8").splitlines()}
-            for part, file in files.items()
-        }
+    lines = {part: (EXAMPLES / "data" / f"workshop_{part}.jsonl").read_text("utf-8") for part in ("train", "heldout")}
+    requests = {part: {json.loads(line)["request"] for line in text.splitlines()} for part, text in lines.items()}
+    messages = {"train": read_examples("train"), "heldout": read_examples("heldout")}
+    for rows in (requests, {part: {example.message for example in own} for part, own in messages.items()}):
         assert len(rows["train"]) > len(rows["heldout"]) > 20
         assert not rows["train"] & rows["heldout"]

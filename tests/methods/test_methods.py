@@ -45,6 +45,7 @@ SPECS: dict[str, peftc.AdapterSpec] = {
     "Deft": peftc.DeftConfig(r=2),
     "UniLora": peftc.UniLoraConfig(theta_d_length=20, init_weights=False),
     "Psoft": peftc.PsoftConfig(r=3),
+    "Adamss": peftc.AdamssConfig(num_subspaces=2, subspace_rank=3, use_dynamic_rank=True, use_asa=True),
     "Supertuning": peftc.SupertuningConfig(sparsity=0.7, r=2),
     "WaveFT": peftc.WaveFTConfig(n_frequency=10),
     "Peanut": peftc.PeanutConfig(r=4, depth=1),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import peftc
 import peftc.peft as served
-from tests.support.against import near
+from tests.support.against import near, same_gradients
 from tests.support.interchange import perturbed, quietly
 from tests.support.models import Everything, tiny
 
@@ -52,13 +52,7 @@ def test_outputs_gradients_and_files_are_those_of_peft(family: str, tmp_path: Pa
     near(y[4], base[4], 1e-6, "outputs of a row without the invocation")
     near(y[0, :3], base[0, :3], 1e-6, "outputs before the invocation")
     assert not torch.allclose(y[0, 3:], base[0, 3:], atol=1e-3)
-    for model in (ours, theirs):
-        model(x).logits.square().sum().backward()
-    own = {name.removeprefix("base."): p.grad for name, p in ours.named_parameters() if p.grad is not None}
-    found = {n.removeprefix("base_model.model."): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-    assert own.keys() == found.keys()
-    for name, gradient in found.items():
-        near(own[name], gradient, 1e-4, f"gradients of {name}")
+    same_gradients(ours, theirs, x, 1e-4, of=lambda output: output.logits)
     ours.save_pretrained(tmp_path / "ours")
     again = quietly(peft.PeftModel.from_pretrained, copy.deepcopy(net), str(tmp_path / "ours")).eval()
     near(again(x).logits, y, 1e-5, "outputs of peft, from files of peftc")

@@ -151,6 +151,8 @@ TABLES = {
     "SHIRA": "SHIRA",
     "VBLORA": "VBLORA",
     "PVERA": "PVERA",
+    "FROD": "FROD",
+    "ADAMSS": "ADAMSS",
 }
 # The names that falcon had before, which peft's table for norms lacks.
 OTHERS = {("RefinedWeb", "LN_TUNING"), ("RefinedWebModel", "LN_TUNING")}

@@ -11,7 +11,7 @@ from torch import nn
 
 import peftc
 import peftc.peft as served
-from tests.support.against import near
+from tests.support.against import near, same_gradients
 from tests.support.interchange import perturbed, quietly
 from tests.support.models import tiny, token_ids
 from tests.support.snapshots import assert_unchanged, snapshot
@@ -40,13 +40,7 @@ def test_outputs_gradients_and_files_are_those_of_peft(family: str, tmp_path: Pa
     theirs.save_pretrained(tmp_path / "theirs")
     ours = peftc.load(net, tmp_path / "theirs", is_trainable=True).eval()
     near(output(ours), output(theirs), 1e-5, "outputs")
-    for model in (ours, theirs):
-        model(IDS)[0].square().sum().backward()
-    own = {name.removeprefix("base."): p.grad for name, p in ours.named_parameters() if p.grad is not None}
-    found = {n.removeprefix("base_model.model."): p.grad for n, p in theirs.named_parameters() if p.grad is not None}
-    assert own.keys() == found.keys()
-    for name, gradient in found.items():
-        near(own[name], gradient, 1e-4, f"gradients of {name}")
+    same_gradients(ours, theirs, IDS, 1e-4, of=lambda output: output[0])
     ours.save_pretrained(tmp_path / "ours")
     again = quietly(peft.PeftModel.from_pretrained, copy.deepcopy(net), str(tmp_path / "ours")).eval()
     near(output(again), output(ours), 1e-5, "outputs of peft, from files of peftc")

@@ -1,6 +1,7 @@
 """Methods against peft in their variants: outputs, gradients, files both ways, merging, half precision, the same draws."""
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,32 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
         },
     },
     "WaveFTConfig": {
-        **{name: {"n_frequency": 20, "wavelet_family": name} for name in ("db1", "db2", "db3", "db4", "db7", "db10")},
+        **{
+            name: {"n_frequency": 20, "wavelet_family": name}
+            for name in ("db1", "db2", "db3", "db4", "db7", "db10", "sym2", "sym5", "sym8", "coif1", "coif3")
+        },
         "not transformed": {"n_frequency": 9, "use_idwt": False, "bias": "waveft_only"},
         "patterns": {"n_frequency": 9, "n_frequency_pattern": {"c": 30}},
     },
     "PeanutConfig": {
         "shallow": {"r": 4, "init_weights": False},
         "deep": {"r": 4, "depth": 2, "act_fn": "tanh", "init_weights": False, "scaling": 0.5},
+    },
+    "FrodConfig": {
+        "plain": {},
+        "not saved": {"save_projection": False, "sparse_rate": 0.3, "projection_prng_key": 3, "bias": "frod_only"},
+        "random": {"init_weights": False, "frod_dropout": 0.1, "regularization_alpha": 0.1},
+    },
+    "AdamssConfig": {
+        "plain": {},
+        "of a higher rank": {"num_subspaces": 2, "subspace_rank": 2},
+        "of ranks by singular values": {
+            "init_weights": None,
+            "subspace_rank": 2,
+            "use_dynamic_rank": True,
+            "num_subspaces": 3,
+            "r": 4,
+        },
     },
     "OSFConfig": {
         "half": {},
@@ -83,7 +103,10 @@ VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
 # Where peft has linears only, or (BEFT) can't merge without a bias.
 TARGETS: dict[str, list[str]] = {
     "BeftConfig": ["l"],
-    **{name: ["l", "n"] for name in ("GloraConfig", "PsoftConfig", "SupertuningConfig", "PeanutConfig", "OSFConfig")},
+    **{
+        name: ["l", "n"]
+        for name in ("GloraConfig", "PsoftConfig", "SupertuningConfig", "PeanutConfig", "OSFConfig", "AdamssConfig")
+    },
 }
 CASES = [(name, variant) for name, variants in VARIANTS.items() for variant in variants]
 
@@ -164,8 +187,14 @@ def test_pvera_draws_while_training_alone() -> None:
     assert "sample_at_inference" in str(always.plan)
 
 
+def test_without_pywavelets_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pywt", None)
+    with pytest.raises(peftc.RuleError, match=r"pip install 'peftc\[wavelets\]'"):
+        peftc.compile(Linears(), peftc.WaveFTConfig(n_frequency=9, wavelet_family="sym3", target_modules=LINEARS))
+
+
 def test_wavelets_are_daubechies() -> None:
-    from peftc_rules.waveft import daubechies
+    from peftc_rules.wavelets import daubechies
 
     root = 3**0.5
     exact = [(1 + root), (3 + root), (3 - root), (1 - root)]
@@ -220,7 +249,7 @@ def test_a_merge_on_disk_of_a_file_of_peft_that_lacks_what_follows_from_the_base
 @pytest.mark.parametrize(
     ("make", "said"),
     [
-        (lambda: peftc.WaveFTConfig(wavelet_family="coif1"), "db1 to db10"),
+        (lambda: peftc.WaveFTConfig(wavelet_family="coif4"), "db1 to db10, sym2 to sym10 and coif1 to coif3"),
         (lambda: peftc.WaveFTConfig.from_dict({"proportional_parameters": True}), "proportional_parameters"),
         (lambda: peftc.SupertuningConfig(lora_alpha=4), "needs a rank"),
         (lambda: peftc.TinyLoraConfig(weight_tying=1.5), "weight_tying"),

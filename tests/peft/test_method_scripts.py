@@ -22,6 +22,7 @@ METHODS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "adalora": ("AdaLoraConfig", "AdaLoraModel", "AdaLoraLayer", {"total_step": 10, "init_r": 4}),
     "fourierft": ("FourierFTConfig", "FourierFTModel", "FourierFTLayer", {"n_frequency": 50, "scaling": 20.0}),
     "osf": ("OSFConfig", "OSFModel", "OSFLayer", {}),
+    "frod": ("FrodConfig", "FrodModel", "FrodLayer", {}),
     "psoft": ("PsoftConfig", "PsoftModel", "PsoftLayer", {"r": 4}),
     "pvera": ("PveraConfig", "PveraModel", "PveraLayer", {"r": 4}),
     "unilora": ("UniLoraConfig", "UniLoraModel", "UniLoraLayer", {"theta_d_length": 50}),

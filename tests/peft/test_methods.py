@@ -25,10 +25,10 @@ FIELDS: dict[str, dict[str, Any]] = {
 BIASED = ("BEFT", "GLORA")
 # Trained tokens are for embeddings: tests/peft/test_tokens.py.
 NAMES = [name for name in METHODS if name not in ("LORA", "IA3", "TRAINABLE_TOKENS")]
-# Those that tests/peft/test_method_scripts.py runs, with fields that a small model needs.
+# Those that tests/peft/test_method_scripts.py or tests/oracle/test_adamss.py runs, with fields that a small model needs.
 SCRIPTED = (
     *("VERA", "LN_TUNING", "ADALORA", "FOURIERFT", "RANDLORA", "VBLORA", "SHIRA"),
-    *("OSF", "PSOFT", "PVERA", "UNILORA", "WAVEFT"),
+    *("ADAMSS", "FROD", "OSF", "PSOFT", "PVERA", "UNILORA", "WAVEFT"),
 )
 
 

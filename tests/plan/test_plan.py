@@ -1,6 +1,7 @@
 """Plans: what they say, what they miss, how they print, and that they hold for one model only."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -202,11 +203,33 @@ def test_diff_names_what_changed() -> None:
     one = peftc.plan(model, peftc.LoraConfig(target_modules=["q_proj"], r=4))
     two = peftc.plan(model, peftc.LoraConfig(target_modules=["q_proj", "v_proj"], r=8, layers_to_transform=[0]))
     diff = one.diff(two)
-    assert "- edit model.layers.1.self_attn.q_proj default lora" in diff
-    assert "+ edit model.layers.0.self_attn.v_proj default lora" in diff
-    assert "~ spec default: " in diff
-    assert "r 4 → 8" in diff
+    assert diff.splitlines() == [
+        "~ costs: trainable 768 → 896, total 28,128 → 28,256, weights 109.9 KiB → 110.4 KiB, gradients 3 KiB → 3.5 KiB,"
+        " Adam states 6 KiB → 7 KiB, compute 1.536 kFLOP → 1.792 kFLOP",
+        "~ spec default: target_modules ['q_proj'] → ['q_proj', 'v_proj'], r 4 → 8, layers_to_transform None → [0]",
+        "- site model.layers.{1–2}.self_attn.q_proj",
+        "+ site model.layers.0.self_attn.v_proj",
+        "- edit model.layers.{1–2}.self_attn.q_proj default lora",
+        "+ edit model.layers.0.self_attn.v_proj default lora",
+        "~ edit model.layers.0.self_attn.q_proj default lora: lora_A 4×32 → 8×32, lora_B 32×4 → 32×8, r 4 → 8,"
+        " scaling 2 → 1, compute 512 FLOP → 1.024 kFLOP",
+    ]
     assert one.diff(one) == ""
+
+
+def test_diff_says_what_is_told_by_no_number() -> None:
+    model, spec = tiny("llama"), peftc.LoraConfig(target_modules=["q_proj"], r=4)
+    one = peftc.plan(model, spec)
+    edit = one.edits[0]
+    other_rule = replace(edit, rule=type("Other", (type(edit.rule),), {})())
+    two = replace(one, edits=(other_rule, *one.edits[1:]), cautions=("look out",))
+    assert one.diff(two).splitlines() == [
+        f"~ edit {edit.site} default lora: differs",
+        "+ caution look out",
+    ]
+    missed = peftc.plan(model, spec.model_copy(update={"target_modules": ("q_proj", "nope")}))
+    worse = replace(missed, misses=tuple(replace(miss, fatal=True) for miss in missed.misses))
+    assert missed.diff(worse).splitlines()[0].endswith(": fatal False → True")
 
 
 def test_the_network_holds_sites_ties_and_conflicts() -> None:

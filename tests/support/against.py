@@ -1,6 +1,7 @@
 """One method held against peft: outputs, gradients, files both ways, merging, half precision."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,33 @@ def adapted(net: nn.Module, config: Any) -> Any:
     return perturbed(quietly(peft.get_peft_model, copy.deepcopy(net), config), 2)
 
 
-def gradients(model: Any, x: Any) -> dict[str, Tensor]:
-    """Those of a sum of squares, by names that both libraries have."""
-    model.zero_grad()
-    model(x).float().square().sum().backward()
-    return by_name(model)
+def _itself(output: Tensor) -> Tensor:
+    return output
+
+
+def same_gradients(
+    ours: Any,
+    theirs: Any,
+    x: Any,
+    tolerance: float,
+    without: tuple[str, ...] = (),
+    of: Callable[[Any], Tensor] = _itself,
+) -> None:
+    """Hold the gradients of a sum of squares to each other, relative to the largest number of them.
+
+    `of`: what is squared of an output. `without`: parts of the names of parameters that are not compared.
+    """
+    found: list[dict[str, Tensor]] = []
+    for model in (ours, theirs):
+        model.zero_grad()
+        of(model(x)).float().square().sum().backward()
+        found.append(by_name(model))
+    own, expected = found
+    assert own.keys() == expected.keys(), own.keys() ^ expected.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        if not any(part in name for part in without):
+            near(own[name].float(), gradient.float(), tolerance, f"gradients of {name}", largest)
 
 
 def same_as_peft(
@@ -50,12 +73,7 @@ def same_as_peft(
     y = ours(x)
     assert not torch.allclose(y, net(x), rtol=1e-3, atol=1e-3), "the adapter changes nothing"
     near(y, model(x), tolerance, "outputs")
-    own, theirs = gradients(ours, x), gradients(model, x)
-    assert own.keys() == theirs.keys()
-    largest = max(float(gradient.abs().max()) for gradient in theirs.values())
-    for name, gradient in theirs.items():
-        if not any(part in name for part in without):
-            near(own[name], gradient, 10 * tolerance, f"gradient of {name}", largest)
+    same_gradients(ours, model, x, 10 * tolerance, without)
     ours.save_pretrained(folder / "ours")
     again = quietly(peft.PeftModel.from_pretrained, copy.deepcopy(net), str(folder / "ours")).eval()
     near(again(x), model(x), tolerance, "outputs of peft, from files of peftc")
@@ -82,12 +100,7 @@ def half_as_peft(
     y = ours(x)
     assert y.dtype == torch.bfloat16
     near(y.float(), model(x).float(), tolerance, "bfloat16: outputs")
-    own, theirs = gradients(ours, x), gradients(model, x)
-    assert own.keys() == theirs.keys()
-    largest = max(float(gradient.abs().max()) for gradient in theirs.values())
-    for name, gradient in theirs.items():
-        if not any(part in name for part in without):
-            near(own[name].float(), gradient.float(), 2 * tolerance, f"bfloat16: gradients of {name}", largest)
+    same_gradients(ours, model, x, 2 * tolerance, without)
 
 
 def near(ours: Tensor, theirs: Tensor, tolerance: float, what: str, largest: float | None = None) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 import peftc
@@ -60,7 +61,26 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Gradients by the parameter's name, without what stands before and around the base's names."""
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     plain = {name.removeprefix("base_model.model.").removeprefix("base."): gradient for name, gradient in found.items()}
-    return {_SHARED.sub("", name.replace(".base_layer.", ".")): gradient for name, gradient in plain.items()}
+    return _together({_SHARED.sub("", name.replace(".base_layer.", ".")): gradient for name, gradient in plain.items()})
+
+
+# AdaMSS's factors, which peft has by subspace.
+_SUBSPACE = re.compile(r"(.*adamss_([AB])\.\w+)\.\d+")
+
+
+def _together(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same with the gradients of a site's subspaces in one tensor, as peftc has them."""
+    made: dict[str, Tensor] = {}
+    for name, gradient in found.items():
+        match = _SUBSPACE.fullmatch(name)
+        if match is None:
+            made[name] = gradient
+            continue
+        own = [other for key, other in found.items() if key.startswith(f"{match[1]}.")]
+        rank = max(len(factor) if match[2] == "A" else factor.shape[1] for factor in own)
+        widened = [F.pad(f, (0, 0, 0, rank - len(f)) if match[2] == "A" else (0, rank - f.shape[1])) for f in own]
+        made[match[1]] = torch.stack(widened) if match[2] == "A" else torch.cat(widened)
+    return made
 
 
 # How far a bfloat16 model may be off: peft multiplies its activations, cast up, by the adapter; peftc casts the adapter.
