@@ -20,7 +20,7 @@ from peftc.checkpoint.serving import serving_form
 from peftc.checkpoint.state import key_of
 from peftc.errors import CheckpointError, ExportError
 from peftc.export.certificate import tensors_of
-from peftc.export.tracing import Template, onnx_of, program_of
+from peftc.export.tracing import Template, onnx_of, open_sizes, program_of, quiet_session
 from peftc.merge.combine import target_names
 from peftc.registry import spec_classes
 from peftc.rewrite.program import Program
@@ -90,17 +90,18 @@ def template(program: Program, config: Mapping[str, Any], names: Mapping[str, st
         emit(program)
 
 
-def traced(model: nn.Module, made: Template, given: Mapping[str, Tensor], more: Mapping[str, Any], to: str) -> Any:
-    """The torch.export program of `model` with factors as inputs, to be written as `to`. `more`: what else every call has.
+def traced(
+    model: nn.Module, made: Template, given: Mapping[str, Tensor], more: Mapping[str, Any], to: str, fixed: bool
+) -> Any:
+    """The torch.export program of `model` with factors as inputs, to be written as `to`.
 
-    Raises ExportError.
+    `more`: what else every call has. `fixed`: inputs are to have the sizes given. Raises ExportError.
     """
 
     def call(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return tensors_of(made.call(model, tensors, {**{name: tensors[name] for name in given}, **more}))
 
-    sizes = {name: dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO) for name, value in given.items()}
-    return program_of(model, made, call, given, sizes, to)
+    return program_of(model, made, call, given, {} if fixed else open_sizes(given), to)
 
 
 def write_pt2(program: Any, made: Template, outputs: Sequence[str], tensors: Mapping[str, Any], stage: Path) -> None:
@@ -191,9 +192,7 @@ def _pt2_run(folder: Path) -> Run:
 
 def _onnx_run(folder: Path) -> Run:
     runtime: Any = import_module("onnxruntime")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3  # It warns of every input that has a default, which is the purpose.
-    session = runtime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(str(folder / "model.onnx"), quiet_session(), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
     def run(adapter: str | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

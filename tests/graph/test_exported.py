@@ -527,3 +527,32 @@ def test_trainer_trains_a_program_as_it_does_modules(tmp_path: Path) -> None:
         compiled = peftc.compile(model, spec, capture=capture, inputs=inputs if capture == "export" else None)  # type: ignore[arg-type]
         losses.append(Trainer(model=compiled, args=arguments, train_dataset=data).train().training_loss)
     assert losses[0] == losses[1]
+
+
+class OneRow(nn.Module):
+    """A branch on a size of 1, of which a trace with another size notes nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) * (2 if x.shape[0] == 1 else 1)
+
+
+def test_a_branch_on_one_row_is_noticed() -> None:
+    program = peftc.compile(
+        OneRow(), peftc.LoraConfig(target_modules=["linear"]), capture="export", inputs={"x": torch.randn(3, 4)}
+    )
+    program(torch.randn(2, 4))
+    with pytest.raises(peftc.CaptureError, match=r"L\['x'\]\.size\(\)\[0\] != 1; capture again with inputs like these"):
+        program(torch.randn(1, 4))
+    again = peftc.compile(
+        OneRow(), peftc.LoraConfig(target_modules=["linear"]), capture="export", inputs={"x": torch.randn(1, 4)}
+    )
+    model, x = OneRow(), torch.randn(1, 4)
+    model.load_state_dict(again.unload().state_dict())
+    again = peftc.compile(model, peftc.LoraConfig(target_modules=["linear"]), capture="export", inputs={"x": x})
+    assert torch.equal(again(x), model(x))
+    with pytest.raises(peftc.CaptureError, match="is of shape"):
+        again(torch.randn(2, 4))
