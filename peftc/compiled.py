@@ -308,7 +308,7 @@ class CompiledModel(CompiledFiles):
         `folder/generation` a program for one token after another, with caches where the model has plain ones, and
         `generate.py`, which needs neither peftc nor transformers; with `tokenizer` (transformers') it takes and gives
         text. `gguf`, `mlx`: every active LoRA adapter as a file of its own, for the base that llama.cpp or mlx-lm has.
-        `adapters`: `merged` into the weights (by default); `inside`, as the ops that they are; `inputs` (pt2, onnx), all
+        `adapters`: `merged` into the weights (by default); `inside`, as the ops that they are; `inputs` (of programs), all
         that are loaded, as files in `folder/adapters` whose factors the program takes, of any rank or none; `beside` for
         gguf and mlx. `merged` for gguf needs `gguf`, the base's own file, whose changed tensors are written anew: in
         float16 where they were quantised, or `quantized` again. `inputs`: what the model is called with, tensors by name,

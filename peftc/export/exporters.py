@@ -21,6 +21,7 @@ from peftc.export.tracing import (
     program_of,
     quiet,
     quiet_session,
+    without_unused,
     write_compiled,
 )
 from peftc.graph.sites import is_pretrained
@@ -92,7 +93,8 @@ def _recording(name: str) -> Any:
         traced: Any = None
 
         def export_program(self, *args: Any, **kwargs: Any) -> Any:
-            self.traced, metadata = super().export_program(*args, **kwargs)
+            program, metadata = super().export_program(*args, **kwargs)
+            self.traced = without_unused(program)
             return self.traced, metadata
 
     if name == "Dynamo":
@@ -126,9 +128,10 @@ def loaded(folder: Path) -> Run:
 
 def _plain(model: nn.Module, given: Mapping[str, Tensor], fixed: bool) -> Any:
     try:
-        return torch.export.export(model, (), dict(given), dynamic_shapes=None if fixed else open_sizes(given))
+        made = torch.export.export(model, (), dict(given), dynamic_shapes=None if fixed else open_sizes(given))
     except Exception as error:  # A user's forward may raise anything while it is traced.
         raise ExportError(f"{original_class(model).__name__} can't be exported: {first(error)}") from error
+    return without_unused(made)
 
 
 def run_onnx(path: Path) -> Run:

@@ -279,7 +279,7 @@ def _require(program: Program, request: Request) -> None:
     elif (adapters == "beside") != (_DEFAULT[to] == "beside"):
         raise ExportError(
             f"to={to!r}, adapters={adapters!r}: gguf and mlx take adapters beside a base (adapters='beside'; gguf also"
-            " 'merged'), hf, pt2, onnx and aoti are whole models (adapters='merged', 'inside' or, for pt2 and onnx,"
+            " 'merged'), hf, pt2, onnx and aoti are whole models (adapters='merged', 'inside' or, for programs,"
             " 'inputs')"
         )
     if (request.gguf is not None or request.quantized) and (to, adapters) != ("gguf", "merged"):
@@ -297,10 +297,6 @@ def _require(program: Program, request: Request) -> None:
         raise ExportError(
             f"to='hf': {original_class(program.base).__name__} is no model of transformers; merge_and_unload() and save its"
             " state dict"
-        )
-    if adapters == "inputs" and to == "aoti":
-        raise ExportError(
-            "to='aoti': adapters='inputs' is for pt2 and onnx; a compiled program has them merged or inside"
         )
     if request.generation and to not in PROGRAMS:
         raise ExportError(f"to={to!r}: generation=True is for programs ({', '.join(PROGRAMS)})")

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import InputKind
 from torch.func import functional_call
 
 from peftc.errors import ExportError
@@ -70,11 +71,32 @@ def program_of(
     named = Named(model, function, [*given, *factors])
     with torch.no_grad(), exportable(model, *(("onnx",) if to == "onnx" else ())):
         try:
-            return torch.export.export(
-                named, (), {**given, **factors}, dynamic_shapes={**fixed, **sizes, **open_axes}, strict=False
+            return without_unused(
+                torch.export.export(
+                    named, (), {**given, **factors}, dynamic_shapes={**fixed, **sizes, **open_axes}, strict=False
+                )
             )
         except Exception as error:  # Whatever tracing raises, of models that it can't take.
             raise ExportError(f"{original_class(model).__name__} can't be exported: {first(error)}") from error
+
+
+def without_unused(program: Any) -> Any:
+    """The same program without the tensors of the model that nothing reads: those of adapters that are merged, or not
+    active. torch.export keeps all.
+    """
+    kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+    signature, graph = program.graph_signature, program.graph
+    unread = {node.name: node for node in graph.find_nodes(op="placeholder") if not node.users}
+    gone = [spec for spec in signature.input_specs if spec.kind in kinds and spec.arg.name in unread]
+    left = {spec.arg.name for spec in gone}
+    signature.input_specs = [spec for spec in signature.input_specs if spec.arg.name not in left]
+    read = {spec.target for spec in signature.input_specs}
+    for spec in gone:
+        graph.erase_node(unread[spec.arg.name])
+        for tensors in (program.state_dict, program.constants) if spec.target not in read else ():
+            tensors.pop(spec.target, None)
+    program.graph_module.recompile()
+    return program
 
 
 def open_sizes(given: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
