@@ -29,6 +29,7 @@ from peftc.export.generation import TOKENS, Texts, live_tokens, require_generati
 from peftc.export.merged_gguf import write_merged
 from peftc.export.probes import probe
 from peftc.export.tracing import first, guards_of, quiet, require_compiler
+from peftc.graph.exported import without_autocast
 from peftc.graph.sites import is_pretrained
 from peftc.merge import merge, unmerge
 from peftc.progress import Tick, bar
@@ -370,11 +371,11 @@ def _inputs(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> dict[str, 
 
 @contextmanager
 def _for_inference(model: nn.Module) -> Generator[None]:
-    """The model in eval() and without gradients, each module as it was afterwards."""
+    """The model in eval(), without gradients and autocast, each module as it was afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(model):
             yield
     finally:
         for module in training:

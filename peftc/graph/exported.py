@@ -55,7 +55,9 @@ def export_model(model: nn.Module, inputs: Any) -> Flat:
     defaults = {name: parameter.default for name, parameter in inspect.signature(model.forward).parameters.items()}
     given = {name: v for name, v in _checked(model, inputs).items() if not is_default(defaults, name, v)}
     shadow = _shadow(model)
-    programs = [_exported(shadow.train(training), given) for training in (True, False)]
+    with without_autocast(model):
+        programs = [_exported(shadow.train(training), given) for training in (True, False)]
+        not_one = _not_one(programs[1], shadow, given)
     graphs = [_Unlifted(program, model).graph for program in programs]
     alike = programs[0].call_spec.out_spec == programs[1].call_spec.out_spec
     joined = both_modes(*graphs) if alike else None
@@ -66,7 +68,7 @@ def export_model(model: nn.Module, inputs: Any) -> Flat:
         leaves=tuple(leaves),
         inputs=pytree.tree_flatten(dict(given))[1],
         outputs=programs[0].call_spec.out_spec,
-        guards=(*_guards(programs, given), *_not_one(programs[1], shadow, given)),
+        guards=(*_guards(programs, given), *not_one),
         modules=frozenset(fqn for fqn, _ in model.named_modules()),
         dtypes=tuple((name, p.dtype) for name, p in model.named_parameters())[:1],
     )
@@ -99,6 +101,15 @@ def _shadow(model: nn.Module) -> nn.Module:
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
     return shadow
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Generator[None]:
+    """A context in which nothing is cast, so that a trace is the same wherever it is made; calls may autocast."""
+    with ExitStack() as stack:
+        for device in {"cpu", *(parameter.device.type for parameter in model.parameters())} - {"meta"}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @contextmanager

@@ -554,3 +554,22 @@ def test_a_branch_on_one_row_is_noticed() -> None:
     assert torch.equal(again(x), model(x))
     with pytest.raises(peftc.CaptureError, match="is of shape"):
         again(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "bert", "t5"])
+def test_autocast_at_the_call_and_at_the_capture(kind: str) -> None:
+    """Casts of the trace stay, so an output's dtype may be another; its numbers are those of modules."""
+    model = program_model(kind)
+    inputs = program_inputs(kind, model)
+    one, other = pair(model, LINEARS, inputs)
+    one.eval(), other.eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = peftc.compile(model, LINEARS, capture="export", inputs=inputs).eval()
+        inside.load_state_dict(one.state_dict())
+        expected = one(**inputs)
+        for program in (other, inside):
+            found = program(**inputs)
+            scale = float(expected.logits.abs().max())
+            torch.testing.assert_close(found.logits.float(), expected.logits.float(), rtol=0.02, atol=0.03 * scale)
+            torch.testing.assert_close(found.loss, expected.loss, rtol=1e-2, atol=0)
+    torch.testing.assert_close(inside(**inputs).logits, one(**inputs).logits)
