@@ -21,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftc
 from benchmarks.timing import paired, ratio
+from tests.support.costs import bytes_read, flops
 
 SPEC = peftc.LoraConfig(r=16, target_modules="all-linear")
 
@@ -43,6 +44,20 @@ def step(model: Any, ids: torch.Tensor) -> Callable[[], None]:
     return run
 
 
+def costs(program: Any, inputs: dict[str, Any]) -> str:
+    """FLOPs of a call and bytes of tensors, of the program and as the plan says them."""
+    tokens, planned = inputs["input_ids"].numel(), program.plan.costs
+    adapted = flops(program, inputs)
+    own = sum(parameter.nbytes for name, parameter in program.named_parameters() if "lora_" in name)
+    with program.merged():
+        bare, read = flops(program, inputs), bytes_read(program)
+    return (
+        f"FLOPs a token: {bare / tokens / 1e6:.1f} million bare, {(adapted - bare) / tokens:,.0f} more adapted (the"
+        f" plan: {planned.flops_per_token:,}); bytes read: {read:,} bare, {own:,} of the adapter (the plan:"
+        f" {planned.gradient_bytes:,})"
+    )
+
+
 def main(rounds: int = 7) -> None:
     """Print what each takes."""
     warnings.simplefilter("ignore")
@@ -61,6 +76,7 @@ def main(rounds: int = 7) -> None:
         f"30 layers: {seconds:.1f} s to capture in train() and eval(); {bare:,} nodes bare and merged, {adapted:,} with"
         f" {edits} edits ({(adapted - bare) / edits:.1f} each)"
     )
+    console.print(costs(program.eval(), inputs))
     modules = peftc.compile(model, SPEC)
     program.train(), modules.train()
     seconds_of = paired({"program": step(program, ids), "modules": step(modules, ids)}, rounds)

@@ -1,6 +1,6 @@
 """Which architectures go where: capture, methods and runtimes, for sixteen small models, as docs/programs.md has it.
 
-    python benchmarks/targets.py [family …] > table.md      (all of them: half an hour)
+    python benchmarks/targets.py [family …] > table.md      (all of them: three quarters of an hour)
 
 Every cell is run: a program is called with other sizes than it was captured with, an artefact is read back by its runtime.
 It holds the largest difference to the live model over the largest output, or the cause of the failure.
@@ -10,7 +10,7 @@ import logging
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,24 @@ METHODS: dict[str, Callable[[], Any]] = {
     "DoRA": lambda: peftc.LoraConfig(**LORA, use_dora=True),
     "IA3": lambda: peftc.IA3Config(target_modules="all-linear", feedforward_modules=[]),
 }
-# Inputs that transformers' exporters don't take.
-LEFT_OUT = ("labels",)
+# What is exported of the other methods: those that are no products have no inputs, a prefix can't be merged.
+FORMS = (("DoRA", "merged"), ("DoRA", "inside"), ("IA3", "merged"), ("IA3", "inside"), ("prefix", "inside"))
+TASKS = {
+    "t5": "SEQ_2_SEQ_LM",
+    "bart": "SEQ_2_SEQ_LM",
+    "whisper": "SEQ_2_SEQ_LM",
+    "bert": "SEQ_CLS",
+    "roberta": "SEQ_CLS",
+}
+# Its loop over tokens is unrolled.
+FIXED = ("mamba",)
+
+
+def spec_of(method: str, kind: str) -> Any:
+    """The method's spec for a family."""
+    if method == "prefix":
+        return peftc.PrefixTuningConfig(task_type=TASKS.get(kind, "CAUSAL_LM"), num_virtual_tokens=3)
+    return METHODS[method]()
 
 
 def difference(one: Any, other: Any) -> str:
@@ -63,14 +79,15 @@ def captured(kind: str, spec: Any, passes: Any = ()) -> tuple[str, int, int]:
         return found, len(program.graph_of("").nodes), adapted
 
 
-def exported(kind: str, to: Any, adapters: Any) -> str:
+def exported(kind: str, to: Any, adapters: Any, method: str = "LoRA") -> str:
     """The certificate's difference over its scale."""
     model = program_model(kind)
     torch.manual_seed(0)
-    live = perturb(peftc.compile(model, METHODS["LoRA"]())).eval()
+    live = perturb(peftc.compile(model, spec_of(method, kind))).eval()
     inputs = program_inputs(kind, model, labels=False)
     with tempfile.TemporaryDirectory() as folder:
-        made = live.export(folder, to=to, adapters=adapters, inputs=inputs)
+        sizes: Any = "fixed" if kind in FIXED else "open"
+        made = live.export(folder, to=to, adapters=adapters, inputs=inputs, sizes=sizes)
     return f"{made.difference / max(made.scale, 1e-30):.0e}"
 
 
@@ -88,15 +105,28 @@ def row(kind: str) -> list[str]:
     return cells
 
 
+def other_methods(kind: str) -> list[str]:
+    """The cells of one family in the second table."""
+    cells = [(to, how, method) for to in ("pt2", "onnx") for method, how in FORMS]
+    return [kind, *(attempt(lambda cell=cell: exported(kind, *cell)) for cell in cells)]
+
+
+def table(heads: list[str], row: Callable[[str], list[str]], kinds: Iterable[str]) -> None:
+    """Print a table, each row when it is there."""
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)
+    for kind in kinds:
+        print(f"| {' | '.join(row(kind))} |", flush=True)
+
+
 def main(kinds: list[str]) -> None:
-    """Print the table."""
+    """Print both tables."""
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
-    heads = ["family", "nodes", "LoRA", "DoRA", "IA3"]
-    heads += [f"{to} {how}" for to in ("pt2", "onnx") for how in ("merged", "inside", "inputs")]
-    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)
-    for kind in kinds or KINDS:
-        print(f"| {' | '.join(row(kind))} |", flush=True)
+    forms = [f"{to} {how}" for to in ("pt2", "onnx") for how in ("merged", "inside", "inputs")]
+    table(["family", "nodes", "LoRA", "DoRA", "IA3", *forms], row, kinds or KINDS)
+    print()
+    others = [f"{to} {method} {how}" for to in ("pt2", "onnx") for method, how in FORMS]
+    table(["family", *others], other_methods, kinds or KINDS)
 
 
 if __name__ == "__main__":

@@ -7,3 +7,5 @@ Form = Literal["peft", "serving", "per_expert"]
 # For which runtime a model, or an adapter alone, is written; and what becomes of the adapters in it.
 Target = Literal["hf", "pt2", "onnx", "aoti", "gguf", "mlx"]
 Adapters = Literal["merged", "inside", "inputs", "beside"]
+# Whether a program takes inputs of any sizes, or of those alone that it was made with.
+Sizes = Literal["open", "fixed"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftc import lifecycle
 from peftc.checkpoint import Download, LoadResult, Verify, locate, read_adapter, respelled_spec
-from peftc.choices import Adapters, Target
+from peftc.choices import Adapters, Sizes, Target
 from peftc.compiled_files import CompiledFiles
 from peftc.errors import MergeError
 from peftc.export import Certificate, export
@@ -295,6 +295,7 @@ class CompiledModel(CompiledFiles):
         tokenizer: Any = None,
         gguf: str | os.PathLike[str] | None = None,
         quantized: bool = False,
+        sizes: Sizes = "open",
         progress: bool = True,
     ) -> Certificate:
         """Write the model for a runtime, and compare what was written with it.
@@ -307,11 +308,14 @@ class CompiledModel(CompiledFiles):
         `folder/generation` a program for one token after another, with caches where the model has plain ones, and
         `generate.py`, which needs neither peftc nor transformers; with `tokenizer` (transformers') it takes and gives
         text. `gguf`, `mlx`: every active LoRA adapter as a file of its own, for the base that llama.cpp or mlx-lm has.
-        `adapters`: `merged` into the weights (by default); `inside`, as the ops that they are; `inputs` (pt2, onnx), all
+        `adapters`: `merged` into the weights (by default); `inside`, as the ops that they are; `inputs` (of programs), all
         that are loaded, as files in `folder/adapters` whose factors the program takes, of any rank or none; `beside` for
         gguf and mlx. `merged` for gguf needs `gguf`, the base's own file, whose changed tensors are written anew: in
         float16 where they were quantised, or `quantized` again. `inputs`: what the model is called with, tensors by name,
-        two rows at least; ids are made for models that take them. `progress`: show what it is at, if somebody looks on.
+        two rows at least; ids are made for models that take them. A program is also run on inputs of other sizes, and with
+        padding, and refused where it differs from the model: a trace takes one side of every branch in Python. `sizes`:
+        `fixed` writes it for the sizes of `inputs` alone, which every runtime but aoti's checks. `progress`: show what it
+        is at, if somebody looks on.
 
         All of it is written or, if anything fails or is killed, nothing; this model is as it was, bit for bit. The result
         is also in the folder (`certificate.json`), for `peftc.verify(folder)`.
@@ -331,6 +335,7 @@ class CompiledModel(CompiledFiles):
             gguf=None if gguf is None else Path(gguf),
             quantized=quantized,
             progress=progress,
+            sizes=sizes,
         )
 
     def unload(self) -> nn.Module:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from peftc.choices import Adapters, Target
+from peftc.choices import Adapters, Sizes, Target
 from peftc.cli.arguments import Adapter, AsJson, Base, ModelClass, NewFolder
 from peftc.cli.output import print_json
 
@@ -27,6 +27,7 @@ def export(
         Path | None, typer.Option(help="The base as GGUF, to have its changed tensors written anew.")
     ] = None,
     quantized: Annotated[bool, typer.Option("--quantized", help="In their own types, not float16.")] = False,
+    sizes: Annotated[Sizes, typer.Option(help="Of inputs: any, or those alone that it is made with.")] = "open",
     model_class: ModelClass = None,
     as_json: AsJson = False,
 ) -> None:
@@ -41,7 +42,7 @@ def export(
     compiled = api.load(with_weights(base, model_class), adapter)
     tokenizer = tokenizer_in(base) if generation else None
     more: dict[str, Any] = {"generation": generation, "tokenizer": tokenizer, "gguf": gguf, "quantized": quantized}
-    _told(compiled.export(out, to, adapters=adapters, **more), as_json)
+    _told(compiled.export(out, to, adapters=adapters, sizes=sizes, **more), as_json)
 
 
 def verify(

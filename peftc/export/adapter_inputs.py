@@ -1,7 +1,7 @@
 """One program, any number of adapters beside it: the factors are inputs, of any rank, that may be left out.
 
 `onnx`: onnxruntime's own adapter files (`AdapterFormat`, `RunOptions.add_active_adapter`); without one, the factors have
-rank 0 and the program is the base. `pt2`: safetensors with the inputs by name; factors of zeros for the base.
+rank 0 and the program is the base. `pt2`, `aoti`: safetensors with the inputs by name; factors of zeros for the base.
 """
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
@@ -20,7 +20,8 @@ from peftc.checkpoint.serving import serving_form
 from peftc.checkpoint.state import key_of
 from peftc.errors import CheckpointError, ExportError
 from peftc.export.certificate import tensors_of
-from peftc.export.tracing import Template, onnx_of, program_of
+from peftc.export.exporters import COMPILED, run_compiled
+from peftc.export.tracing import Template, onnx_of, open_sizes, program_of, quiet_session, write_compiled
 from peftc.merge.combine import target_names
 from peftc.registry import spec_classes
 from peftc.rewrite.program import Program
@@ -31,6 +32,8 @@ from peftc.specs import load_spec
 _TEMPLATE = "exported_inputs"
 _PREFIX = "base_model.model."
 ADAPTERS = "adapters"
+NO_ADAPTER = "no_adapter.safetensors"
+_LEAST_RANK = 2  # What a trace takes for the least.
 
 
 def input_names(keys: Iterable[str]) -> dict[str, str]:
@@ -54,7 +57,7 @@ def adapter_tensors(program: Program) -> tuple[dict[str, dict[str, Tensor]], dic
     config: dict[str, Any] = {}
     for name in program.adapters:
         try:
-            config, own = serving_form(program, name, config_of(program, name), least_rank=2)
+            config, own = serving_form(program, name, config_of(program, name), least_rank=_LEAST_RANK)
         except CheckpointError as error:
             raise ExportError(f"adapters='inputs': {error} adapters='merged' takes anything.") from None
         tensors[name] = {key: tensor.detach().cpu().contiguous() for key, tensor in own.items()}
@@ -90,17 +93,18 @@ def template(program: Program, config: Mapping[str, Any], names: Mapping[str, st
         emit(program)
 
 
-def traced(model: nn.Module, made: Template, given: Mapping[str, Tensor], more: Mapping[str, Any], to: str) -> Any:
-    """The torch.export program of `model` with factors as inputs, to be written as `to`. `more`: what else every call has.
+def traced(
+    model: nn.Module, made: Template, given: Mapping[str, Tensor], more: Mapping[str, Any], to: str, fixed: bool
+) -> Any:
+    """The torch.export program of `model` with factors as inputs, to be written as `to`.
 
-    Raises ExportError.
+    `more`: what else every call has. `fixed`: inputs are to have the sizes given. Raises ExportError.
     """
 
     def call(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return tensors_of(made.call(model, tensors, {**{name: tensors[name] for name in given}, **more}))
 
-    sizes = {name: dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO) for name, value in given.items()}
-    return program_of(model, made, call, given, sizes, to)
+    return program_of(model, made, call, given, {} if fixed else open_sizes(given), to)
 
 
 def write_pt2(program: Any, made: Template, outputs: Sequence[str], tensors: Mapping[str, Any], stage: Path) -> None:
@@ -160,7 +164,21 @@ def write_onnx_adapters(tensors: Mapping[str, Any], stage: Path) -> None:
         form.export_adapter(str(stage / ADAPTERS / f"{name}.onnx_adapter"))
 
 
-WRITERS: Mapping[str, Callable[..., None]] = {"pt2": write_pt2, "onnx": write_onnx}
+def write_aoti(program: Any, made: Template, outputs: Sequence[str], tensors: Mapping[str, Any], stage: Path) -> None:
+    """`compiled.pt2`, the inputs of every adapter as safetensors, and those of none, zeros, as `no_adapter.safetensors`."""
+    write_compiled(program, stage / COMPILED)
+    write_adapters(tensors, stage)
+    traced = {node.name: node.meta["val"] for node in program.graph.nodes if node.op == "placeholder"}
+    zeros = {
+        name: torch.zeros(
+            [_LEAST_RANK if at == axis else size for at, size in enumerate(traced[name].shape)], dtype=made.dtypes[name]
+        )
+        for name, axis in made.axes.items()
+    }
+    save_file(zeros, stage / NO_ADAPTER)
+
+
+WRITERS: Mapping[str, Callable[..., None]] = {"pt2": write_pt2, "onnx": write_onnx, "aoti": write_aoti}
 
 
 # An adapter's name (None: the base) and inputs to outputs by name.
@@ -169,7 +187,19 @@ Run = Callable[[str | None, Mapping[str, Tensor]], dict[str, Tensor]]
 
 def with_adapters(folder: Path) -> Run:
     """What runs the program in `folder` with one of its adapters, or as the base; loaded once."""
-    return _onnx_run(folder) if (folder / "model.onnx").exists() else _pt2_run(folder)
+    if (folder / "model.onnx").exists():
+        return _onnx_run(folder)
+    return _aoti_run(folder) if (folder / COMPILED).exists() else _pt2_run(folder)
+
+
+def _aoti_run(folder: Path) -> Run:
+    program, zeros = run_compiled(folder / COMPILED), load_file(folder / NO_ADAPTER)
+
+    def run(adapter: str | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        factors = load_file(folder / ADAPTERS / f"{adapter}.safetensors") if adapter is not None else {}
+        return tensors_of(program({**inputs, **zeros, **factors}))
+
+    return run
 
 
 def _pt2_run(folder: Path) -> Run:
@@ -191,9 +221,7 @@ def _pt2_run(folder: Path) -> Run:
 
 def _onnx_run(folder: Path) -> Run:
     runtime: Any = import_module("onnxruntime")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 3  # It warns of every input that has a default, which is the purpose.
-    session = runtime.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(str(folder / "model.onnx"), quiet_session(), providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
     def run(adapter: str | None, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

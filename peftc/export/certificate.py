@@ -31,7 +31,8 @@ class Certificate:
     before the first that is not (None: the model generates none); `generation`: whether what generates keeps caches, if
     there is any. `files`: the SHA-256 of every file of the artefact. `of`: what the difference is of: outputs, the changes
     of weights that adapters beside a base make, or merged weights. `sources`: hashes of what it was made from: every
-    adapter's tensors as its file has them, and the base's fingerprint as manifests have it.
+    adapter's tensors as its file has them, and the base's fingerprint as manifests have it. `compared`: the other inputs,
+    by their sizes, that a program gives the same outputs for; `refused`: those that it refuses, and the model does not.
     """
 
     to: str
@@ -46,6 +47,8 @@ class Certificate:
     of: str = "outputs"
     sources: Mapping[str, str] = field(default_factory=dict[str, str])
     generation: str | None = None
+    compared: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         said = f"{self.to}, adapters {self.adapters} ({', '.join(self.names) or 'none'})"
@@ -53,6 +56,12 @@ class Certificate:
         if self.tokens is not None:
             how = f" ({self.generation})" if self.generation is not None else ""
             lines.append(f"greedy tokens{how}: {self.tokens_equal} of {self.tokens} are the same")
+        if self.compared:
+            lines.append(f"so they are for {len(self.compared)} other sizes")
+        if self.refused:
+            lines.append(
+                f"not for {' | '.join(self.refused[:3])}{' | …' if len(self.refused) > 3 else ''}, which it refuses"
+            )
         return "; ".join(lines)
 
     def write(self, folder: Path, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
@@ -70,7 +79,7 @@ def read(folder: Path) -> tuple[Certificate, dict[str, Tensor], dict[str, Tensor
     try:
         data: dict[str, Any] = json.loads((folder / NAME).read_text())
         tensors = load_file(folder / SAMPLES)
-        data["names"] = tuple(data["names"])
+        data |= {name: tuple(data[name]) for name in ("names", "compared", "refused") if name in data}
         certificate = Certificate(**data)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ExportError(f"{folder}: holds no certificate of an export that can be read: {error}") from None

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -11,7 +12,18 @@ from torch import Tensor, nn
 
 from peftc.errors import ExportError
 from peftc.export.certificate import tensors_of
-from peftc.export.tracing import NOTHING, first, program_of, quiet, write_compiled
+from peftc.export.tracing import (
+    NOTHING,
+    first,
+    guards_of,
+    onnx_of,
+    open_sizes,
+    program_of,
+    quiet,
+    quiet_session,
+    without_unused,
+    write_compiled,
+)
 from peftc.graph.sites import is_pretrained
 from peftc.rewrite.hosts import original_class
 from peftc.rewrite.program import Program
@@ -23,41 +35,76 @@ COMPILED = "compiled.pt2"
 Run = Callable[[Mapping[str, Tensor]], Any]
 
 
-def _checkpoint(program: Program, stage: Path, given: Mapping[str, Tensor]) -> Run:
+@dataclass(frozen=True)
+class Written:
+    """What runs an artefact, and what its trace took for true of the sizes of inputs, as torch writes it; of a checkpoint,
+    which has its Python, nothing.
+    """
+
+    run: Run
+    guards: tuple[str, ...] = ()
+    traced: bool = True
+
+
+def _checkpoint(program: Program, stage: Path, given: Mapping[str, Tensor], fixed: bool) -> Written:
     """A transformers checkpoint of the merged model."""
     base: Any = program.base
     own = {name: tensor for name, tensor in base.state_dict().items() if not _is_added(program, name)}
     base.save_pretrained(stage, state_dict=own)
 
     model: Any = cast(Any, original_class(base)).from_pretrained(stage).eval()
-    return lambda inputs: model(**inputs)
+    return Written(lambda inputs: model(**inputs), traced=False)
 
 
 def _is_added(program: Program, name: str) -> bool:
     return any(part in program.children for part in name.split("."))
 
 
-def _program(program: Program, stage: Path, given: Mapping[str, Tensor]) -> Run:
+def _program(program: Program, stage: Path, given: Mapping[str, Tensor], fixed: bool) -> Written:
     """A torch.export program."""
     if not is_pretrained(program.base):
-        return _plain_program(program.base, stage, given)
+        traced = _plain(program.base, given, fixed)
+        torch.export.save(traced, stage / PLAIN)
+        module = torch.export.load(stage / PLAIN).module()
+        return Written(lambda inputs: module(**inputs), guards_of(traced))
     from transformers.exporters.configs import DynamoConfig
-    from transformers.exporters.exporter_dynamo import DynamoExporter
 
-    return _exported(program, stage, given, DynamoExporter(), DynamoConfig(dynamic=True))
+    return _exported(program, stage, given, _recording("Dynamo"), DynamoConfig(dynamic=not fixed))
 
 
-def _onnx(program: Program, stage: Path, given: Mapping[str, Tensor]) -> Run:
+def _onnx(program: Program, stage: Path, given: Mapping[str, Tensor], fixed: bool) -> Written:
     """An ONNX model."""
     if not is_pretrained(program.base):
-        return _plain_onnx(program.base, stage, given)
+        path = stage / "model.onnx"
+        with quiet():
+            traced = _plain(program.base, given, fixed)
+            onnx_of(traced, None).save(path, external_data=True)
+        return Written(run_onnx(path), guards_of(traced))
     from transformers.exporters.configs import OnnxConfig
-    from transformers.exporters.exporter_onnx import OnnxExporter
 
-    return _exported(program, stage, given, OnnxExporter(), OnnxConfig(dynamic=True))
+    return _exported(program, stage, given, _recording("Onnx"), OnnxConfig(dynamic=not fixed))
 
 
-def _exported(program: Program, stage: Path, given: Mapping[str, Tensor], exporter: Any, config: Any) -> Run:
+def _recording(name: str) -> Any:
+    """transformers' exporter of this name, which keeps what it has traced in its attribute `traced`."""
+    base: Any = import_module("transformers.exporters.exporter_dynamo").DynamoExporter
+
+    class Recorded(base):
+        traced: Any = None
+
+        def export_program(self, *args: Any, **kwargs: Any) -> Any:
+            program, metadata = super().export_program(*args, **kwargs)
+            self.traced = without_unused(program)
+            return self.traced, metadata
+
+    if name == "Dynamo":
+        return Recorded()
+    theirs: Any = import_module("transformers.exporters.exporter_onnx").OnnxExporter
+    # The ONNX exporter asks its super class for the program, which is the recording one then.
+    return type("Recorded", (theirs, Recorded), {})()
+
+
+def _exported(program: Program, stage: Path, given: Mapping[str, Tensor], exporter: Any, config: Any) -> Written:
     """What one of transformers' exporters makes, in its own folder format, which it also runs."""
     base: Any = program.base
     with quiet():
@@ -65,52 +112,42 @@ def _exported(program: Program, stage: Path, given: Mapping[str, Tensor], export
             exporter.export(base, dict(given), config).save_pretrained(stage)
         except Exception as error:  # Whatever tracing raises, of models that it can't take.
             raise ExportError(
-                f"{original_class(base).__name__} can't be exported by {type(exporter).__name__}: {first(error)}"
+                f"{original_class(base).__name__} can't be exported by {exporter.export_format}: {first(error)}"
             ) from error
-    return loaded(stage)
+    return Written(loaded(stage), guards_of(exporter.traced))
 
 
 def loaded(folder: Path) -> Run:
     """What runs the program of a transformers model in `folder`, loaded once."""
     from transformers.exporters.base import ExportedModel
 
-    exported: Any = ExportedModel.from_pretrained(str(folder))
+    more = {"session_options": quiet_session()} if (folder / "model.onnx").exists() else {}
+    exported: Any = ExportedModel.from_pretrained(str(folder), **more)
     return lambda inputs: exported(**inputs)
 
 
-def _plain_program(model: nn.Module, stage: Path, given: Mapping[str, Tensor]) -> Run:
-    batched = {name: {0: torch.export.Dim.AUTO} for name in given}
+def _plain(model: nn.Module, given: Mapping[str, Tensor], fixed: bool) -> Any:
     try:
-        made = torch.export.export(model, (), dict(given), dynamic_shapes=batched)
+        made = torch.export.export(model, (), dict(given), dynamic_shapes=None if fixed else open_sizes(given))
     except Exception as error:  # A user's forward may raise anything while it is traced.
         raise ExportError(f"{original_class(model).__name__} can't be exported: {first(error)}") from error
-    torch.export.save(made, stage / PLAIN)
-    return lambda inputs: torch.export.load(stage / PLAIN).module()(**inputs)
+    return without_unused(made)
 
 
-def _plain_onnx(model: nn.Module, stage: Path, given: Mapping[str, Tensor]) -> Run:
-    batched = {name: {0: torch.export.Dim.AUTO} for name in given}
-    path = stage / "model.onnx"
-    with quiet():
-        try:
-            torch.onnx.export(
-                model, (), str(path), kwargs=dict(given), dynamic_shapes=batched, dynamo=True, verbose=False
-            )
-        except Exception as error:  # As above; and what has no ONNX operator.
-            raise ExportError(f"{original_class(model).__name__} can't be exported: {first(error)}") from error
-    return lambda inputs: run_onnx(path, inputs)
-
-
-def run_onnx(path: Path, inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...] | Tensor:
-    """The outputs of an ONNX model of one's own module; the only one, or a tuple."""
+def run_onnx(path: Path) -> Run:
+    """What runs an ONNX model of one's own module, loaded once: its only output, or a tuple."""
     onnxruntime: Any = import_module("onnxruntime")
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    made = session.run(None, {name: value.detach().cpu().numpy() for name, value in inputs.items()})
-    outputs = tuple(torch.from_numpy(value) for value in made)
-    return outputs[0] if len(outputs) == 1 else outputs
+    session = onnxruntime.InferenceSession(str(path), quiet_session(), providers=["CPUExecutionProvider"])
+
+    def run(inputs: Mapping[str, Tensor]) -> tuple[Tensor, ...] | Tensor:
+        made = session.run(None, {name: value.detach().cpu().numpy() for name, value in inputs.items()})
+        outputs = tuple(torch.from_numpy(value) for value in made)
+        return outputs[0] if len(outputs) == 1 else outputs
+
+    return run
 
 
-def _compiled(program: Program, stage: Path, given: Mapping[str, Tensor]) -> Run:
+def _compiled(program: Program, stage: Path, given: Mapping[str, Tensor], fixed: bool) -> Written:
     """A program compiled by AOTInductor, of tensors by name to tensors by name."""
     base = program.base
     taken = inspect.signature(original_class(base).forward).parameters
@@ -121,11 +158,11 @@ def _compiled(program: Program, stage: Path, given: Mapping[str, Tensor]) -> Run
             NOTHING,
             lambda tensors: tensors_of(base(**tensors, **more)),
             given,
-            {name: dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO) for name, value in given.items()},
+            {} if fixed else open_sizes(given),
             "aoti",
         )
         write_compiled(traced, stage / COMPILED)
-    return run_compiled(stage / COMPILED)
+    return Written(run_compiled(stage / COMPILED), guards_of(traced))
 
 
 def run_compiled(path: Path) -> Run:
@@ -134,4 +171,4 @@ def run_compiled(path: Path) -> Run:
     return lambda inputs: program(**inputs)
 
 
-EXPORTERS: Mapping[str, Callable[..., Run]] = {"hf": _checkpoint, "pt2": _program, "onnx": _onnx, "aoti": _compiled}
+EXPORTERS: Mapping[str, Callable[..., Written]] = {"hf": _checkpoint, "pt2": _program, "onnx": _onnx, "aoti": _compiled}

@@ -18,16 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from peftc.checkpoint.atomic import staged
-from peftc.choices import Adapters, Target
+from peftc.choices import Adapters, Sizes, Target
 from peftc.errors import ExportError, MergeError
 from peftc.export.adapter_files import write_adapter
 from peftc.export.adapter_inputs import WRITERS as INPUT_WRITERS
 from peftc.export.adapter_inputs import adapter_tensors, input_names, template, traced, with_adapters
 from peftc.export.certificate import Certificate, agreement, difference, hashes, sources, tensors_of, versions
-from peftc.export.exporters import EXPORTERS, Run
+from peftc.export.exporters import EXPORTERS, Run, Written
 from peftc.export.generation import TOKENS, Texts, live_tokens, require_generating, write_generation, written_tokens
 from peftc.export.merged_gguf import write_merged
-from peftc.export.tracing import first, quiet, require_compiler
+from peftc.export.probes import probe
+from peftc.export.tracing import first, guards_of, quiet, require_compiler
+from peftc.graph.exported import without_autocast
 from peftc.graph.sites import is_pretrained
 from peftc.merge import merge, unmerge
 from peftc.progress import Tick, bar
@@ -64,6 +66,7 @@ class Request:
     gguf: Path | None
     quantized: bool
     progress: bool
+    sizes: Sizes
 
 
 def export(program: Program, folder: Path, to: Target, adapters: Adapters | None, **options: Any) -> Certificate:
@@ -90,7 +93,7 @@ def _written(program: Program, folder: Path, request: Request, tick: Tick) -> Ce
     texts = Texts(request.tokenizer) if request.generation else None
     with _for_inference(program.base):
         if request.adapters == "inputs":
-            return _as_inputs(program, folder, request.to, given, texts, tick)
+            return _as_inputs(program, folder, request, given, texts, tick)
         return _whole(program, folder, request, given, texts, tick)
 
 
@@ -105,25 +108,22 @@ def _whole(
     """One program, or a checkpoint, with its adapters merged or inside."""
     to, adapters = request.to, request.adapters
     tick(0, _STEPS[0])
-    expected = tensors_of(program.base(**given))
-    if not expected:
-        raise ExportError(f"{type(program.base).__name__} gives no tensors for {sorted(given)}: nothing to compare")
+    expected = _expected(program, given, {})
     names = program.merged or program.spliced
     made_from = sources(program, names)
     tokens = _greedy(lambda ids: program.base(**ids), program.base, given)
     live = live_tokens(program.base, given) if texts is not None else []
     tick(1, _STEPS[1])
     with _merged(program, adapters), staged(folder, _HEADS) as stage:
-        run = EXPORTERS[to](program, stage, given)
+        fixed = request.sizes == "fixed"
+        written = EXPORTERS[to](program, stage, given, fixed)
         tick(1, _STEPS[2])
-        largest, scale = difference(tensors_of(run(given)), expected)
-        try:
-            pairs: list[tuple[list[int] | None, list[int] | None]] = [(_greedy(run, program.base, given), tokens)]
-        except Exception as error:  # Of any runtime.
-            raise ExportError(
-                f"to={to!r}: what was written does not run on other lengths than it was traced with: {first(error)}"
-            ) from error
+        largest, scale = difference(tensors_of(written.run(given)), expected)
+        pairs = [(_written_greedy(to, written.run, program.base, given), tokens)] if not fixed else []
         certificate = Certificate(to, adapters, names, largest, scale, None, None, {}, versions(), sources=made_from)
+        if written.traced:
+            probed = probe(to, written, lambda inputs: program.base(**inputs), given, fixed)
+            certificate = replace(certificate, compared=probed.compared, refused=probed.refused)
         if texts is not None:
             with quiet():
                 certificate = replace(certificate, generation=write_generation(program, stage, to, given, texts))
@@ -131,6 +131,25 @@ def _whole(
         certificate = replace(certificate, files=hashes(stage), **agreement(pairs))
         certificate.write(stage, given, expected)
     return certificate
+
+
+def _expected(program: Program, given: Mapping[str, Tensor], more: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the live model computes. Raises ExportError if that is nothing to compare."""
+    expected = tensors_of(program.base(**given, **more))
+    if not expected:
+        name = original_class(program.base).__name__
+        raise ExportError(f"{name} gives no tensors for {sorted(given)}: nothing to compare")
+    return expected
+
+
+def _written_greedy(to: Target, run: Run, model: nn.Module, given: Mapping[str, Tensor]) -> list[int] | None:
+    try:
+        return _greedy(run, model, given)
+    except Exception as error:  # Of any runtime.
+        raise ExportError(
+            f"to={to!r}: what was written does not run on other lengths than it was traced with: {first(error)}."
+            " sizes='fixed' writes it for inputs of these sizes alone"
+        ) from error
 
 
 def _beside(program: Program, folder: Path, to: Target, tick: Tick) -> Certificate:
@@ -166,9 +185,10 @@ def _gguf(program: Program, folder: Path, request: Request, tick: Tick) -> Certi
 
 
 def _as_inputs(
-    program: Program, folder: Path, to: Target, given: Mapping[str, Tensor], texts: Texts | None, tick: Tick
+    program: Program, folder: Path, request: Request, given: Mapping[str, Tensor], texts: Texts | None, tick: Tick
 ) -> Certificate:
     """One program whose factors are inputs, and a file for every adapter."""
+    to, fixed = request.to, request.sizes == "fixed"
     taken = inspect.signature(original_class(program.base).forward).parameters
     # A program takes no more than it was captured with.
     more = {"use_cache": False} if "use_cache" in taken and program.plan.capture != "export" else {}
@@ -177,7 +197,7 @@ def _as_inputs(
     live: dict[str, list[int]] = {}
     for name in program.adapters:
         with _active(program, name):
-            expected[name] = tensors_of(program.base(**given, **more))
+            expected[name] = _expected(program, given, more)
             live |= {name: live_tokens(program.base, given)} if texts is not None else {}
     names = tuple(expected)
     certificate = Certificate(to, "inputs", names, 0.0, 0.0, None, None, {}, versions())
@@ -186,7 +206,7 @@ def _as_inputs(
     tick(1, _STEPS[1])
     with staged(folder, _HEADS) as stage:
         with template(program, config, names_of) as made, quiet():
-            whole = traced(program.base, made, given, more, to)
+            whole = traced(program.base, made, given, more, to, fixed)
             tensors = {
                 name: {names_of[key]: value.to(made.dtypes[names_of[key]]) for key, value in own.items()}
                 for name, own in by_key.items()
@@ -199,14 +219,19 @@ def _as_inputs(
         run = with_adapters(stage)
         found = [difference(run(name, given), outputs) for name, outputs in expected.items()]
         largest, scale = (max(numbers) for numbers in zip(*found, strict=True))
-        written = written_tokens(stage, given, list(live)) if live else []
-        pairs = list(zip(written, live.values(), strict=True))
+        with _active(program, names[0]):
+            written = Written(lambda inputs: run(names[0], inputs), guards_of(whole))
+            probed = probe(to, written, lambda inputs: program.base(**inputs, **more), given, fixed)
+        tokens = written_tokens(stage, given, list(live)) if live else []
+        pairs = list(zip(tokens, live.values(), strict=True))
         certificate = replace(
             certificate,
             difference=largest,
             scale=scale,
             files=hashes(stage),
             sources=sources(program, names),
+            compared=probed.compared,
+            refused=probed.refused,
             **agreement(pairs),
         )
         certificate.write(stage, given, expected[names[0]])
@@ -255,7 +280,7 @@ def _require(program: Program, request: Request) -> None:
     elif (adapters == "beside") != (_DEFAULT[to] == "beside"):
         raise ExportError(
             f"to={to!r}, adapters={adapters!r}: gguf and mlx take adapters beside a base (adapters='beside'; gguf also"
-            " 'merged'), hf, pt2, onnx and aoti are whole models (adapters='merged', 'inside' or, for pt2 and onnx,"
+            " 'merged'), hf, pt2, onnx and aoti are whole models (adapters='merged', 'inside' or, for programs,"
             " 'inputs')"
         )
     if (request.gguf is not None or request.quantized) and (to, adapters) != ("gguf", "merged"):
@@ -274,17 +299,24 @@ def _require(program: Program, request: Request) -> None:
             f"to='hf': {original_class(program.base).__name__} is no model of transformers; merge_and_unload() and save its"
             " state dict"
         )
-    if adapters == "inputs" and to == "aoti":
-        raise ExportError(
-            "to='aoti': adapters='inputs' is for pt2 and onnx; a compiled program has them merged or inside"
-        )
     if request.generation and to not in PROGRAMS:
         raise ExportError(f"to={to!r}: generation=True is for programs ({', '.join(PROGRAMS)})")
+    _require_sizes(request)
     if request.tokenizer is not None and not request.generation:
         raise ExportError("tokenizer= goes beside what generates: give generation=True, too")
     require_packages(to)
     if to == "aoti":
         require_compiler()
+
+
+def _require_sizes(request: Request) -> None:
+    if request.sizes not in get_args(Sizes) or (
+        request.sizes == "fixed" and (request.generation or request.to not in PROGRAMS)
+    ):
+        raise ExportError(
+            f"sizes={request.sizes!r}: valid are {', '.join(get_args(Sizes))}; fixed is for programs"
+            f" ({', '.join(PROGRAMS)}), without generation"
+        )
 
 
 def _require_base(request: Request) -> None:
@@ -339,11 +371,11 @@ def _inputs(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> dict[str, 
 
 @contextmanager
 def _for_inference(model: nn.Module) -> Generator[None]:
-    """The model in eval() and without gradients, each module as it was afterwards."""
+    """The model in eval(), without gradients and autocast, each module as it was afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(model):
             yield
     finally:
         for module in training:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export.graph_signature import InputKind
 from torch.func import functional_call
 
 from peftc.errors import ExportError
@@ -62,16 +63,50 @@ def program_of(
 ) -> Any:
     """The torch.export program of `function`, which calls `model`, of the inputs `given` and the factors of `made`.
 
-    `sizes`: which sizes of the inputs are open. `to`: what it will be written as. Raises ExportError.
+    `sizes`: which sizes of the inputs are open, the others are fixed. `to`: what it will be written as. Raises ExportError.
     """
     factors = {name: model.get_parameter(path).detach().clone() for name, path in made.parameters.items()}
-    open_sizes = {**sizes, **{name: {axis: torch.export.Dim.AUTO} for name, axis in made.axes.items()}}
+    fixed: dict[str, Any] = dict.fromkeys(given)
+    open_axes = {name: {axis: torch.export.Dim.AUTO} for name, axis in made.axes.items()}
     named = Named(model, function, [*given, *factors])
     with torch.no_grad(), exportable(model, *(("onnx",) if to == "onnx" else ())):
         try:
-            return torch.export.export(named, (), {**given, **factors}, dynamic_shapes=open_sizes, strict=False)
+            return without_unused(
+                torch.export.export(
+                    named, (), {**given, **factors}, dynamic_shapes={**fixed, **sizes, **open_axes}, strict=False
+                )
+            )
         except Exception as error:  # Whatever tracing raises, of models that it can't take.
             raise ExportError(f"{original_class(model).__name__} can't be exported: {first(error)}") from error
+
+
+def without_unused(program: Any) -> Any:
+    """The same program without the tensors of the model that nothing reads: those of adapters that are merged, or not
+    active. torch.export keeps all.
+    """
+    kinds = (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR)
+    signature, graph = program.graph_signature, program.graph
+    unread = {node.name: node for node in graph.find_nodes(op="placeholder") if not node.users}
+    gone = [spec for spec in signature.input_specs if spec.kind in kinds and spec.arg.name in unread]
+    left = {spec.arg.name for spec in gone}
+    signature.input_specs = [spec for spec in signature.input_specs if spec.arg.name not in left]
+    read = {spec.target for spec in signature.input_specs}
+    for spec in gone:
+        graph.erase_node(unread[spec.arg.name])
+        for tensors in (program.state_dict, program.constants) if spec.target not in read else ():
+            tensors.pop(spec.target, None)
+    program.graph_module.recompile()
+    return program
+
+
+def open_sizes(given: Mapping[str, Tensor]) -> dict[str, dict[int, Any]]:
+    """All sizes of these inputs as torch.export is told that they are open, as far as the model leaves them so."""
+    return {name: dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO) for name, value in given.items()}
+
+
+def guards_of(program: Any) -> tuple[str, ...]:
+    """What a trace took for true of the sizes of its inputs, as torch writes it."""
+    return tuple(program._guards_code or ())
 
 
 def require_compiler() -> None:
@@ -94,7 +129,7 @@ def write_compiled(program: Any, path: Path) -> None:
         raise ExportError(f"to='aoti': the program can't be compiled: {first(error)}") from error
 
 
-def onnx_of(program: Any, outputs: Sequence[str]) -> Any:
+def onnx_of(program: Any, outputs: Sequence[str] | None) -> Any:
     """The program in ONNX's ops, with transformers' translations of theirs, if that is there. Raises ExportError."""
     theirs: Any = (
         import_module("transformers.exporters.exporter_onnx") if find_spec("transformers") is not None else None
@@ -104,7 +139,7 @@ def onnx_of(program: Any, outputs: Sequence[str]) -> Any:
         if theirs is not None:
             theirs.apply_fx_node_fixes("onnx", program.graph_module)
         written: Any = torch.onnx.export(
-            program, dynamo=True, verbose=False, output_names=list(outputs), custom_translation_table=table
+            program, dynamo=True, verbose=False, output_names=outputs, custom_translation_table=table
         )
     except Exception as error:  # What has no ONNX operator.
         raise ExportError(f"the program can't be written as ONNX: {first(error)[:300]}") from error
@@ -124,3 +159,10 @@ def quiet() -> Generator[None]:
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
+
+
+def quiet_session() -> Any:
+    """onnxruntime's options without its log: what is refused raises, and is tried on purpose."""
+    options = import_module("onnxruntime").SessionOptions()
+    options.log_severity_level = 4
+    return options

@@ -77,7 +77,7 @@ def _run(folder: Path, certificate: Certificate, inputs: Mapping[str, Tensor]) -
     if (folder / PLAIN).exists() and not (folder / "export.json").exists():
         return torch.export.load(folder / PLAIN).module()(**inputs)
     if (folder / "model.onnx").exists() and not (folder / "export.json").exists():
-        return run_onnx(folder / "model.onnx", inputs)
+        return run_onnx(folder / "model.onnx")(inputs)
     return loaded(folder)(inputs)
 
 

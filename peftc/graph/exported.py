@@ -55,7 +55,9 @@ def export_model(model: nn.Module, inputs: Any) -> Flat:
     defaults = {name: parameter.default for name, parameter in inspect.signature(model.forward).parameters.items()}
     given = {name: v for name, v in _checked(model, inputs).items() if not is_default(defaults, name, v)}
     shadow = _shadow(model)
-    programs = [_exported(shadow.train(training), given) for training in (True, False)]
+    with without_autocast(model):
+        programs = [_exported(shadow.train(training), given) for training in (True, False)]
+        not_one = _not_one(programs[1], shadow, given)
     graphs = [_Unlifted(program, model).graph for program in programs]
     alike = programs[0].call_spec.out_spec == programs[1].call_spec.out_spec
     joined = both_modes(*graphs) if alike else None
@@ -66,7 +68,7 @@ def export_model(model: nn.Module, inputs: Any) -> Flat:
         leaves=tuple(leaves),
         inputs=pytree.tree_flatten(dict(given))[1],
         outputs=programs[0].call_spec.out_spec,
-        guards=_guards(programs, given),
+        guards=(*_guards(programs, given), *not_one),
         modules=frozenset(fqn for fqn, _ in model.named_modules()),
         dtypes=tuple((name, p.dtype) for name, p in model.named_parameters())[:1],
     )
@@ -99,6 +101,15 @@ def _shadow(model: nn.Module) -> nn.Module:
         if parameter.is_floating_point():
             parameter.requires_grad_(True)
     return shadow
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Generator[None]:
+    """A context in which nothing is cast, so that a trace is the same wherever it is made; calls may autocast."""
+    with ExitStack() as stack:
+        for device in {"cpu", *(parameter.device.type for parameter in model.parameters())} - {"meta"}:
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @contextmanager
@@ -373,6 +384,60 @@ def _guards(programs: Sequence[Any], given: Mapping[str, Any]) -> tuple[str, ...
     if unknown:
         warnings.warn(f"capture='export': can't check, and so does not, that {'; '.join(unknown)}", stacklevel=2)
     return tuple(code for code in found if code not in unknown)
+
+
+def _not_one(program: Any, model: nn.Module, given: Mapping[str, Any]) -> tuple[str, ...]:
+    """Guards against a size of 1 of open dimensions for which the program, traced with another one, is not the model.
+
+    torch.export takes a size that is not 1 for one that never is, and notes no guard. So both are run in eval() on one row,
+    and with every other open size as 1; not on meta, where there are no values to compare.
+    """
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return ()
+    names = {size for leaf in _leaves(program) for size in leaf.sizes[:1] if isinstance(size, str)}
+    others = {size for leaf in _leaves(program) for size in leaf.sizes[1:] if isinstance(size, str)} - names
+    flat, spec = pytree.tree_flatten(dict(given))
+    found: list[str] = []
+    for ones in filter(None, (names, others)):
+        leaves = [_narrowed(value, leaf, ones) for value, leaf in zip(flat, _leaves(program), strict=True)]
+        if not _same(program, model, pytree.tree_unflatten(leaves, spec)):
+            paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(dict(given))[0]]
+            found += [
+                f"L{path}.size()[{axis}] != 1"
+                for path, leaf in zip(paths, _leaves(program), strict=True)
+                for axis, size in enumerate(leaf.sizes)
+                if size in ones
+            ]
+    return tuple(found)
+
+
+def _narrowed(value: Any, leaf: Leaf, ones: set[str]) -> Any:
+    for axis, size in enumerate(leaf.sizes):
+        value = value.narrow(axis, 0, 1) if size in ones else value
+    return value
+
+
+def _same(program: Any, model: nn.Module, given: Mapping[str, Any]) -> bool:
+    """Whether a program gives what the model in eval() does, or refuses these inputs, or the model does."""
+    model.eval()
+    with torch.no_grad(), torch.random.fork_rng():
+        try:
+            expected = pytree.tree_leaves(model(**copy.deepcopy(dict(given))))
+            outputs = pytree.tree_leaves(program.module()(**copy.deepcopy(dict(given))))
+        except Exception:  # Of the model's own code, or a guard.
+            return True
+    pairs = zip(outputs, expected, strict=False)
+    return len(outputs) == len(expected) and all(_close(*pair) for pair in pairs)
+
+
+def _close(one: Any, other: Any) -> bool:
+    """Whether tensors are the same but for roundings."""
+    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
+        return True
+    if one.shape != other.shape or not other.is_floating_point():
+        return one.shape == other.shape and torch.equal(one, other)
+    largest = float(torch.nan_to_num(other.double()).abs().max()) if other.numel() else 0.0
+    return torch.allclose(one.double(), other.double(), 0, max(1e-3, 64 * torch.finfo(other.dtype).eps) * largest, True)
 
 
 def _leaves(program: Any) -> list[Leaf]:

@@ -25,7 +25,7 @@ def anchors(
     saved: Collection[str] = (),
 ) -> tuple[Anchor, ...]:
     """The anchors of `sites` in a flat graph of `model`, of modules that are `called` there as they are, and of those that
-    are `saved` whole, of which only the tensors are read there.
+    are `saved` whole, of which only the tensors are read there; "" is the model's own call, which the graph is.
 
     A site has an anchor for every op that uses its weight; a single one without a node, if anything else does too: then
     only the weight can be replaced. Raises CaptureError if a site's weight is not used at all.
@@ -43,7 +43,7 @@ def anchors(
         if fqn not in called:
             found += _anchors_of(site, [r for r in readers.get(str(site.weight), ()) if r.users], model)
     for fqn in saved:
-        if not any(name.startswith(f"{fqn}.") for name in readers):
+        if fqn and not any(name.startswith(f"{fqn}.") for name in readers):
             raise CaptureError(_never(fqn, model))
         found.append(Anchor(fqn, None))
     order = {node.name: number for number, node in enumerate(graph.nodes)}

@@ -1,6 +1,6 @@
 """How prompt methods are planned: which calls they enter, and what is added there."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -39,11 +39,14 @@ def find(
     if spec.task_type is None:
         tasks = "CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS, TOKEN_CLS, QUESTION_ANS or FEATURE_EXTRACTION"
         return missed(f"leaves open what becomes of labels, positions and heads; give {tasks}", "task_type")
-    if level != "modules":
-        return missed("needs capture='modules', which keeps the model's own call")
     calls = find_calls(model, rule.at, spec.task_type, index)
     if isinstance(calls, str):
         return missed(f"can't be used here: {calls}")
+    if level != "modules" and not _in_program(level, rule, calls):
+        return missed(
+            "needs capture='modules', which keeps the model's own call; export(…, to='pt2', adapters='inside') makes a"
+            " program with it from there"
+        )
     stack = calls[0].site.stack
     assert stack is not None, "a call has one"
     resolved = cast(PromptSpec, rule.resolve(spec, stack))
@@ -51,6 +54,11 @@ def find(
     if reason:
         return missed(f"can't be used here: {reason}")
     return resolved, tuple(_claim(resolved, rule, call, dtype_for(call.site.dtype)) for call in calls)
+
+
+def _in_program(level: str, rule: PromptRule[Any], calls: Sequence[Call]) -> bool:
+    """Whether virtual tokens enter with the inputs of the whole model and stay in: so they can in a program, too."""
+    return level == "export" and rule.at == "embeds" and all(c.site.fqn == "" and not c.drop for c in calls)
 
 
 def _claim(spec: PromptSpec, rule: PromptRule[Any], call: Call, dtype: str) -> Claim:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import fx
 
+from peftc.errors import CaptureError
 from peftc.graph.region import HOST, OPAQUE, invoke
 from peftc.prompts import virtual
 from peftc.prompts.find import is_virtual
@@ -18,10 +19,15 @@ from peftc.rewrite.splice import Active, follow
 _PER_TOKEN: Mapping[str, int] = {"token_type_ids": 0, "mm_token_type_ids": 0}
 
 
-def splice_call(graph: fx.Graph, node: fx.Node, active: Sequence[Active]) -> None:
-    """Rewrite the arguments, and if need be the output, of the call `node` of an opaque host."""
+def splice_call(graph: fx.Graph, node: fx.Node | None, active: Sequence[Active]) -> None:
+    """Rewrite the arguments, and if need be the output, of the call `node` of an opaque host; without one, the inputs of a
+    whole program. Raises CaptureError if that takes none that virtual tokens can enter.
+    """
     edits = [one.edit for one in active]
     given = {str(n.target).lstrip("*"): n for n in graph.nodes if n.op == "placeholder"}
+    if node is None:
+        _splice_inputs(graph, given, active)
+        return
     before = node.args[0] if node.target is invoke else node
     assert isinstance(before, fx.Node), "invoke calls a module"
     with graph.inserting_before(before):
@@ -37,6 +43,24 @@ def splice_call(graph: fx.Graph, node: fx.Node, active: Sequence[Active]) -> Non
         node = follow(graph, node, virtual.remember, at)
     if any(edit.constants["drop"] for edit in edits):
         follow(graph, node, virtual.drop, at)
+
+
+def _splice_inputs(graph: fx.Graph, given: Mapping[str, fx.Node], active: Sequence[Active]) -> None:
+    """Put virtual tokens before the inputs of a whole program."""
+    known = ("inputs_embeds", "attention_mask", "position_ids", "labels", "num_items_in_batch", *_PER_TOKEN)
+    wrong = [name for name in given if name not in known]
+    if wrong or "inputs_embeds" not in given:
+        raise CaptureError(
+            f"{active[0].edit.adapter!r}: virtual tokens enter a program with inputs_embeds, and this one was captured with"
+            f" {', '.join(given)}. Compile with inputs={{'inputs_embeds': model.get_input_embeddings()(ids),"
+            " 'attention_mask': mask}, and labels if need be; or with capture='modules'"
+        )
+    last = max(number for number, node in enumerate(graph.nodes) if node.op == "placeholder")
+    after = list(graph.nodes)[last + 1 :]
+    with graph.inserting_before(after[0]):
+        _, changed = _arguments(graph, given, active)
+    for name, value in changed.items():
+        given[name].replace_all_uses_with(value, delete_user_cb=set(after).__contains__)
 
 
 def _arguments(
@@ -77,13 +101,14 @@ def _embedded(
     encoders = tuple(
         (_encoder(graph, one), one.edit.constants["rows"], one.edit.constants["num_virtual_tokens"]) for one in active
     )
-    ids, fills = given["input_ids"], dict(_PER_TOKEN)
+    ids, fills = given.get("input_ids"), dict(_PER_TOKEN)
     if any(one.edit.constants["task_type"] == "CAUSAL_LM" for one in active):
         fills["labels"] = virtual.IGNORED
     changed = {
-        "input_ids": graph.call_function(virtual.unless_first, (at, ids)),
-        "inputs_embeds": graph.call_function(virtual.prepend, (at, embedding, ids, given["inputs_embeds"], encoders)),
+        "inputs_embeds": graph.call_function(virtual.prepend, (at, embedding, ids, given["inputs_embeds"], encoders))
     }
+    if ids is not None:
+        changed["input_ids"] = graph.call_function(virtual.unless_first, (at, ids))
     for name, fill in fills.items():
         if name in given:
             changed[name] = graph.call_function(virtual.lead, (at, given[name], fill))

@@ -7,7 +7,7 @@ peftc.rewrite.route). Calls in several threads, each with its own names, do not 
 
 import re
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -23,15 +23,15 @@ from peftc.rewrite import route as ops
 from peftc.rewrite.checkpointing import CHECKPOINT
 from peftc.rewrite.fusion import FRESH
 from peftc.rewrite.hosts import BOUND, Binding, Code, install, is_host, uninstall
-from peftc.rewrite.parts import Part, asks
+from peftc.rewrite.mixed_program import program_run
+from peftc.rewrite.parts import Part
 from peftc.rewrite.passes import piped
 from peftc.rewrite.processes import require_same_gradients, require_whole_rows
 from peftc.rewrite.program import Program
-from peftc.rewrite.route import BASE, ByRow, Route, Routed, current
+from peftc.rewrite.route import BASE, Route, Routed, batched, current, host_by_row
 from peftc.rewrite.splice import follow, stored_path
 from peftc.rewrite.switch import at, binding_of, install_layout, layout
 from peftc.rewrite.verify import verify
-from peftc.rule import Bound, Rule
 
 _KEPT = 64  # Sets of names whose runs are remembered.
 _LOCK = threading.RLock()
@@ -67,8 +67,6 @@ def _checked(program: Program, names: Any) -> tuple[str, ...]:
         reason = _unmixable(program, name) if name != BASE else None
         if reason is not None:
             raise AdapterError(f"adapter_names: {name!r} can't share a batch: {reason}")
-    if program.plan.capture != "modules":
-        raise AdapterError("adapter_names: needs capture='modules'; one flat graph runs all rows alike")
     if "sequence_first" not in program.made.mixed:
         program.made.mixed["sequence_first"] = _sequence_first(program)
     if program.made.mixed["sequence_first"]:
@@ -215,27 +213,17 @@ def _parts_in(region: Region, parts: Mapping[str, Mapping[str, list[Part]]]) -> 
 
 def _run(program: Program, region: Region, own: Mapping[str, Mapping[str, list[Part]]]) -> Any:
     """Batched products, if all adapters here are of one family, else each adapter's code on its rows."""
+    if program.plan.capture != "modules":
+        return program_run(program, region, own)
     flat = {name: [part for group in sites.values() for part in group] for name, sites in own.items()}
-    families = {_family(parts) for parts in flat.values()}
     host = program.modules[region.host]
-    if len(families) == 1 and None not in families:
+    if batched(flat):
         binding = Binding(_grouped(program, region.source), host, ())
         binding.__dict__["parts_by_name"] = {name: parts[0] for name, parts in flat.items()}
         return binding
-    bindings = {name: binding_of(program, region, at(region, dict(sites))) for name, sites in own.items()}
-    return ByRow(host, bindings)
-
-
-def _family(parts: Sequence[Part]) -> Any | None:
-    """What parts of several adapters must have in common for their products to be batched; None if they can't be."""
-    edit = parts[0].edit
-    if len(parts) > 1 or edit.slots != ("output",) or edit.opaque or parts[0].site.op != "linear":
-        return None
-    if not edit.rule.additive or type(edit.rule).factors is Rule.factors or asks(edit.rule):
-        return None
-    if edit.rule.factors(Bound({**parts[0].tensors(), **edit.constants})) is None:
-        return None
-    return edit.rule, {param.dtype for param in edit.params}.pop(), tuple(edit.dropouts.items())
+    return host_by_row(
+        host, {name: binding_of(program, region, at(region, dict(sites))) for name, sites in own.items()}
+    )
 
 
 def _grouped(program: Program, source: Source) -> Code:

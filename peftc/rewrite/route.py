@@ -5,7 +5,7 @@ so that all groups take two batched products; at all other sites every adapter's
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,8 +22,8 @@ from peftc.rewrite.acting import subset
 from peftc.rewrite.batched import batched_products
 from peftc.rewrite.hosts import Binding, base_of
 from peftc.rewrite.lent import not_lent
-from peftc.rewrite.parts import Part
-from peftc.rule import Bound
+from peftc.rewrite.parts import Part, asks
+from peftc.rule import Bound, Rule
 
 BASE = "__base__"
 
@@ -176,6 +176,24 @@ def _partition(names: Sequence[str], present: frozenset[str], device: torch.devi
     return Partition(adapters, index(gather, len(names)), index(scatter, len(gather)), index(order, len(names)), whole)
 
 
+def batched(own: Mapping[str, Sequence[Part]]) -> bool:
+    """Whether the terms of all adapters at a site, by adapter, are products of one family, which `add_products` adds."""
+    families = {_family(parts) for parts in own.values()}
+    return len(families) == 1 and None not in families
+
+
+def _family(parts: Sequence[Part]) -> Any | None:
+    """What parts of several adapters must have in common for their products to be batched; None if they can't be."""
+    edit = parts[0].edit
+    if len(parts) > 1 or edit.slots != ("output",) or edit.opaque or parts[0].site.op != "linear":
+        return None
+    if not edit.rule.additive or type(edit.rule).factors is Rule.factors or asks(edit.rule):
+        return None
+    if edit.rule.factors(Bound({**parts[0].tensors(), **edit.constants})) is None:
+        return None
+    return edit.rule, {param.dtype for param in edit.params}.pop(), tuple(edit.dropouts.items())
+
+
 def add_products(y: Tensor, x: Tensor, parts: Mapping[str, Part], fresh: bool) -> Tensor:
     """`y` (rows, …, out) with every row's own `scale · up @ down @ x` added, for x (rows, …, in).
 
@@ -259,22 +277,42 @@ def _factors(part: Partition, parts: Mapping[str, Part]) -> tuple[list[Tensor], 
     return downs, ups, scale
 
 
+@dataclass(frozen=True)
 class ByRow:
-    """A host that is called for every adapter on its own rows, with that adapter's own code: `bindings` by name."""
+    """An op, or a host, that runs for every adapter on its own rows, with that adapter's own code: `bindings` by name.
 
-    def __init__(self, host: nn.Module, bindings: Mapping[str, Binding]) -> None:
-        self.base, self.bindings = base_of(host), bindings
-        self.run = _by_row
+    `base`: what other rows get. `what`: its name in errors. `rows_first`: whether its input has rows first for certain.
+    """
+
+    base: Callable[..., Any]
+    bindings: Mapping[str, Binding]
+    what: str
+    rows_first: bool
+
+    @property
+    def run(self) -> Callable[..., Any]:
+        """What a host does that is bound to it."""
+        return _by_row
+
+
+def host_by_row(host: nn.Module, bindings: Mapping[str, Binding]) -> ByRow:
+    """A host that is called for every adapter on its own rows."""
+    return ByRow(base_of(host), bindings, type(host).__name__, isinstance(host, _ConvNd))
+
+
+def by_rows(own: ByRow, x: Tensor) -> Any:
+    """What an op of a program gives, for each row with its own adapter."""
+    return _by_row(own, x)
 
 
 def _by_row(self: ByRow, *args: Any, **kwargs: Any) -> Any:
     """Raises AdapterError if it is called with more than one tensor, or anything that holds tensors (a cache)."""
     leaves, tree = tree_flatten((args, kwargs))
-    route, host = current.get(), self.base.host
+    route = current.get()
     places = [position for position, leaf in enumerate(leaves) if not isinstance(leaf, _PLAIN)]
     if len(places) != 1 or not isinstance(leaves[places[0]], Tensor):
         raise AdapterError(
-            f"adapter_names: {type(host).__name__}, which an adapter changes or saves whole, is called with other than one"
+            f"adapter_names: {self.what}, which an adapter changes or saves whole, is called with other than one"
             " tensor, and which rows the rest belongs to can't be told. Run the adapters one after the other (set_adapter)."
         )
     x: Tensor = leaves[places[0]]
@@ -282,7 +320,7 @@ def _by_row(self: ByRow, *args: Any, **kwargs: Any) -> Any:
         x = x.expand(len(route.names), *x.shape[1:])  # One row of positions for all sequences: each gets its own.
         each = 1
     else:
-        each = route.each(x, rows_first=isinstance(host, _ConvNd))
+        each = route.each(x, rows_first=self.rows_first)
     groups: dict[str | None, list[int]] = {}
     for position, name in enumerate(route.names):
         rows = range(position * each, (position + 1) * each)

@@ -55,8 +55,18 @@ def run_pt2(folder: Path, adapter: str | None, inputs: dict[str, torch.Tensor]) 
     return program.module()(**inputs, **given)["logits"]
 
 
+def run_aoti(folder: Path, adapter: str | None, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """As a user of torch alone does: the factors of none, and in their place those of an adapter."""
+    own = load_file(folder / "adapters" / f"{adapter}.safetensors") if adapter is not None else {}
+    program = torch._inductor.aoti_load_package(str(folder / "compiled.pt2"))
+    return program(**{**inputs, **load_file(folder / "no_adapter.safetensors"), **own})["logits"]
+
+
+RUNS = {"pt2": run_pt2, "onnx": run_onnx, "aoti": run_aoti}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("to", ["pt2", "onnx"])
+@pytest.mark.parametrize("to", RUNS)
 @pytest.mark.parametrize("kind", TARGETS)
 def test_every_adapter_and_none(kind: str, to: Any, tmp_path: Path) -> None:
     model, compiled = two_adapters(kind)
@@ -73,7 +83,7 @@ def test_every_adapter_and_none(kind: str, to: Any, tmp_path: Path) -> None:
     assert all(torch.equal(now[name], value) for name, value in before.items())
     assert [module.training for module in compiled.modules()] == training
     assert (compiled.plan, compiled.active_adapters) == (plan, ["a"])
-    run = run_pt2 if to == "pt2" else run_onnx
+    run = RUNS[to]
     rows, length = 3, 6
     inputs = {k: v for k, v in program_inputs(kind, model, rows, length, labels=False).items() if k in sample}
     for adapter in (None, "a", "b"):

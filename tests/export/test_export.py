@@ -243,3 +243,25 @@ def test_the_certificate_says_what_it_was_made_from(tmp_path: Path) -> None:
     assert made[0].sources["base"] == made[1].sources["base"]
     assert made[0].sources["default"] != made[1].sources["default"]
     assert json.loads((tmp_path / "0" / "certificate.json").read_text())["sources"] == made[0].sources
+
+
+def held_by(path: Path) -> set[str]:
+    """The adapters of which a program holds tensors."""
+    program = torch.export.load(path)
+    return {name.split(".")[-2] for name in [*program.state_dict, *program.constants] if "lora" in name}
+
+
+@pytest.mark.parametrize("capture", ["modules", "export"])
+@pytest.mark.parametrize("kind", ["llama", "own"])
+def test_a_program_holds_no_tensors_of_adapters_that_do_nothing(kind: str, capture: Any, tmp_path: Path) -> None:
+    base: Any = small_model("llama", "LlamaForCausalLM") if kind == "llama" else nn.Sequential(nn.Linear(4, 4))
+    inputs = (
+        {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)} if kind == "llama" else {"input": torch.ones(2, 4)}
+    )
+    spec = peftc.LoraConfig(r=2, target_modules=["q_proj"] if kind == "llama" else ["0"])
+    given = inputs if capture == "export" else None
+    model = perturb(peftc.compile(base, dict.fromkeys(("one", "two"), spec), capture=capture, inputs=given))
+    for adapters, expected in (("inside", {"one"}), ("merged", set()), ("inputs", set())):
+        model.export(tmp_path / adapters, "pt2", adapters=adapters, inputs=inputs)
+        assert held_by(tmp_path / adapters / "model.pt2") == expected
+        assert peftc.verify(tmp_path / adapters).difference < 1e-5

@@ -140,6 +140,20 @@ def test_a_captured_program_generates_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_compiled_program_and_adapters_beside_it(tmp_path: Path) -> None:
+    compiled = compiled_of("llama")
+    compiled.add_adapter("other", peftc.LoraConfig(r=5, target_modules=["v_proj"]))
+    perturb(compiled)
+    certificate = compiled.export(tmp_path, "aoti", adapters="inputs", generation=True)
+    assert (certificate.tokens_equal, certificate.generation) == (16, "with caches")
+    for name in ("default", "other"):
+        compiled.set_adapter(name)
+        assert written(tmp_path, PROMPT, 5, adapter=name) == live(compiled, PROMPT, 5)
+    with compiled.disable_adapter():
+        assert written(tmp_path, PROMPT, 5) == live(compiled, PROMPT, 5)
+
+
+@pytest.mark.slow
 def test_a_compiled_program(tmp_path: Path) -> None:
     compiled = compiled_of("llama")
     certificate = compiled.export(tmp_path, "aoti", generation=True)
@@ -240,7 +254,6 @@ def test_what_cannot_be_is_said(how: dict[str, Any], message: str) -> None:
         ("llama", {"to": "hf", "generation": True}, r"is for programs \(pt2, onnx, aoti\)"),
         ("llama", {"to": "pt2", "tokenizer": object()}, "give generation=True, too"),
         ("whisper", {"to": "pt2", "generation": True}, "is called with input_features"),
-        ("llama", {"to": "aoti", "adapters": "inputs"}, "adapters='inputs' is for pt2 and onnx"),
     ],
 )
 def test_what_is_refused(kind: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -3,28 +3,12 @@
 from typing import Any
 
 import pytest
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import peftc
+from tests.support.costs import bytes_read, flops
 from tests.support.programs import program_inputs, program_model
 
 ROWS, LENGTH = 3, 7
-
-
-def flops(program: Any, inputs: dict[str, torch.Tensor]) -> int:
-    # Torch's table lacks this one.
-    in_place = {torch.ops.aten.addmm_: lambda y, a, b, **_: 2 * a[0] * a[1] * b[1]}
-    with FlopCounterMode(display=False, custom_mapping=in_place) as counter, torch.no_grad():
-        program(**inputs)
-    return counter.get_total_flops()
-
-
-def bytes_read(program: Any) -> int:
-    """Of the model's tensors that the graph reads."""
-    graph, state = program.graph_of(""), dict(program.base.named_parameters(remove_duplicate=False))
-    names = {str(node.target).removeprefix("host.") for node in graph.nodes if node.op == "get_attr"}
-    return sum({id(state[name]): state[name].nbytes for name in names if name in state}.values())
 
 
 @pytest.mark.parametrize("passes", [(), peftc.program_passes()])
