@@ -13,7 +13,7 @@ from peftc.registry import register, unregister
 from peftc.rewrite.calibration import Calibration
 from peftc.rewrite.passes import Pass
 from peftc.rewrite.program_passes import program_passes
-from peftc.rule import Param, Rule
+from peftc.rule import Argument, Param, Rule
 from peftc.specs import AdapterSpec, Pattern
 from peftc.stream import merge_checkpoint, unmerge_checkpoint
 from peftc_rules.adalora.config import AdaLoraConfig
@@ -38,6 +38,7 @@ from peftc_rules.oft import OFTConfig
 from peftc_rules.osf import OSFConfig
 from peftc_rules.p_tuning import PromptEncoderConfig
 from peftc_rules.peanut import PeanutConfig
+from peftc_rules.poly import PolyConfig
 from peftc_rules.prefix_tuning import PrefixTuningConfig
 from peftc_rules.prompt_tuning import PromptTuningConfig
 from peftc_rules.psoft import PsoftConfig
@@ -58,6 +59,7 @@ __all__ = [
     "AdapterError",
     "AdapterSpec",
     "AdaptionPromptConfig",
+    "Argument",
     "BOFTConfig",
     "BeftConfig",
     "C3AConfig",
@@ -94,6 +96,7 @@ __all__ = [
     "PeftcError",
     "Plan",
     "PlanError",
+    "PolyConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptRule",

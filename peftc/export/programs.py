@@ -262,6 +262,8 @@ def _require(program: Program, request: Request) -> None:
         raise ExportError("gguf= and quantized= are for to='gguf', adapters='merged'")
     if program.merged and adapters == "inside":
         raise ExportError(f"{', '.join(program.merged)} merged: unmerge_adapter() first, or export adapters='merged'")
+    if adapters == "inside":
+        _refuse_asking(program)
     if adapters == "inputs" and program.merged:
         raise ExportError(f"{', '.join(program.merged)} merged: unmerge_adapter() first")
     if to == "hf" and adapters != "merged":
@@ -285,6 +287,16 @@ def _require(program: Program, request: Request) -> None:
     require_packages(to)
     if to == "aoti":
         require_compiler()
+
+
+def _refuse_asking(program: Program) -> None:
+    """Raise ExportError if an active adapter asks about the model's call: the inputs of a program are the base's."""
+    asking = [name for name in program.spliced if program.adapters[name].asks]
+    if asking:
+        raise ExportError(
+            f"{asking[0]!r} asks about the model's call, of which a program only has what the base takes: serve it as a"
+            " compiled model"
+        )
 
 
 def _require_base(request: Request) -> None:

@@ -24,6 +24,9 @@ from peftc.peft.types import TaskType
 from peftc.prompts.files import prompt_edit
 from peftc.status import LayerStatus, ModelStatus
 
+# What PEFT's models take whatever the method is.
+_TASKS = "task_ids"
+
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PeftMixedModel",
@@ -160,7 +163,8 @@ class PeftModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call. `adapter_names`: the adapter of every row of the batch, `__base__` for none."""
-        kwargs.pop("task_ids", None)
+        if _TASKS in kwargs and not any(_TASKS in one.arguments for one in self.root.program.adapters.values()):
+            del kwargs[_TASKS]
         if kwargs.get("adapter_names") is None:
             kwargs.pop("adapter_names", None)
             return self.base_model(*args, **kwargs)
