@@ -34,6 +34,7 @@ from peftc_rules.loha import LoHaConfig
 from peftc_rules.lokr import LoKrConfig
 from peftc_rules.lora.config import LoraConfig
 from peftc_rules.miss import MissConfig
+from peftc_rules.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from peftc_rules.oft import OFTConfig
 from peftc_rules.osf import OSFConfig
 from peftc_rules.p_tuning import PromptEncoderConfig
@@ -85,6 +86,7 @@ __all__ = [
     "LoraConfig",
     "MergeError",
     "MissConfig",
+    "MultitaskPromptTuningConfig",
     "NoMatchError",
     "OFTConfig",
     "OSFConfig",

@@ -11,7 +11,6 @@ ABSENT: Mapping[str, str] = {
     "CPT": "it weighs the loss by the kinds of tokens, and projects after each step. Closest: PROMPT_TUNING with the text",
     "FROD": "its bases come out of all the weights of one kind together. Closest: VERA, whose bases are random",
     "LILY": "its router averages over the batch, so it is no function of a row. Closest: VBLORA, of shared vectors",
-    "MULTITASK_PROMPT_TUNING": "it takes task_ids in the call. Closest: a PROMPT_TUNING adapter for each task",
     "SHADOW": "it trains a small network beside the model, whose state every block changes. Closest: LORA",
     "XLORA": f"it runs the model twice, and the first run chooses among the adapters; {_CALL}. Closest: LORA adapters,"
     " combined by add_weighted_adapter or chosen by adapter_names",

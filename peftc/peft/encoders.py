@@ -9,7 +9,7 @@ from peftc.peft.configs import spec_of
 from peftc.prompts.rule import PromptRule
 from peftc.registry import rules_of
 
-__all__ = ["PrefixEncoder", "PromptEmbedding", "PromptEncoder"]
+__all__ = ["MultitaskPromptEmbedding", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"]
 
 
 class _Made(type):
@@ -67,6 +67,10 @@ class PromptEmbedding(metaclass=_Made):
         with torch.no_grad():
             rule.start(encoder, spec, embed, word_embeddings.weight.shape[0])
         return encoder
+
+
+class MultitaskPromptEmbedding(PromptEmbedding):
+    """Multitask prompt tuning's rows: numbers (1, rows) and `task_ids` (batch,) → embeddings (batch, rows, token_dim)."""
 
 
 def _rule(spec: Any) -> PromptRule[Any]:

@@ -165,7 +165,7 @@ class PeftModel(nn.Module):
         """The model's call. `adapter_names`: the adapter of every row of the batch, `__base__` for none."""
         if _TASKS in kwargs and not any(_TASKS in one.arguments for one in self.root.program.adapters.values()):
             del kwargs[_TASKS]
-        if kwargs.get("adapter_names") is None:
+        if kwargs.get("adapter_names") is None and isinstance(self.base_model, BaseTuner):
             kwargs.pop("adapter_names", None)
             return self.base_model(*args, **kwargs)
         return call(self.get_base_model(), args, kwargs)
@@ -349,7 +349,7 @@ class PeftModel(nn.Module):
 
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Tensor:
         """The rows of the active prompt adapter for every sequence. Raises AdapterError if there is none."""
-        return self.compiled.get_prompt(batch_size)
+        return self.compiled.get_prompt(batch_size, **({} if task_ids is None else {_TASKS: task_ids}))
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """The rows of a prompt adapter as saved. Raises AdapterError if it is none."""

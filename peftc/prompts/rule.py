@@ -22,6 +22,9 @@ class PromptRule(Rule[P]):
     an encoder, a plain module: called with the row numbers (1, rows) it returns the rows (1, rows, width). The engine
     does the rest: masks, labels, positions, caches. Saved is what the encoder returns, as `prompt_embeddings`.
 
+    One that takes `arguments` of the call gets them by name, (batch,), and returns rows for each, (batch, rows, width);
+    saved are its tensors, `embedding.weight` as `prompt_embeddings`, others by their own names.
+
     Example::
 
         class Table(PromptRule[TableConfig]):
@@ -61,8 +64,14 @@ class PromptRule(Rule[P]):
         return spec.fact("token_dim") * (1 if self.at == "embeds" else 2 * spec.fact("num_layers"))
 
     def encoder(self, spec: P) -> nn.Module:
-        """The encoder of a resolved `spec`; with `inference_mode`, one `embedding` that holds the rows themselves."""
+        """The encoder of a resolved `spec`; with `inference_mode`, one `embedding` that holds the rows themselves, unless
+        they depend on the call.
+        """
         raise NotImplementedError
+
+    def held(self, spec: P, rows: Tensor) -> Mapping[str, Tensor] | None:
+        """The tensors, by name, of an encoder that returns these `rows`; None if they don't follow from them."""
+        return None
 
     def start(self, encoder: nn.Module, spec: P, embed: Callable[[Tensor], Tensor], vocab_size: int) -> None:
         """Initialise a fresh `encoder` further. `embed` gives the model's embeddings (n, token_dim) of n token ids."""

@@ -74,15 +74,13 @@ def _embedded(
     graph: fx.Graph, at: fx.Node, given: Mapping[str, fx.Node], active: Sequence[Active]
 ) -> dict[str, fx.Node]:
     embedding = graph.get_attr(f"{HOST}.{active[0].edit.constants['embedding']}")
-    encoders = tuple(
-        (_encoder(graph, one), one.edit.constants["rows"], one.edit.constants["num_virtual_tokens"]) for one in active
-    )
+    parts = tuple(graph.get_attr(one.name) for one in active)
     ids, fills = given["input_ids"], dict(_PER_TOKEN)
     if any(one.edit.constants["task_type"] == "CAUSAL_LM" for one in active):
         fills["labels"] = virtual.IGNORED
     changed = {
         "input_ids": graph.call_function(virtual.unless_first, (at, ids)),
-        "inputs_embeds": graph.call_function(virtual.prepend, (at, embedding, ids, given["inputs_embeds"], encoders)),
+        "inputs_embeds": graph.call_function(virtual.prepend, (at, embedding, ids, given["inputs_embeds"], parts)),
     }
     for name, fill in fills.items():
         if name in given:

@@ -116,20 +116,23 @@ def given(part: Part, name: str, x: Tensor) -> Tensor:
     """
     if x.is_meta:  # The verifier's.
         return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
-    call, own = current.get(None), subset.get()
+    own = subset.get()
+    numbers = of_rows(part, name, x.shape[0] if own is None else own[1]).to(x.device)
+    return numbers if own is None else numbers[own[0]]
+
+
+def of_rows(part: Part, name: str, count: int) -> Tensor:
+    """The argument `name` of the call for each of `count` rows, or tokens, of all that are in the batch: (count,)."""
+    call = current.get(None)
     if call is None or name not in call.arguments:
         raise AdapterError(
             f"{part.edit.adapter!r} takes {name} of the call, which only calls of the compiled model, or of its generate,"
             " show: call that, not its base or a part of it"
         )
-    numbers, (rows, tokens) = call.arguments[name].to(x.device), call.step
-    count = x.shape[0] if own is None else own[1]
+    numbers, (rows, tokens) = call.arguments[name], call.step
     if count % len(numbers) or (rows and count not in (rows, rows * tokens)):
         raise AdapterError(
-            f"{part.edit.adapter!r} takes {name} of the call, and a module gets a tensor of shape {tuple(x.shape)} in a"
-            f" call of {rows or len(numbers)} rows: which of them its parts are can't be told. Leave that module out"
-            " (exclude_modules)."
+            f"{part.edit.adapter!r} takes {name} of the call, and a module gets {count} rows in a call of"
+            f" {rows or len(numbers)}: which of them are which can't be told. Leave that module out (exclude_modules)."
         )
-    # A row's beams, and the tokens of a row, follow each other.
-    numbers = numbers.repeat_interleave(count // len(numbers))
-    return numbers if own is None else numbers[own[0]]
+    return numbers.repeat_interleave(count // len(numbers))  # A row's beams, and its tokens, follow each other.

@@ -254,7 +254,7 @@ def test_a_module_that_gets_rows_of_another_kind_is_refused() -> None:
 
     spec = peftc.PolyConfig(r=2, n_tasks=2, target_modules=["fc"])
     ours = peftc.compile(Windows(), spec)
-    with pytest.raises(peftc.AdapterError, match=r"a tensor of shape \(6, 3, 4\) in a call of 3 rows"):
+    with pytest.raises(peftc.AdapterError, match="a module gets 6 rows in a call of 3"):
         ours(torch.randn(3, 6, 4), task_ids=[0, 1, 1])
 
 

@@ -27,6 +27,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "FOURIERFT": {"n_frequency": 50},
     "MISS": {"r": 8},
     "OFT": {"oft_block_size": 8},
+    "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 5, "num_tasks": 3},
     "POLY": {"n_tasks": 3},
     "PSOFT": {"r": 4},
     "SUPERTUNING": {"sparsity": 0.9},
@@ -43,7 +44,8 @@ FIELDS: dict[str, dict[str, Any]] = {
 LAST_LAYER = {"C3A": "model.layers.2."}
 IDS = token_ids(3, 7, 64).clamp_min(3)
 # What a call takes besides, where an adapter is.
-CALLS: dict[str, dict[str, Any]] = {"POLY": {"task_ids": torch.tensor([0, 2, 1])}}
+TASKS = {"task_ids": torch.tensor([0, 2, 1])}
+CALLS: dict[str, dict[str, Any]] = {"MULTITASK_PROMPT_TUNING": TASKS, "POLY": TASKS}
 # Relative to the largest number: three layers add up their roundings.
 NEAR = 1e-5
 
