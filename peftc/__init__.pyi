@@ -21,6 +21,7 @@ from peftc_rules.adaption_prompt import AdaptionPromptConfig
 from peftc_rules.beft import BeftConfig
 from peftc_rules.boft import BOFTConfig
 from peftc_rules.c3a import C3AConfig
+from peftc_rules.cartridge import CartridgeConfig
 from peftc_rules.deft import DeftConfig
 from peftc_rules.delora import DeloraConfig
 from peftc_rules.fourierft import FourierFTConfig
@@ -66,6 +67,7 @@ __all__ = [
     "C3AConfig",
     "Calibration",
     "CaptureError",
+    "CartridgeConfig",
     "CheckpointError",
     "CompiledModel",
     "ConflictError",

@@ -9,7 +9,7 @@ from peftc.peft.configs import spec_of
 from peftc.prompts.rule import PromptRule
 from peftc.registry import rules_of
 
-__all__ = ["MultitaskPromptEmbedding", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"]
+__all__ = ["CartridgeEncoder", "MultitaskPromptEmbedding", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"]
 
 
 class _Made(type):
@@ -46,6 +46,13 @@ class PrefixEncoder(metaclass=_Made):
     def __new__(cls, config: Any) -> Any:
         """Raises SpecError if the config lacks a size."""
         return _made(config)[0]
+
+
+class CartridgeEncoder(PrefixEncoder):
+    """A cartridge's rows, the first of them frozen: as PrefixEncoder's.
+
+    Example: CartridgeEncoder(CartridgeConfig(num_virtual_tokens=20, token_dim=768, num_layers=12))
+    """
 
 
 class PromptEmbedding(metaclass=_Made):

@@ -27,6 +27,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "FOURIERFT": {"n_frequency": 50},
     "MISS": {"r": 8},
     "OFT": {"oft_block_size": 8},
+    "CARTRIDGE": {"num_virtual_tokens": 5},
     "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 5, "num_tasks": 3},
     "POLY": {"n_tasks": 3},
     "PSOFT": {"r": 4},
