@@ -22,6 +22,7 @@ from peftc_rules.beft import BeftConfig
 from peftc_rules.boft import BOFTConfig
 from peftc_rules.c3a import C3AConfig
 from peftc_rules.cartridge import CartridgeConfig
+from peftc_rules.cpt import CPTConfig
 from peftc_rules.deft import DeftConfig
 from peftc_rules.delora import DeloraConfig
 from peftc_rules.fourierft import FourierFTConfig
@@ -65,6 +66,7 @@ __all__ = [
     "BOFTConfig",
     "BeftConfig",
     "C3AConfig",
+    "CPTConfig",
     "Calibration",
     "CaptureError",
     "CartridgeConfig",

@@ -42,8 +42,8 @@ class CompiledPrompts(CompiledGraph):
             raise AdapterError(
                 f"no active adapter has a prompt; active are {', '.join(self.active_adapters) or 'none'}"
             )
-        wanted = edits[0].rule.arguments
-        if wanted.keys() != given.keys():
+        wanted = [name for name, one in edits[0].rule.arguments.items() if one.each == "row"]
+        if set(wanted) != given.keys():
             raise AdapterError(f"get_prompt: {edits[0].adapter!r} takes {', '.join(wanted) or 'nothing of a call'}")
         made = rows_for(prompt_encoder(self.program, edits[0]), cast(int, edits[0].constants["rows"]), given)
         return made.expand(batch_size, -1, -1)

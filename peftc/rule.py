@@ -79,15 +79,17 @@ class Bound:
 
 @dataclass(frozen=True)
 class Argument:
-    """An argument of the model's call that a rule takes: one integer for every row of the batch.
+    """An argument of the model's call that a rule takes: an integer, from 0 on, for every row of the batch, or every token.
 
-    `below`: the constant that they are less than, from 0 on. The model itself does not get it, unless it has one of that
-    name. A call in which the adapter is active has to have it.
+    `below`: the constant that they are less than, if there is one. The model itself does not get it, unless it has one of
+    that name. A call in which the adapter is active has to have it, if it is `needed`.
 
     Example: arguments = {"task_ids": Argument("n_tasks")}
     """
 
-    below: str
+    below: str | None = None
+    each: Literal["row", "token"] = "row"
+    needed: bool = True
 
 
 class Factors(NamedTuple):

@@ -32,6 +32,7 @@ from peftc.graph.sites import is_pretrained
 from peftc.merge import merge, unmerge
 from peftc.progress import Tick, bar
 from peftc.rewrite.hosts import original_class
+from peftc.rewrite.parts import begins
 from peftc.rewrite.program import Program, require_idle
 from peftc.rewrite.switch import activate
 
@@ -291,7 +292,12 @@ def _require(program: Program, request: Request) -> None:
 
 def _refuse_asking(program: Program) -> None:
     """Raise ExportError if an active adapter asks about the model's call: the inputs of a program are the base's."""
-    asking = [name for name in program.spliced if program.adapters[name].asks]
+    adapters = {name: program.adapters[name] for name in program.spliced}
+    asking = [
+        name
+        for name, own in adapters.items()
+        if any(one.needed for one, _ in own.arguments.values()) or any(begins(edit.rule) for edit in own.edits)
+    ]
     if asking:
         raise ExportError(
             f"{asking[0]!r} asks about the model's call, of which a program only has what the base takes: serve it as a"

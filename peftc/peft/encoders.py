@@ -9,7 +9,14 @@ from peftc.peft.configs import spec_of
 from peftc.prompts.rule import PromptRule
 from peftc.registry import rules_of
 
-__all__ = ["CartridgeEncoder", "MultitaskPromptEmbedding", "PrefixEncoder", "PromptEmbedding", "PromptEncoder"]
+__all__ = [
+    "CPTEmbedding",
+    "CartridgeEncoder",
+    "MultitaskPromptEmbedding",
+    "PrefixEncoder",
+    "PromptEmbedding",
+    "PromptEncoder",
+]
 
 
 class _Made(type):
@@ -74,6 +81,10 @@ class PromptEmbedding(metaclass=_Made):
         with torch.no_grad():
             rule.start(encoder, spec, embed, word_embeddings.weight.shape[0])
         return encoder
+
+
+class CPTEmbedding(PromptEmbedding):
+    """Context-aware prompt tuning's rows: examples' embeddings, and how far each is moved. As PromptEmbedding's."""
 
 
 class MultitaskPromptEmbedding(PromptEmbedding):

@@ -36,7 +36,7 @@ def prompt_encoder(program: Program, edit: Edit) -> nn.Module:
 def prompt_state(program: Program, edit: Edit) -> dict[str, Tensor]:
     """The tensors of a prompt edit by their keys in files: the rows, or what makes them of each call."""
     rows_too = {PROMPT_KEY: prompt_embeddings(program, edit)}
-    if not edit.rule.arguments:
+    if not _of_calls(edit):
         return rows_too
     own = program.adapters[edit.adapter].part(edit).tensors()
     return {**rows_too, **{name: tensor for name, tensor in own.items() if name != _ROWS}}
@@ -74,7 +74,12 @@ class _Rows(nn.Module):
 
 def is_reparameterised(edit: Edit) -> bool:
     """Whether an encoder makes the rows, instead of holding them, or what makes them of each call."""
-    return not edit.rule.arguments and [param.key for param in edit.params] != [_ROWS]
+    return not _of_calls(edit) and [param.key for param in edit.params] != [_ROWS]
+
+
+def _of_calls(edit: Edit) -> bool:
+    """Whether its encoder makes rows of arguments of each call."""
+    return isinstance(edit.rule, PromptRule) and bool(edit.rule.asked)
 
 
 def encoder_state(program: Program, edit: Edit) -> dict[str, Tensor]:

@@ -78,7 +78,7 @@ def _encoder_params(spec: PromptSpec, rule: PromptRule[Any], dtype: str) -> tupl
     try:
         with torch.device("meta"):
             encoder = rule.encoder(spec)
-            given = {name: torch.zeros(1, dtype=torch.long) for name in rule.arguments}
+            given = {name: torch.zeros(1, dtype=torch.long) for name in rule.asked}
             shape = tuple(encoder(torch.zeros(1, spec.rows, dtype=torch.long), **given).shape)
         names = [name for name, _ in encoder.named_parameters()]
     except Exception as error:  # A rule is anyone's code.
@@ -86,7 +86,7 @@ def _encoder_params(spec: PromptSpec, rule: PromptRule[Any], dtype: str) -> tupl
     expected = (1, spec.rows, rule.width(spec))
     if shape != expected:
         raise RuleError(f"{where}: the encoder returns shape {shape}, not (1, rows, width) = {expected}")
-    if spec.inference_mode and names != ["embedding.weight"] and not rule.arguments:
+    if spec.inference_mode and names != ["embedding.weight"] and not rule.asked:
         raise RuleError(f"{where}: with inference_mode it has {names}, not the one parameter embedding.weight")
     if next(encoder.buffers(), None) is not None:
         raise RuleError(f"{where}: the encoder has buffers, which are not saved")

@@ -5,13 +5,15 @@ cached ones first, then embedded ones, each in load order.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
+from peftc.edits import Edit
 from peftc.graph.region import HOST, OPAQUE, invoke
 from peftc.prompts import virtual
 from peftc.prompts.find import is_virtual
+from peftc.prompts.rule import PromptRule
 from peftc.rewrite.splice import Active, follow
 
 # Arguments with one entry per token, and what they say of virtual tokens.
@@ -35,8 +37,17 @@ def splice_call(graph: fx.Graph, node: fx.Node, active: Sequence[Active]) -> Non
         node = _with_prefix(graph, node, given)
     elif "past_key_values" in given:
         node = follow(graph, node, virtual.remember, at)
+    weighing = [one for one in active if _has_loss(one.edit)]
+    if weighing and "labels" in given:
+        with graph.inserting_before(node):
+            part = graph.get_attr(weighing[0].name)
+        node = follow(graph, node, virtual.weigh, at, given["labels"], part)
     if any(edit.constants["drop"] for edit in edits):
         follow(graph, node, virtual.drop, at)
+
+
+def _has_loss(edit: Edit) -> bool:
+    return is_virtual(edit) and cast(Any, type(edit.rule)).loss is not PromptRule.loss
 
 
 def _arguments(

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from peftc.errors import AdapterError
 from peftc.graph.sites import transformers_config
-from peftc.rewrite.acting import of_rows
+from peftc.rewrite.acting import given_beside, of_rows
 from peftc.rewrite.parts import Part
+from peftc.rule import Bound
 
 IGNORED = -100  # The label that losses pass over.
 _HELD = "peftc_virtual_tokens"  # The attribute of a cache that says whose virtual tokens it holds.
@@ -132,7 +133,7 @@ def prepend(
 def _prompt(part: Part, batch: int) -> Tensor:
     """The rows (batch, number, width) of a part that are embedded."""
     edit = part.edit
-    given = {name: of_rows(part, name, batch) for name in edit.rule.arguments}
+    given = {name: of_rows(part, name, batch) for name, one in edit.rule.arguments.items() if one.each == "row"}
     made = rows_for(part.module, cast(int, edit.constants["rows"]), given)
     return made[:, : cast(int, edit.constants["num_virtual_tokens"])].expand(batch, -1, -1)
 
@@ -239,4 +240,26 @@ def drop(output: Any, at: Progress) -> Any:
     if isinstance(output, tuple):
         return (output[0][:, at.embedded :], *output[1:])
     output["last_hidden_state"] = output["last_hidden_state"][:, at.embedded :]
+    return output
+
+
+def weigh(output: Any, at: Progress, labels: Tensor | None, part: Part) -> Any:
+    """The model output with the loss that the rule of `part` has, where virtual tokens entered and labels are given.
+
+    Raises AdapterError if there are embedded tokens of others.
+    """
+    if labels is None or not at.first:
+        return output
+    logits: Tensor = output[1] if isinstance(output, tuple) else output["logits"]
+    others = at.embedded - cast(int, part.edit.constants["num_virtual_tokens"])
+    if others:
+        raise AdapterError(
+            f"{part.edit.adapter!r} has a loss of its own, of its tokens and the call's, and there are {others} tokens of"
+            " other adapters between these: compute the loss with that one active alone"
+        )
+    rule = cast(Any, part.edit.rule)
+    loss = rule.loss(logits, labels.to(logits.device), given_beside(part), Bound(part.edit.constants))
+    if isinstance(output, tuple):
+        return (loss, *output[1:])
+    output["loss"] = loss
     return output

@@ -136,3 +136,10 @@ def of_rows(part: Part, name: str, count: int) -> Tensor:
             f" {rows or len(numbers)}: which of them are which can't be told. Leave that module out (exclude_modules)."
         )
     return numbers.repeat_interleave(count // len(numbers))  # A row's beams, and its tokens, follow each other.
+
+
+def given_beside(part: Part) -> dict[str, Tensor]:
+    """What the call has of the arguments that the rule of `part` takes for every token: (batch, tokens) each."""
+    call, rule = current.get(None), part.edit.rule
+    known = {} if call is None else call.arguments
+    return {name: known[name] for name, one in rule.arguments.items() if one.each == "token" and name in known}

@@ -64,31 +64,36 @@ def _rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
 def _numbers(
     program: Program, own: Iterable[str], taken: Mapping[str, Any], names: Sequence[str] | None, rows: int | None
 ) -> dict[str, Tensor]:
-    """The arguments that the adapters `own` ask for: one integer for every row."""
+    """The arguments that the adapters `own` ask for: one integer for every row, or every token of it."""
     found: dict[str, Tensor] = {}
     for name in own:
-        for key, below in program.adapters[name].arguments.items():
-            wanted = (
-                f"{key}, which adapter {name!r} asks for: an integer from 0 to {below - 1} for every row of the batch"
-            )
+        for key, (one, below) in program.adapters[name].arguments.items():
+            kind = "of at least 0" if below is None else f"from 0 to {below - 1}"
+            each = "row of the batch" if one.each == "row" else "token of every row"
+            wanted = f"{key}, which adapter {name!r} asks for: an integer {kind} for every {each}"
             if taken[key] is None:
-                raise AdapterError(f"the call has no {wanted}. Call the model with {key}=…, or disable the adapter.")
-            found[key] = numbers = _integers(taken[key], wanted)
+                if one.needed:
+                    raise AdapterError(
+                        f"the call has no {wanted}. Call the model with {key}=…, or disable the adapter."
+                    )
+                continue
+            found[key] = numbers = _integers(taken[key], 1 if one.each == "row" else 2, wanted)
             if rows is not None and len(numbers) != rows:
                 raise AdapterError(f"{wanted}; got {len(numbers)} for {rows} rows")
             its = numbers if names is None else numbers[[row == name for row in names]]
-            if not torch.compiler.is_compiling() and bool(((its < 0) | (its >= below)).any()):
+            over = its < 0 if below is None else (its < 0) | (its >= below)
+            if not torch.compiler.is_compiling() and bool(over.any()):
                 raise AdapterError(f"{wanted}; got {its.tolist()}")
     return found
 
 
-def _integers(value: Any, wanted: str) -> Tensor:
-    """`value`, a tensor or a list of integers, as a tensor (rows,)."""
+def _integers(value: Any, dims: int, wanted: str) -> Tensor:
+    """`value`, a tensor or a list of integers, as a tensor of so many `dims`."""
     try:
         numbers = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         raise AdapterError(f"{wanted}; got {value!r}") from None
-    if numbers.dim() != 1 or numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
+    if numbers.dim() != dims or numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool:
         raise AdapterError(f"{wanted}; got {numbers.dtype} of shape {tuple(numbers.shape)}")
     return numbers.long()
 

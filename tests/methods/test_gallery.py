@@ -17,6 +17,7 @@ PAGE = Path(__file__).parent.parent.parent / "docs" / "methods.md"
 _ELSEWHERE = {
     "ADAPTION_PROMPT": "adaption_prompt",
     "CARTRIDGE": "cartridge",
+    "CPT": "cpt",
     "MULTITASK_PROMPT_TUNING": "multitask_prompt_tuning",
     "PREFIX_TUNING": "prefix_tuning",
     "PROMPT_TUNING": "prompt_tuning",

@@ -28,6 +28,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "MISS": {"r": 8},
     "OFT": {"oft_block_size": 8},
     "CARTRIDGE": {"num_virtual_tokens": 5},
+    "CPT": {"cpt_token_ids": [5, 6, 7, 8, 9], "cpt_tokens_type_mask": [1, 2, 2, 3, 4]},
     "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 5, "num_tasks": 3},
     "POLY": {"n_tasks": 3},
     "PSOFT": {"r": 4},
