@@ -34,7 +34,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "peftc.rewrite.calibration": ("Calibration",),
     "peftc.rewrite.passes": ("Pass",),
     "peftc.rewrite.program_passes": ("program_passes",),
-    "peftc.rule": ("Param", "Rule"),
+    "peftc.rule": ("Argument", "Param", "Rule"),
     "peftc.specs": ("AdapterSpec", "Pattern"),
     "peftc.stream": ("merge_checkpoint", "unmerge_checkpoint"),
 }

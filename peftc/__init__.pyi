@@ -13,7 +13,7 @@ from peftc.registry import register, unregister
 from peftc.rewrite.calibration import Calibration
 from peftc.rewrite.passes import Pass
 from peftc.rewrite.program_passes import program_passes
-from peftc.rule import Param, Rule
+from peftc.rule import Argument, Param, Rule
 from peftc.specs import AdapterSpec, Pattern
 from peftc.stream import merge_checkpoint, unmerge_checkpoint
 from peftc_rules.adalora.config import AdaLoraConfig
@@ -22,6 +22,8 @@ from peftc_rules.adaption_prompt import AdaptionPromptConfig
 from peftc_rules.beft import BeftConfig
 from peftc_rules.boft import BOFTConfig
 from peftc_rules.c3a import C3AConfig
+from peftc_rules.cartridge import CartridgeConfig
+from peftc_rules.cpt import CPTConfig
 from peftc_rules.deft import DeftConfig
 from peftc_rules.delora import DeloraConfig
 from peftc_rules.fourierft import FourierFTConfig
@@ -36,10 +38,12 @@ from peftc_rules.loha import LoHaConfig
 from peftc_rules.lokr import LoKrConfig
 from peftc_rules.lora.config import LoraConfig
 from peftc_rules.miss import MissConfig
+from peftc_rules.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from peftc_rules.oft import OFTConfig
 from peftc_rules.osf import OSFConfig
 from peftc_rules.p_tuning import PromptEncoderConfig
 from peftc_rules.peanut import PeanutConfig
+from peftc_rules.poly import PolyConfig
 from peftc_rules.prefix_tuning import PrefixTuningConfig
 from peftc_rules.prompt_tuning import PromptTuningConfig
 from peftc_rules.psoft import PsoftConfig
@@ -61,11 +65,14 @@ __all__ = [
     "AdapterError",
     "AdapterSpec",
     "AdaptionPromptConfig",
+    "Argument",
     "BOFTConfig",
     "BeftConfig",
     "C3AConfig",
+    "CPTConfig",
     "Calibration",
     "CaptureError",
+    "CartridgeConfig",
     "CheckpointError",
     "CompiledModel",
     "ConflictError",
@@ -87,6 +94,7 @@ __all__ = [
     "LoraConfig",
     "MergeError",
     "MissConfig",
+    "MultitaskPromptTuningConfig",
     "NoMatchError",
     "OFTConfig",
     "OSFConfig",
@@ -98,6 +106,7 @@ __all__ = [
     "PeftcError",
     "Plan",
     "PlanError",
+    "PolyConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptRule",

@@ -8,7 +8,7 @@ from peftc.compiled_graph import CompiledGraph
 from peftc.errors import AdapterError
 from peftc.lifecycle import require_known
 from peftc.prompts.files import prompt_edit, prompt_embeddings, prompt_encoder
-from peftc.prompts.virtual import rows
+from peftc.prompts.virtual import rows_for
 
 
 class CompiledPrompts(CompiledGraph):
@@ -31,15 +31,19 @@ class CompiledPrompts(CompiledGraph):
             raise AdapterError(f"{adapter_name!r} is {self.peft_config[adapter_name].peft_type}, which has no prompt")
         return prompt_embeddings(self.program, edit).detach().cpu()
 
-    def get_prompt(self, batch_size: int) -> Tensor:
+    def get_prompt(self, batch_size: int, **given: Tensor) -> Tensor:
         """The rows of the first active prompt adapter, for every sequence: (batch_size, rows, width), differentiable.
 
-        A prefix comes flat, as it is saved. Raises AdapterError if no prompt adapter is active.
+        `given`: the arguments of a call that it takes, (batch_size,) each. A prefix comes flat, as it is saved. Raises
+        AdapterError if no prompt adapter is active, or if it lacks one of these.
         """
         edits = [edit for name in self.active_adapters if (edit := prompt_edit(self.program, name)) is not None]
         if not edits:
             raise AdapterError(
                 f"no active adapter has a prompt; active are {', '.join(self.active_adapters) or 'none'}"
             )
-        made = rows(prompt_encoder(self.program, edits[0]), cast(int, edits[0].constants["rows"]))
+        wanted = [name for name, one in edits[0].rule.arguments.items() if one.each == "row"]
+        if set(wanted) != given.keys():
+            raise AdapterError(f"get_prompt: {edits[0].adapter!r} takes {', '.join(wanted) or 'nothing of a call'}")
+        made = rows_for(prompt_encoder(self.program, edits[0]), cast(int, edits[0].constants["rows"]), given)
         return made.expand(batch_size, -1, -1)

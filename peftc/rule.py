@@ -81,6 +81,21 @@ class Bound:
         raise RuleError(f"the rule uses p.{name}, but declares only {known}")
 
 
+@dataclass(frozen=True)
+class Argument:
+    """An argument of the model's call that a rule takes: an integer, from 0 on, for every row of the batch, or every token.
+
+    `below`: the constant that they are less than, if there is one. The model itself does not get it, unless it has one of
+    that name. A call in which the adapter is active has to have it, if it is `needed`.
+
+    Example: arguments = {"task_ids": Argument("n_tasks")}
+    """
+
+    below: str | None = None
+    each: Literal["row", "token"] = "row"
+    needed: bool = True
+
+
 class Factors(NamedTuple):
     """A term `scale · up @ down` that a rule adds to the weight: up (out, r), down (r, in), with a kernel after them;
     experts come before them, where the weight stacks some.
@@ -137,6 +152,7 @@ class Rule(Generic[S]):
     `replaces_rows`: its tensors stand for rows of an embedding, which may be new in every process. So the other ends of the
     input embedding's tie are adapted with it, by the rules for their ops and with the same tensors; files have the rows
     alone; and the base is not compared there.
+    `arguments`: what it takes of the model's call; `output` then has `p.task_ids(x)`, say, as many as `x` has rows.
     `spellings`: (pattern, replacement) of keys that older files have. `columns`: constants that the plan's table shows.
 
     Example::
@@ -160,6 +176,7 @@ class Rule(Generic[S]):
     local: ClassVar[str] = ""
     identity: ClassVar[bool] = True
     replaces_rows: ClassVar[bool] = False
+    arguments: ClassVar[Mapping[str, Argument]] = {}
     spellings: ClassVar[tuple[tuple[str, str], ...]] = ()
     columns: ClassVar[Mapping[str, str]] = {}
     # Fields of the spec that are probabilities of dropouts, which have their names.

@@ -5,11 +5,7 @@ from collections.abc import Mapping
 _CALL = "a rule sees one site and its input, and no argument of the model's call"
 
 ABSENT: Mapping[str, str] = {
-    "CARTRIDGE": "its first tokens are frozen, and begin with a text's own keys and values. Closest: PREFIX_TUNING",
-    "CPT": "it weighs the loss by the kinds of tokens, and projects after each step. Closest: PROMPT_TUNING with the text",
     "LILY": "its router averages over the batch, so it is no function of a row. Closest: VBLORA, of shared vectors",
-    "MULTITASK_PROMPT_TUNING": "it takes task_ids in the call. Closest: a PROMPT_TUNING adapter for each task",
-    "POLY": f"it takes task_ids in the call; {_CALL}. Closest: one LORA adapter for each task, and adapter_names",
     "SHADOW": "it trains a second, smaller decoder beside the model, whose hidden state goes on from block to block and is"
     " added to what they read, so what it does at a site is no function of that site's input. Closest: LORA",
     "XLORA": f"it runs the model twice, and the first run chooses among the adapters; {_CALL}. Closest: LORA adapters,"

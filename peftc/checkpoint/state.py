@@ -15,7 +15,7 @@ from peftc.graph.finding import parameter_at
 from peftc.graph.sites import dtype_name, parameter_name
 from peftc.merge.fold import is_finite
 from peftc.plan import Edit, PlannedParam
-from peftc.prompts.files import PROMPT_KEY, encoder_state, load_prompt, prompt_edit, prompt_embeddings
+from peftc.prompts.files import PROMPT_KEY, is_reparameterised, load_prompt, prompt_edit, prompt_state
 from peftc.prompts.find import is_virtual
 from peftc.registry import rules_of
 from peftc.rewrite.build import start_alone
@@ -33,7 +33,7 @@ def adapter_state_dict(program: Program, adapter: str) -> dict[str, Tensor]:
     prefix = own.spec.key_prefix
     for part in own.parts.values():
         if is_virtual(part.edit):
-            state[PROMPT_KEY] = prompt_embeddings(program, part.edit)
+            state |= prompt_state(program, part.edit)
             continue
         for param in part.edit.params:
             if param.saved:
@@ -110,7 +110,11 @@ def _from_full(program: Program, adapter: str, full: Mapping[str, Tensor]) -> di
     """The adapter's tensors out of a whole model's (gathered by FSDP or a trainer; names may carry their wrappers)."""
     plain = by_plain_names(full)
     edit = prompt_edit(program, adapter)
-    if edit is not None and any(is_sharded(tensor) for tensor in encoder_state(program, edit).values()):
+    if (
+        edit is not None
+        and is_reparameterised(edit)
+        and any(is_sharded(tensor) for tensor in program.adapters[adapter].part(edit).tensors().values())
+    ):
         raise CheckpointError(
             f"{adapter!r}: an encoder makes its rows, whose tensors are sharded, and state_dict has no rows. Call"
             " save_pretrained on all processes, without state_dict."

@@ -34,6 +34,7 @@ from peftc.graph.sites import is_pretrained
 from peftc.merge import merge, unmerge
 from peftc.progress import Tick, bar
 from peftc.rewrite.hosts import original_class
+from peftc.rewrite.parts import begins
 from peftc.rewrite.program import Program, require_idle
 from peftc.rewrite.switch import activate
 
@@ -287,6 +288,8 @@ def _require(program: Program, request: Request) -> None:
         raise ExportError("gguf= and quantized= are for to='gguf', adapters='merged'")
     if program.merged and adapters == "inside":
         raise ExportError(f"{', '.join(program.merged)} merged: unmerge_adapter() first, or export adapters='merged'")
+    if adapters == "inside":
+        _refuse_asking(program)
     if adapters == "inputs" and program.merged:
         raise ExportError(f"{', '.join(program.merged)} merged: unmerge_adapter() first")
     if to == "hf" and adapters != "merged":
@@ -316,6 +319,21 @@ def _require_sizes(request: Request) -> None:
         raise ExportError(
             f"sizes={request.sizes!r}: valid are {', '.join(get_args(Sizes))}; fixed is for programs"
             f" ({', '.join(PROGRAMS)}), without generation"
+        )
+
+
+def _refuse_asking(program: Program) -> None:
+    """Raise ExportError if an active adapter asks about the model's call: the inputs of a program are the base's."""
+    adapters = {name: program.adapters[name] for name in program.spliced}
+    asking = [
+        name
+        for name, own in adapters.items()
+        if any(one.needed for one, _ in own.arguments.values()) or any(begins(edit.rule) for edit in own.edits)
+    ]
+    if asking:
+        raise ExportError(
+            f"{asking[0]!r} asks about the model's call, of which a program only has what the base takes: serve it as a"
+            " compiled model"
         )
 
 

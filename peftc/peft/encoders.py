@@ -9,7 +9,14 @@ from peftc.peft.configs import spec_of
 from peftc.prompts.rule import PromptRule
 from peftc.registry import rules_of
 
-__all__ = ["PrefixEncoder", "PromptEmbedding", "PromptEncoder"]
+__all__ = [
+    "CPTEmbedding",
+    "CartridgeEncoder",
+    "MultitaskPromptEmbedding",
+    "PrefixEncoder",
+    "PromptEmbedding",
+    "PromptEncoder",
+]
 
 
 class _Made(type):
@@ -48,6 +55,13 @@ class PrefixEncoder(metaclass=_Made):
         return _made(config)[0]
 
 
+class CartridgeEncoder(PrefixEncoder):
+    """A cartridge's rows, the first of them frozen: as PrefixEncoder's.
+
+    Example: CartridgeEncoder(CartridgeConfig(num_virtual_tokens=20, token_dim=768, num_layers=12))
+    """
+
+
 class PromptEmbedding(metaclass=_Made):
     """Prompt tuning's rows: row numbers (batch, rows) → embeddings (batch, rows, token_dim).
 
@@ -67,6 +81,14 @@ class PromptEmbedding(metaclass=_Made):
         with torch.no_grad():
             rule.start(encoder, spec, embed, word_embeddings.weight.shape[0])
         return encoder
+
+
+class CPTEmbedding(PromptEmbedding):
+    """Context-aware prompt tuning's rows: examples' embeddings, and how far each is moved. As PromptEmbedding's."""
+
+
+class MultitaskPromptEmbedding(PromptEmbedding):
+    """Multitask prompt tuning's rows: numbers (1, rows) and `task_ids` (batch,) → embeddings (batch, rows, token_dim)."""
 
 
 def _rule(spec: Any) -> PromptRule[Any]:

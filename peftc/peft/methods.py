@@ -43,6 +43,7 @@ METHODS: Mapping[PeftType, Method] = {
     PeftType.GLORA: Method("glora", "GloraModel", "GloraLayer", "glora_"),
     PeftType.OSF: Method("osf", "OSFModel", "OSFLayer", "osf_"),
     PeftType.PEANUT: Method("peanut", "PeanutModel", "PeanutLayer", "peanut_"),
+    PeftType.POLY: Method("poly", "PolyModel", "PolyLayer", "poly_"),
     PeftType.PSOFT: Method("psoft", "PsoftModel", "PsoftLayer", "psoft_"),
     PeftType.PVERA: Method("pvera", "PveraModel", "PveraLayer", "pvera_lambda_"),
     PeftType.SUPERTUNING: Method("supertuning", "SupertuningModel", "SupertuningLayer", "supertuning_"),

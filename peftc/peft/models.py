@@ -24,6 +24,9 @@ from peftc.peft.types import TaskType
 from peftc.prompts.files import prompt_edit
 from peftc.status import LayerStatus, ModelStatus
 
+# What PEFT's models take whatever the method is.
+_TASKS = "task_ids"
+
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
     "PeftMixedModel",
@@ -160,8 +163,9 @@ class PeftModel(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call. `adapter_names`: the adapter of every row of the batch, `__base__` for none."""
-        kwargs.pop("task_ids", None)
-        if kwargs.get("adapter_names") is None:
+        if _TASKS in kwargs and not any(_TASKS in one.arguments for one in self.root.program.adapters.values()):
+            del kwargs[_TASKS]
+        if kwargs.get("adapter_names") is None and isinstance(self.base_model, BaseTuner):
             kwargs.pop("adapter_names", None)
             return self.base_model(*args, **kwargs)
         return call(self.get_base_model(), args, kwargs)
@@ -345,7 +349,7 @@ class PeftModel(nn.Module):
 
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Tensor:
         """The rows of the active prompt adapter for every sequence. Raises AdapterError if there is none."""
-        return self.compiled.get_prompt(batch_size)
+        return self.compiled.get_prompt(batch_size, **({} if task_ids is None else {_TASKS: task_ids}))
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """The rows of a prompt adapter as saved. Raises AdapterError if it is none."""

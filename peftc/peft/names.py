@@ -30,6 +30,7 @@ _HOMES = (
     "layers",
     "autos",
     "encoders",
+    "prefixes",
     "hotswap",
     "contexts",
     "conversion",

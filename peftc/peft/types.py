@@ -18,6 +18,7 @@ __all__ = [
     "SEQ_CLS_HEAD_NAMES",
     "TOKENIZER_CONFIG_NAME",
     "WEIGHTS_NAME",
+    "MultitaskPromptTuningInit",
     "NoMatchingPeftModuleError",
     "PeftError",
     "PeftType",
@@ -113,6 +114,16 @@ class PromptTuningInit(_Text):
     TEXT = "TEXT"
     SAMPLE_VOCAB = "SAMPLE_VOCAB"
     RANDOM = "RANDOM"
+
+
+class MultitaskPromptTuningInit(_Text):
+    """How multitask prompt tuning begins: as prompt tuning, or from what several tasks have learned."""
+
+    TEXT = "TEXT"
+    RANDOM = "RANDOM"
+    AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"
+    EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"
+    ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
 
 
 class PromptEncoderReparameterizationType(_Text):

@@ -33,8 +33,19 @@ def prompt_encoder(program: Program, edit: Edit) -> nn.Module:
     return program.adapters[edit.adapter].part(edit).module
 
 
+def prompt_state(program: Program, edit: Edit) -> dict[str, Tensor]:
+    """The tensors of a prompt edit by their keys in files: the rows, or what makes them of each call."""
+    rows_too = {PROMPT_KEY: prompt_embeddings(program, edit)}
+    if not _of_calls(edit):
+        return rows_too
+    own = program.adapters[edit.adapter].part(edit).tensors()
+    return {**rows_too, **{name: tensor for name, tensor in own.items() if name != _ROWS}}
+
+
 def prompt_embeddings(program: Program, edit: Edit) -> Tensor:
-    """The rows (rows, width) of a prompt edit, without dropout; the parameter itself if nothing makes it."""
+    """The rows (rows, width) of a prompt edit, without dropout; the parameter itself if nothing makes it, or if a call has
+    a part in it.
+    """
     encoder = prompt_encoder(program, edit)
     if not is_reparameterised(edit):
         return program.adapters[edit.adapter].tensor(edit, _ROWS)
@@ -62,14 +73,24 @@ class _Rows(nn.Module):
 
 
 def is_reparameterised(edit: Edit) -> bool:
-    """Whether an encoder makes the rows, instead of holding them."""
-    return [param.key for param in edit.params] != [_ROWS]
+    """Whether an encoder makes the rows, instead of holding them, or what makes them of each call."""
+    return not _of_calls(edit) and [param.key for param in edit.params] != [_ROWS]
+
+
+def _of_calls(edit: Edit) -> bool:
+    """Whether its encoder makes rows of arguments of each call."""
+    return isinstance(edit.rule, PromptRule) and bool(edit.rule.asked)
 
 
 def encoder_state(program: Program, edit: Edit) -> dict[str, Tensor]:
-    """The tensors of the encoder that makes the rows, or that made them: `prompt_encoder.safetensors`."""
+    """The tensors of the encoder that makes the rows, or that made them: `prompt_encoder.safetensors`. None if they follow
+    from the rows.
+    """
     if is_reparameterised(edit):
-        return program.adapters[edit.adapter].part(edit).tensors()
+        own = program.adapters[edit.adapter].part(edit).tensors()
+        held = _held(program, edit, prompt_embeddings(program, edit))
+        follow = held is not None and all(torch.equal(whole(own[name]), value) for name, value in held.items())
+        return {} if follow else own
     loaded, encoder = program.adapters[edit.adapter].extras.get(_FIRST, (None, {}))
     rows_now = whole(program.adapters[edit.adapter].tensor(edit, _ROWS)).cpu()
     return encoder if loaded is not None and torch.equal(rows_now, loaded) else {}
@@ -89,19 +110,30 @@ def trainable_spec(spec: AdapterSpec, encoder: Mapping[str, Tensor]) -> tuple[Ad
     )
 
 
+def _held(program: Program, edit: Edit, made: Tensor) -> Mapping[str, Tensor] | None:
+    """The tensors of the live encoder if it has to make these rows; None if they don't follow from them."""
+    if not is_reparameterised(edit):
+        return {_ROWS: made}
+    assert isinstance(edit.rule, PromptRule), "the edit of a prompt"
+    return edit.rule.held(program.adapters[edit.adapter].spec, made)
+
+
 def load_prompt(program: Program, edit: Edit, value: Tensor, encoder: Mapping[str, Tensor]) -> None:
     """Copy the rows, or the encoder that makes them, into place; one that is not needed now is kept for the next save.
 
     Raises CheckpointError, with nothing copied, if the encoder is not the planned one. It has been copied, and the
     adapter is to be dropped, if it does not make the rows that are saved beside it.
     """
-    if not is_reparameterised(edit):
-        target = program.adapters[edit.adapter].tensor(edit, _ROWS)
-        put(target, value)
+    own = program.adapters[edit.adapter]
+    held = None if encoder and is_reparameterised(edit) else _held(program, edit, value)
+    if held is not None:
+        for name, tensor in held.items():
+            put(own.tensor(edit, name), tensor)
         if encoder:
-            program.adapters[edit.adapter].extras[_FIRST] = (value.to("cpu", target.dtype, copy=True), dict(encoder))
+            dtype = own.tensor(edit, _ROWS).dtype
+            own.extras[_FIRST] = (value.to("cpu", dtype, copy=True), dict(encoder))
         return
-    targets = encoder_state(program, edit)
+    targets = own.part(edit).tensors()
     wrong = [name for name in targets if name not in encoder or encoder[name].shape != targets[name].shape]
     if wrong or len(encoder) != len(targets):
         raise CheckpointError(

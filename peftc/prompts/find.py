@@ -68,6 +68,7 @@ def _claim(spec: PromptSpec, rule: PromptRule[Any], call: Call, dtype: str) -> C
         "task_type": str(spec.task_type),
         "embedding": call.site.stack.embedding if call.site.stack is not None else "",
         "drop": call.drop,
+        **rule.constants(spec, call.site),
     }
     params: tuple[PlannedParam, ...] = ()
     if call.slot == "past":
@@ -85,18 +86,19 @@ def _encoder_params(spec: PromptSpec, rule: PromptRule[Any], dtype: str) -> tupl
     try:
         with torch.device("meta"):
             encoder = rule.encoder(spec)
-            shape = tuple(encoder(torch.zeros(1, spec.rows, dtype=torch.long)).shape)
+            given = {name: torch.zeros(1, dtype=torch.long) for name in rule.asked}
+            shape = tuple(encoder(torch.zeros(1, spec.rows, dtype=torch.long), **given).shape)
         names = [name for name, _ in encoder.named_parameters()]
     except Exception as error:  # A rule is anyone's code.
         raise RuleError(f"{where}: {type(error).__name__}: {error}") from error
     expected = (1, spec.rows, rule.width(spec))
     if shape != expected:
         raise RuleError(f"{where}: the encoder returns shape {shape}, not (1, rows, width) = {expected}")
-    if spec.inference_mode and names != ["embedding.weight"]:
+    if spec.inference_mode and names != ["embedding.weight"] and not rule.asked:
         raise RuleError(f"{where}: with inference_mode it has {names}, not the one parameter embedding.weight")
     if next(encoder.buffers(), None) is not None:
         raise RuleError(f"{where}: the encoder has buffers, which are not saved")
     return tuple(
-        PlannedParam(name, name, tuple(parameter.shape), dtype, "encoder")
+        PlannedParam(name, name, tuple(parameter.shape), dtype, "encoder", trainable=parameter.requires_grad)
         for name, parameter in encoder.named_parameters()
     )

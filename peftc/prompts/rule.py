@@ -22,6 +22,9 @@ class PromptRule(Rule[P]):
     an encoder, a plain module: called with the row numbers (1, rows) it returns the rows (1, rows, width). The engine
     does the rest: masks, labels, positions, caches. Saved is what the encoder returns, as `prompt_embeddings`.
 
+    Where the rule takes `arguments` of the call for every row, it gets them by name, (batch,), and returns rows for each,
+    (batch, rows, width); saved are its tensors, `embedding.weight` as `prompt_embeddings`, others by their own names.
+
     Example::
 
         class Table(PromptRule[TableConfig]):
@@ -34,6 +37,17 @@ class PromptRule(Rule[P]):
     ops = ("call",)
     container = PROMPT_ENCODER
     at: ClassVar[Literal["embeds", "past"]]
+
+    @property
+    def asked(self) -> list[str]:
+        """The arguments of the call that the encoder takes."""
+        return [name for name, one in self.arguments.items() if one.each == "row"]
+
+    def loss(self, logits: Tensor, labels: Tensor, given: Mapping[str, Tensor], p: Any) -> Tensor:
+        """The loss instead of the model's own, at `embeds`: of `logits` (batch, rows + tokens, vocabulary) and the `labels`
+        (batch, tokens) of the call. `given`: arguments of the call for every token, (batch, tokens); `p`: the constants.
+        """
+        raise NotImplementedError
 
     def resolve(self, spec: P, stack: Stack) -> P:
         """`spec` with what it leaves open read off the model."""
@@ -61,8 +75,14 @@ class PromptRule(Rule[P]):
         return spec.fact("token_dim") * (1 if self.at == "embeds" else 2 * spec.fact("num_layers"))
 
     def encoder(self, spec: P) -> nn.Module:
-        """The encoder of a resolved `spec`; with `inference_mode`, one `embedding` that holds the rows themselves."""
+        """The encoder of a resolved `spec`; with `inference_mode`, one `embedding` that holds the rows themselves, unless
+        they depend on the call.
+        """
         raise NotImplementedError
+
+    def held(self, spec: P, rows: Tensor) -> Mapping[str, Tensor] | None:
+        """The tensors, by name, of an encoder that returns these `rows`; None if they don't follow from them."""
+        return None
 
     def start(self, encoder: nn.Module, spec: P, embed: Callable[[Tensor], Tensor], vocab_size: int) -> None:
         """Initialise a fresh `encoder` further. `embed` gives the model's embeddings (n, token_dim) of n token ids."""

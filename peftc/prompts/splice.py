@@ -5,14 +5,16 @@ cached ones first, then embedded ones, each in load order.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
+from peftc.edits import Edit
 from peftc.errors import CaptureError
 from peftc.graph.region import HOST, OPAQUE, invoke
 from peftc.prompts import virtual
 from peftc.prompts.find import is_virtual
+from peftc.prompts.rule import PromptRule
 from peftc.rewrite.splice import Active, follow
 
 # Arguments with one entry per token, and what they say of virtual tokens.
@@ -41,6 +43,11 @@ def splice_call(graph: fx.Graph, node: fx.Node | None, active: Sequence[Active])
         node = _with_prefix(graph, node, given)
     elif "past_key_values" in given:
         node = follow(graph, node, virtual.remember, at)
+    weighing = [one for one in active if _has_loss(one.edit)]
+    if weighing and "labels" in given:
+        with graph.inserting_before(node):
+            part = graph.get_attr(weighing[0].name)
+        node = follow(graph, node, virtual.weigh, at, given["labels"], part)
     if any(edit.constants["drop"] for edit in edits):
         follow(graph, node, virtual.drop, at)
 
@@ -55,12 +62,21 @@ def _splice_inputs(graph: fx.Graph, given: Mapping[str, fx.Node], active: Sequen
             f" {', '.join(given)}. Compile with inputs={{'inputs_embeds': model.get_input_embeddings()(ids),"
             " 'attention_mask': mask}, and labels if need be; or with capture='modules'"
         )
+    if "labels" in given and any(_has_loss(one.edit) for one in active):
+        raise CaptureError(
+            f"{active[0].edit.adapter!r} has a loss of its own, and this program computes the model's: leave labels out of"
+            " inputs, or compile with capture='modules'"
+        )
     last = max(number for number, node in enumerate(graph.nodes) if node.op == "placeholder")
     after = list(graph.nodes)[last + 1 :]
     with graph.inserting_before(after[0]):
         _, changed = _arguments(graph, given, active)
     for name, value in changed.items():
         given[name].replace_all_uses_with(value, delete_user_cb=set(after).__contains__)
+
+
+def _has_loss(edit: Edit) -> bool:
+    return is_virtual(edit) and cast(Any, type(edit.rule)).loss is not PromptRule.loss
 
 
 def _arguments(
@@ -98,14 +114,12 @@ def _embedded(
     graph: fx.Graph, at: fx.Node, given: Mapping[str, fx.Node], active: Sequence[Active]
 ) -> dict[str, fx.Node]:
     embedding = graph.get_attr(f"{HOST}.{active[0].edit.constants['embedding']}")
-    encoders = tuple(
-        (_encoder(graph, one), one.edit.constants["rows"], one.edit.constants["num_virtual_tokens"]) for one in active
-    )
+    parts = tuple(graph.get_attr(one.name) for one in active)
     ids, fills = given.get("input_ids"), dict(_PER_TOKEN)
     if any(one.edit.constants["task_type"] == "CAUSAL_LM" for one in active):
         fills["labels"] = virtual.IGNORED
     changed = {
-        "inputs_embeds": graph.call_function(virtual.prepend, (at, embedding, ids, given["inputs_embeds"], encoders))
+        "inputs_embeds": graph.call_function(virtual.prepend, (at, embedding, ids, given["inputs_embeds"], parts))
     }
     if ids is not None:
         changed["input_ids"] = graph.call_function(virtual.unless_first, (at, ids))

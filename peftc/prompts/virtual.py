@@ -5,14 +5,17 @@ cache is the first of its sequences: virtual tokens enter. Any other continues a
 masks and positions have to count them.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from peftc.errors import AdapterError
 from peftc.graph.sites import transformers_config
+from peftc.rewrite.acting import given_beside, of_rows
+from peftc.rewrite.parts import Part
+from peftc.rule import Bound
 
 IGNORED = -100  # The label that losses pass over.
 _HELD = "peftc_virtual_tokens"  # The attribute of a cache that says whose virtual tokens it holds.
@@ -98,8 +101,14 @@ def remember(output: Any, at: Progress) -> Any:
 
 def rows(encoder: nn.Module, number: int) -> Tensor:
     """The trained rows (number, width) of a prompt encoder."""
+    return rows_for(encoder, number, {})[0]
+
+
+def rows_for(encoder: nn.Module, number: int, given: Mapping[str, Tensor]) -> Tensor:
+    """The trained rows (1 or batch, number, width) of a prompt encoder, for what is `given` of the call: (batch,) each."""
     device = next(encoder.parameters()).device
-    return encoder(torch.arange(number, device=device)[None])[0]
+    numbers = {name: value.to(device) for name, value in given.items()}
+    return encoder(torch.arange(number, device=device)[None], **numbers)
 
 
 def prepend(
@@ -107,20 +116,26 @@ def prepend(
     embedding: nn.Module,
     ids: Tensor | None,
     embeds: Tensor | None,
-    encoders: Sequence[tuple[nn.Module, int, int]],
+    parts: Sequence[Part],
 ) -> Tensor | None:
-    """`inputs_embeds` (batch, rows + tokens, width) on a first call; what was given, or None, on any other.
-
-    `encoders`: (encoder, rows it has, rows used).
+    """`inputs_embeds` (batch, rows + tokens, width) on a first call, with those of `parts`; what was given, or None, on any
+    other.
     """
     if not at.first:
         return embeds
     if ids is not None and embeds is not None:
         raise AdapterError("give input_ids or inputs_embeds, not both")
     tokens: Tensor = embedding(ids) if embeds is None else embeds
-    prompts = [rows(encoder, number)[:used] for encoder, number, used in encoders]
-    prompt = torch.cat(prompts).to(device=tokens.device, dtype=tokens.dtype)
-    return torch.cat([prompt.expand(at.batch, -1, -1), tokens], dim=1)
+    prompts = [_prompt(part, at.batch).to(device=tokens.device, dtype=tokens.dtype) for part in parts]
+    return torch.cat([*prompts, tokens], dim=1)
+
+
+def _prompt(part: Part, batch: int) -> Tensor:
+    """The rows (batch, number, width) of a part that are embedded."""
+    edit = part.edit
+    given = {name: of_rows(part, name, batch) for name, one in edit.rule.arguments.items() if one.each == "row"}
+    made = rows_for(part.module, cast(int, edit.constants["rows"]), given)
+    return made[:, : cast(int, edit.constants["num_virtual_tokens"])].expand(batch, -1, -1)
 
 
 def unless_first(at: Progress, value: Any) -> Any:
@@ -225,4 +240,26 @@ def drop(output: Any, at: Progress) -> Any:
     if isinstance(output, tuple):
         return (output[0][:, at.embedded :], *output[1:])
     output["last_hidden_state"] = output["last_hidden_state"][:, at.embedded :]
+    return output
+
+
+def weigh(output: Any, at: Progress, labels: Tensor | None, part: Part) -> Any:
+    """The model output with the loss that the rule of `part` has, where virtual tokens entered and labels are given.
+
+    Raises AdapterError if there are embedded tokens of others.
+    """
+    if labels is None or not at.first:
+        return output
+    logits: Tensor = output[1] if isinstance(output, tuple) else output["logits"]
+    others = at.embedded - cast(int, part.edit.constants["num_virtual_tokens"])
+    if others:
+        raise AdapterError(
+            f"{part.edit.adapter!r} has a loss of its own, of its tokens and the call's, and there are {others} tokens of"
+            " other adapters between these: compute the loss with that one active alone"
+        )
+    rule = cast(Any, part.edit.rule)
+    loss = rule.loss(logits, labels.to(logits.device), given_beside(part), Bound(part.edit.constants))
+    if isinstance(output, tuple):
+        return (loss, *output[1:])
+    output["loss"] = loss
     return output

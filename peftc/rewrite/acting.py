@@ -1,9 +1,11 @@
-"""What rules may ask about the model's call: which of its tokens an adapter acts on.
+"""What rules may ask about the model's call: which of its tokens an adapter acts on, and some of its arguments.
 
 A method that acts from some place in the text on (`Rule.begins`) reads it off the call's token ids. What a cache holds of a
-row that has begun is remembered with the cache, so that later tokens are acted on, too.
+row that has begun is remembered with the cache, so that later tokens are acted on, too. A method that takes arguments
+of the call (`Rule.arguments`) has those of the rows that a module gets.
 """
 
+from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,13 +22,15 @@ from peftc.rule import Bound
 @dataclass
 class Call:
     """A call of a model, or of its `generate`: its token `ids` (rows, tokens) and its cache. `begun`: by adapter, where in
-    them each row begins to be acted on. `step`: rows and tokens of the model's own present call.
+    them each row begins to be acted on. `step`: rows and tokens of the model's own present call. `arguments`: what was
+    taken of the call, one number for each of its rows.
     """
 
     ids: Tensor | None
     cache: Any
     step: tuple[int, int] = (0, 0)
     begun: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    arguments: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     @property
     def length(self) -> int:
@@ -103,3 +107,39 @@ def acting(part: Part, x: Tensor) -> Tensor:
     acts = acts.flatten() if x.dim() == 2 else acts
     acts = acts if own is None or own[1] != rows * tokens else acts[own[0]]
     return acts.view(*acts.shape, *(1 for _ in range(x.dim() - acts.dim())))
+
+
+def given(part: Part, name: str, x: Tensor) -> Tensor:
+    """The argument `name` of the call for each of the rows of `x` (rows, …), which may be tokens: (rows,).
+
+    Raises AdapterError outside of a call of the compiled model, or if it can't be told which rows of the call those are.
+    """
+    if x.is_meta:  # The verifier's.
+        return torch.zeros(x.shape[0], dtype=torch.long, device=x.device)
+    own = subset.get()
+    numbers = of_rows(part, name, x.shape[0] if own is None else own[1]).to(x.device)
+    return numbers if own is None else numbers[own[0]]
+
+
+def of_rows(part: Part, name: str, count: int) -> Tensor:
+    """The argument `name` of the call for each of `count` rows, or tokens, of all that are in the batch: (count,)."""
+    call = current.get(None)
+    if call is None or name not in call.arguments:
+        raise AdapterError(
+            f"{part.edit.adapter!r} takes {name} of the call, which only calls of the compiled model, or of its generate,"
+            " show: call that, not its base or a part of it"
+        )
+    numbers, (rows, tokens) = call.arguments[name], call.step
+    if count % len(numbers) or (rows and count not in (rows, rows * tokens)):
+        raise AdapterError(
+            f"{part.edit.adapter!r} takes {name} of the call, and a module gets {count} rows in a call of"
+            f" {rows or len(numbers)}: which of them are which can't be told. Leave that module out (exclude_modules)."
+        )
+    return numbers.repeat_interleave(count // len(numbers))  # A row's beams, and its tokens, follow each other.
+
+
+def given_beside(part: Part) -> dict[str, Tensor]:
+    """What the call has of the arguments that the rule of `part` takes for every token: (batch, tokens) each."""
+    call, rule = current.get(None), part.edit.rule
+    known = {} if call is None else call.arguments
+    return {name: known[name] for name, one in rule.arguments.items() if one.each == "token" and name in known}

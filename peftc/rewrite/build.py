@@ -206,6 +206,8 @@ def _attach(
     part = attach(edit, site, holder, _common(program, edit.adapter), adapter.spec, weight, places)
     adapter.parts[edit.site, edit.rule.name] = part
     adapter.asks = adapter.asks or asks(edit.rule)
+    for key, one in edit.rule.arguments.items():
+        adapter.arguments[key] = one, None if one.below is None else cast(int, edit.constants[one.below])
     program.children |= dict.fromkeys([*containers(edit), *(p.key.partition(".")[0] for p in edit.params if p.shared)])
     if starts is not None and edit.follows is None:
         own = [param for param in edit.params if param.key not in shared] if shared else list(edit.params)

@@ -17,7 +17,7 @@ from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
 from peftc.rewrite.holders import VALUE, Container, Holder, Vectors, code_path
 from peftc.rewrite.sharding import Layout, Places, is_sharded, own, put, spread, whole
 from peftc.rewrite.views import pristine_copy
-from peftc.rule import Bound, Rule, fill
+from peftc.rule import Argument, Bound, Rule, fill
 from peftc.specs import AdapterSpec
 
 
@@ -97,7 +97,8 @@ class Part:
 class Adapter:
     """An adapter and its parts, by site and name of the rule. `extras`: what its files hold beside the tensors; `scale`:
     how much of its change is applied; `states`: what its rules keep from step to step, by name; `by_hand`: who trains says
-    when a step is over; `asks`: its rules ask about the model's call.
+    when a step is over; `asks`: its rules ask about the model's call; `arguments`: which of its arguments they take, each
+    with the number that it is below, if there is one.
     """
 
     name: str
@@ -108,6 +109,7 @@ class Adapter:
     states: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     by_hand: bool = False
     asks: bool = False
+    arguments: dict[str, tuple[Argument, int | None]] = field(default_factory=dict[str, tuple[Argument, int | None]])
 
     @functools.cached_property
     def trained(self) -> list[tuple[dict[str, Any], str]]:
@@ -136,6 +138,11 @@ class Adapter:
 
 
 def asks(rule: Rule[Any]) -> bool:
+    """Whether a rule asks about the model's call: where it begins to act in the text, or for some arguments."""
+    return bool(rule.arguments) or begins(rule)
+
+
+def begins(rule: Rule[Any]) -> bool:
     """Whether a rule acts from some place in the text on."""
     return type(rule).begins is not Rule.begins
 

@@ -22,9 +22,9 @@ from peftc.graph.region import HOST, Anchor, Source, call_input, replace_call_in
 from peftc.graph.rows import POINTWISE, dequantised
 from peftc.graph.sites import Site, WeightSite, dtype_of
 from peftc.plan import Edit, PlannedParam
-from peftc.rewrite.acting import acting
+from peftc.rewrite.acting import acting, given
 from peftc.rewrite.hosts import own_path, with_weights
-from peftc.rewrite.parts import asks, code_path
+from peftc.rewrite.parts import begins, code_path
 from peftc.rule import Bound, Rule, source_of
 
 # The key of node.meta under which an inserted node says where it is from.
@@ -330,13 +330,22 @@ def _bound(place: _Place, active: Active, lazy: Mapping[str, Callable[[], Any]],
         values["padding_idx"] = cast(Any, values["op"]).keywords.get("padding_idx")
     if row.name in POINTWISE:
         values["pointwise"] = POINTWISE[row.name]
-    if asks(edit.rule):
+    return Bound({**values, **_of_the_call(place, active)}, lazy)
 
-        def acts(x: fx.Proxy) -> fx.Proxy:
-            return fx.Proxy(graph.call_function(acting, (graph.get_attr(active.name), x.node)), place.tracer)
 
-        values["acts"] = acts
-    return Bound(values, lazy)
+def _of_the_call(place: _Place, active: Active) -> dict[str, Any]:
+    """What the rule has of the model's call: functions of `x`, for the rows that it is of."""
+
+    def asked(function: Any, *which: str) -> Any:
+        def ask(x: fx.Proxy) -> fx.Proxy:
+            part = place.graph.get_attr(active.name)
+            return fx.Proxy(place.graph.call_function(function, (part, *which, x.node)), place.tracer)
+
+        return ask
+
+    rule = active.edit.rule
+    own = {name: asked(given, name) for name in rule.arguments}
+    return {**own, "acts": asked(acting)} if begins(rule) else own
 
 
 def _same(x: fx.Proxy) -> fx.Proxy:

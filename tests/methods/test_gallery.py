@@ -16,6 +16,9 @@ PAGE = Path(__file__).parent.parent.parent / "docs" / "methods.md"
 # peft's folders of the methods that its tuner classes are not named after.
 _ELSEWHERE = {
     "ADAPTION_PROMPT": "adaption_prompt",
+    "CARTRIDGE": "cartridge",
+    "CPT": "cpt",
+    "MULTITASK_PROMPT_TUNING": "multitask_prompt_tuning",
     "PREFIX_TUNING": "prefix_tuning",
     "PROMPT_TUNING": "prompt_tuning",
     "P_TUNING": "p_tuning",

@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft.utils import constants
 
+import peftc
 import peftc.peft as served
 from peftc.peft.methods import METHODS
 from tests.support.interchange import perturbed, quietly
@@ -21,6 +22,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "C3A": {"block_size": 8},
     "SUPERTUNING": {"sparsity": 0.9},
 }
+# What a call takes besides, of methods that ask for it. These can't be merged.
+CALLS: dict[str, dict[str, Any]] = {"POLY": {"task_ids": torch.zeros(2, dtype=torch.long)}}
 # Those that change biases.
 BIASED = ("BEFT", "GLORA")
 # Trained tokens are for embeddings: tests/peft/test_tokens.py.
@@ -90,12 +93,16 @@ def test_a_model_of_transformers_is_adapted_as_by_peft(name: str, tmp_path: Path
     assert isinstance(other.base_model, getattr(served, method.model))
     assert all(key.rpartition("model.")[2].partition(method.prefix)[1] for key in state)
     served.set_peft_model_state_dict(other, state)
-    inputs = inputs_for("llama")
+    inputs = {**inputs_for("llama"), **CALLS.get(name, {})}
     expected = one(**inputs).logits
     torch.testing.assert_close(other.eval()(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
     other.save_pretrained(tmp_path)
     again = quietly(peft.PeftModel.from_pretrained, base, tmp_path).eval()
     torch.testing.assert_close(again(**inputs).logits, expected, rtol=1e-4, atol=1e-5)
+    if name in CALLS:
+        with pytest.raises(peftc.MergeError, match="weight of its own"):
+            other.merge_and_unload()
+        return
     merged = other.merge_and_unload()
     assert merged is model
     torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-3, atol=1e-4)

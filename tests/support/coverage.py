@@ -27,6 +27,10 @@ FIELDS: dict[str, dict[str, Any]] = {
     "FOURIERFT": {"n_frequency": 50},
     "MISS": {"r": 8},
     "OFT": {"oft_block_size": 8},
+    "CARTRIDGE": {"num_virtual_tokens": 5},
+    "CPT": {"cpt_token_ids": [5, 6, 7, 8, 9], "cpt_tokens_type_mask": [1, 2, 2, 3, 4]},
+    "MULTITASK_PROMPT_TUNING": {"num_virtual_tokens": 5, "num_tasks": 3},
+    "POLY": {"n_tasks": 3},
     "PSOFT": {"r": 4},
     "SUPERTUNING": {"sparsity": 0.9},
     "WAVEFT": {"n_frequency": 50},
@@ -41,6 +45,9 @@ FIELDS: dict[str, dict[str, Any]] = {
 # Where peft's gradients of inputs are wrong (tests/oracle/test_c3a.py), those that follow from them are not compared.
 LAST_LAYER = {"C3A": "model.layers.2."}
 IDS = token_ids(3, 7, 64).clamp_min(3)
+# What a call takes besides, where an adapter is.
+TASKS = {"task_ids": torch.tensor([0, 2, 1])}
+CALLS: dict[str, dict[str, Any]] = {"MULTITASK_PROMPT_TUNING": TASKS, "POLY": TASKS}
 # Relative to the largest number: three layers add up their roundings.
 NEAR = 1e-5
 
@@ -62,9 +69,14 @@ class Trial:
         loaded = peftc.load(copy.deepcopy(self.model), self.folder / "theirs", is_trainable=trainable)
         return loaded.eval()
 
+    @property
+    def call(self) -> dict[str, Any]:
+        """What a call of an adapted model has."""
+        return {"input_ids": IDS, **CALLS.get(self.name, {})}
+
     def logits(self, model: Any) -> Tensor:
         with torch.no_grad():
-            return model(input_ids=IDS).logits
+            return model(**({"input_ids": IDS} if model is self.model else self.call)).logits
 
     def expected(self) -> Tensor:
         """Of the adapter in peft; not the base's."""
@@ -113,7 +125,7 @@ def gradient(trial: Trial) -> None:
     for model in (ours, theirs):
         model.zero_grad()
         # Not of the loss: AdaLoRA's penalty is a part of it in peft's eval() too.
-        model(input_ids=IDS).logits.square().mean().backward()
+        model(**trial.call).logits.square().mean().backward()
         named = {_plain(name): value for name, value in gradients(model).items()}
         found.append({name: value for name, value in named.items() if name.startswith(LAST_LAYER.get(trial.name, ""))})
     own, other = found
@@ -158,7 +170,7 @@ def mixed(trial: Trial) -> None:
         for tensor in ours.adapter_state_dict("b").values():
             tensor.mul_(0.5) if tensor.is_floating_point() else None
         names = ["default", "__base__", "b"]
-        together = ours(input_ids=IDS, adapter_names=names).logits
+        together = ours(**trial.call, adapter_names=names).logits
     for row, name in enumerate(names):
         ours.set_adapter([] if name == "__base__" else name)
         assert_near(together[row], trial.logits(ours)[row], NEAR, f"row {row} in a batch and alone")
