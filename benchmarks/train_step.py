@@ -4,7 +4,8 @@
 
 Bare is the frozen base model with gradients to its input embeddings only, which every adapter has to pay. The physical
 limit beside it is what the adapters' own products take, six for each site, measured in the same rounds on tensors of their
-own; a ratio of floating-point operations is out of reach, as skinny products are slow. Times are CPU seconds of one thread.
+own; a ratio of floating-point operations is out of reach, as skinny products are slow. Beside it what they would take if
+q, k and v, and gate and up, shared one product of their common input. Times are CPU seconds of one thread.
 """
 
 import statistics
@@ -78,6 +79,36 @@ def products(model: torch.nn.Module, rows: int, r: int, dtype: torch.dtype) -> C
     return run
 
 
+# The linears of a layer by their common input: its width, and theirs.
+_SIBLINGS = ((576, (576, 192, 192)), (576, (576,)), (576, (1536, 1536)), (1536, (576,)))
+
+
+def shared_products(layers: int, rows: int, r: int, dtype: torch.dtype) -> Callable[[], None]:
+    """The same products, where siblings have their A stacked: one x·Aᵀ, one dA and one dx for each input."""
+    sites: list[tuple[Any, ...]] = []
+    for width, outs in _SIBLINGS * layers:
+        own = [(torch.randn(out, r, dtype=dtype), torch.randn(rows, out, dtype=dtype)) for out in outs]
+        downs = [torch.randn(r, width, dtype=dtype) for _ in outs]
+        sites.append((torch.randn(rows, width, dtype=dtype), downs, own))
+
+    def run() -> None:
+        inner: list[tuple[Tensor, Tensor]] = []
+        for x, downs, own in sites:
+            down = torch.cat(downs) if len(downs) > 1 else downs[0]
+            inner.append((torch.nn.functional.linear(x, down), down))
+            for (b, y), h in zip(own, inner[-1][0].split(r, 1), strict=True):
+                y.addmm_(h, b.t(), alpha=1e-6)
+        for (x, _, own), (h, down) in zip(reversed(sites), reversed(inner), strict=True):
+            of_h = torch.empty_like(h)
+            for (b, y), part, of_part in zip(own, h.split(r, 1), of_h.split(r, 1), strict=True):
+                torch.mm(y, b, out=of_part)
+                _ = y.t() @ part
+            _ = of_h.t() @ x
+            x.addmm_(of_h, down, alpha=1e-6)
+
+    return run
+
+
 def in_place_flop(y: torch.Size, a: torch.Size, b: torch.Size, **_: object) -> int:
     """Of `addmm_`, which torch's table lacks."""
     return 2 * a[0] * a[1] * b[1]
@@ -109,6 +140,7 @@ def main(rounds: int = 15) -> None:
         runs = {name: step(m, embeddings) for name, m in (("bare", base), ("peft", theirs), ("peftc", compiled))}
         counts = {name: flops(run) for name, run in runs.items()}
         runs["products"] = products(base, 2 * tokens, 16, dtype)
+        runs["products, shared"] = shared_products(base.config.num_hidden_layers, 2 * tokens, 16, dtype)
         seconds = paired(runs, rounds)
         table = Table(title=f"{dtype}, 2 × {tokens} tokens, LoRA r=16 on 56 linears, {rounds} rounds, 1 thread")
         columns = (

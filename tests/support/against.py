@@ -36,8 +36,9 @@ def same_gradients(
     tolerance: float,
     without: tuple[str, ...] = (),
     of: Callable[[Any], Tensor] = _itself,
+    apart: bool = False,
 ) -> None:
-    """Hold the gradients of a sum of squares to each other, relative to the largest number of them.
+    """Hold the gradients of a sum of squares to each other, relative to the largest number of all, or `apart` of each.
 
     `of`: what is squared of an output. `without`: parts of the names of parameters that are not compared.
     """
@@ -51,7 +52,7 @@ def same_gradients(
     largest = max(float(gradient.abs().max()) for gradient in expected.values())
     for name, gradient in expected.items():
         if not any(part in name for part in without):
-            near(own[name].float(), gradient.float(), tolerance, f"gradients of {name}", largest)
+            near(own[name].float(), gradient.float(), tolerance, f"gradients of {name}", None if apart else largest)
 
 
 def same_as_peft(
