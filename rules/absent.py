@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping
 
-_CALL = "a rule sees one site and its input, and no argument of the model's call"
-
 ABSENT: Mapping[str, str] = {
     "ADAMSS": "it clusters the singular vectors of a weight into subspaces with a budget for each. Closest: PSOFT, of one"
     " subspace, or ADALORA, which has a budget",
     "FROD": "its bases come out of all the weights of one kind together. Closest: VERA, whose bases are random",
     "LILY": "its router averages over the batch, so it is no function of a row. Closest: VBLORA, of shared vectors",
     "SHADOW": "it trains a small network beside the model, whose state every block changes. Closest: LORA",
-    "XLORA": f"it runs the model twice, and the first run chooses among the adapters; {_CALL}. Closest: LORA adapters,"
+    "XLORA": "it runs the model twice, and the first run chooses among the adapters. Closest: LORA adapters,"
     " combined by add_weighted_adapter or chosen by adapter_names",
 }
