@@ -51,6 +51,7 @@ bench: $(VENV)/test.done  ## The benchmarks whose figures benchmarks/README.md h
 	$(BIN)/python benchmarks/switch.py
 	$(BIN)/python benchmarks/merge.py
 	$(BIN)/python benchmarks/mixed_batch.py
+	$(BIN)/python benchmarks/torch_compile.py
 	$(BIN)/python benchmarks/load_adapter.py
 	$(BIN)/python benchmarks/weight_rules.py
 	$(BIN)/python benchmarks/program.py
