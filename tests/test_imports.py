@@ -47,6 +47,16 @@ def test_importing_peftc_imports_no_torch() -> None:
     )
 
 
+def test_compiling_needs_no_more_than_torch_and_pydantic() -> None:
+    slow = {"networkx", "transformers", "torch._dynamo", "torch.onnx", "numpy.testing", "jinja2", "onnx", "gguf"}
+    script = (
+        "import peftc, sys; from torch import nn;"
+        " peftc.compile(nn.Sequential(nn.Linear(4, 4)), peftc.LoraConfig(target_modules=['0'], r=2));"
+        f" print(sorted({slow} & set(sys.modules)))"
+    )
+    assert python(script) == "[]\n"
+
+
 def test_plan_is_the_function_whatever_is_imported_first() -> None:
     first = "from peftc.plan import Plan; import peftc.plan.make; import peftc; "
     assert python(first + "print(peftc.plan.__module__, Plan is peftc.Plan)") == "peftc.api True\n"

@@ -1,16 +1,17 @@
 """The plan: what will change, in order, and what does not match; printable, JSON both ways, diffable."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from torch import nn
 
 from peftc.edits import Planned
 from peftc.plan.json import read_json, to_json
 from peftc.view.diff import difference
-from peftc.view.network import Network, network
-from peftc.view.page import plan_page, plan_table
 from peftc.view.text import render
+
+if TYPE_CHECKING:
+    from peftc.view.network import Network
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,11 +49,17 @@ class Plan(Planned):
         `model`, which may be on the meta device: what of it is not adapted is in the tree, too. Raises PlanError if the
         plan is of another one. Example: Path("plan.html").write_text(plan.to_html(model=model), encoding="utf-8")
         """
+        from peftc.view.page import plan_page  # Late, as in to_networkx.
+
         return plan_page([self] if other is None else [self, other], model)
 
     def _repr_html_(self) -> str:
+        from peftc.view.page import plan_table  # Late, as in to_networkx.
+
         return plan_table(self)
 
-    def to_networkx(self) -> Network:
+    def to_networkx(self) -> "Network":
         """Sites and the modules that contain them as nodes, with edges of `relation` contains, tie and conflict."""
+        from peftc.view.network import network  # Late: who compiles only need not wait for networkx.
+
         return network(self)
