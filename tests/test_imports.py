@@ -47,8 +47,8 @@ def test_importing_peftc_imports_no_torch() -> None:
     )
 
 
-def test_compiling_needs_no_more_than_torch_and_pydantic() -> None:
-    slow = {"networkx", "transformers", "torch._dynamo", "torch.onnx", "numpy.testing", "jinja2", "onnx", "gguf"}
+def test_compiling_imports_nothing_slow_beside_torch_and_pydantic() -> None:
+    slow = {"networkx", "transformers", "jinja2", "onnx", "gguf", "sklearn", "pywt", "peftc.view.page"}
     script = (
         "import peftc, sys; from torch import nn;"
         " peftc.compile(nn.Sequential(nn.Linear(4, 4)), peftc.LoraConfig(target_modules=['0'], r=2));"
