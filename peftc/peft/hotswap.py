@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.eval_frame import OptimizedModule
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
@@ -87,6 +86,8 @@ def prepare_model_for_compiled_hotswap(
 
     Raises AdapterError (a ValueError) then, and if an adapter has a higher rank, or none.
     """
+    from torch._dynamo.eval_frame import OptimizedModule  # Late, as it takes its time.
+
     compiled = isinstance(model, OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None
     if compiled and check_compiled != "ignore":
         text = "prepare_model_for_compiled_hotswap: the model is compiled already; prepare it before torch.compile"

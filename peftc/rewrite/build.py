@@ -205,7 +205,8 @@ def _attach(
     holder, weight = program.modules[first.holder], weight_of(program.modules[site.owner], site)
     part = attach(edit, site, holder, _common(program, edit.adapter), adapter.spec, weight, places)
     adapter.parts[edit.site, edit.rule.name] = part
-    adapter.asks = adapter.asks or asks(edit.rule)
+    if asks(edit.rule) and edit.adapter not in program.asking:
+        program.asking = (*program.asking, edit.adapter)
     for key, one in edit.rule.arguments.items():
         adapter.arguments[key] = one, None if one.below is None else cast(int, edit.constants[one.below])
     program.children |= dict.fromkeys([*containers(edit), *(p.key.partition(".")[0] for p in edit.params if p.shared)])
@@ -288,6 +289,7 @@ def remove(program: Program, adapter: str) -> None:
     """Take an adapter off: its tensors, and those that it brought in the place of the base's."""
     common = _common(program, adapter)
     gone = program.adapters.pop(adapter, None)
+    program.asking = tuple(name for name in program.asking if name != adapter)
     for edit in gone.edits if gone is not None else ():
         site = program.plan.sites[edit.site]
         detach(edit, program.modules[site.holder], common)

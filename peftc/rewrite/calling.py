@@ -24,12 +24,12 @@ def calling(
     `names`: the adapters of its rows, if they are named. What is not the model's is taken out of `kwargs`. Raises
     AdapterError if an argument is missing or wrong that an adapter asks for.
     """
-    if not any(adapter.asks for adapter in program.adapters.values()):
+    if not program.asking:
         yield _ignore
         return
     taken = _taken(program, kwargs)
     own = program.spliced if names is None else [name for name in dict.fromkeys(names) if name in program.adapters]
-    if not any(program.adapters[name].asks for name in own):
+    if not any(name in program.asking for name in own):
         yield _ignore
         return
     given = [kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1]]

@@ -97,8 +97,8 @@ class Part:
 class Adapter:
     """An adapter and its parts, by site and name of the rule. `extras`: what its files hold beside the tensors; `scale`:
     how much of its change is applied; `states`: what its rules keep from step to step, by name; `by_hand`: who trains says
-    when a step is over; `asks`: its rules ask about the model's call; `arguments`: which of its arguments they take, each
-    with the number that it is below, if there is one.
+    when a step is over; `arguments`: which of the call's arguments they take, each with the number that it is below, if
+    there is one.
     """
 
     name: str
@@ -108,7 +108,6 @@ class Adapter:
     scale: float = 1.0
     states: dict[str, dict[str, Any]] = field(default_factory=dict[str, dict[str, Any]])
     by_hand: bool = False
-    asks: bool = False
     arguments: dict[str, tuple[Argument, int | None]] = field(default_factory=dict[str, tuple[Argument, int | None]])
 
     @functools.cached_property

@@ -74,7 +74,8 @@ class Program:
     """A base model with adapters.
 
     `plan` and `regions` are of all `adapters`. `active`: which are spliced in, in load order, unless merged or the program
-    is not `enabled`; `learning`: whose parameters train. `calls`: how many calls with adapter_names are running.
+    is not `enabled`; `learning`: whose parameters train; `asking`: whose rules ask about the model's call.
+    `calls`: how many calls with adapter_names are running.
     `inplace`: the base is the very model that was given; `unloaded`: it has been given back; `watching`: its rules see
     the steps of optimisers. `passes` run over every graph. `modules`: those of sites, holders and hosts by fqn, looked up
     once; `installed`: what every host runs now; `children`: the names, as keys, of what adapters, of now or before, add
@@ -87,6 +88,7 @@ class Program:
     adapters: dict[str, Adapter] = field(default_factory=dict[str, Adapter])
     active: tuple[str, ...] = ()
     learning: tuple[str, ...] = ()
+    asking: tuple[str, ...] = ()
     enabled: bool = True
     calls: int = 0
     inplace: bool = False

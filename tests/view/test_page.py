@@ -30,7 +30,7 @@ PLANS = golden_plans()
 WEIGHTS = [
     name
     for name, cls in peftc.registry.spec_classes().items()
-    if not issubclass(cls, peftc.PromptSpec) and name != "ADAPTION_PROMPT"
+    if not issubclass(cls, peftc.PromptSpec) and name not in ("ADAPTION_PROMPT", "POLY")
 ]
 
 
