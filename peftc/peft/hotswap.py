@@ -142,7 +142,7 @@ def _swap(root: Root, name: str, other: Any, given: Mapping[str, Tensor], at_lea
     try:
         tensors = _filled(root, beside, other, given)
         load_state(program, beside, tensors, where="hot-swapping")
-    except Exception:
+    except Exception:  # Whatever it is, the adapter beside goes.
         compiled.delete_adapter(beside)
         raise
     active, learning = program.active, program.learning
