@@ -7,6 +7,7 @@ these are packed into a byte; larger ones follow as bytes, and those over a byte
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 import xxhash
 from torch import Tensor
@@ -15,8 +16,6 @@ from peftc.errors import MergeError
 from peftc.rewrite.sharding import own
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-# In which differences are taken: of 64 bits they wrap around, and back.
-_WIDE = {2: torch.int32, 4: torch.int64, 8: torch.int64}
 _ESCAPE = -128
 
 
@@ -37,18 +36,16 @@ class Chunk:
 def encode(weight: Tensor, estimate: Tensor) -> Chunk:
     """What `decode` needs to make `weight` from `estimate`, which has the same shape and dtype: exact for all bits."""
     bits = _bits(weight)
-    wide = _WIDE[estimate.itemsize]
-    step = _ordered(bits).to(wide) - _ordered(_bits(estimate)).to(wide)
-    small = (step >= -1) & (step <= 1)
-    codes = (step & 3).to(torch.uint8).masked_fill_(~small, 2)  # 0, 1, -1 → 3; 2 says larger.
-    codes = torch.nn.functional.pad(codes, (0, -codes.numel() % 4)).view(-1, 4)
-    packed = codes[:, 0] | codes[:, 1] << 2 | codes[:, 2] << 4 | codes[:, 3] << 6
-    large = step[~small]
+    # Differences wrap around, and back.
+    step = _ordered(bits).sub_(_ordered(_bits(estimate)))
+    codes = step.clamp(-2, 2).to(torch.uint8).bitwise_and_(3)  # 0, 1, -1 → 3; 2 says larger.
+    places = _larger(codes)
+    large = step[places]
     fits = (large > _ESCAPE) & (large <= 127)
-    rest = bits[~small][~fits]
+    rest = bits[places[~fits]]
     compress = _zstandard().ZstdCompressor(level=3).compress
-    larger = torch.where(fits, large, _ESCAPE).to(torch.int8)
-    return Chunk(*(compress(part.cpu().numpy().tobytes()) for part in (packed, larger, rest)))
+    parts = (_packed(codes), torch.where(fits, large, _ESCAPE).to(torch.int8), rest)
+    return Chunk(*(compress(part.cpu().numpy().tobytes()) for part in parts))
 
 
 def decode(chunk: Chunk, estimate: Tensor) -> Tensor:
@@ -62,16 +59,32 @@ def decode(chunk: Chunk, estimate: Tensor) -> Tensor:
             torch.frombuffer(bytearray(raw), dtype=dtype).to(device) if raw else torch.empty(0, dtype=dtype).to(device)
         )
 
-    packed = read(chunk.steps, torch.uint8)
-    codes = torch.stack([packed >> shift & 3 for shift in (0, 2, 4, 6)], dim=1).flatten()[: estimate.numel()]
-    wide = _WIDE[estimate.itemsize]
-    step = codes.to(wide) - ((codes == 3).to(wide) << 2)
+    codes = _unpacked(read(chunk.steps, torch.uint8))[: estimate.numel()]
+    # The two bits as a number with a sign: 3 is -1.
+    step = ((codes << 6).view(torch.int8) >> 6).to(integer)
     larger = read(chunk.larger, torch.int8)
-    places = torch.nonzero(codes == 2).flatten()
-    step[places] = larger.to(wide)
-    bits = _ordered((_ordered(_bits(estimate)).to(wide) + step).to(integer))
+    places = _larger(codes)
+    step[places] = larger.to(integer)
+    bits = _ordered(_ordered(_bits(estimate)).add_(step))
     bits[places[larger == _ESCAPE]] = read(chunk.bits, integer)
     return bits.view(estimate.dtype).view(estimate.shape)
+
+
+def _larger(codes: Tensor) -> Tensor:
+    """Where a step is larger than one; by numpy, which takes a tenth of the time."""
+    return torch.from_numpy(numpy.flatnonzero(codes.cpu().numpy() == 2)).to(codes.device)
+
+
+def _packed(codes: Tensor) -> Tensor:
+    """Numbers of two bits, four to a byte, the first lowest."""
+    four = torch.nn.functional.pad(codes, (0, -codes.numel() % 4)).view(torch.int32)
+    return (four | four >> 6 | four >> 12 | four >> 18).to(torch.uint8)
+
+
+def _unpacked(packed: Tensor) -> Tensor:
+    """What `_packed` was given, and up to three zeros."""
+    byte = packed.to(torch.int32)
+    return ((byte | byte << 6 | byte << 12 | byte << 18) & 0x03030303).view(torch.uint8)
 
 
 def keep(weight: Tensor) -> Chunk:
@@ -115,4 +128,5 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _ordered(bits: Tensor) -> Tensor:
     """The bits of floats as integers in the order of the floats, one step per unit in the last place; and back."""
-    return bits ^ ((bits >> (8 * bits.itemsize - 1)) & torch.iinfo(bits.dtype).max)
+    signs = bits >> (8 * bits.itemsize - 1)
+    return signs.bitwise_and_(torch.iinfo(bits.dtype).max).bitwise_xor_(bits)
