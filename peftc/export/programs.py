@@ -185,6 +185,20 @@ def _gguf(program: Program, folder: Path, request: Request, tick: Tick) -> Certi
     return certificate
 
 
+def _of_each(
+    program: Program, given: Mapping[str, Tensor], more: Mapping[str, Any], generates: bool
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[int]]]:
+    """What the live model gives with each adapter alone: its outputs and, where it `generates`, its tokens."""
+    outputs: dict[str, dict[str, Tensor]] = {}
+    tokens: dict[str, list[int]] = {}
+    for name in program.adapters:
+        with _active(program, name):
+            outputs[name] = _expected(program, given, more)
+            if generates:
+                tokens[name] = live_tokens(program.base, given)
+    return outputs, tokens
+
+
 def _as_inputs(
     program: Program, folder: Path, request: Request, given: Mapping[str, Tensor], texts: Texts | None, tick: Tick
 ) -> Certificate:
@@ -194,12 +208,7 @@ def _as_inputs(
     # A program takes no more than it was captured with.
     more = {"use_cache": False} if "use_cache" in taken and program.plan.capture != "export" else {}
     tick(0, _STEPS[0])
-    expected: dict[str, dict[str, Tensor]] = {}
-    live: dict[str, list[int]] = {}
-    for name in program.adapters:
-        with _active(program, name):
-            expected[name] = _expected(program, given, more)
-            live |= {name: live_tokens(program.base, given)} if texts is not None else {}
+    expected, live = _of_each(program, given, more, texts is not None)
     names = tuple(expected)
     certificate = Certificate(to, "inputs", names, 0.0, 0.0, None, None, {}, versions())
     by_key, config = adapter_tensors(program)

@@ -33,6 +33,8 @@ __all__ = [
 # What two configs may differ in: of no effect on the values, or what a swap brings into line.
 _ORIGIN = ("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "task_type", "target_modules")
 _RANKS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern")
+# What is no change at all where it is zero.
+_FACTORS = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
 _OTHER = (*_ORIGIN, *_RANKS, "lora_dropout", "init_lora_weights", "exclude_modules")
 
 
@@ -128,6 +130,9 @@ def _swap(root: Root, name: str, other: Any, given: Mapping[str, Tensor], at_lea
     """Let adapter `name` be one with the values of `given` and the scalings of spec `other`, of its own rank or more."""
     program, compiled = root.program, root.compiled
     own: Any = program.adapters[name].spec
+    if own.peft_type != "LORA":
+        load_state(program, name, given, where="hot-swapping")
+        return
     sizes: dict[str, _Size] = {}
     for site, rank in _ranks(root, name).items():
         r = max(rank, other.rank_for(site), at_least)
@@ -174,7 +179,8 @@ def _filled(root: Root, name: str, other: Any, given: Mapping[str, Tensor]) -> d
     """`given` as large as the parameters of adapter `name`, with zeros for what it lacks."""
     fit, tensors = fit_of(root.program, name, given), dict(given)
     for key in fit.result.missing_keys:
-        tensors[key] = torch.zeros_like(fit.own[key])
+        if any(f".{factor}" in key for factor in _FACTORS):
+            tensors[key] = torch.zeros_like(fit.own[key])
     ranks = {other.rank_for(site) for site in _ranks(root, name)}
     modules = {site: module_at(root.program.base, site) for site in _ranks(root, name)}
     grouped = [site for site, module in modules.items() if isinstance(module, _ConvNd) and module.groups > 1]

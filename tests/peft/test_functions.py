@@ -203,6 +203,19 @@ def test_a_hot_swap_compiles_nothing_anew_and_keeps_what_is_active_and_learns(tm
         peftc.peft.prepare_model_for_compiled_hotswap(model, target_rank=4)
 
 
+def test_hot_swapping_of_a_method_without_ranks(tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"target_modules": ["k_proj", "v_proj"], "feedforward_modules": []}
+    one, two = (filled(peftc.peft.get_peft_model(base(), peftc.peft.IA3Config(**fields)), n) for n in (1, 2))
+    two.save_pretrained(tmp_path / "all")
+    peftc.peft.get_peft_model(base(), peftc.peft.IA3Config(**{**fields, "target_modules": ["k_proj"]})).save_pretrained(
+        tmp_path / "fewer"
+    )
+    peftc.peft.hotswap_adapter(one, tmp_path / "all", "default")
+    torch.testing.assert_close(one.eval()(IDS).logits, two.eval()(IDS).logits)
+    with pytest.raises(peftc.CheckpointError, match="v_proj"):
+        peftc.peft.hotswap_adapter(one, tmp_path / "fewer", "default")
+
+
 def test_hot_swapping_what_does_not_fit_changes_nothing_and_the_advice_holds(tmp_path: Path) -> None:
     model = adapted(peftc.peft)
     before, names = model(IDS).logits, dict(model.named_parameters())
@@ -212,6 +225,10 @@ def test_hot_swapping_what_does_not_fit_changes_nothing_and_the_advice_holds(tmp
         peftc.peft.hotswap_adapter(model, tmp_path / "dora", "default")
     with pytest.raises(peftc.CheckpointError, match="k_proj"):
         peftc.peft.hotswap_adapter(model, tmp_path / "more", "default")
+    dora = adapted(peftc.peft, use_dora=True)
+    adapted(peftc.peft, use_dora=True, target_modules=["q_proj"]).save_pretrained(tmp_path / "fewer")
+    with pytest.raises(peftc.CheckpointError, match="magnitude"):  # Zero would be no weight at all.
+        peftc.peft.hotswap_adapter(dora, tmp_path / "fewer", "default")
     assert torch.equal(model(IDS).logits, before)
     assert names.keys() == dict(model.named_parameters()).keys()
     model.load_adapter(tmp_path / "dora", "new")
