@@ -6,6 +6,8 @@ PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --dis
 SETUP := pyproject.toml constraints.txt
 # Side by side on two cores; `make test WORKERS=8` where there are more.
 WORKERS ?= 2
+FIGURES := compile train_step forward layer_kinds memory half_curves prompts switch merge mixed_batch torch_compile \
+	load_adapter weight_rules program stream_merge
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Waiting threads sleep instead of spinning, so that other work on the machine does not slow torch down tenfold.
@@ -42,20 +44,9 @@ package: $(VENV)/test.done  ## An sdist and a wheel in dist/, tried in an enviro
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m pytest tests/test_package.py
 
-bench: $(VENV)/test.done  ## The benchmarks whose figures benchmarks/README.md holds
-	$(BIN)/python benchmarks/compile.py
-	$(BIN)/python benchmarks/train_step.py
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/half_curves.py
-	$(BIN)/python benchmarks/prompts.py
-	$(BIN)/python benchmarks/switch.py
-	$(BIN)/python benchmarks/merge.py
-	$(BIN)/python benchmarks/mixed_batch.py
-	$(BIN)/python benchmarks/torch_compile.py
-	$(BIN)/python benchmarks/load_adapter.py
-	$(BIN)/python benchmarks/weight_rules.py
-	$(BIN)/python benchmarks/program.py
-	$(BIN)/python benchmarks/stream_merge.py
+bench: $(VENV)/bench.done  ## All that has a bar in one table with plots, docs/speed.md; then each figure of benchmarks/README.md
+	$(BIN)/python benchmarks/bars.py
+	for name in $(FIGURES); do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -73,6 +64,10 @@ $(VENV)/test.done: $(SETUP) $(VENV)/demo.done | $(BIN)/python
 
 $(VENV)/docs.done: $(SETUP) $(VENV)/test.done | $(BIN)/python
 	$(PIP) -e ".[docs]"
+	touch $@
+
+$(VENV)/bench.done: $(SETUP) $(VENV)/test.done | $(BIN)/python
+	$(PIP) -e ".[bench]"
 	touch $@
 
 $(VENV)/clients.done: $(SETUP) $(VENV)/test.done | $(BIN)/python

@@ -19,25 +19,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftc
+from benchmarks.train_step import small_llama
 
 LAYERS, TOKENS, R, WIDTH, INNER = 12, 256, 16, 576, 1536
-
-
-def small_llama(dtype: torch.dtype) -> LlamaForCausalLM:
-    """Twelve layers of SmolLM2-135M's width, random."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=512,
-    )
-    return LlamaForCausalLM(config).to(dtype).requires_grad_(False)
 
 
 def kept(model: Any, embeddings: Tensor) -> int:
@@ -74,7 +60,7 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         embeddings = torch.randn(1, TOKENS, WIDTH, dtype=dtype, requires_grad=True)
         for dropout in (0.0, 0.1):
-            base = small_llama(dtype)
+            base = small_llama(WIDTH, LAYERS, 512).to(dtype).requires_grad_(False)
             bare = kept(base, embeddings)
             theirs: Any = peft.LoraConfig(r=R, target_modules="all-linear", lora_dropout=dropout)
             ours = peftc.LoraConfig(r=R, target_modules="all-linear", lora_dropout=dropout)

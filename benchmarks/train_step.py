@@ -31,16 +31,17 @@ import peftc
 from benchmarks.timing import median_ms, paired, ratio
 
 
-def small_llama() -> LlamaForCausalLM:
-    """Eight layers of SmolLM2-135M's width, random."""
+def small_llama(width: int = 576, layers: int = 8, vocabulary: int = 4096) -> LlamaForCausalLM:
+    """Layers of SmolLM2-135M's shape, or of the same proportions at another width (a multiple of 64), random."""
     torch.manual_seed(0)
+    heads = width // 64
     config = LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=8,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=4096,
+        hidden_size=width,
+        intermediate_size=width * 8 // 3,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 3 if heads % 3 == 0 else heads // 2,
+        vocab_size=vocabulary,
     )
     return LlamaForCausalLM(config)
 
@@ -58,8 +59,10 @@ def step(model: Any, embeddings: Tensor) -> Callable[[], None]:
     return run
 
 
-def products(model: torch.nn.Module, rows: int, r: int, dtype: torch.dtype) -> Callable[[], None]:
-    """The six products of every adapted linear: x·Aᵀ and h·Bᵀ, then dh, dB, dA and dx; nothing else."""
+def products(
+    model: torch.nn.Module, rows: int, r: int, dtype: torch.dtype, backward: bool = True
+) -> Callable[[], None]:
+    """The products of every adapted linear: x·Aᵀ and h·Bᵀ, then (`backward`) dh, dB, dA and dx; nothing else."""
     sites: list[tuple[Tensor, ...]] = []
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and "lm_head" not in name:
@@ -71,7 +74,7 @@ def products(model: torch.nn.Module, rows: int, r: int, dtype: torch.dtype) -> C
         for x, a, b, y in sites:
             inner.append(torch.nn.functional.linear(x, a))
             y.addmm_(inner[-1], b.t(), alpha=1e-6)
-        for (x, a, b, y), h in zip(reversed(sites), reversed(inner), strict=True):
+        for (x, a, b, y), h in zip(reversed(sites), reversed(inner), strict=True) if backward else ():
             of_h = y @ b
             _ = y.t() @ h, of_h.t() @ x
             x.addmm_(of_h, a, alpha=1e-6)

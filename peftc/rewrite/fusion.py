@@ -10,13 +10,23 @@ from torch import fx
 from torch.nn import functional as F
 
 from peftc.graph.ops import operand
-from peftc.rewrite.products import add_product, linear_with_products, product
+from peftc.rewrite.products import (
+    add_pointwise,
+    add_product,
+    convolved,
+    linear_with_products,
+    product,
+    weight_with_product,
+)
 from peftc.rewrite.splice import ORIGIN
 
 aten = torch.ops.aten
 _LINEAR = (F.linear, aten.linear.default)
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
 # Ops whose output nobody else has, nor needs for a gradient.
 FRESH = (*_LINEAR, torch.addmm, torch.mm, aten.addmm.default, aten.mm.default)
+# What adds a product: (y, inner, up, s, fresh).
+_SUMS = (add_product, add_pointwise)
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,8 @@ class ProductsFused:
     - the first product casts A instead of x where that loses no range, and keeps no dropped copy of x;
     - the last is added to y in place, with s as its factor;
     - with the base's own linear op it is one op, which takes x by rows.
+
+    So it is with convolutions, of which the last has one point; and what they say of weights as W + s · (B @ A) is one op.
     """
 
     name: str = "products-fused"
@@ -33,10 +45,11 @@ class ProductsFused:
     def __call__(self, graph: fx.Graph) -> fx.Graph:
         """The graph with all such terms fused; equal within rounding."""
         for node in list(graph.nodes):
-            if ORIGIN in node.meta and node.target is operator.add:
+            if ORIGIN in node.meta and node.target is operator.add and not node._erased:
                 _accumulate(graph, node)
+                _stand_in(graph, node)
         for node in list(graph.nodes):
-            if node.target is add_product:
+            if node.target in _SUMS:
                 _first_product(graph, node.args[1])
         for node in list(graph.nodes):
             if node.target in _LINEAR and ORIGIN not in node.meta:
@@ -52,12 +65,13 @@ def _accumulate(graph: fx.Graph, node: fx.Node) -> None:
     y, term = node.args
     terms = list(_terms(term))
     products = [own for own in terms if _product(own) is not None]
-    if not isinstance(y, fx.Node) or not products or (ORIGIN in y.meta and y.target is not add_product):
+    if not isinstance(y, fx.Node) or not products or (ORIGIN in y.meta and y.target not in _SUMS):
         return
     first, fresh, total = y, _is_fresh(y, node), y
     with graph.inserting_before(node):
         for own in products:
-            total = graph.call_function(add_product, (total, *(_product(own) or ()), fresh))
+            add, *operands = _product(own) or (add_product,)
+            total = graph.call_function(add, (total, *operands, fresh))
             total.meta, fresh = dict(node.meta), True
         rest = [own for own in terms if own not in products]
         for own in rest:
@@ -83,24 +97,58 @@ def _terms(node: Any) -> Iterator[Any]:
         yield node
 
 
-def _product(term: Any) -> tuple[Any, Any, Any] | None:
-    """(inner, up, s) of linear(inner, up) · s and of linear(inner · s, up), for a number s of an adapter's; or None."""
+def _product(term: Any) -> tuple[Any, Any, Any, Any] | None:
+    """What adds it, and (inner, up, s), of linear(inner, up) · s and of linear(inner · s, up), s a number of an adapter's.
+
+    Likewise of a convolution in one group without a bias, which the rules have for those of one point; or None.
+    """
     scale, term = _scaled(term)
-    if not _is_own(term) or term.target is not F.linear or len(term.args) != 2 or term.kwargs:
+    if not _is_own(term):
+        return None
+    if term.target is F.linear and len(term.args) == 2 and not term.kwargs:
+        add: Any = add_product
+    elif term.target in _CONVOLUTIONS and term.args[2:] in ((), (None,)) and term.kwargs == {"groups": 1}:
+        add = add_pointwise
+    else:
         return None
     inner: Any = term.args[0]
     if scale == 1.0:
         scale, inner = _scaled(inner)
     if not isinstance(inner, fx.Node) or ORIGIN not in inner.meta or _is_cast_to_a_parameter(inner):
         return None  # A change as large as the weight, whose gradient is not to be rounded to half precision.
-    return inner, term.args[1], scale
+    return add, inner, term.args[1], scale
 
 
 def _scaled(node: Any) -> tuple[Any, Any]:
-    """(s, z) of z · s for a number s of an adapter's, else (1, the node itself)."""
-    if _is_own(node) and node.target is operator.mul and _is_number(node.args[1]):
-        return node.args[1], node.args[0]
+    """(s, z) of z · s and s · z for a number s of an adapter's, else (1, the node itself)."""
+    if _is_own(node) and node.target is operator.mul:
+        for scale, other in (node.args, node.args[::-1]):
+            if _is_number(scale):
+                return scale, other
     return 1.0, node
+
+
+def _stand_in(graph: fx.Graph, node: fx.Node) -> None:
+    """W + s · (left @ right) as one op, with the casts of W to a wider dtype and of all that back to its own."""
+    if node._erased:
+        return
+    weight, (scale, term) = node.args[0], _scaled(node.args[1])
+    if not isinstance(weight, fx.Node) or not _is_own(term) or term.target not in (operator.matmul, torch.matmul):
+        return
+    dtype: Any = None
+    if _is_own(weight) and weight.target == "to" and len(weight.args) == 2 and isinstance(weight.args[1], torch.dtype):
+        weight, dtype = weight.args
+    last = node
+    if len(node.users) == 1 and _is_cast_to_dtype_of(user := next(iter(node.users)), weight):
+        last = user
+    with graph.inserting_before(last):
+        new = graph.call_function(weight_with_product, (weight, *term.args, scale, dtype, last is not node))
+    new.meta = dict(last.meta)
+    last.replace_all_uses_with(new)
+    inputs = [*last.all_input_nodes, *node.all_input_nodes]
+    for old in dict.fromkeys((last, node)):
+        graph.erase_node(old)
+    _erase_unused(graph, *(one for one in inputs if one is not node))
 
 
 def _is_number(node: Any) -> bool:
@@ -118,7 +166,7 @@ def _is_own(node: Any) -> bool:
 def _is_fresh(y: fx.Node, reader: fx.Node) -> bool:
     """Whether nothing but `reader` reads the values of `y`, or has them."""
     others = [user for user in y.users if user is not reader and not _reads_dtype(user)]
-    return not others and (y.target in FRESH or y.target is add_product)
+    return not others and y.target in (*FRESH, *_CONVOLUTIONS, *_SUMS)
 
 
 def _reads_dtype(node: fx.Node) -> bool:
@@ -127,7 +175,7 @@ def _reads_dtype(node: fx.Node) -> bool:
 
 def _first(node: Any) -> Any:
     """What the products that end in `node` are added to."""
-    while node.target is add_product:
+    while node.target in _SUMS:
         node = node.args[0]
     return node
 
@@ -168,8 +216,11 @@ def _only_sum(node: fx.Node) -> fx.Node | None:
 
 
 def _first_product(graph: fx.Graph, node: Any) -> None:
-    """linear(dropout(x.to(A.dtype)), A), which one product reads, as one op."""
-    if not _is_own(node) or node.target is not F.linear or len(node.args) != 2 or node.kwargs:
+    """linear(dropout(x.to(A.dtype)), A), which one product reads, as one op; and a convolution likewise."""
+    if not _is_own(node) or len(node.args) != 2:
+        return
+    is_linear = node.target is F.linear and not node.kwargs
+    if not is_linear and node.target not in _CONVOLUTIONS:
         return
     x: Any
     x, down = node.args
@@ -179,7 +230,11 @@ def _first_product(graph: fx.Graph, node: Any) -> None:
     cast: Any = x if _is_cast_to_a_parameter(x) else None
     with graph.inserting_before(node):
         module = graph.get_attr(str(dropout.target)) if dropout is not None else None
-        new = graph.call_function(product, (x if cast is None else cast.args[0], down, module))
+        operands = (x if cast is None else cast.args[0], down, module)
+        if is_linear:
+            new = graph.call_function(product, operands)
+        else:
+            new = graph.call_function(convolved, (*operands, node.kwargs))
     if module is not None:
         module.meta[ORIGIN] = node.meta[ORIGIN]
     new.meta = dict(node.meta)

@@ -5,6 +5,7 @@ where tensors are not torch's own (sharded, quantised, fake) or functorch transf
 """
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +14,10 @@ from torch.nn import functional as F
 
 # (inner, up, s) of a term s · inner · upᵀ; for inner, (down, dropout) if it is dropout(x) · downᵀ of the op's own input.
 Term = tuple[Tensor | tuple[Tensor, nn.Module | None], Tensor, Tensor | float]
+
+# Up to so many rows of bfloat16 are cast to the dtype of the adapter in the place of the adapter to theirs. For one token,
+# the products of a linear of width 576 take a quarter so (16 µs, not 77), for 32 a half, for 128 as long.
+FEW = 32
 
 
 def linear_with_products(x: Tensor, weight: Tensor, bias: Tensor | None, terms: tuple[Term, ...]) -> Tensor:
@@ -56,14 +61,10 @@ def _rows(x: Tensor) -> Tensor:
 def product(x: Tensor, down: Tensor, dropout: nn.Module | None = None) -> Tensor:
     """dropout(x) · downᵀ, of which the backward pass keeps `x` by reference and, where it drops, one bit for each number.
 
-    In bfloat16, and under autocast, `down` is cast to the dtype of `x`, which has far more numbers; in float16, whose
-    range is too small for that, `x` to that of `down`.
+    In bfloat16, and under autocast, `down` is cast to the dtype of `x`, which has far more numbers. Few rows are cast to
+    that of `down`, and those in float16, whose range is too small for the other.
     """
-    if x.dtype is not down.dtype:
-        if x.dtype is torch.bfloat16 or _is_autocast(x):
-            down = down.to(x.dtype)
-        else:
-            x = x.to(down.dtype)
+    x, down = _of_one_dtype(x, down, _is_few(x))
     if dropout is None:
         return F.linear(x, down)
     if type(dropout) is nn.Dropout and is_plain(x) and not _is_hooked(dropout):
@@ -74,18 +75,83 @@ def product(x: Tensor, down: Tensor, dropout: nn.Module | None = None) -> Tensor
     return F.linear(dropout(x), down)
 
 
+def convolved(x: Tensor, down: Tensor, dropout: nn.Module | None, options: Mapping[str, Any]) -> Tensor:
+    """The convolution of dropout(x) with `down`, with casts as in `product`."""
+    x, down = _of_one_dtype(x, down, False)
+    return _convolution(down)(x if dropout is None else dropout(x), down, **options)
+
+
+def _convolution(kernel: Tensor) -> Callable[..., Tensor]:
+    return (torch.conv1d, torch.conv2d, torch.conv3d)[kernel.dim() - 3]
+
+
+def _of_one_dtype(x: Tensor, down: Tensor, few: bool) -> tuple[Tensor, Tensor]:
+    """Both in one dtype; `few`: `x` is of so few numbers that it is the one to cast."""
+    if x.dtype is down.dtype:
+        return x, down
+    if _is_autocast(x) or (x.dtype is torch.bfloat16 and not few):
+        return x, down.to(x.dtype)
+    return x.to(down.dtype), down
+
+
 def add_product(y: Tensor, inner: Tensor, up: Tensor, scale: Tensor | float, fresh: bool) -> Tensor:
     """y + scale · inner · upᵀ in the dtype of `y`, for y (…, out), inner (…, r) and up (out, r).
 
     `fresh`: nobody else has `y`, so that it may be added to in place.
     """
-    if y.dtype is torch.bfloat16 or y.dtype is inner.dtype:
+    if y.dtype is inner.dtype or (y.dtype is torch.bfloat16 and not _is_few(inner)):
         inner, up = inner.to(y.dtype), up.to(y.dtype)
-    if not is_plain(y) or type(inner) is not Tensor or inner.dtype is not y.dtype:
+    if not is_plain(y) or type(inner) is not Tensor or (inner.dtype is not y.dtype and not fresh):
         return (y + F.linear(inner * scale, up)).to(y.dtype)
+    if inner.dtype is not y.dtype:
+        return y.add_(F.linear(inner, up), alpha=float(scale))
     if fresh and y.dim() == 2:
         return y.addmm_(inner, up.t(), alpha=float(scale))
     return torch.addmm(_rows(y), _rows(inner), up.t(), alpha=float(scale)).view(y.shape)
+
+
+def add_pointwise(y: Tensor, inner: Tensor, up: Tensor, scale: Tensor | float, fresh: bool) -> Tensor:
+    """y + scale · (a convolution of one point of inner with up) in the dtype of `y`.
+
+    For y (…, out, …) and inner (…, r, …) with the spatial dimensions of up (out, r, 1, …). `fresh`: as of `add_product`.
+    """
+    if y.dtype is torch.bfloat16 or y.dtype is inner.dtype:
+        inner, up = inner.to(y.dtype), up.to(y.dtype)
+    plain = is_plain(y) and type(inner) is Tensor and inner.dtype is y.dtype and not _is_autocast(y)
+    if not plain or y.dim() != up.dim() or not y.is_contiguous() or not inner.is_contiguous():
+        return (y + _convolution(up)(inner * scale, up)).to(y.dtype)
+    to, of, by = y.flatten(2), up.flatten(1).expand(y.shape[0], -1, -1), inner.flatten(2)
+    if fresh and not torch.is_grad_enabled():  # Autograd copies what a view has changed.
+        return to.baddbmm_(of, by, alpha=float(scale)).view(y.shape)
+    return torch.baddbmm(to, of, by, alpha=float(scale)).view(y.shape)
+
+
+def weight_with_product(
+    weight: Tensor, left: Tensor, right: Tensor, scale: Tensor | float, dtype: torch.dtype | None, back: bool
+) -> Tensor:
+    """weight.to(dtype) + scale · left · right, `back` in the dtype that `weight` has; dtype None: that of the sum.
+
+    In bfloat16 that goes back, the factors are cast, whose product is accumulated in float32 and rounded once with the sum.
+    """
+    wide = weight if dtype is None else weight.to(dtype)
+    fits = wide.dim() in (2, 3) and wide.shape == (*left.shape[:-1], right.shape[-1]) and left.dim() == right.dim()
+    plain = is_plain(weight) and type(left) in (Tensor, nn.Parameter) and type(right) in (Tensor, nn.Parameter)
+    if not fits or not plain or _is_autocast(weight):
+        total = wide + scale * (left @ right)
+        return total.to(weight.dtype) if back else total
+    add, add_in_place = (torch.addmm, Tensor.addmm_) if wide.dim() == 2 else (torch.baddbmm, Tensor.baddbmm_)
+    left, right = left.contiguous(), right.contiguous()  # Else every matrix of a stack is a product of its own.
+    if back and weight.dtype is torch.bfloat16:
+        return add(weight, left.to(weight.dtype), right.to(weight.dtype), alpha=float(scale))
+    wide = wide.to(torch.promote_types(wide.dtype, left.dtype))
+    left, right = left.to(wide.dtype), right.to(wide.dtype)
+    total = (add if wide is weight else add_in_place)(wide, left, right, alpha=float(scale))
+    return total.to(weight.dtype) if back else total
+
+
+def _is_few(x: Tensor) -> bool:
+    """Whether `x` (…, n) are few rows, of which a compiler does not ask: it makes one program for any number."""
+    return not torch.compiler.is_compiling() and x.numel() <= FEW * x.shape[-1]
 
 
 def is_plain(tensor: Tensor) -> bool:

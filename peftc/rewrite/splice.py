@@ -184,7 +184,8 @@ def _folded(place: _Place, edits: Sequence[Active], function: str, path: str) ->
     turned = function == "weight" and place.site.layout == "in_out"
     value = stored.mT if turned else stored
     if dtype_of(place.site.dtype).itemsize == 2:
-        value = value.to(torch.float32)  # A fold is computed in float32 at least, and cast once.
+        with marked(place.graph, edits[0], function):
+            value = value.to(torch.float32)  # A fold is computed in float32 at least, and cast once.
     for number, active in enumerate(edits):
         lazy = {**_lazy(place, edits[:number]), function: lambda v=value: v}
         with marked(place.graph, active, function):
