@@ -2,7 +2,9 @@
 not there.
 """
 
+import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -71,6 +73,17 @@ def test_every_public_name_is_in_the_reference() -> None:
     others = [name for name in peftc.__all__ if not name.endswith("Error")]
     assert not [name for name in others if not re.search(rf"\b{name}\b", text)]
     assert "::: peftc.errors" in text
+
+
+def test_the_page_of_costs_is_what_was_measured() -> None:
+    """And says of each bar whether it is met, as its figure does."""
+    figures = json.loads((ROOT / "benchmarks" / "bars.json").read_text())
+    page = (ROOT / "docs" / "speed.md").read_text()
+    text = runpy.run_path(str(ROOT / "benchmarks" / "bars_page.py"))["text"]
+    assert page == text(figures)
+    met = [one for one in figures.values() if one["value"] < one["bar"] + 0.005]
+    assert f"{len(met)} of {len(figures)} bars are met." in page
+    assert page.count(", missed |") == len(figures) - len(met)
 
 
 PROMISES = re.findall(r"^\| (.+?) \| (.+?) \|$", (ROOT / "docs" / "tested.md").read_text(), re.MULTILINE)[2:]

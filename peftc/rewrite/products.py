@@ -16,7 +16,7 @@ from torch.nn import functional as F
 Term = tuple[Tensor | tuple[Tensor, nn.Module | None], Tensor, Tensor | float]
 
 # Up to so many rows of bfloat16 are cast to the dtype of the adapter in the place of the adapter to theirs. For one token,
-# the products of a linear of width 576 take a quarter so (16 µs, not 77), for 32 a half, for 128 as long.
+# the products of a linear of width 576 take a quarter so (16 µs, not 77), for 32 a half; a step of 128 takes longer.
 FEW = 32
 
 
