@@ -58,7 +58,12 @@ class Signature:
 
     def takes(self, names: Collection[str]) -> bool:
         """Whether a call may give inputs of these names."""
-        return set(self.names) <= set(names) <= {*self.names, *(one.name for one in self.caches)}
+        return set(self.names) <= set(names) <= set(self.known)
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The names of all inputs."""
+        return (*self.names, *(one.name for one in self.caches))
 
     def flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The placeholders' values in a call.
@@ -80,20 +85,16 @@ class Signature:
                     f"{leaf.name}: {wrong}; capture again with inputs like these, or use capture='modules'"
                 )
         caches = [_begun(one, given.get(one.name), values, sizes) for one in self.caches]
-        return [*values, *guarded(caches, self.guards, {**given, **dict(zip(self._cached, caches, strict=True))})]
-
-    @property
-    def _cached(self) -> list[str]:
-        return [one.name for one in self.caches]
+        begun = {one.name: cache for one, cache in zip(self.caches, caches, strict=True)}
+        return [*values, *guarded(caches, self.guards, {**given, **begun})]
 
     def _names(self, given: Mapping[str, Any]) -> str:
         missing = [name for name in self.names if name not in given]
-        extra = [name for name in given if name not in self.names and name not in self._cached]
+        extra = [name for name in given if name not in self.known]
         parts = [f"{', '.join(names)} {word}" for names, word in ((missing, "missing"), (extra, "not known")) if names]
-        known = ", ".join([*self.names, *self._cached])
         return (
-            f"the program takes exactly {known}: {'; '.join(parts)}. Name what it is called with in inputs= when"
-            " compiling, or use capture='modules', which keeps the model's own call."
+            f"the program takes exactly {', '.join(self.known)}: {'; '.join(parts)}. Name what it is called with in inputs="
+            " when compiling, or use capture='modules', which keeps the model's own call."
         )
 
     def require_dtype(self, model: nn.Module) -> None:

@@ -191,6 +191,67 @@ def test_a_prefix_in_a_program_is_saved_loaded_switched_and_copied(tmp_path: Pat
     torch.testing.assert_close(again(**inputs).logits, expected)
 
 
+def test_a_program_with_a_cache_generates_as_modules_do() -> None:
+    model = program_model("llama")
+    captured = cached_inputs("llama", model, labels=False) | {"position_ids": torch.arange(5, 13).expand(2, -1)}
+    specs = {"prefix": CACHED["prefix"]("CAUSAL_LM"), "lora": peftc.LoraConfig(r=2, target_modules="all-linear")}
+    one, other = both("llama", specs, captured)
+    ids, mask = torch.tensor([[5, 6, 7, 8], [0, 0, 9, 3]]), torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])
+
+    def begun(compiled: Any) -> Any:
+        cache = transformers.DynamicCache(config=model.config)
+        step(compiled, ids[:1, :3], mask[:1, :3], cache)
+        return cache
+
+    def require_equal(names: Any, ids: Tensor, going_on: bool = False, **how: Any) -> None:
+        found: list[Tensor] = []
+        for compiled in (one, other):
+            compiled.set_adapter(names)
+            torch.manual_seed(0)
+            more = {"past_key_values": begun(compiled)} if going_on else {}
+            found.append(compiled.generate(ids, max_new_tokens=5, **{"do_sample": False, **how, **more}))
+        assert torch.equal(*found)
+        assert found[0].shape[1] > ids.shape[1]
+
+    for names in ("prefix", ["prefix", "lora"], []):
+        require_equal(names, ids, attention_mask=mask)
+        require_equal(names, ids[:1])
+        require_equal(names, ids, attention_mask=mask, num_beams=2)
+        require_equal(names, ids, attention_mask=mask, do_sample=True)
+        require_equal(names, ids[:1], going_on=True)
+    require_equal([], ids, attention_mask=mask, adapter_names=["lora", "__base__"])
+
+
+class Silent(transformers.LlamaForCausalLM):
+    """Keeps its cache to itself."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Any = None, past_key_values: Any = None) -> Any:
+        own = super().forward(input_ids, attention_mask=attention_mask, past_key_values=past_key_values)
+        return transformers.modeling_outputs.CausalLMOutputWithPast(logits=own.logits)
+
+
+_SMALL = {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "vocab_size": 64, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def test_what_a_program_lacks_to_generate_is_said() -> None:
+    model, spec = program_model("llama"), peftc.LoraConfig(r=2, target_modules=["q_proj"])
+    ids = torch.tensor([[5, 6, 7, 8]])
+    cached = cached_inputs("llama", model, labels=False)
+    without = peftc.compile(model, spec, capture="export", inputs=cached)
+    with pytest.raises(peftc.CaptureError, match=r"position_ids not known\. Name what it is called with in inputs="):
+        without.generate(ids, max_new_tokens=2, do_sample=False)
+    for inputs in (cached_inputs("llama", model), program_inputs("llama", model)):
+        with pytest.raises(peftc.AdapterError, match=r"captured with .*Capture it with input_ids, attention_mask, pos"):
+            peftc.compile(model, spec, capture="export", inputs=inputs).generate(ids)
+    silent = Silent(transformers.LlamaConfig(**_SMALL)).eval()
+    cached = cached_inputs("llama", transformers.LlamaForCausalLM(silent.config), labels=False)
+    with pytest.raises(peftc.AdapterError, match=r"with config\.use_cache=True; or compile it with capture='modules'"):
+        peftc.compile(silent, spec, capture="export", inputs=cached).generate(ids)
+
+
 def test_a_program_without_a_cache_says_how_to_capture_one() -> None:
     model = program_model("llama")
     inputs: dict[str, Any] = program_inputs("llama", model)
@@ -212,12 +273,6 @@ def test_a_program_without_a_cache_says_how_to_capture_one() -> None:
     with pytest.raises(peftc.NoMatchError, match="needs capture='modules', which keeps the model's own call"):
         peftc.compile(scores, prefix, capture="export", inputs=few | {"labels": torch.tensor([0, 1])})
     peftc.compile(scores, prefix)
-
-
-_SMALL = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "vocab_size": 64, "pad_token_id": 0,
-}  # fmt: skip
 
 
 @pytest.mark.slow
