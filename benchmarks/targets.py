@@ -20,7 +20,7 @@ import torch
 
 import peftc
 from tests.support.adapters import perturb
-from tests.support.programs import KINDS, program_inputs, program_model, tensors
+from tests.support.programs import KINDS, cached_inputs, program_inputs, program_model, tensors
 
 LORA: dict[str, Any] = {"r": 4, "target_modules": "all-linear"}
 METHODS: dict[str, Callable[[], Any]] = {
@@ -37,6 +37,8 @@ TASKS = {
     "bert": "SEQ_CLS",
     "roberta": "SEQ_CLS",
 }
+# No cache of keys and values is among what they are called with.
+NO_CACHE = ("vit", "clip", "mamba")
 # Its loop over tokens is unrolled.
 FIXED = ("mamba",)
 
@@ -63,10 +65,11 @@ def attempt(run: Callable[[], str]) -> str:
         return " ".join(str(error).replace("|", "/").split())[:90] + " …"
 
 
-def captured(kind: str, spec: Any, passes: Any = ()) -> tuple[str, int, int]:
+def captured(kind: str, method: str, passes: Any = ()) -> tuple[str, int, int]:
     """The difference of the program to modules, and its nodes bare and adapted."""
-    model = program_model(kind)
-    inputs = program_inputs(kind, model)
+    model, spec = program_model(kind), spec_of(method, kind)
+    takes_cache = method == "prefix" and TASKS.get(kind) != "SEQ_CLS" and kind not in NO_CACHE
+    inputs = cached_inputs(kind, model) if takes_cache else program_inputs(kind, model)
     torch.manual_seed(0)
     live = perturb(peftc.compile(model, spec)).eval()
     program = peftc.compile(model, spec, capture="export", inputs=inputs, passes=passes).eval()
@@ -95,11 +98,11 @@ def row(kind: str) -> list[str]:
     """The cells of one family."""
     cells = [kind]
     try:
-        found, bare, adapted = captured(kind, METHODS["LoRA"]())
+        found, bare, adapted = captured(kind, "LoRA")
         cells += [f"{bare} → {adapted}", found]
     except peftc.PeftcError as error:
         cells += ["", str(error)[:90]]
-    cells += [attempt(lambda name=name: captured(kind, METHODS[name]())[0]) for name in ("DoRA", "IA3")]
+    cells += [attempt(lambda name=name: captured(kind, name)[0]) for name in ("DoRA", "IA3", "prefix")]
     for to in ("pt2", "onnx"):
         cells += [attempt(lambda to=to, how=how: exported(kind, to, how)) for how in ("merged", "inside", "inputs")]
     return cells
@@ -123,7 +126,7 @@ def main(kinds: list[str]) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.CRITICAL)
     forms = [f"{to} {how}" for to in ("pt2", "onnx") for how in ("merged", "inside", "inputs")]
-    table(["family", "nodes", "LoRA", "DoRA", "IA3", *forms], row, kinds or KINDS)
+    table(["family", "nodes", "LoRA", "DoRA", "IA3", "prefix", *forms], row, kinds or KINDS)
     print()
     others = [f"{to} {method} {how}" for to in ("pt2", "onnx") for method, how in FORMS]
     table(["family", *others], other_methods, kinds or KINDS)

@@ -16,6 +16,7 @@ from peftc.plan.make import role_of
 from peftc.rewrite.build import parked
 from peftc.rewrite.calling import calling
 from peftc.rewrite.checkpointing import let_gradients_through
+from peftc.rewrite.generating import generating
 from peftc.rewrite.learning import watch_first_step, watch_steps, with_penalty
 from peftc.rewrite.mixed import mixed
 from peftc.rewrite.passes import Ran
@@ -131,10 +132,12 @@ class CompiledGraph(fx.GraphModule):
             return output
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """`generate` of the base model; `adapter_names` as in a call, one per prompt."""
-        self._require_python("generate", "which calls the model with caches and positions")
+        """`generate` of the base model; `adapter_names` as in a call, one per prompt.
+
+        Of a program (capture='export') if it takes what a step of generation has. Raises AdapterError.
+        """
         generate = getattr(self.base, "generate")  # noqa: B009 - nn.Module's attributes are tensors or modules by type
-        with calling(self.program, args, kwargs, adapter_names) as tell:
+        with generating(self.program), calling(self.program, args, kwargs, adapter_names) as tell:
             if adapter_names is None:
                 output = generate(*args, **kwargs)
             else:

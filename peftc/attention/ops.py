@@ -19,6 +19,7 @@ from peftc.attention.sites import (
     with_first,
 )
 from peftc.edits import Miss
+from peftc.graph.exported import Flat
 from peftc.graph.ops import Op
 from peftc.graph.region import HOST
 from peftc.graph.sites import SiteIndex, dtype_name, transformers_config
@@ -37,6 +38,7 @@ def find(
     index: SiteIndex,
     level: str,
     dtype_for: Callable[[str], str],
+    flat: Flat | None,
 ) -> Miss | tuple[AttentionSpec, tuple[Claim, ...]]:
     """What `rule` asks for at the last attention modules of `model`; a miss if there are none that it fits."""
 

@@ -365,7 +365,7 @@ def require_packages(to: str) -> None:
 def _require_captured(program: Program, given: Mapping[str, Tensor]) -> None:
     """Raise ExportError if the model is a program that takes other inputs."""
     signature = program.regions[0].source.signature if program.plan.capture == "export" and program.regions else None
-    if signature is not None and set(signature.names) != set(given):
+    if signature is not None and not signature.takes(given):
         raise ExportError(
             f"the model was captured with {', '.join(signature.names)} and is to be exported with {', '.join(given)}. Give"
             " inputs= of these names, or load the adapter with capture='modules' and export that."

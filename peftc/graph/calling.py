@@ -2,7 +2,8 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,25 @@ class Leaf:
     value: Any = None
 
 
+@dataclass(frozen=True)
+class CacheLeaf:
+    """The placeholder of a cache that grows, and the keys and values of every layer as they were in the trace, in turn.
+
+    `double`: it is of an encoder-decoder.
+    """
+
+    name: str
+    leaves: tuple[Leaf, ...]
+    double: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Signature:
     """The inputs by `names`, the placeholders they come apart to, and how outputs are put together.
 
     `defaults`: of all arguments of the model, in order. `guards`: what the trace took for true of sizes. `modules`: the
-    names of the model's modules, `dtypes` of one of its parameters, by which a cast is noticed.
+    names of the model's modules, `dtypes` of one of its parameters, by which a cast is noticed. `caches`: the inputs that
+    are caches; a call without one begins with an empty one, as the model does.
     """
 
     names: tuple[str, ...]
@@ -40,6 +54,16 @@ class Signature:
     guards: tuple[str, ...] = ()
     modules: frozenset[str] = frozenset()
     dtypes: tuple[tuple[str, torch.dtype], ...] = ()
+    caches: tuple[CacheLeaf, ...] = ()
+
+    def takes(self, names: Collection[str]) -> bool:
+        """Whether a call may give inputs of these names."""
+        return set(self.names) <= set(names) <= set(self.known)
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        """The names of all inputs."""
+        return (*self.names, *(one.name for one in self.caches))
 
     def flat(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The placeholders' values in a call.
@@ -48,7 +72,7 @@ class Signature:
         """
         given = {**dict(zip(self.defaults, args, strict=False)), **kwargs}
         given = {name: value for name, value in given.items() if not is_default(self.defaults, name, value)}
-        if set(given) != set(self.names):
+        if not self.takes(given):
             raise CaptureError(self._names(given))
         values, spec = pytree.tree_flatten({name: given[name] for name in self.names})
         if spec != self.inputs:
@@ -60,20 +84,16 @@ class Signature:
                 raise CaptureError(
                     f"{leaf.name}: {wrong}; capture again with inputs like these, or use capture='modules'"
                 )
-        broken = next((code for code in self.guards if not holds(code, given)), None)
-        if broken is not None:
-            raise CaptureError(
-                f"the program was captured for inputs of which {broken}; capture again with inputs like these, or use"
-                " capture='modules'"
-            )
-        return values
+        caches = [_begun(one, given.get(one.name), values, sizes) for one in self.caches]
+        begun = {one.name: cache for one, cache in zip(self.caches, caches, strict=True)}
+        return [*values, *guarded(caches, self.guards, {**given, **begun})]
 
     def _names(self, given: Mapping[str, Any]) -> str:
         missing = [name for name in self.names if name not in given]
-        extra = [name for name in given if name not in self.names]
+        extra = [name for name in given if name not in self.known]
         parts = [f"{', '.join(names)} {word}" for names, word in ((missing, "missing"), (extra, "not known")) if names]
         return (
-            f"the program takes exactly {', '.join(self.names)}: {'; '.join(parts)}. Name what it is called with in inputs="
+            f"the program takes exactly {', '.join(self.known)}: {'; '.join(parts)}. Name what it is called with in inputs="
             " when compiling, or use capture='modules', which keeps the model's own call."
         )
 
@@ -97,6 +117,44 @@ class Signature:
             return pytree.tree_unflatten(run(bound, *self.flat(args, kwargs)), self.outputs)
 
         return call
+
+
+def guarded(value: Any, guards: Sequence[str], given: Mapping[str, Any]) -> Any:
+    """`value`, if the guards are true of the inputs `given`, by name. Raises CaptureError."""
+    if guards:
+        given = {name: _apart(one) for name, one in given.items()}
+    broken = next((code for code in guards if not holds(code, given)), None)
+    if broken is not None:
+        raise CaptureError(
+            f"the program was captured for inputs of which {broken}; capture again with inputs like these, or use"
+            " capture='modules'"
+        )
+    return value
+
+
+def _apart(value: Any) -> Any:
+    """A cache as its tensors, in turn, as guards have it."""
+    if isinstance(value, Tensor) or "transformers" not in sys.modules:
+        return value
+    from peftc.graph import caches  # Late, as transformers takes its time.
+
+    return caches.tensors(value) if caches.is_cache(value) else value
+
+
+def _begun(one: CacheLeaf, cache: Any, values: Sequence[Any], sizes: dict[str, int]) -> Any:
+    """The cache of a call; an empty one has tensors of no tokens. Raises CaptureError."""
+    from peftc.graph import caches  # Late, as in _apart.
+
+    first = next(value for value in values if isinstance(value, Tensor))
+    known = {str(leaf.sizes[0]): sizes.get(str(leaf.sizes[0]), first.shape[0]) for leaf in one.leaves}
+    shapes = [[known.get(size, 0) if isinstance(size, str) else size for size in leaf.sizes] for leaf in one.leaves]
+    empty = [first.new_empty(shape, dtype=leaf.dtype) for shape, leaf in zip(shapes, one.leaves, strict=True)]
+    begun = caches.begun(one.name, cache, one.double, empty)
+    for leaf, tensor in zip(one.leaves, caches.tensors(begun), strict=True):
+        wrong = _wrong(leaf, tensor, sizes)
+        if wrong:
+            raise CaptureError(f"{one.name}: one of its tensors {wrong}; give another one, or use capture='modules'")
+    return begun
 
 
 @functools.lru_cache(maxsize=4096)

@@ -8,8 +8,9 @@ import copy
 import inspect
 import linecache
 import operator
+import sys
 import warnings
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -23,7 +24,8 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from peftc.errors import CaptureError
-from peftc.graph.calling import Leaf, Signature, holds, is_default, refuse_hooks
+from peftc.graph.assumed import guards_of, leaves_of, merged, never_so, sizes_of
+from peftc.graph.calling import CacheLeaf, Leaf, Signature, is_default, refuse_hooks
 from peftc.graph.copying import structural_copy
 from peftc.graph.lineage import module_of, split_ties
 from peftc.graph.modes import both_modes
@@ -54,27 +56,32 @@ def export_model(model: nn.Module, inputs: Any) -> Flat:
     """
     defaults = {name: parameter.default for name, parameter in inspect.signature(model.forward).parameters.items()}
     given = {name: v for name, v in _checked(model, inputs).items() if not is_default(defaults, name, v)}
+    given, doubles = _apart(given)
     shadow = _shadow(model)
+    call = _call(shadow, doubles)
     with without_autocast(model):
-        programs = [_exported(shadow.train(training), given) for training in (True, False)]
-        not_one = _not_one(programs[1], shadow, given)
-    graphs = [_Unlifted(program, model).graph for program in programs]
-    alike = programs[0].call_spec.out_spec == programs[1].call_spec.out_spec
-    joined = both_modes(*graphs) if alike else None
-    leaves = [_merged(*pair) for pair in zip(*map(_leaves, programs), strict=True)]
+        programs = [_exported(shadow.train(training), call, given) for training in (True, False)]
+        never = never_so(programs[1], shadow, call, given, doubles)
+    leaves = [merged(*pair) for pair in zip(*map(leaves_of, programs), strict=True)]
+    caches = _cache_leaves(given, doubles, leaves)
+    graphs = [_Unlifted(program, model, caches).graph for program in programs]
+    outputs = [_outputs(program, caches) for program in programs]
+    joined = both_modes(*graphs) if outputs[0] == outputs[1] else None
+    names = tuple(name for name in given if name not in doubles)
     signature = Signature(
-        names=tuple(given),
+        names=names,
         defaults=defaults,
-        leaves=tuple(leaves),
-        inputs=pytree.tree_flatten(dict(given))[1],
-        outputs=programs[0].call_spec.out_spec,
-        guards=(*_guards(programs, given), *not_one),
+        leaves=tuple(leaves[: len(leaves) - sum(len(one.leaves) for one in caches)]),
+        inputs=pytree.tree_flatten({name: given[name] for name in names})[1],
+        outputs=outputs[0],
+        guards=(*guards_of(programs, given), *never),
         modules=frozenset(fqn for fqn, _ in model.named_modules()),
         dtypes=tuple((name, p.dtype) for name, p in model.named_parameters())[:1],
+        caches=caches,
     )
     flats = [
-        Flat(graph, replace(signature, outputs=program.call_spec.out_spec))
-        for graph, program in zip(graphs if joined is None else [joined], programs, strict=False)
+        Flat(graph, replace(signature, outputs=spec))
+        for graph, spec in zip(graphs if joined is None else [joined], outputs, strict=False)
     ]
     for flat in flats:
         split_ties(flat.graph, shadow)
@@ -92,6 +99,49 @@ def _checked(model: nn.Module, inputs: Any) -> dict[str, Any]:
         )
     refuse_hooks(model)
     return dict(cast("Mapping[str, Any]", inputs))
+
+
+def _apart(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
+    """The inputs with the tensors of caches in their place, these last; and of each cache whether it is double."""
+    if "transformers" not in sys.modules:
+        return dict(given), {}
+    from peftc.graph import caches  # Late, as transformers takes its time.
+
+    found = {name: value for name, value in given.items() if caches.is_cache(value)}
+    others = {name: value for name, value in given.items() if name not in found}
+    doubles = {name: caches.is_double(value) for name, value in found.items()}
+    return {**others, **{name: caches.taken_apart(name, value) for name, value in found.items()}}, doubles
+
+
+def _call(model: nn.Module, doubles: Mapping[str, bool]) -> Callable[..., Any]:
+    """What calls the model with inputs whose caches are taken apart."""
+    forward = model.forward
+    if not doubles:
+        return forward
+    from peftc.graph.caches import called  # Late, as in _apart.
+
+    def call(**given: Any) -> Any:
+        return called(forward, given, doubles)
+
+    return call
+
+
+def _cache_leaves(
+    given: Mapping[str, Any], doubles: Mapping[str, bool], leaves: Sequence[Leaf]
+) -> tuple[CacheLeaf, ...]:
+    """The caches among the inputs, with the leaves of their tensors, which are the last ones."""
+    found: list[CacheLeaf] = []
+    left = len(leaves) - sum(len(given[name]) for name in doubles)
+    for name, double in doubles.items():
+        found.append(CacheLeaf(name, tuple(leaves[left : left + len(given[name])]), double))
+        left += len(given[name])
+    return tuple(found)
+
+
+def _outputs(program: Any, caches: Sequence[CacheLeaf]) -> pytree.TreeSpec:
+    """How the model's outputs are put together; of a program with caches, these are the first of what it gives."""
+    spec = program.call_spec.out_spec
+    return spec.child(0) if caches else spec
 
 
 def _shadow(model: nn.Module) -> nn.Module:
@@ -134,11 +184,11 @@ def exportable(model: nn.Module, *runtimes: str) -> Generator[None]:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-def _exported(model: nn.Module, given: Mapping[str, Any]) -> Any:
+def _exported(model: nn.Module, call: Callable[..., Any], given: Mapping[str, Any]) -> Any:
     # Copied apart: torch.export takes one tensor given twice for one input.
     own = {name: copy.deepcopy(value) for name, value in given.items()}
     open_sizes = pytree.tree_map(_open, own)
-    with exportable(model), _taking(model, own), _nothing_lost(), torch.enable_grad():
+    with exportable(model), _taking(model, call, own), _nothing_lost(), torch.enable_grad():
         try:
             return torch.export.export(model, (), own, dynamic_shapes=open_sizes, strict=False)
         except Exception as error:  # Whatever the model's own code raises where it is traced.
@@ -167,12 +217,13 @@ def _nothing_lost() -> Generator[None]:
 
 
 @contextmanager
-def _taking(model: nn.Module, given: Mapping[str, Any]) -> Generator[None]:
-    """A context in which the forward of `model` says that it takes what is given; torch.export counts `**kwargs` as one."""
-    forward = model.forward
+def _taking(model: nn.Module, call: Callable[..., Any], given: Mapping[str, Any]) -> Generator[None]:
+    """A context in which the forward of `model` is `call` and says that it takes what is given; torch.export counts
+    `**kwargs` as one.
+    """
 
     def flat(**inputs: Any) -> Any:
-        return forward(**inputs)
+        return call(**inputs)
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     flat.__signature__ = inspect.Signature([inspect.Parameter(name, kind) for name in given])  # type: ignore[attr-defined]
@@ -216,15 +267,18 @@ class _Unlifted:
 
     program: Any
     given: nn.Module
+    caches: Sequence[CacheLeaf]
     graph: fx.Graph = field(default_factory=fx.Graph)
 
     def __post_init__(self) -> None:
         signature = self.program.graph_signature
+        self.cached = {leaf.name: (one.name, at) for one in self.caches for at, leaf in enumerate(one.leaves)}
+        self.held: dict[str, fx.Node] = {}  # The placeholders of caches.
         self.lifted = {spec.arg.name: spec for spec in signature.input_specs if spec.target is not None}
         self.traced_on = _device(self.program)
         self.device: fx.Node | None = None
         result = self._copied(self.program.graph_module, None)
-        self.graph.output(result)
+        self.graph.output(self._renewing(result) if self.caches else result)
         self.graph.eliminate_dead_code(changes_something)
         self.graph.lint()
 
@@ -248,9 +302,31 @@ class _Unlifted:
                 values[node] = self._op(node, values)
         raise AssertionError("a graph has an output")
 
+    def _renewing(self, result: Sequence[Any]) -> tuple[Any, ...]:
+        """The outputs, with the caches themselves for their names, and in them what comes out last."""
+        from peftc.graph.caches import renewed  # Late, as in _apart.
+
+        made, left = list(result), len(result) - len(self.cached)
+        outputs, tensors = made[:left], iter(made[left:])
+        for one in self.caches:
+            new = tuple(next(tensors) for _ in one.leaves)
+            if one.name in outputs:
+                cache = self.graph.call_function(renewed, (self.held[one.name], new))
+                outputs = [cache if isinstance(value, str) and value == one.name else value for value in outputs]
+        return tuple(outputs)
+
+    def _cached_tensor(self, name: str, number: int) -> fx.Node:
+        from peftc.graph.caches import tensor_of  # Late, as in _apart.
+
+        if name not in self.held:
+            self.held[name] = self.graph.placeholder(name)
+        return self.graph.call_function(tensor_of, (self.held[name], number))
+
     def _input(self, node: fx.Node) -> fx.Node:
         spec = self.lifted.get(node.name)
-        if spec is None:
+        if node.name in self.cached:
+            new = self._cached_tensor(*self.cached[node.name])
+        elif spec is None:
             new = self.graph.placeholder(node.name)
             if self.device is None and isinstance(node.meta.get("val"), Tensor):
                 self.device = self.graph.call_function(getattr, (new, "device"))
@@ -365,95 +441,8 @@ def _described(new: fx.Node, node: fx.Node) -> fx.Node:
     return new
 
 
-def sizes_of(value: Tensor) -> tuple[int | str, ...]:
-    """The sizes of a traced tensor, names where they are open."""
-    return tuple(int(text) if (text := str(size)).isdigit() else text for size in value.shape)
-
-
 def _has(model: nn.Module, path: str) -> bool:
     try:
         return isinstance(operator.attrgetter(path)(model), Tensor)
     except AttributeError:
         return False
-
-
-def _guards(programs: Sequence[Any], given: Mapping[str, Any]) -> tuple[str, ...]:
-    """What the traces have taken for true of the sizes of inputs, as torch writes it."""
-    found = dict.fromkeys(code for program in programs for code in program._guards_code or ())
-    unknown = [code for code in found if not holds(code, given)]
-    if unknown:
-        warnings.warn(f"capture='export': can't check, and so does not, that {'; '.join(unknown)}", stacklevel=2)
-    return tuple(code for code in found if code not in unknown)
-
-
-def _not_one(program: Any, model: nn.Module, given: Mapping[str, Any]) -> tuple[str, ...]:
-    """Guards against a size of 1 of open dimensions for which the program, traced with another one, is not the model.
-
-    torch.export takes a size that is not 1 for one that never is, and notes no guard. So both are run in eval() on one row,
-    and with every other open size as 1; not on meta, where there are no values to compare.
-    """
-    if any(parameter.is_meta for parameter in model.parameters()):
-        return ()
-    names = {size for leaf in _leaves(program) for size in leaf.sizes[:1] if isinstance(size, str)}
-    others = {size for leaf in _leaves(program) for size in leaf.sizes[1:] if isinstance(size, str)} - names
-    flat, spec = pytree.tree_flatten(dict(given))
-    found: list[str] = []
-    for ones in filter(None, (names, others)):
-        leaves = [_narrowed(value, leaf, ones) for value, leaf in zip(flat, _leaves(program), strict=True)]
-        if not _same(program, model, pytree.tree_unflatten(leaves, spec)):
-            paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(dict(given))[0]]
-            found += [
-                f"L{path}.size()[{axis}] != 1"
-                for path, leaf in zip(paths, _leaves(program), strict=True)
-                for axis, size in enumerate(leaf.sizes)
-                if size in ones
-            ]
-    return tuple(found)
-
-
-def _narrowed(value: Any, leaf: Leaf, ones: set[str]) -> Any:
-    for axis, size in enumerate(leaf.sizes):
-        value = value.narrow(axis, 0, 1) if size in ones else value
-    return value
-
-
-def _same(program: Any, model: nn.Module, given: Mapping[str, Any]) -> bool:
-    """Whether a program gives what the model in eval() does, or refuses these inputs, or the model does."""
-    model.eval()
-    with torch.no_grad(), torch.random.fork_rng():
-        try:
-            expected = pytree.tree_leaves(model(**copy.deepcopy(dict(given))))
-            outputs = pytree.tree_leaves(program.module()(**copy.deepcopy(dict(given))))
-        except Exception:  # Of the model's own code, or a guard.
-            return True
-    pairs = zip(outputs, expected, strict=False)
-    return len(outputs) == len(expected) and all(_close(*pair) for pair in pairs)
-
-
-def _close(one: Any, other: Any) -> bool:
-    """Whether tensors are the same but for roundings."""
-    if not isinstance(one, Tensor) or not isinstance(other, Tensor):
-        return True
-    if one.shape != other.shape or not other.is_floating_point():
-        return one.shape == other.shape and torch.equal(one, other)
-    largest = float(torch.nan_to_num(other.double()).abs().max()) if other.numel() else 0.0
-    return torch.allclose(one.double(), other.double(), 0, max(1e-3, 64 * torch.finfo(other.dtype).eps) * largest, True)
-
-
-def _leaves(program: Any) -> list[Leaf]:
-    users = [spec for spec in program.graph_signature.input_specs if spec.kind.name == "USER_INPUT"]
-    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
-    found: list[Leaf] = []
-    for spec in users:
-        value = values[spec.arg.name]
-        if isinstance(value, Tensor):
-            found.append(Leaf(spec.arg.name, sizes_of(value), value.dtype))
-        else:
-            found.append(Leaf(spec.arg.name, value=getattr(spec.arg, "value", None)))
-    return found
-
-
-def _merged(one: Leaf, other: Leaf) -> Leaf:
-    """What either trace fixed is fixed."""
-    sizes = tuple(theirs if isinstance(own, str) else own for own, theirs in zip(one.sizes, other.sizes, strict=True))
-    return replace(one, sizes=sizes)

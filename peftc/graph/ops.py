@@ -65,10 +65,11 @@ class Op:
     `forms` maps functions and aten overloads to where their operands lie, `shape_of` says of a module that is one such
     op what its weight is. `apply` makes, from a node of the op, the same op as a function (x, weight) with the node's
     geometry, for canonical weights. `indices`: its input are indices, no numbers.
-    `find(model, spec, rule, index)`: for ops whose sites depend on the spec (a model's call), what finds them.
-    `splice(graph, node, parts)`: for ops whose operands are not input, weight and output, what replaces them; and
-    `methods(cls)` what makes a host's methods of its class's. `site`: the type of its sites. `unmixable`: why rows of a
-    batch can't each have an adapter of their own there ({}: the site).
+    `find(model, spec, rule, index, level, dtype_for, flat)`: for ops whose sites depend on the spec (a model's call), what
+    finds them. `splice(graph, node, parts)`: for ops whose operands are not input, weight and output, what replaces them,
+    `splice_inputs(graph, parts, signature)` what does so with the inputs of a whole program, where the op is the model's
+    own call; and `methods(cls)` what makes a host's methods of its class's. `site`: the type of its sites. `unmixable`: why
+    rows of a batch can't each have an adapter of their own there ({}: the site).
 
     Example: Op("linear", {F.linear: Form()}, apply=lambda node: F.linear)
     """
@@ -80,6 +81,7 @@ class Op:
     indices: bool = False
     find: Callable[..., Any] | None = None
     splice: Callable[..., None] | None = None
+    splice_inputs: Callable[..., None] | None = None
     methods: Callable[[type[nn.Module]], Mapping[str, Any]] | None = None
     site: Any = None
     unmixable: str | None = None

@@ -57,7 +57,7 @@ def make_plan(
     flow = _dataflow(model, level, specs, flat)
     matches: dict[str, list[Match]] = {}
     for name, spec in specs.items():
-        all_ = with_companions(name, _match(name, spec, model, level, index, flow, dtype_for), index)
+        all_ = with_companions(name, _match(name, spec, model, level, index, flow, dtype_for, flat), index)
         matches[name] = [_without_unused(name, one, model, index) for one in all_] if fresh else _that_is_why(all_)
     found_by = [(name, found) for name, all_ in matches.items() for found in all_]
     touched = {site.fqn: site for _, found in found_by for site in found.sites}
@@ -121,12 +121,13 @@ def _match(
     index: SiteIndex,
     flow: Dataflow | None,
     dtype_for: Callable[[str], str],
+    flat: Flat | None,
 ) -> Match:
     for rule in rules_of(spec):
         find = next((row.find for row in map(op_named, rule.ops) if row.find is not None), None)
         if find is not None:
             saved, misses = match_saved(adapter, spec, index)
-            found = find(model, spec, rule, index, level, dtype_for)
+            found = find(model, spec, rule, index, level, dtype_for, flat)
             if isinstance(found, Miss):
                 return Match(spec, (), saved, (*misses, replace(found, adapter=adapter)))
             spec, claims = found

@@ -8,6 +8,7 @@ from torch import nn
 
 from peftc.edits import Edit, Miss, PlannedParam
 from peftc.errors import RuleError
+from peftc.graph.exported import Flat
 from peftc.graph.sites import SiteIndex
 from peftc.plan.claims import Claim
 from peftc.prompts.calls import Call, find_calls
@@ -30,6 +31,7 @@ def find(
     index: SiteIndex,
     level: str,
     dtype_for: Callable[[str], str],
+    flat: Flat | None,
 ) -> Miss | tuple[PromptSpec, tuple[Claim, ...]]:
     """What `rule` asks for at the calls of `model`, and the spec with what it leaves open; a miss if there is no place."""
 
@@ -42,11 +44,10 @@ def find(
     calls = find_calls(model, rule.at, spec.task_type, index)
     if isinstance(calls, str):
         return missed(f"can't be used here: {calls}")
-    if level != "modules" and not _in_program(level, rule, calls):
-        return missed(
-            "needs capture='modules', which keeps the model's own call; export(…, to='pt2', adapters='inside') makes a"
-            " program with it from there"
-        )
+    if level != "modules":
+        reason = _no_way_in(rule, calls, flat)
+        if reason:
+            return missed(reason)
     stack = calls[0].site.stack
     assert stack is not None, "a call has one"
     resolved = cast(PromptSpec, rule.resolve(spec, stack))
@@ -56,9 +57,36 @@ def find(
     return resolved, tuple(_claim(resolved, rule, call, dtype_for(call.site.dtype)) for call in calls)
 
 
-def _in_program(level: str, rule: PromptRule[Any], calls: Sequence[Call]) -> bool:
-    """Whether virtual tokens enter with the inputs of the whole model and stay in: so they can in a program, too."""
-    return level == "export" and rule.at == "embeds" and all(c.site.fqn == "" and not c.drop for c in calls)
+def _no_way_in(rule: PromptRule[Any], calls: Sequence[Call], flat: Flat | None) -> str | None:
+    """Why virtual tokens can't enter with the inputs of a whole program and stay in, or None."""
+    elsewhere = (
+        "needs capture='modules', which keeps the model's own call; export(…, to='pt2', adapters='inside') makes a program"
+        " with it from there"
+    )
+    if flat is None or any(call.site.fqn or call.drop for call in calls):
+        return elsewhere
+    if rule.at == "embeds":
+        return None
+    cache = next((cache for cache in flat.signature.caches if cache.name == "past_key_values"), None)
+    if cache is None:
+        return (
+            f"{elsewhere}. Or capture it with past_key_values that the model has filled, and a mask that covers them, too:"
+            " with torch.no_grad(): inputs['past_key_values'] = model(**few).past_key_values (few: inputs without labels)"
+        )
+    if any(_reads(one, cache.name) < len(cache.leaves) for one in (flat, flat.training) if one is not None):
+        return (
+            "has no effect in this program, which does not read the past_key_values that it is given: capture it without"
+            " gradient checkpointing and with config.use_cache=True, or use capture='modules'"
+        )
+    return None
+
+
+def _reads(flat: Flat, cache: str) -> int:
+    """How many tensors of a cache a program reads."""
+    from peftc.graph.caches import tensor_of  # Late, as transformers takes its time.
+
+    places = [node for node in flat.graph.nodes if node.op == "placeholder" and node.target == cache]
+    return sum(user.target is tensor_of for place in places for user in place.users)
 
 
 def _claim(spec: PromptSpec, rule: PromptRule[Any], call: Call, dtype: str) -> Claim:

@@ -27,13 +27,12 @@ class Prefix(NamedTuple):
     halves: int
 
 
-def prefix_cache(at: Progress, base: Unbound, past: Any, double: bool, prefixes: Sequence[tuple[Any, ...]]) -> Any:
+def prefix_cache(at: Progress, host: nn.Module, past: Any, double: bool, prefixes: Sequence[tuple[Any, ...]]) -> Any:
     """The cache that a model goes on with: on a first call, the given one (or a new one) with the prefixes in it.
 
     Under gradient checkpointing it is one that is only read, since layers run twice. Raises AdapterError where such a
     call would go on from a cache.
     """
-    host = base.host
     recomputed = bool(_checkpointed(host)) and torch.is_grad_enabled()
     if not at.first:
         if recomputed:

@@ -8,11 +8,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from peftc.edits import Edit
 from peftc.errors import CaptureError
+from peftc.graph.calling import Signature, guarded
 from peftc.graph.region import HOST, OPAQUE, invoke
 from peftc.prompts import virtual
+from peftc.prompts.calls import CallSite
 from peftc.prompts.find import is_virtual
 from peftc.prompts.rule import PromptRule
 from peftc.rewrite.splice import Active, follow
@@ -21,15 +24,10 @@ from peftc.rewrite.splice import Active, follow
 _PER_TOKEN: Mapping[str, int] = {"token_type_ids": 0, "mm_token_type_ids": 0}
 
 
-def splice_call(graph: fx.Graph, node: fx.Node | None, active: Sequence[Active]) -> None:
-    """Rewrite the arguments, and if need be the output, of the call `node` of an opaque host; without one, the inputs of a
-    whole program. Raises CaptureError if that takes none that virtual tokens can enter.
-    """
+def splice_call(graph: fx.Graph, node: fx.Node, active: Sequence[Active]) -> None:
+    """Rewrite the arguments, and if need be the output, of the call `node` of an opaque host."""
     edits = [one.edit for one in active]
-    given = {str(n.target).lstrip("*"): n for n in graph.nodes if n.op == "placeholder"}
-    if node is None:
-        _splice_inputs(graph, given, active)
-        return
+    given = _inputs(graph)
     before = node.args[0] if node.target is invoke else node
     assert isinstance(before, fx.Node), "invoke calls a module"
     with graph.inserting_before(before):
@@ -38,8 +36,11 @@ def splice_call(graph: fx.Graph, node: fx.Node | None, active: Sequence[Active])
             _replace(node, given, {"encoder_attention_mask": graph.call_function(virtual.widen_memory, (mask, memory))})
             return
         at, changed = _arguments(graph, given, active)
+    prefixed = any(edit.slots == ("past",) for edit in edits)
+    if prefixed and "use_cache" in given:
+        changed["use_cache"] = True  # Some models pass the cache on only then; the caller's wish is met afterwards.
     _replace(node, given, changed)
-    if any(edit.slots == ("past",) for edit in edits):
+    if prefixed:
         node = _with_prefix(graph, node, given)
     elif "past_key_values" in given:
         node = follow(graph, node, virtual.remember, at)
@@ -52,27 +53,45 @@ def splice_call(graph: fx.Graph, node: fx.Node | None, active: Sequence[Active])
         follow(graph, node, virtual.drop, at)
 
 
-def _splice_inputs(graph: fx.Graph, given: Mapping[str, fx.Node], active: Sequence[Active]) -> None:
-    """Put virtual tokens before the inputs of a whole program."""
-    known = ("inputs_embeds", "attention_mask", "position_ids", "labels", "num_items_in_batch", *_PER_TOKEN)
-    wrong = [name for name in given if name not in known]
-    if wrong or "inputs_embeds" not in given:
-        raise CaptureError(
-            f"{active[0].edit.adapter!r}: virtual tokens enter a program with inputs_embeds, and this one was captured with"
-            f" {', '.join(given)}. Compile with inputs={{'inputs_embeds': model.get_input_embeddings()(ids),"
-            " 'attention_mask': mask}, and labels if need be; or with capture='modules'"
-        )
-    if "labels" in given and any(_has_loss(one.edit) for one in active):
-        raise CaptureError(
-            f"{active[0].edit.adapter!r} has a loss of its own, and this program computes the model's: leave labels out of"
-            " inputs, or compile with capture='modules'"
-        )
+def splice_inputs(graph: fx.Graph, active: Sequence[Active], signature: Signature) -> None:
+    """Put virtual tokens before the inputs of a whole program. Raises CaptureError if it has none that they can enter."""
+    given = _inputs(graph)
+    for one in active:
+        if one.edit.slots == ("embeds",):
+            _require_embeds(one, given, signature)
     last = max(number for number, node in enumerate(graph.nodes) if node.op == "placeholder")
     after = list(graph.nodes)[last + 1 :]
     with graph.inserting_before(after[0]):
         _, changed = _arguments(graph, given, active)
+        if signature.guards:
+            inputs = pytree.tree_unflatten([given[leaf.name] for leaf in signature.leaves], signature.inputs)
+            inputs |= {one.name: given[one.name] for one in signature.caches}
+            # What was taken for true of the inputs is to be true of what the model sees in their place.
+            first = next(iter(changed))
+            changed[first] = graph.call_function(guarded, (changed[first], signature.guards, {**inputs, **changed}))
     for name, value in changed.items():
         given[name].replace_all_uses_with(value, delete_user_cb=set(after).__contains__)
+
+
+def _inputs(graph: fx.Graph) -> dict[str, fx.Node]:
+    return {str(n.target).lstrip("*"): n for n in graph.nodes if n.op == "placeholder"}
+
+
+def _require_embeds(one: Active, given: Mapping[str, fx.Node], signature: Signature) -> None:
+    """Raise CaptureError if tokens can't be put before the embedded ones of a program."""
+    known = ("inputs_embeds", "attention_mask", "position_ids", "labels", "num_items_in_batch", *_PER_TOKEN)
+    wrong = [name for name in given if name not in (*known, *(cache.name for cache in signature.caches))]
+    if wrong or "inputs_embeds" not in given:
+        raise CaptureError(
+            f"{one.edit.adapter!r}: virtual tokens enter a program with inputs_embeds, and this one was captured with"
+            f" {', '.join(given)}. Compile with inputs={{'inputs_embeds': model.get_input_embeddings()(ids),"
+            " 'attention_mask': mask}, and labels if need be; or with capture='modules'"
+        )
+    if "labels" in given and _has_loss(one.edit):
+        raise CaptureError(
+            f"{one.edit.adapter!r} has a loss of its own, and this program computes the model's: leave labels out of"
+            " inputs, or compile with capture='modules'"
+        )
 
 
 def _has_loss(edit: Edit) -> bool:
@@ -90,7 +109,7 @@ def _arguments(
         for one in active
         if is_virtual(one.edit)
     )
-    half = "decoder_" if prefixes and "decoder_input_ids" in given else ""
+    half = "decoder_" if prefixes and _of_encoder_decoder(prefixes[0]) else ""
     inputs = [f"{half}input_ids", f"{half}inputs_embeds", *(["labels", "input_ids", "inputs_embeds"] if half else [])]
     past = given.get("past_key_values")
     at = graph.call_function(virtual.progress, (held, past, *(given[n] for n in inputs if n in given)))
@@ -99,8 +118,6 @@ def _arguments(
         changed |= _embedded(graph, at, given, embeds)
     if prefixes:
         changed["past_key_values"] = _prefixed(graph, at, given, prefixes, bool(half))
-        if "use_cache" in given:
-            changed["use_cache"] = True  # Some models pass the cache on only then; the caller's wish is met afterwards.
     if f"{half}attention_mask" in given:
         mask = given[f"{half}attention_mask"]
         changed[f"{half}attention_mask"] = graph.call_function(virtual.widen_mask, (at, mask, graph.get_attr(HOST)))
@@ -108,6 +125,10 @@ def _arguments(
         positions = given[f"{half}position_ids"]
         changed[f"{half}position_ids"] = graph.call_function(virtual.shift_positions, (at, positions))
     return at, changed
+
+
+def _of_encoder_decoder(active: Active) -> bool:
+    return isinstance(active.site, CallSite) and active.site.stack is not None and active.site.stack.is_encoder_decoder
 
 
 def _embedded(
@@ -138,7 +159,7 @@ def _prefixed(
 
     fields = ("num_virtual_tokens", "num_layers", "num_attention_heads", "num_transformer_submodules")
     prefixes = tuple((_encoder(graph, one), *(one.edit.constants[field] for field in fields)) for one in active)
-    return graph.call_function(prefix_cache, (at, graph.get_attr(OPAQUE), given["past_key_values"], double, prefixes))
+    return graph.call_function(prefix_cache, (at, graph.get_attr(HOST), given["past_key_values"], double, prefixes))
 
 
 def _encoder(graph: fx.Graph, active: Active) -> fx.Node:

@@ -228,13 +228,14 @@ def _common(program: Program, adapter: str) -> nn.Module:
 def _install(program: Program, region: Region) -> None:
     """Make the module of `region` a host, and let its weights be stood in for where it is called as it is."""
     module = program.modules[region.host]
-    if not region.source.opaque:
-        paths = (path for anchor in region.source.anchors for path in (anchor.weight, anchor.bias))
-        install(module, [path for path in paths if _has(module, path)])
-        return
     names = (parameter_name(region.host, a.site) if a.site else region.host for a in region.source.anchors)
     rows = (op_named(program.plan.sites[name].op) for name in names if name in program.plan.sites)
     methods = next((row.methods for row in rows if row.methods is not None), None)
+    own_methods = methods(original_class(module)) if methods is not None else {}
+    if not region.source.opaque:
+        paths = (path for anchor in region.source.anchors for path in (anchor.weight, anchor.bias))
+        install(module, [path for path in paths if _has(module, path)], own_methods)
+        return
     leaves: dict[str, list[str]] = {"": []}
     for path in (path for anchor in region.source.anchors for path in (anchor.weight, anchor.bias)):
         prefix, _, leaf = path.rpartition(".")
@@ -243,7 +244,7 @@ def _install(program: Program, region: Region) -> None:
         reader = module.get_submodule(prefix)
         own = [name for name in own if _has(reader, name)]
         if prefix == "" or own:
-            install(reader, own, methods(original_class(module)) if methods is not None and prefix == "" else {})
+            install(reader, own, own_methods if prefix == "" else {})
         if own:
             reads(reader, module, f"{prefix}." if prefix else "")
 

@@ -11,6 +11,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from torch.nn.modules.module import (
 )
 
 from peftc.errors import AdapterError
-from peftc.graph.calling import Signature, by_mode_of_host
+from peftc.graph.calling import Signature, by_mode_of_host, guarded
 from peftc.graph.hooked import INNER, is_hooked
 from peftc.graph.packing import Rows, packed, unpacked
 from peftc.graph.region import OPAQUE
@@ -167,7 +168,8 @@ class Code:
         self.training = training  # What runs in its place under train().
         self.forward: Callable[..., Any] = type(template).forward
         if signature is not None:
-            self.forward = signature.around(self.forward)
+            asks = any(node.target is guarded for node in graph.nodes)  # Itself, of what it makes of the inputs.
+            self.forward = (replace(signature, guards=()) if asks else signature).around(self.forward)
         if training is not None:
             self.forward = by_mode_of_host(
                 self.forward, training.forward, signature.modules if signature else frozenset()

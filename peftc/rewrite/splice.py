@@ -64,12 +64,16 @@ def splice(source: Source, active: Mapping[str, Sequence[Active]]) -> fx.Graph:
                 node.target = stored_path(source, str(node.target))
     for anchors in _by_site(source.anchors):
         edits = active.get(anchors[0].site, ())
-        own = op_named(edits[0].site.op).splice if edits else None
+        op = op_named(edits[0].site.op) if edits else None
+        own = op.splice if op is not None else None
         nodes = [by_name[anchor.node] if anchor.node is not None else None for anchor in anchors]
         if own is not None:
             for node in nodes:
                 with marked(graph, edits[0], "splice"):
-                    own(graph, node, edits)
+                    if node is None and op is not None and op.splice_inputs is not None:
+                        op.splice_inputs(graph, edits, source.signature)
+                    else:
+                        own(graph, node, edits)
         elif edits:
             _splice_weight_site(graph, nodes, source, anchors[0], edits)
     for node in reversed(graph.nodes):

@@ -79,6 +79,16 @@ def program_inputs(kind: str, model: Any, rows: int = 2, length: int = 8, labels
     return given
 
 
+def cached_inputs(kind: str, model: Any, labels: bool = True, past: int = 5) -> dict[str, Any]:
+    """What the model is called with to go on from `past` tokens."""
+    few, inputs = program_inputs(kind, model, 2, past, labels=False), program_inputs(kind, model, labels=labels)
+    with torch.no_grad():
+        inputs["past_key_values"] = model(**few).past_key_values
+    if not model.config.is_encoder_decoder:
+        inputs["attention_mask"] = torch.cat([few["attention_mask"], inputs["attention_mask"]], 1)
+    return inputs
+
+
 def loss_of(outputs: Any) -> Tensor:
     """The loss, or a number that all of the first output goes into."""
     loss = getattr(outputs, "loss", None)
