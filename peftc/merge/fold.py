@@ -119,14 +119,14 @@ def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def tiles(
-    site: WeightSite, weight: Tensor, steps: Sequence[Step], size: int | None = None
+    site: WeightSite, weight: Tensor, edits: Sequence[Edit], size: int | None = None
 ) -> Iterator[tuple[slice, str]]:
     """Slices of about `size` elements (TILE) of the first dimension of a stored weight, and which axis of the canonical one
     that is ("": it is whole). The bits of a product depend on its shape, so whoever folds takes the same slices.
     """
     size = TILE if size is None else size
     length, axis = weight.shape[0], "i" if site.layout == "in_out" else "o"
-    whole = any(axis not in step.rule.local or None in step.axes.values() for step in steps)
+    whole = any(axis not in edit.rule.local or any(p.axes is None for p in edit.params) for edit in edits)
     if site.experts is not None or whole:
         yield slice(0, length), ""
         return
@@ -203,7 +203,7 @@ def fold_of(
     `value` gives the adapters' tensors; `back` those by which the way back is estimated.
     """
     steps = steps_of(edits, fold_dtype(like), value)
-    return Fold(site, edits, steps, steps_back(edits, back) if back else [], tuple(tiles(site, like, steps, size)))
+    return Fold(site, edits, steps, steps_back(edits, back) if back else [], tuple(tiles(site, like, edits, size)))
 
 
 def fold_weight(program: Program, site: WeightSite, edits: Sequence[Edit], weight: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def _cut_as(site: WeightSite, steps: Sequence[Step], weight: Tensor) -> list[Ste
 
 def _folded(site: WeightSite, edits: Sequence[Edit], weight: Tensor, steps: Sequence[Step]) -> Tensor:
     """What `steps` make of a weight, tile by tile."""
-    fold, new = Fold(site, edits, steps, [], tuple(tiles(site, weight, steps))), torch.empty_like(weight)
+    fold, new = Fold(site, edits, steps, [], tuple(tiles(site, weight, edits))), torch.empty_like(weight)
 
     def write(part: slice, axis: str) -> None:
         new[part] = fold.new(part, axis, weight[part])

@@ -41,4 +41,5 @@ def require_own(program: Program, weights: Mapping[str, Tensor]) -> None:
 
 def _references(weight: Tensor) -> int:
     """How many hold the memory: the parameter, the storage object asked for here, and others."""
-    return torch._C._storage_Use_Count(weight.untyped_storage()._cdata)  # pyright: ignore
+    storage = weight.untyped_storage()  # Held while it is asked: some versions of torch keep it alive, others do not.
+    return torch._C._storage_Use_Count(storage._cdata)  # pyright: ignore

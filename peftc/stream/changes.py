@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -60,9 +60,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Source:
-    """An adapter's open file, and where its tensors belong."""
+    """An adapter: its open file, the same as it is laid out here, and where these tensors belong."""
 
     files: AdapterFiles
+    original: FileTensors
     tensors: FileTensors
     fit: Fit
 
@@ -85,8 +86,9 @@ class Change:
 class Work:
     """A merge that was thought through: `program` is the model with the adapters, on the meta device.
 
-    `cut`: parameters that are no longer tied to others. `value` gives an adapter's tensors as loading would leave them;
-    `computed`: those that follow from weights, of what adapters share, and of the last site.
+    `cut`: parameters that are no longer tied to others. `following`: sites at which tensors of adapters follow from the
+    base's weight, so that this can't be estimated from what was merged. `value` gives an adapter's tensors as loading
+    would leave them; `computed`: those that follow from weights, of what adapters share, and of the last site.
     """
 
     checkpoint: Checkpoint
@@ -101,6 +103,7 @@ class Work:
         default_factory=dict[tuple[str, str], Mapping[str, Tensor]]
     )
     cut: tuple[str, ...] = ()
+    following: frozenset[str] = frozenset()
 
 
 def thought_through(
@@ -114,33 +117,26 @@ def thought_through(
     opened = {f"adapter{i}": open_folder(folder, options.verify) for i, folder in enumerate(folders)}
     base, names = skeleton(checkpoint, model, [outline(tensors.header.entries) for _, tensors in opened.values()])
     resize_vocabulary(base, [(files.where, files.spec, outline(t.header.entries)) for files, t in opened.values()])
-    opened = {name: _on_model(base, *pair, options) for name, pair in opened.items()}
-    specs = {name: respelled_spec(base, files.spec, tensors) for name, (files, tensors) in opened.items()}
+    laid = {name: _on_model(base, *pair) for name, pair in opened.items()}
+    specs = {name: respelled_spec(base, files.spec, tensors) for name, (files, tensors) in laid.items()}
     plan, regions = lifecycle.planned(base, specs, "modules", autocast=True, fresh=False)
     require_applicable(plan, "warn")
     program = build(base, plan, regions, inplace=True, fresh=False)
-    sources = {name: _source(program, name, files, tensors) for name, (files, tensors) in opened.items()}
+    sources = {name: _source(program, name, opened[name][1], *pair) for name, pair in laid.items()}
     work = Work(checkpoint, shards, names, program, sources, options, lambda edit, param: _loaded(work, edit, param))
     for source in sources.values():
         _require_base(work, source)
-    _require_starts(work)
+    work = replace(work, following=frozenset(_following(work)))
     if options.weights is not None:
         work = _combined(work, options.weights)
     return _with_changes(work)
 
 
-def _on_model(
-    base: nn.Module, files: AdapterFiles, tensors: FileTensors, options: Options
-) -> tuple[AdapterFiles, FileTensors]:
+def _on_model(base: nn.Module, files: AdapterFiles, tensors: FileTensors) -> tuple[AdapterFiles, FileTensors]:
     """An adapter as the base has it: of one that is laid out otherwise there, a copy for the time of the merge."""
     new = files.on(base)
     if new.tensors is files.tensors:
         return new, tensors
-    if options.undo:
-        raise CheckpointError(
-            f"{files.where}: lays its tensors out otherwise than they are here (linears of single experts, say), and"
-            " undo=True needs them as they are. Load it with peftc, save it, and merge what was saved."
-        )
     folder = TemporaryDirectory(prefix="peftc")
     path = Path(folder.name) / "adapter.safetensors"
     save_file({key: value.contiguous() for key, value in new.tensors.items()}, path)
@@ -149,7 +145,7 @@ def _on_model(
     return replace(new, tensors=written), written
 
 
-def _source(program: Program, name: str, files: AdapterFiles, tensors: FileTensors) -> Source:
+def _source(program: Program, name: str, original: FileTensors, files: AdapterFiles, tensors: FileTensors) -> Source:
     """Fit a file to its adapter, as loading does. Every tensor is looked at once, and not kept."""
     fit = fit_of(program, name, outline(tensors.header.entries))
     require_fit(fit.result, fit.own, files.where, strict=True)
@@ -157,7 +153,7 @@ def _source(program: Program, name: str, files: AdapterFiles, tensors: FileTenso
         for part in tensors.parts(source):
             require_values(program, name, {key: tensors.rows(source, part)}, fit, files.where)
     report(fit.result, None, files.where)
-    return Source(files, tensors, fit)
+    return Source(files, original, tensors, fit)
 
 
 def _require_base(work: Work, source: Source) -> None:
@@ -253,8 +249,8 @@ def _stored(work: Work, parameter: str) -> Tensor:
     return file_of(work, stored)[stored]
 
 
-def _require_starts(work: Work) -> None:
-    """Refuse what `_loaded` can't compute: a start from a weight that is stored in parts, or will be merged into."""
+def _following(work: Work) -> Iterator[str]:
+    """The sites at which tensors of an adapter follow from a weight. Raises CheckpointError if that is stored in parts."""
     for name, source in work.sources.items():
         for edit in work.program.adapters[name].edits:
             lost = [
@@ -266,17 +262,13 @@ def _require_starts(work: Work) -> None:
             if not lost or edit.rule.container is not None:
                 continue
             site = weight_site(work, edit)
-            if work.options.undo and any(not param.kept for param in edit.params):
-                raise CheckpointError(
-                    f"{source.files.where}: {lost[0]} of {site.fqn} is in no file, as it follows from the weight, and"
-                    " undo=True would need the weight again: merge without it, and keep the base"
-                )
-            if work.options.undo or stored_name(work, str(site.weight)) is None:
+            if stored_name(work, str(site.weight)) is None:
                 raise CheckpointError(
                     f"{source.files.where}: lacks what {site.fqn} was trained from ({lost[0]}). That follows from a weight"
-                    " stored in parts, or that undo=True would need again. Load the adapter with peftc, save it, and merge"
-                    " what was saved; of what no file has, load base and adapter, and save merge_and_unload()."
+                    " that the checkpoint stores in parts. Load the adapter with peftc, save it, and merge what was saved;"
+                    " of what no file has, load base and adapter, and save merge_and_unload()."
                 )
+            yield edit.site
 
 
 def weight_site(work: Work, edit: Edit) -> WeightSite:

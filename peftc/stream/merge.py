@@ -87,7 +87,7 @@ def _contents(work: Work, folders: Sequence[Path], options: Options) -> tuple[di
     changed, outputs = changed_files(work), merged_outputs(work, options.undo)
     if options.undo:
         files |= undo_files(work, folders, files, changed, options)
-        outputs += [copied(f"{UNDO}/{name}/{WEIGHTS_NAME}", source.tensors) for name, source in work.sources.items()]
+        outputs += [copied(f"{UNDO}/{name}/{WEIGHTS_NAME}", source.original) for name, source in work.sources.items()]
     return files | changed, outputs
 
 

@@ -11,7 +11,7 @@ from peftc.checkpoint.lazy import FileTensors, outline
 from peftc.checkpoint.tensor_file import Entry
 from peftc.errors import MergeError
 from peftc.graph.sites import WeightSite, parameter_name
-from peftc.merge.fold import fold_bias, fold_of
+from peftc.merge.fold import fold_bias, fold_of, tiles
 from peftc.merge.undo import owner_of
 from peftc.stream.changes import Change, Work, file_of, stored_name, weight_site
 from peftc.stream.names import Fusion
@@ -42,7 +42,10 @@ def recipe(work: Work, change: Change, stored: str, undo: bool, merged: Merged |
     if change.is_bias or not change.edits:
         return _taken(work, change, stored, start, merged)
     site, like = weight_site(work, change.edits[0]), outline_of(work, change, stored)
-    known = undo and change.start is None and like.itemsize > 1
+    known = undo and change.start is None and like.itemsize > 1 and site.fqn not in work.following
+    if merged is not None and not known:
+        kept = [part for part, _ in tiles(site, like, change.edits, work.options.tile)]
+        return Recipe(kept, lambda parts: (merged(stored, together(parts)), [None] * len(parts)))
     fold = fold_of(site, change.edits, like, work.value, work.value if known else None, work.options.tile)
     axes = {part.start: axis for part, axis in fold.parts}
 

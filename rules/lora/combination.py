@@ -27,6 +27,11 @@ COMBINATIONS = ("svd", "cat", *COMBINE, *(f"{name}_svd" for name in COMBINE if n
 def combined_spec(specs: Mapping[str, LoraConfig], where: Mapping[str, Sequence[str]], how: Combination) -> LoraConfig:
     """The spec of the combination: a rank for every site, and alpha equal to it."""
     first = next(iter(specs.values()))
+    if len({spec.variant for spec in specs.values()}) > 1:
+        forms = ", ".join(f"{name!r} {spec.variant_field or 'plain LoRA'}" for name, spec in specs.items())
+        raise AdapterError(
+            f"add_weighted_adapter: the adapters are of several forms ({forms}), which have no common sum"
+        )
     if len({spec.lora_bias for spec in specs.values()}) > 1:
         raise AdapterError("add_weighted_adapter: lora_bias is set in some of the adapters only")
     ranks = {fqn: _rank(fqn, {name: specs[name] for name in names}, how) for fqn, names in where.items()}

@@ -1,13 +1,15 @@
 """KaSA: the weight without its least singular triplets, and new ones.  Wang et al. 2024, arXiv:2412.06071, section 3."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Factors, Param, Shapes
+from peftc.rule import Combination, Constant, Factors, Param, Shapes
 
 from .config import LoraConfig
 from .linear import LoraLinear
@@ -45,6 +47,14 @@ class KasaLinear(LoraLinear):
     def factors(self, p: Any) -> Factors:
         up = torch.cat([p.lora_B * p.lora_diag, -p.lora_B0 / p.scaling], 1)
         return Factors(up, torch.cat([p.lora_A, p.lora_A0]), p.scaling)
+
+    def combined(
+        self, specs: Mapping[str, LoraConfig], where: Mapping[str, Sequence[str]], how: Combination
+    ) -> LoraConfig:
+        raise AdapterError(
+            "add_weighted_adapter: adapters with kasa_config take triplets off the weight each, which no weighted sum of"
+            " factors holds; merge_adapter() folds one of them"
+        )
 
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         delta = F.linear(F.linear(p.lora_dropout(x), p.lora_A) * p.lora_diag * p.scaling, p.lora_B)

@@ -3,15 +3,16 @@
 Li et al. 2023, arXiv:2310.08659, algorithm 1. NF4: Dettmers et al. 2023, arXiv:2305.14314, appendix E, in blocks of 64.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Factors, Param, Shapes
+from peftc.rule import Combination, Constant, Factors, Param, Shapes
 
 from .config import LoraConfig
 from .linear import LoraLinear
@@ -67,6 +68,14 @@ class LoftqLinear(LoraLinear):
 
     def factors(self, p: Any) -> Factors | None:
         return None  # What quantising changes is no product.
+
+    def combined(
+        self, specs: Mapping[str, LoraConfig], where: Mapping[str, Sequence[str]], how: Combination
+    ) -> LoraConfig:
+        raise AdapterError(
+            "add_weighted_adapter: adapters with init_lora_weights='loftq' stand on a quantised weight each, which no"
+            " weighted sum of factors holds; merge_adapter() folds one of them"
+        )
 
     def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         left, a, b, near = weight, weight, weight, weight

@@ -191,6 +191,10 @@ REFUSED: dict[str, tuple[list[str], Any, dict[str, Any], str]] = {
     "words": (["a"], ["1"], {}, "a list of as many numbers"),
     "half a rank": (["a", "c"], [1, 1], {"svd_rank": 2.5}, "svd_rank=2.5 is no positive integer"),
     "a word": (["a", "b"], [1, 1], {"combination_type": "ties", "density": "x"}, "got 'x'"),
+    "loftq": (["loftq"], [0.5], {}, "stand on a quantised weight each"),
+    "kasa": (["kasa"], [0.5], {"combination_type": "linear"}, "take triplets off the weight each"),
+    "forms": (["a", "dora"], [1, 1], {"combination_type": "linear"}, "('a' plain LoRA, 'dora' use_dora)"),
+    "forms of one": (["a", "loftq"], [1, 1], {}, "('a' plain LoRA, 'loftq' init_lora_weights='loftq')"),
     "taken": (["a", "c"], [1, 1], {"adapter_name": "b"}, "exists already"),
 }
 
@@ -205,6 +209,11 @@ def test_what_makes_no_sense_is_refused_and_changes_nothing(case: str) -> None:
         "c": peftc.LoraConfig(target_modules=["linear"], r=3),
         "ia3": peftc.IA3Config(target_modules=["linear"], feedforward_modules=[]),
         "biased": peftc.LoraConfig(target_modules=["linear"], r=2, bias="lora_only"),
+        "dora": peftc.LoraConfig(target_modules=["linear"], r=2, use_dora=True),
+        "kasa": peftc.LoraConfig(target_modules=["linear"], r=2, kasa_config={}),
+        "loftq": peftc.LoraConfig(
+            target_modules=["linear"], r=2, init_lora_weights="loftq", loftq_config={"loftq_bits": 4}
+        ),
     }
     if case == "prompt":
         from tests.support.models import tiny

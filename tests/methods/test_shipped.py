@@ -40,11 +40,6 @@ SPECS: dict[str, peftc.AdapterSpec] = {
     "Uni-LoRA": peftc.UniLoraConfig(theta_d_length=99),
     "WaveFT": peftc.WaveFTConfig(n_frequency=99),
 }
-# Those whose files are laid out otherwise than their tensors, and those with tensors that no file has.
-NOT_UNDONE = {
-    **dict.fromkeys(("GLoRA", "AdaMSS"), "undo=True needs them as they are"),
-    **dict.fromkeys(("FRoD", "FRoD not saved"), r"frod_\w+.* undo=True would need the weight again: merge without it"),
-}
 PRODUCTS = ("MiSS", "DeLoRA", "Uni-LoRA")
 IDS = token_ids(2, 7, 64)
 
@@ -64,17 +59,13 @@ def test_it_is_merged_on_disk_and_undone_byte_for_byte(name: str, tmp_path: Path
     model.save_pretrained(tmp_path / "base")
     ours.save_pretrained(tmp_path / "adapter")
     folders = [tmp_path / folder for folder in ("base", "adapter", "merged")]
-    refused = NOT_UNDONE.get(name)
-    if refused is not None:
-        with pytest.raises(peftc.CheckpointError, match=refused):
-            peftc.merge_checkpoint(*folders, undo=True, progress=False)
-    peftc.merge_checkpoint(*folders, undo=refused is None, progress=False)
+    peftc.merge_checkpoint(*folders, undo=True, progress=False)
     torch.testing.assert_close(type(model).from_pretrained(tmp_path / "merged")(IDS).logits, y, rtol=1e-4, atol=1e-5)
-    if refused is not None:
-        return
     peftc.unmerge_checkpoint(tmp_path / "merged", tmp_path / "again", progress=False)
     first, again = (tmp_path / folder / "model.safetensors" for folder in ("base", "again"))
     assert first.read_bytes() == again.read_bytes()
+    files = [folder / "adapter_model.safetensors" for folder in (folders[1], folders[2] / "peftc_undo" / "adapter0")]
+    assert files[0].read_bytes() == files[1].read_bytes(), "the adapter is kept as it was given"
 
 
 @pytest.mark.parametrize("name", SPECS)
