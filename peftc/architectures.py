@@ -8,8 +8,10 @@ from typing import Annotated, Any, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from torch import nn
 
 from peftc.errors import RuleError
+from peftc.graph.sites import transformers_config
 from peftc.specs.base import AdapterSpec, Names
 
 GROUP = "peftc.architectures"
@@ -66,6 +68,11 @@ def families() -> Mapping[str, Family]:
                     raise RuleError(f"architecture file {file.name}: {model_type!r} is in another file too")
                 found[model_type] = family
     return found
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """The family of a transformers model, if it is known."""
+    return families().get(getattr(transformers_config(model), "model_type", None) or "")
 
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

@@ -16,8 +16,9 @@ from peftc.errors import MergeError
 from peftc.export import Certificate, export
 from peftc.graph.region import Capture
 from peftc.merge import Undo, forget, merge, unmerge
+from peftc.plan import require_applicable
 from peftc.registry import spec_classes
-from peftc.rewrite.build import build, no_collection, require_applicable, undo
+from peftc.rewrite.build import build, no_collection, undo
 from peftc.rewrite.learning import penalty
 from peftc.rewrite.program import require_idle
 from peftc.rewrite.scale import set_scale

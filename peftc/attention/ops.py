@@ -6,7 +6,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
-from peftc.architectures import families
+from peftc.architectures import family_of
 from peftc.attention.sites import (
     AttentionSite,
     AttentionSpec,
@@ -21,7 +21,7 @@ from peftc.attention.sites import (
 from peftc.edits import Miss
 from peftc.graph.ops import Op
 from peftc.graph.region import HOST
-from peftc.graph.sites import SiteIndex, dtype_name, transformers_config
+from peftc.graph.sites import SiteIndex, dtype_name
 from peftc.plan.claims import Claim, planned
 from peftc.rewrite.holders import code_path
 from peftc.rewrite.splice import Active, marked, traced
@@ -61,7 +61,7 @@ def find(
 
 
 def _default(model: nn.Module, spec: type[AttentionSpec]) -> Any:
-    family = families().get(getattr(transformers_config(model), "model_type", None) or "")
+    family = family_of(model)
     return ((family.defaults_for(spec) if family is not None else None) or {}).get("target_modules")
 
 

@@ -46,7 +46,7 @@ class Source:
     """A traced graph with its anchors; equal hosts share one. `opaque`: the host itself is a node of the graph.
 
     `signature`: how a whole program is called, whose placeholders are the tensors among its inputs. `training`: what runs
-    in its place under train(), if that is another graph.
+    in its place under train(), if that is another graph (not the same but for numbers and flags).
     """
 
     graph: fx.Graph
@@ -68,12 +68,6 @@ class Region:
 
     host: str
     source: Source
-
-
-def operand(node: fx.Node, place: tuple[int, str]) -> Any:
-    """The argument of `node` at `place`, given by position or keyword."""
-    position, name = place
-    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
 
 
 def parameters_of(forward: Callable[..., Any]) -> list[inspect.Parameter]:

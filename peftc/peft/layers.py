@@ -16,10 +16,9 @@ from peftc.graph.sites import Site, WeightSite, canonical
 from peftc.peft.methods import METHODS
 from peftc.plan import Edit
 from peftc.registry import rules
-from peftc.rewrite.parts import Part
+from peftc.rewrite.parts import Part, weight_of
 from peftc.rewrite.scale import set_scale_at
 from peftc.rewrite.views import as_it_was
-from peftc.rule import Bound
 
 __all__ = [
     "AdaLoraLayer",
@@ -90,7 +89,38 @@ class _Assigned(Computed):
             module.__dict__[self.name] = value
 
 
-class BaseTunerLayer:
+class _OfModel:
+    """What a module that adapters are on, or have copies of, knows and does of the whole model."""
+
+    @Computed
+    def active_adapters(self) -> list[str]:
+        """The active adapters of the model, in load order."""
+        return list(_program(self).active)
+
+    @Computed
+    def disable_adapters(self) -> bool:
+        """Whether adapters are off."""
+        return not _program(self).enabled
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turn the adapters of the model on or off."""
+        compiled = place_of(self)[0].compiled
+        if compiled.program.enabled is not enabled:
+            compiled.enable_adapters(enabled)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate exactly these adapters of the model, and train what they have here unless `inference_mode`."""
+        place_of(self)[0].activate(adapter_names, inference_mode, flags=False)
+        _set_flags(self, adapter_names, not inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off the model, if it is still there."""
+        root = place_of(self)[0]
+        if adapter_name in root.program.plan.adapters:
+            root.delete(adapter_name)
+
+
+class BaseTunerLayer(_OfModel):
     """A module that adapters are on. Made by compiling; `isinstance(module, BaseTunerLayer)` finds such modules.
 
     Example: [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
@@ -111,19 +141,9 @@ class BaseTunerLayer:
         return as_it_was(cast(nn.Module, self))
 
     @Computed
-    def active_adapters(self) -> list[str]:
-        """The active adapters of the model, in load order."""
-        return list(_program(self).active)
-
-    @Computed
     def active_adapter(self) -> list[str]:
         """As `active_adapters`."""
         return list(_program(self).active)
-
-    @Computed
-    def disable_adapters(self) -> bool:
-        """Whether adapters are off."""
-        return not _program(self).enabled
 
     @Computed
     def merged_adapters(self) -> list[str]:
@@ -140,26 +160,9 @@ class BaseTunerLayer:
         """The module as it was."""
         return as_it_was(cast(nn.Module, self))
 
-    def enable_adapters(self, enabled: bool) -> None:
-        """Turn the adapters of the model on or off."""
-        compiled = place_of(self)[0].compiled
-        if compiled.program.enabled is not enabled:
-            compiled.enable_adapters(enabled)
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate exactly these adapters of the model, and train what they have here unless `inference_mode`."""
-        place_of(self)[0].activate(adapter_names, inference_mode, flags=False)
-        _set_flags(self, adapter_names, not inference_mode)
-
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let these adapters of the model train, or freeze them."""
         place_of(self)[0].compiled.set_requires_grad(adapter_names, requires_grad)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off the model, if it is still there."""
-        root = place_of(self)[0]
-        if adapter_name in root.program.plan.adapters:
-            root.delete(adapter_name)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge the active adapters here: that happens when all layers were told to, as diffusers does."""
@@ -181,18 +184,19 @@ class BaseTunerLayer:
         site = part.site
         if not isinstance(site, WeightSite) or not part.edit.rule.additive:
             raise AdapterError(f"{part.edit.site}: {part.edit.rule.name} does not add to the weight")
-        tensors = part.tensors()
-        like = next(iter(tensors.values()))
-        weight = canonical(_weight(cast(nn.Module, self), site), site)
-        zeros = torch.zeros(weight.shape, dtype=like.dtype, device=like.device)
-        return canonical(part.edit.rule.weight(zeros, Bound({**tensors, **part.edit.constants})), site)
+        like = next(iter(part.tensors().values()))
+        weight = weight_of(cast(nn.Module, self), site)
+        assert weight is not None, "an additive rule has one"
+        zeros = torch.zeros(canonical(weight, site).shape, dtype=like.dtype, device=like.device)
+        return canonical(part.edit.rule.weight(zeros, part.bound()), site)
 
 
-def _by_adapter(constant: str, doc: str) -> Computed:
-    """An attribute with a constant of the edits at a module, by adapter."""
+def _by_adapter(constant: str, doc: str, otherwise: Any = None) -> Computed:
+    """An attribute with a constant of the edits at a module, by adapter; of those that lack it `otherwise`, if given."""
 
     def values(layer: Any) -> dict[str, Any]:
-        return {name: part.edit.constants[constant] for name, part in _parts(layer).items()}
+        found = {name: part.edit.constants.get(constant, otherwise) for name, part in _parts(layer).items()}
+        return {name: value for name, value in found.items() if value is not None}
 
     values.__doc__ = doc
     return Computed(values)
@@ -204,22 +208,10 @@ class LoraLayer(BaseTunerLayer):
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout")
 
-    @Computed
-    def r(self) -> dict[str, Any]:
-        """The ranks by adapter."""
-        return {name: part.edit.constants["r"] for name, part in _parts(self).items()}
-
-    @Computed
-    def lora_alpha(self) -> dict[str, Any]:
-        """`lora_alpha` by adapter."""
-        return {name: part.edit.constants["lora_alpha"] for name, part in _parts(self).items()}
-
+    r = _by_adapter("r", "The ranks by adapter.")
+    lora_alpha = _by_adapter("lora_alpha", "`lora_alpha` by adapter.")
     scaling = Computed(lambda layer: _Scaling(layer)).assigned(lambda layer, values: _Scaling(layer).take(values))
-
-    @Computed
-    def lora_bias(self) -> dict[str, Any]:
-        """Whether B has a bias, by adapter."""
-        return {name: part.edit.constants.get("biased", False) for name, part in _parts(self).items()}
+    lora_bias = _by_adapter("biased", "Whether B has a bias, by adapter.", otherwise=False)
 
     @Computed
     def use_dora(self) -> dict[str, bool]:
@@ -297,9 +289,9 @@ class ParamWrapper(LoraLayer):
 class _MethodLayer(BaseTunerLayer):
     """A module with an adapter of a method that has no class of its own here: by adapter, its numbers."""
 
-    r = Computed(lambda layer: _numbers(layer, "r"))
-    alpha = Computed(lambda layer: _numbers(layer, "alpha"))
-    scaling = Computed(lambda layer: _numbers(layer, "scaling"))
+    r = _by_adapter("r", "The ranks by adapter.")
+    alpha = _by_adapter("alpha", "Alpha by adapter.")
+    scaling = _by_adapter("scaling", "The scalings by adapter.")
 
 
 class AdaLoraLayer(LoraLayer):
@@ -308,10 +300,7 @@ class AdaLoraLayer(LoraLayer):
     adapter_layer_names = ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B")
     other_param_names = ("r", "lora_alpha", "scaling", "lora_dropout", "ranknum")
 
-    @Computed
-    def ranknum(self) -> dict[str, Any]:
-        """The rank that the scaling goes by, by adapter: that of the start."""
-        return {name: part.edit.constants["r"] for name, part in _parts(self).items()}
+    ranknum = _by_adapter("r", "The rank that the scaling goes by, by adapter: that of the start.")
 
 
 class SVDLinear(AdaLoraLayer):
@@ -389,9 +378,7 @@ class TrainableTokensLayer(BaseTunerLayer):
         weight = cast(Tensor, cast(nn.Module, self)._parameters["weight"])
         for part in (parts[name] for name in active_adapters if name in parts):
             site = cast(WeightSite, part.site)
-            weight = canonical(
-                part.edit.rule.weight(canonical(weight, site), Bound({**part.tensors(), **part.edit.constants})), site
-            )
+            weight = canonical(part.edit.rule.weight(canonical(weight, site), part.bound()), site)
         return weight
 
 
@@ -406,7 +393,7 @@ class IA3Layer(BaseTunerLayer):
         return {}
 
 
-class AuxiliaryTrainingWrapper:
+class AuxiliaryTrainingWrapper(_OfModel):
     """A module of which adapters have trained copies."""
 
     @Computed
@@ -415,37 +402,14 @@ class AuxiliaryTrainingWrapper:
         return as_it_was(cast(nn.Module, self))
 
     @Computed
-    def active_adapters(self) -> list[str]:
-        """The active adapters of the model."""
-        return list(_program(self).active)
-
-    @Computed
     def active_adapter(self) -> str | None:
         """The active adapter whose copy is called."""
         saved = _parts(self)
         return next((name for name in _program(self).active if name in saved), None)
 
-    @Computed
-    def disable_adapters(self) -> bool:
-        """Whether adapters are off."""
-        return not _program(self).enabled
-
-    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Activate exactly these adapters of the model, and train what they have here unless `inference_mode`."""
-        place_of(self)[0].activate(adapter_names, inference_mode, flags=False)
-        _set_flags(self, adapter_names, not inference_mode)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Turn the adapters of the model on or off."""
-        compiled = place_of(self)[0].compiled
-        if compiled.program.enabled is not enabled:
-            compiled.enable_adapters(enabled)
-
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None = None) -> None:
         """Take an adapter off the model, if it is still there."""
-        root = place_of(self)[0]
-        if adapter_name in root.program.plan.adapters:
-            root.delete(adapter_name)
+        super().delete_adapter(adapter_name)
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """By the name of a tensor in files, its name here."""
@@ -609,12 +573,6 @@ def _set_flags(layer: Any, names: str | Sequence[str], on: bool) -> None:
     program.learning = tuple(name for name in program.plan.adapters if name in learning and on)
 
 
-def _numbers(layer: Any, name: str) -> dict[str, Any]:
-    """One of the method's numbers by adapter."""
-    found = {adapter: part.edit.constants.get(name) for adapter, part in _parts(layer).items()}
-    return {adapter: number for adapter, number in found.items() if number is not None}
-
-
 def _tokens(layer: Any) -> dict[str, Part]:
     """Of `_parts`, those with rows of tokens."""
     return {name: part for name, part in _parts(layer).items() if "token_indices" in part.edit.constants}
@@ -627,10 +585,3 @@ def _part(layer: Any, adapter: str) -> Part:
             f"{place_of(layer)[1]}: no adapter {adapter!r} is on it; there are {', '.join(parts) or 'none'}"
         )
     return parts[adapter]
-
-
-def _weight(module: nn.Module, site: WeightSite) -> Tensor:
-    assert site.weight is not None, "an additive rule has one"
-    path = site.weight.removeprefix(f"{site.owner}.") if site.owner else site.weight
-    owner, _, leaf = path.rpartition(".")
-    return cast(Tensor, module.get_submodule(owner)._parameters[leaf])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import peftc.peft.layers as layers
 from peftc.checkpoint.state import saved_state_dict, spec_filed
+from peftc.compiled_graph import called
 from peftc.errors import AdapterError
 from peftc.lifecycle import named
 from peftc.peft.configs import PeftConfig, spec_of
@@ -16,9 +17,7 @@ from peftc.peft.methods import METHODS
 from peftc.peft.roots import Root, attach, release, require_root, root_of
 from peftc.peft.types import PeftType
 from peftc.registry import is_own
-from peftc.rewrite.calling import calling
 from peftc.rewrite.learning import after_step, penalty, with_penalty
-from peftc.rewrite.mixed import mixed
 
 __all__ = ["BaseTuner", "MixedModel", "cast_adapter_dtype"]
 
@@ -180,15 +179,7 @@ def call(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], several
     run = cast(Any, base).generate if several else base
     if root is None and names is None:
         return run(*args, **kwargs)
-    program = require_root(base).program
-    with calling(program, args, kwargs, names) as tell:
-        if names is None:
-            output = run(*args, **kwargs)
-        else:
-            with mixed(program, names, several=several):
-                output = run(*args, **kwargs)
-        tell(output)
-        return output
+    return called(require_root(base).program, run, args, kwargs, names, several)
 
 
 def _unloaded(base: nn.Module, unload: Callable[[Root], nn.Module]) -> nn.Module:

@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from peftc.architectures import families
+from peftc.architectures import family_of
 from peftc.edits import Costs, Edit, Miss, PlannedParam, TrainedTensor
-from peftc.errors import CaptureError, PlanError, RuleError
+from peftc.errors import CaptureError, RuleError
 from peftc.graph.capture import capture
 from peftc.graph.copying import structural_copy
 from peftc.graph.dry_run import unused
-from peftc.graph.exported import Flat
 from peftc.graph.finding import modules_at
 from peftc.graph.fingerprint import fingerprint
 from peftc.graph.hooked import given_class, is_offloaded, parallel_style
@@ -23,7 +22,7 @@ from peftc.graph.ops import op_named
 from peftc.graph.patterns import Dataflow, feeds
 from peftc.graph.region import Capture, Region, Source
 from peftc.graph.rows import is_known_linear
-from peftc.graph.sites import SiteIndex, WeightSite, dtype_name, index_sites, transformers_config
+from peftc.graph.sites import SiteIndex, WeightSite, dtype_name, index_sites
 from peftc.graph.symbolic import flat_graph_of, graph_of
 from peftc.plan.by_pattern import dataflow
 from peftc.plan.claims import Access, adapter_dtype, weight_edit
@@ -44,7 +43,7 @@ def make_plan(
     autocast_adapter_dtype: bool,
     among: Plan | None = None,
     fresh: bool = True,
-    flat: Flat | None = None,
+    flat: Source | None = None,
 ) -> tuple[Plan, tuple[Region, ...]]:
     """The plan of adapting `model` with `specs` (by adapter name, in order), and the regions it was made on.
 
@@ -91,7 +90,7 @@ def make_plan(
     return joined(among, plan, order), regions
 
 
-def _indexed(model: nn.Module, level: Capture, specs: Mapping[str, AdapterSpec], flat: Flat | None) -> SiteIndex:
+def _indexed(model: nn.Module, level: Capture, specs: Mapping[str, AdapterSpec], flat: Source | None) -> SiteIndex:
     index = index_sites(model, role_of(model))
     if flat is not None:
         return with_ops(index, flat.graph, model)
@@ -99,7 +98,9 @@ def _indexed(model: nn.Module, level: Capture, specs: Mapping[str, AdapterSpec],
     return with_ops(index, graph_of(structural_copy(model)), model) if level == "symbolic" and by_weight else index
 
 
-def _dataflow(model: nn.Module, level: Capture, specs: Mapping[str, AdapterSpec], flat: Flat | None) -> Dataflow | None:
+def _dataflow(
+    model: nn.Module, level: Capture, specs: Mapping[str, AdapterSpec], flat: Source | None
+) -> Dataflow | None:
     """What patterns are matched in: the program, or a trace, if a spec asks for one."""
     if flat is not None:
         return dataflow(flat.graph, model)
@@ -109,7 +110,7 @@ def _dataflow(model: nn.Module, level: Capture, specs: Mapping[str, AdapterSpec]
 
 def role_of(model: nn.Module) -> Callable[[str], str | None]:
     """What gives the role of a name in `model`, if its architecture is known."""
-    family = families().get(getattr(transformers_config(model), "model_type", None) or "")
+    family = family_of(model)
     return (lambda fqn: None) if family is None else family.role_of
 
 
@@ -180,7 +181,7 @@ def _captured(
     called: set[str],
     index: SiteIndex,
     among: Plan | None,
-    flat: Flat | None,
+    flat: Source | None,
 ) -> tuple[Region, ...]:
     """The regions of sites and modules that are called as they are; of one graph, with those that are there already."""
     hosts = {
@@ -291,21 +292,6 @@ def _saved_as(sites: Sequence[WeightSite]) -> dict[str, str]:
         for depth, site in enumerate(reversed(own)):
             paths[site.fqn] = host + ".base_layer" * depth
     return paths
-
-
-def require_same(planned: Plan, made: Plan) -> None:
-    """Refuse a model whose plan is another one. Misses do not count: a shorthand is resolved in the plan."""
-    # A plan made on the meta device or the CPU holds wherever the weights are.
-    here = replace(made, sites={fqn: replace(site, device="") for fqn, site in made.sites.items()})
-    there = replace(planned, sites={fqn: replace(site, device="") for fqn, site in planned.sites.items()})
-    for name in ("model", "fingerprint", "sites", "edits", "trained", "autocast_adapter_dtype"):
-        if getattr(there, name) != getattr(here, name):
-            lines = there.diff(replace(here, misses=there.misses)).split("\n")
-            more = f"\n… and {len(lines) - 10} more" if len(lines) > 10 else ""
-            raise PlanError(
-                f"the plan does not hold for this {made.model}: its {name} differs. Make a new plan, or change the spec"
-                " instead of the plan. From the plan to this model:\n" + "\n".join(lines[:10]) + more
-            )
 
 
 def _save(adapter: str, model: nn.Module, fqn: str) -> Edit:

@@ -15,13 +15,8 @@ from peftc.registry import rules_of
 from peftc.rewrite.parts import Adapter, Part
 from peftc.rewrite.processes import require_common_gradients
 from peftc.rewrite.program import Program
-from peftc.rule import Bound, Rule
+from peftc.rule import Rule
 from peftc.specs import AdapterSpec
-
-
-def bound(part: Part) -> Bound:
-    """What the rule of `part` gets as `p` outside of a graph: live tensors and numbers."""
-    return Bound({**part.tensors(), **part.edit.constants})
 
 
 def penalty(program: Program) -> Tensor | None:
@@ -29,8 +24,7 @@ def penalty(program: Program) -> Tensor | None:
     terms: list[Tensor | None] = []
     for name in program.spliced:
         for rule, parts in _by_rule(program.adapters[name], "penalty").items() if name in program.learning else ():
-            sites = {"sites": len(parts)}
-            terms += [rule.penalty(Bound({**part.tensors(), **part.edit.constants, **sites})) for part in parts]
+            terms += [rule.penalty(part.bound(sites=len(parts))) for part in parts]
     # Sites may be on several devices.
     given = [term.reshape(()) for term in terms if term is not None]
     return torch.stack([term.to(given[0].device) for term in given]).sum() if given else None

@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -86,6 +86,10 @@ class Part:
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors by their names in the rule."""
         return {param.name: self.tensor(param.key) for param in self.edit.params}
+
+    def bound(self, **more: Any) -> Bound:
+        """What the rule gets as `p` outside of a graph: live tensors and numbers, and `more`, which goes before them."""
+        return Bound({**self.tensors(), **self.edit.constants, **more})
 
     @property
     def module(self) -> nn.Module:
@@ -339,7 +343,7 @@ def _allocated(part: Part, param: PlannedParam, device: torch.device, layout: La
 def start(
     part: Part,
     spec: AdapterSpec,
-    params: list[PlannedParam],
+    params: Collection[PlannedParam],
     host: nn.Module,
     weight: nn.Parameter | None,
     mesh: Any,
@@ -360,18 +364,20 @@ def start(
     live = {param.name: part.tensor(param.key) for param in params}
     given = [param for param in params if not live[param.name].is_meta]
     tensors = {param.name: _unsharded(live[param.name]) for param in given}
-    by_rule = [param for param in given if param.init == "rule"]
-    for param in given:
-        if param.init == "derived":
-            derive(part, param, tensors[param.name], weight)
-        elif param.init == "gathered":
-            with torch.no_grad():
+    drawn_ones = drawn(part.edit) if any(param.init == "drawn" for param in given) else {}
+    with torch.no_grad():
+        for param in given:
+            if param.init == "derived":
+                tensors[param.name].copy_(_derived(part, param, weight))
+            elif param.init == "gathered":
                 tensors[param.name].copy_(gathered(part.edit, param, sharing(part.edit, param)))
-        elif param.init not in ("rule", "drawn"):
-            fill(tensors[param.name], param.init, param.seed)
-    _start_drawn(part.edit, {param.name: tensors[param.name] for param in given if param.init == "drawn"})
-    if by_rule:
-        _start_by_rule(part, by_rule, tensors, weight, host._parameters.get("bias"), data)
+            elif param.init == "drawn":
+                tensors[param.name].copy_(drawn_ones[param.name])
+            elif param.init != "rule":
+                fill(tensors[param.name], param.init, param.seed)
+        by_rule = [param for param in given if param.init == "rule"]
+        if by_rule:
+            _start_by_rule(part, by_rule, tensors, weight, host._parameters.get("bias"), data)
     spread(tensors.values(), mesh)
     for name, tensor in tensors.items():
         if is_sharded(live[name]):
@@ -381,13 +387,6 @@ def start(
 def _unsharded(tensor: Tensor) -> Tensor:
     """A whole tensor to be filled in the place of a sharded one; any other is itself."""
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=own(tensor).device) if is_sharded(tensor) else tensor
-
-
-def _start_drawn(edit: Edit, tensors: Mapping[str, Tensor]) -> None:
-    values = drawn(edit) if tensors else {}
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(values[name])
 
 
 def drawn(edit: Edit) -> dict[str, Tensor]:
@@ -412,8 +411,8 @@ def gathered(edit: Edit, param: PlannedParam, weights: Mapping[str, Tensor]) -> 
     return value
 
 
-def derive(part: Part, param: PlannedParam, tensor: Tensor, weight: nn.Parameter | None) -> None:
-    """Fill `tensor` with what follows from the constants of an edit, or from its site's weight."""
+def _derived(part: Part, param: PlannedParam, weight: nn.Parameter | None) -> Tensor:
+    """What follows from the constants of an edit, or from its site's weight."""
 
     def stored() -> Tensor:
         assert weight is not None, "the rule's check() asks for a weight"
@@ -421,9 +420,7 @@ def derive(part: Part, param: PlannedParam, tensor: Tensor, weight: nn.Parameter
         require_there(part.edit, weight)
         return canonical(whole(weight), part.site)
 
-    with torch.no_grad():
-        value = part.edit.rule.derived(param.name, param.shape, Bound(part.edit.constants, {"weight": stored}))
-        tensor.copy_(value)
+    return part.edit.rule.derived(param.name, param.shape, Bound(part.edit.constants, {"weight": stored}))
 
 
 def require_there(edit: Edit, weight: Tensor) -> None:
@@ -450,16 +447,15 @@ def _start_by_rule(
     shapes = {param.name: param.shape for param in edit.params if param.init == "rule"}
     loaded = shapes.keys() - {param.name for param in params}
     try:
-        with torch.no_grad():
-            base = torch.empty(0) if weight is None else wide(canonical(whole(weight), site))
-            lazy: dict[str, Callable[[], Any]] = {
-                "bias": lambda: None if bias is None else wide(whole(bias)),
-                "data": lambda: data,
-                "loaded": lambda: {name: whole(value) for name, value in part.tensors().items() if name in loaded},
-            }
-            values = rule.initialise(base, shapes, Bound({**_others(part, tensors, shapes), **edit.constants}, lazy))
-            for param in params:
-                tensors[param.name].copy_(values[param.name])
+        base = torch.empty(0) if weight is None else wide(canonical(whole(weight), site))
+        lazy: dict[str, Callable[[], Any]] = {
+            "bias": lambda: None if bias is None else wide(whole(bias)),
+            "data": lambda: data,
+            "loaded": lambda: {name: whole(value) for name, value in part.tensors().items() if name in loaded},
+        }
+        values = rule.initialise(base, shapes, Bound({**_others(part, tensors, shapes), **edit.constants}, lazy))
+        for param in params:
+            tensors[param.name].copy_(values[param.name])
     except PeftcError:
         raise
     except (NotImplementedError, KeyError, RuntimeError, TypeError) as error:

@@ -29,9 +29,9 @@ class Example:
 
 def example_for(site: WeightSite) -> Example | None:
     """An input for the module of `site`, or None where its op does not say what it takes."""
-    dtype = dtype_of(site.dtype)
-    if site.weight is None or not dtype.is_floating_point or dtype.itemsize < 2:
+    if not site.has_plain_weight:
         return None
+    dtype = dtype_of(site.dtype)
     if site.op == "linear":
         return Example((2, 3, site.in_features), dtype)
     if site.op == "embedding":
