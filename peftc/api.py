@@ -148,7 +148,7 @@ def get_peft_model_state_dict(
     `state_dict`: the whole model's, to take them from (gathered from shards). `unwrap_compiled`: `model` is what
     torch.compile returned. Raises AdapterError on an unknown name, CheckpointError if `state_dict` lacks one.
     """
-    own = _unwrapped(model, unwrap_compiled)
+    own: CompiledModel = getattr(model, "_orig_mod", model) if unwrap_compiled else model
     require_known(own.program, [adapter_name])
     return saved_state_dict(own.program, adapter_name, save_embedding_layers, state_dict)
 
@@ -170,10 +170,6 @@ def set_peft_model_state_dict(
     require_known(model.program, [adapter_name])
     require_unmerged(model.program, "set_peft_model_state_dict")
     return load_state(model.program, adapter_name, peft_model_state_dict, strict=False, resized=ignore_mismatched_sizes)
-
-
-def _unwrapped(model: Any, unwrap_compiled: bool) -> CompiledModel:
-    return getattr(model, "_orig_mod", model) if unwrap_compiled else model
 
 
 # peftc.load(model, "a folder or a Hub repository")

@@ -7,12 +7,12 @@ from typing import Any, Self
 
 from torch import fx, nn
 
+from peftc.architectures import role_of
 from peftc.errors import AdapterError, nearest_hint
 from peftc.graph.region import call, parameters_of
 from peftc.graph.sites import index_sites
 from peftc.plan import Plan
 from peftc.plan.explain import site_lines
-from peftc.plan.make import role_of
 from peftc.rewrite.build import parked
 from peftc.rewrite.calling import calling
 from peftc.rewrite.checkpointing import let_gradients_through

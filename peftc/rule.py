@@ -6,7 +6,6 @@ sees weight layouts, adapter names, devices, checkpoint prefixes or model classe
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import torch
@@ -200,6 +199,10 @@ class Rule(Generic[S]):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Rule[S]":
         return self
 
+    def offers(self, function: str) -> bool:
+        """Whether it has this function of the contract (`weight`, `factors`) of its own."""
+        return getattr(type(self), function) is not getattr(Rule, function)
+
     def complete(self) -> None:
         """Raise RuleError if the class lacks what its kind of rule needs; asked when it is registered."""
 
@@ -239,7 +242,7 @@ class Rule(Generic[S]):
 
     def cannot_fold(self, spec: S, site: Any) -> str | None:
         """The reason why the adapter at `site` can't be merged into the weight, or None."""
-        return f"rule {self.name!r} declares no fold" if type(self).weight is Rule.weight else None
+        return None if self.offers("weight") else f"rule {self.name!r} declares no fold"
 
     def cautions(self, constants: Mapping[str, Constant], slots: Sequence[str]) -> list[str]:
         """What a reviewer of an edit with these constants and slots should know."""
@@ -251,8 +254,7 @@ class Rule(Generic[S]):
 
     def slots(self, spec: S, site: Any) -> tuple[str, ...]:
         """The operands of `site` that the adapter replaces where they can be reached: the faster forms it has."""
-        own = tuple(slot for slot in ("input", "output") if getattr(type(self), slot) is not getattr(Rule, slot))
-        return own or ("weight",)
+        return tuple(slot for slot in ("input", "output") if self.offers(slot)) or ("weight",)
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         """The weight with which the bare site equals the adapted one. Computed in float32 at least."""
@@ -390,29 +392,6 @@ class Rule(Generic[S]):
     def combine(self, site: Any, parts: Sequence[Part], how: Combination) -> dict[str, Tensor]:
         """The parameters at `site` of the adapter that `combined` describes."""
         raise NotImplementedError
-
-
-def fill(tensor: Tensor, init: str, seed: int | None = None) -> None:
-    """Initialise `tensor` in place as `init` says (see Param). kaiming_uniform has a = √5, as nn.Linear's default."""
-    name, _, argument = init.partition(":")
-    fillers: Mapping[str, Callable[[Tensor], Any]] = {
-        "zeros": nn.init.zeros_,
-        "ones": nn.init.ones_,
-        "constant": lambda t: nn.init.constant_(t, float(argument)),
-        "normal": lambda t: nn.init.normal_(t, std=float(argument or 1)),
-        "uniform": lambda t: nn.init.uniform_(t, -float(argument), float(argument)),
-        "kaiming_uniform": lambda t: nn.init.kaiming_uniform_(t, a=sqrt(5)),
-    }
-    with torch.no_grad():
-        if seed is None:
-            fillers[name](tensor)
-            return
-        # On the CPU in float32, so that it is the same on every device and in every dtype.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            drawn = torch.empty(tensor.shape)
-            fillers[name](drawn)
-        tensor.copy_(drawn)
 
 
 def source_of(rule: Rule[Any], function: str) -> str:

@@ -1,6 +1,6 @@
 """PEFT's tuner models: what stands between a PeftModel and its base, and can be made alone."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -11,8 +11,8 @@ from peftc.checkpoint.state import saved_state_dict, spec_filed
 from peftc.compiled_graph import called
 from peftc.errors import AdapterError
 from peftc.lifecycle import named
+from peftc.peft.adapted import BaseTunerLayer
 from peftc.peft.configs import PeftConfig, spec_of
-from peftc.peft.layers import BaseTunerLayer
 from peftc.peft.methods import METHODS
 from peftc.peft.roots import Root, attach, release, require_root, root_of
 from peftc.peft.types import PeftType
@@ -22,7 +22,42 @@ from peftc.rewrite.learning import after_step, penalty, with_penalty
 __all__ = ["BaseTuner", "MixedModel", "cast_adapter_dtype"]
 
 
-class BaseTuner(nn.Module):
+class Rooted(nn.Module):
+    """A module around a base that has adapters, which its root keeps."""
+
+    def _base(self) -> nn.Module:
+        raise NotImplementedError
+
+    @property
+    def root(self) -> Root:
+        """What stands behind. Raises AdapterError after unloading."""
+        return require_root(self._base())
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """Config by adapter name. What files say of an adapter's origin follows changes of its config."""
+        return self.root.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters, in load order."""
+        return list(self.root.program.active)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate exactly these adapters, and train them unless `inference_mode`. What is merged is unmerged first."""
+        self.root.unmerge()
+        self.root.activate(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let these adapters train, active or not, or freeze them."""
+        self.root.compiled.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off. Raises AdapterError on an unknown name."""
+        self.root.delete(adapter_name)
+
+
+class BaseTuner(Rooted):
     """A model with adapters, attached in place; `model` is the base with its names and class.
 
     `peft_config`: a config, or configs by adapter name. Attributes that are not found here are those of the base.
@@ -60,15 +95,8 @@ class BaseTuner(nn.Module):
         new.model = root.program.base
         return new
 
-    @property
-    def root(self) -> Root:
-        """What stands behind. Raises AdapterError after unloading."""
-        return require_root(self.model)
-
-    @property
-    def peft_config(self) -> dict[str, Any]:
-        """Config by adapter name."""
-        return self.root.configs
+    def _base(self) -> nn.Module:
+        return self.model
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -78,11 +106,6 @@ class BaseTuner(nn.Module):
         own = (edit for edit in program.plan.edits if is_own(specs[edit.adapter], edit.rule) and not edit.follows)
         sites = [program.plan.sites[edit.site] for edit in own]
         return list(dict.fromkeys(site.owner if getattr(site, "host", None) is None else site.fqn for site in sites))
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The active adapters, in load order."""
-        return list(self.root.program.active)
 
     @property
     def active_adapter(self) -> list[str]:
@@ -113,19 +136,6 @@ class BaseTuner(nn.Module):
         root = self.root
         if adapter_name not in root.program.plan.adapters:
             attach(root.program.base, {adapter_name: self.peft_config[adapter_name]}, autocast=autocast_adapter_dtype)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate exactly these adapters, and train them unless `inference_mode`. What is merged is unmerged first."""
-        self.root.unmerge()
-        self.root.activate(adapter_name, inference_mode)
-
-    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
-        """Let these adapters train, active or not, or freeze them."""
-        self.root.compiled.set_requires_grad(adapter_names, requires_grad)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off."""
-        self.root.delete(adapter_name)
 
     def enable_adapter_layers(self) -> None:
         """Turn the adapters on again."""

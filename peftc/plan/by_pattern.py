@@ -63,7 +63,7 @@ def _reasons_of_nodes(pattern: Pattern, flow: Dataflow) -> Callable[[WeightSite]
             uses.setdefault(str(use.weight.target), []).append(node)
 
     def reasons(site: WeightSite) -> list[str]:
-        found = [unmet(pattern, node, flow) for node in uses.get(str(site.weight), ())]
+        found = [list(unmet(pattern, node, flow)) for node in uses.get(str(site.weight), ())]
         return min(found, key=len) if found else ["is used by no op that is known"]
 
     return reasons

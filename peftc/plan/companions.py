@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from peftc.edits import Miss
-from peftc.graph.sites import SiteIndex, WeightSite, is_inside
+from peftc.graph.sites import SiteIndex, is_inside
 from peftc.plan.match import Match, match, unfit
 from peftc.registry import find_rule
 
@@ -77,8 +77,5 @@ def _with_ends(adapter: str, found: Match, others: Sequence[Match], index: SiteI
             continue
         sites[fqn] = site
         follows[fqn] = first.fqn
-    return replace(found, sites=_in_order(sites, index), follows=follows, misses=tuple(misses))
-
-
-def _in_order(sites: dict[str, WeightSite], index: SiteIndex) -> tuple[WeightSite, ...]:
-    return tuple(sites[fqn] for fqn in (*index.sites, *index.inner) if fqn in sites)
+    ordered = tuple(sites[fqn] for fqn in (*index.sites, *index.inner) if fqn in sites)
+    return replace(found, sites=ordered, follows=follows, misses=tuple(misses))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from peftc.architectures import family_of
+from peftc.architectures import role_of
 from peftc.edits import Costs, Edit, Miss, PlannedParam, TrainedTensor
 from peftc.errors import CaptureError, RuleError
 from peftc.graph.capture import capture
@@ -22,7 +22,7 @@ from peftc.graph.ops import op_named
 from peftc.graph.patterns import Dataflow, feeds
 from peftc.graph.region import Capture, Region, Source
 from peftc.graph.rows import is_known_linear
-from peftc.graph.sites import SiteIndex, WeightSite, dtype_name, index_sites
+from peftc.graph.sites import Site, SiteIndex, WeightSite, dtype_name, index_sites
 from peftc.graph.symbolic import flat_graph_of, graph_of
 from peftc.plan.by_pattern import dataflow
 from peftc.plan.claims import Access, adapter_dtype, weight_edit
@@ -58,27 +58,26 @@ def make_plan(
     for name, spec in specs.items():
         all_ = with_companions(name, _match(name, spec, model, level, index, flow, dtype_for), index)
         matches[name] = [_without_unused(name, one, model, index) for one in all_] if fresh else _that_is_why(all_)
-    found_by = [(name, found) for name, all_ in matches.items() for found in all_]
-    touched = {site.fqn: site for _, found in found_by for site in found.sites}
-    sites = {fqn: touched[fqn] for fqn in (*index.sites, *index.inner) if fqn in touched}
+    found = [(name, own) for name, all_ in matches.items() for own in all_]
+    touched = {site.fqn for _, own in found for site in own.sites}
+    sites = {fqn: site for fqn, site in {**index.sites, **index.inner}.items() if fqn in touched}
     # A site inside a module that another adapter saves is a conflict; it is captured as the site it also is.
-    whole = {fqn for _, found in found_by for fqn in found.saved} - sites.keys()
-    calls = {claim.site.fqn: claim.site for _, found in found_by for claim in found.claims}
-    regions = _captured(model, level, sites, {*whole, *calls}, index, among, flat)
+    others: dict[str, Site] = {fqn: saved_site(model, fqn) for _, own in found for fqn in own.saved if fqn not in sites}
+    others |= {claim.site.fqn: claim.site for _, own in found for claim in own.claims}
+    regions = _captured(model, level, sites, {*others}, index, among, flat)
     access = _access(level, regions, sites, model)
-    edits = [edit for name, found in found_by for edit in _edits(name, found, access, dtype_for)]
-    # Copies come last: what they copy is the module before any rewrite.
-    edits += [_save(name, model, fqn) for name, found in found_by for fqn in found.saved]
-    trained = tuple(t for name, found in found_by for t in _trained(name, found, index))
+    edits = [edit for name, own in found for edit in _edits(name, own, access, dtype_for)]
+    edits += [_save(name, model, fqn) for name, own in found for fqn in own.saved]
+    trained = tuple(t for name, own in found for t in _trained(name, own, index))
     plan = Plan(
         model=given_class(type(model)).__name__,
         capture=level,
         fingerprint=fingerprint(model, index),
         adapters={name: all_[0].spec for name, all_ in matches.items()},
-        sites={**sites, **{fqn: saved_site(model, fqn, role_of(model)(fqn)) for fqn in whole}, **calls},
+        sites={**sites, **others},
         edits=tuple(edits),
         trained=trained,
-        misses=tuple(miss for _, found in found_by for miss in found.misses),
+        misses=tuple(miss for _, own in found for miss in own.misses),
         conflicts=(),
         ties=index.ties,
         cautions=(),
@@ -86,8 +85,7 @@ def make_plan(
         costs=add_costs(_base_costs(index), added_costs(edits, trained)),
         flows=feeds(flow) if flow is not None else (),
     )
-    order = [name for fqn in index.modules for name in (fqn, *index.hosted.get(fqn, ()))]
-    return joined(among, plan, order), regions
+    return joined(among, plan, [name for fqn in index.modules for name in (fqn, *index.hosted.get(fqn, ()))]), regions
 
 
 def _indexed(model: nn.Module, level: Capture, specs: Mapping[str, AdapterSpec], flat: Source | None) -> SiteIndex:
@@ -106,12 +104,6 @@ def _dataflow(
         return dataflow(flat.graph, model)
     asked = any(isinstance(spec.target_modules, Pattern) for spec in specs.values())
     return dataflow(flat_graph_of(structural_copy(model)), model) if level == "symbolic" and asked else None
-
-
-def role_of(model: nn.Module) -> Callable[[str], str | None]:
-    """What gives the role of a name in `model`, if its architecture is known."""
-    family = family_of(model)
-    return (lambda fqn: None) if family is None else family.role_of
 
 
 def _match(

@@ -61,7 +61,7 @@ def match(adapter: str, spec: AdapterSpec, index: SiteIndex, flow: Dataflow | No
         if reason is None:
             unique.setdefault(site.weight or site.fqn, site)
         else:
-            error = _is_listed(spec) or field == "target_parameters"
+            error = isinstance(spec.target_modules, tuple) or field == "target_parameters"
             misses.append(Miss(adapter, field, name, reason, error))
             refused.append(misses[-1])
     sites = list(unique.values())
@@ -74,10 +74,6 @@ def match(adapter: str, spec: AdapterSpec, index: SiteIndex, flow: Dataflow | No
         value = targets if isinstance(targets, str) else ", ".join(targets)
         misses.append(Miss(adapter, "target_modules", value, reason))
     return Match(_resolved(spec, sites, index), tuple(sites), saved, tuple(misses))
-
-
-def _is_listed(spec: AdapterSpec) -> bool:
-    return isinstance(spec.target_modules, tuple)
 
 
 def _with_defaults(spec: AdapterSpec, index: SiteIndex) -> AdapterSpec:

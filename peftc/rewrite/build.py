@@ -23,12 +23,13 @@ from peftc.rewrite.checkpointing import let_gradients_through
 from peftc.rewrite.holders import Group
 from peftc.rewrite.hosts import BOUND, install, is_host, original_class, reads, uninstall
 from peftc.rewrite.learning import watch_steps
-from peftc.rewrite.parts import Adapter, asks, attach, containers, detach, require_there, start, weight_of, wide
+from peftc.rewrite.parts import Adapter, asks, attach, containers, detach, weight_of
 from peftc.rewrite.passes import Pass
 from peftc.rewrite.processes import require_placed
 from peftc.rewrite.program import Program
 from peftc.rewrite.route import BASE
 from peftc.rewrite.sharding import Places, places_of, reshard, whole, widest_mesh
+from peftc.rewrite.starting import require_there, start, wide
 from peftc.rewrite.switch import activate, stop_averaging
 
 _LOG = logging.getLogger(__name__)

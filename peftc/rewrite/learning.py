@@ -43,14 +43,10 @@ def with_penalty(program: Program, output: Any) -> Any:
 def _by_rule(adapter: Adapter, function: str) -> dict[Rule[Any], list[Part]]:
     """The parts of an adapter whose rules have this function, by rule."""
     found: dict[Rule[Any], list[Part]] = {}
-    for part in adapter.parts.values() if any(_has(rule, function) for rule in rules_of(adapter.spec)) else ():
-        if _has(part.edit.rule, function):
+    for part in adapter.parts.values() if any(rule.offers(function) for rule in rules_of(adapter.spec)) else ():
+        if part.edit.rule.offers(function):
             found.setdefault(part.edit.rule, []).append(part)
     return found
-
-
-def _has(rule: Rule[Any], function: str) -> bool:
-    return getattr(type(rule), function) is not getattr(Rule, function)
 
 
 # What is told of the steps of optimisers, before and after them. torch knows one hook of each kind, which stays: a model
@@ -82,7 +78,7 @@ def _follow(kind: str, program: Program, follower: Callable[[Optimizer], None]) 
 def watch_steps(program: Program) -> None:
     """Let the rules that want it act after every step of an optimiser that holds their parameters."""
     rules = {rule for own in program.adapters.values() for rule in rules_of(own.spec)}
-    if program.watching or not any(_has(rule, "after_step") for rule in rules):
+    if program.watching or not any(rule.offers("after_step") for rule in rules):
         return
     reference, steps = weakref.ref(program), weakref.WeakKeyDictionary[Optimizer, int]()
 

@@ -32,10 +32,10 @@ from peftc.merge.merge import require_mergeable
 from peftc.merge.undo import owner_of
 from peftc.plan import Edit, PlannedParam, require_applicable
 from peftc.rewrite.build import build
-from peftc.rewrite.parts import drawn, gathered, wide
 from peftc.rewrite.program import Program
+from peftc.rewrite.starting import drawn, fill, gathered, wide
 from peftc.rewrite.switch import activate
-from peftc.rule import Bound, Combination, Part, fill
+from peftc.rule import Bound, Combination, Part
 from peftc.stream.names import Names
 from peftc.stream.sharded import Checkpoint
 from peftc.stream.skeleton import resize_vocabulary, skeleton
