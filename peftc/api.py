@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,10 +13,10 @@ from peftc.compiled import CompiledModel, OnUnmatched
 from peftc.graph.copying import structural_copy
 from peftc.graph.region import Capture
 from peftc.lifecycle import Batches, calibrated, looked_through, planned, require_known, require_unmerged, reshaped
-from peftc.plan import Plan, require_same
+from peftc.plan import Plan, require_applicable, require_same
 from peftc.plan.heads import unsaved
 from peftc.registry import spec_classes
-from peftc.rewrite.build import build, no_collection, require_applicable
+from peftc.rewrite.build import build, no_collection
 from peftc.rewrite.calibration import Calibration, Call, Rows, observe
 from peftc.rewrite.passes import Pass
 from peftc.specs import AdapterSpec, load_specs
@@ -57,12 +58,8 @@ def compile(
     if isinstance(spec, Plan):
         level, autocast = spec.capture, spec.autocast_adapter_dtype
     with no_collection(), reshaped(model, specs, inplace) as base:
-        made, regions = planned(base, specs, level, autocast, inputs=inputs)
-        if calibration is not None:  # Before the model is run.
-            require_applicable(made, on_unmatched)
-        specs, starts = calibrated(_to_be_run(base, inplace, calibration), made, specs, calibration)
-        if starts:
-            made, regions = planned(base, specs, level, autocast, inputs=inputs)
+        plan_of = partial(planned, base, capture=level, autocast=autocast, inputs=inputs)
+        made, regions, starts = calibrated(plan_of, base, specs, calibration, on_unmatched, on_copy=not inplace)
         if isinstance(spec, Plan):
             require_same(spec, made)
             made = spec
@@ -99,12 +96,6 @@ def calibrate(
         made = planned(base, {"default": own}, "modules", True)[0]
         require_applicable(made, "error")
         return observe(structural_copy(base), made, "default", own, batches, call, rows)
-
-
-def _to_be_run(model: nn.Module, inplace: bool, calibration: Batches) -> nn.Module:
-    """The model that batches are run on: a copy, if there are any, and it may be copied."""
-    needed = calibration is not None and not isinstance(calibration, Calibration) and not inplace
-    return structural_copy(model) if needed else model
 
 
 def plan(
@@ -157,7 +148,7 @@ def get_peft_model_state_dict(
     `state_dict`: the whole model's, to take them from (gathered from shards). `unwrap_compiled`: `model` is what
     torch.compile returned. Raises AdapterError on an unknown name, CheckpointError if `state_dict` lacks one.
     """
-    own = _unwrapped(model, unwrap_compiled)
+    own: CompiledModel = getattr(model, "_orig_mod", model) if unwrap_compiled else model
     require_known(own.program, [adapter_name])
     return saved_state_dict(own.program, adapter_name, save_embedding_layers, state_dict)
 
@@ -179,10 +170,6 @@ def set_peft_model_state_dict(
     require_known(model.program, [adapter_name])
     require_unmerged(model.program, "set_peft_model_state_dict")
     return load_state(model.program, adapter_name, peft_model_state_dict, strict=False, resized=ignore_mismatched_sizes)
-
-
-def _unwrapped(model: Any, unwrap_compiled: bool) -> CompiledModel:
-    return getattr(model, "_orig_mod", model) if unwrap_compiled else model
 
 
 # peftc.load(model, "a folder or a Hub repository")

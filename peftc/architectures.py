@@ -1,15 +1,17 @@
 """Model families: default targets and roles per `model_type`, from the YAML files of installed packages."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from importlib.resources import files
 from typing import Annotated, Any, cast
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from torch import nn
 
 from peftc.errors import RuleError
+from peftc.graph.sites import transformers_config
 from peftc.specs.base import AdapterSpec, Names
 
 GROUP = "peftc.architectures"
@@ -66,6 +68,17 @@ def families() -> Mapping[str, Family]:
                     raise RuleError(f"architecture file {file.name}: {model_type!r} is in another file too")
                 found[model_type] = family
     return found
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """The family of a transformers model, if it is known."""
+    return families().get(getattr(transformers_config(model), "model_type", None) or "")
+
+
+def role_of(model: nn.Module) -> Callable[[str], str | None]:
+    """What gives the role of a name in `model`, if its architecture is known."""
+    family = family_of(model)
+    return (lambda fqn: None) if family is None else family.role_of
 
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

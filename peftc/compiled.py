@@ -16,8 +16,9 @@ from peftc.errors import MergeError
 from peftc.export import Certificate, export
 from peftc.graph.region import Capture
 from peftc.merge import Undo, forget, merge, unmerge
+from peftc.plan import require_applicable
 from peftc.registry import spec_classes
-from peftc.rewrite.build import build, no_collection, require_applicable, undo
+from peftc.rewrite.build import build, no_collection, undo
 from peftc.rewrite.learning import penalty
 from peftc.rewrite.program import require_idle
 from peftc.rewrite.scale import set_scale
@@ -314,15 +315,12 @@ class CompiledModel(CompiledFiles):
         float16 where they were quantised, or `quantized` again. `inputs`: what the model is called with, tensors by name,
         two rows at least; ids are made for models that take them. A program is also run on inputs of other sizes, and with
         padding, and refused where it differs from the model: a trace takes one side of every branch in Python. `sizes`:
-        `fixed` writes it for the sizes of `inputs` alone, which every runtime but aoti's checks. `progress`: show what it
-        is at, if somebody looks on.
+        `fixed` writes it for the sizes of `inputs` alone, which every runtime but aoti's checks. `progress`: show it.
 
         All of it is written or, if anything fails or is killed, nothing; this model is as it was, bit for bit. The result
-        is also in the folder (`certificate.json`), for `peftc.verify(folder)`.
+        is in `certificate.json`, too, for `peftc.verify(folder)`. Raises ExportError: what can't be traced, or merged.
 
         Example: print(compiled.export("deployed", to="onnx"))
-
-        Raises ExportError: a model that can't be traced, adapters that can't be merged, a package that is missing.
         """
         return export(
             self.program,

@@ -1,18 +1,18 @@
 """The graph of a compiled model: its call, its copies, and what can be read off it."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 from torch import fx, nn
 
-from peftc.errors import AdapterError, nearest
+from peftc.architectures import role_of
+from peftc.errors import AdapterError, nearest_hint
 from peftc.graph.region import call, parameters_of
 from peftc.graph.sites import index_sites
 from peftc.plan import Plan
 from peftc.plan.explain import site_lines
-from peftc.plan.make import role_of
 from peftc.rewrite.build import parked
 from peftc.rewrite.calling import calling
 from peftc.rewrite.checkpointing import let_gradients_through
@@ -47,6 +47,25 @@ class BaseModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The call of the body."""
         return self._body()(*args, **kwargs)
+
+
+def called(
+    program: Program,
+    run: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    names: Sequence[str] | None,
+    several: bool = False,
+) -> Any:
+    """What `run`, the model's call or its `generate` (which calls it `several` times), gives; `names`: of its rows."""
+    with calling(program, args, kwargs, names) as tell:
+        if names is None:
+            output = run(*args, **kwargs)
+        else:
+            with mixed(program, names, several=several):
+                output = run(*args, **kwargs)
+        tell(output)
+        return output
 
 
 def trainable(model: nn.Module) -> tuple[int, int]:
@@ -121,15 +140,8 @@ class CompiledGraph(fx.GraphModule):
         Rows with an adapter get what they would get alone with it, in training too; which adapters are active does not
         count. For every method but those of virtual tokens, modules_to_save included. Raises AdapterError, MergeError.
         """
-        with calling(self.program, args, kwargs, adapter_names) as tell:
-            if adapter_names is not None:
-                with mixed(self.program, adapter_names):
-                    output = super().__call__(*args, **kwargs)
-            else:
-                output = super().__call__(*args, **kwargs)
-                output = with_penalty(self.program, output) if self.training else output
-            tell(output)
-            return output
+        output = called(self.program, super().__call__, args, kwargs, adapter_names)
+        return with_penalty(self.program, output) if self.training and adapter_names is None else output
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """`generate` of the base model; `adapter_names` as in a call, one per prompt.
@@ -137,14 +149,8 @@ class CompiledGraph(fx.GraphModule):
         Of a program (capture='export') if it takes what a step of generation has. Raises AdapterError.
         """
         generate = getattr(self.base, "generate")  # noqa: B009 - nn.Module's attributes are tensors or modules by type
-        with generating(self.program), calling(self.program, args, kwargs, adapter_names) as tell:
-            if adapter_names is None:
-                output = generate(*args, **kwargs)
-            else:
-                with mixed(self.program, adapter_names, several=True):
-                    output = generate(*args, **kwargs)
-            tell(output)
-            return output
+        with generating(self.program):
+            return called(self.program, generate, args, kwargs, adapter_names, several=True)
 
     def _require_python(self, what: str, why: str) -> None:
         """Raise AdapterError if the model runs as one program, where `what` has no effect or a wrong one."""
@@ -251,9 +257,7 @@ class CompiledGraph(fx.GraphModule):
         """
         binding = self.program.installed.get(fqn)
         if binding is None:
-            near = nearest(fqn, self.program.installed)
-            hint = f" Nearest: {near[0]!r}." if near else ""
-            raise AdapterError(f"{fqn!r} runs no rewritten graph now.{hint}")
+            raise AdapterError(f"{fqn!r} runs no rewritten graph now.{nearest_hint(fqn, self.program.installed)}")
         return copy.deepcopy(binding.code.graph)
 
     def print_code(self) -> None:
@@ -272,8 +276,7 @@ class CompiledGraph(fx.GraphModule):
             index = index_sites(base, role_of(base))
         known = {**index.modules, **index.inner}
         if fqn not in known:
-            near = nearest(fqn, known)
-            raise AdapterError(f"no module or parameter {fqn!r}.{f' Nearest: {near[0]!r}.' if near else ''}")
+            raise AdapterError(f"no module or parameter {fqn!r}.{nearest_hint(fqn, known)}")
         lines = site_lines(self.plan, index, fqn)
         site = self.plan.sites.get(fqn)
         binding = self.program.installed.get(site.owner if site is not None else fqn)

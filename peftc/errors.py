@@ -110,6 +110,12 @@ def nearest(name: str, known: Iterable[str], limit: int = 3) -> list[str]:
     return difflib.get_close_matches(name, list(dict.fromkeys(known)), n=limit, cutoff=0.6)
 
 
+def nearest_hint(name: str, known: Iterable[str], limit: int = 1) -> str:
+    """` Nearest: 'q_proj'.` or nothing when there is no near name."""
+    near = nearest(name, known, limit)
+    return f" Nearest: {', '.join(map(repr, near))}." if near else ""
+
+
 def describe_nearest(names: Sequence[str], counts: Counter[str], noun: str = "site") -> str:
     """` Nearest: 'q_proj' (30 sites), …` or nothing when there is no near name."""
     if not names:

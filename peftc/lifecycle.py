@@ -2,9 +2,10 @@
 
 import logging
 import warnings
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 from torch import nn
@@ -12,15 +13,15 @@ from torch import nn
 from peftc.checkpoint import AdapterFiles, LoadResult, load_state, require_base, respelled_spec
 from peftc.checkpoint.heads import fit_heads
 from peftc.compiled_graph import CompiledGraph
-from peftc.errors import AdapterError, MergeError, nearest
+from peftc.errors import AdapterError, MergeError, nearest_hint
 from peftc.graph.capture import whole
-from peftc.graph.exported import Flat
+from peftc.graph.copying import structural_copy
 from peftc.graph.hooked import compiled_inside
-from peftc.graph.region import Capture, Region, Source
+from peftc.graph.region import Capture, Region
 from peftc.merge.combine import checked, combined_spec, fill, pairs
-from peftc.plan import Plan, make_plan, without
+from peftc.plan import Plan, make_plan, require_applicable, without
 from peftc.plan.heads import with_heads
-from peftc.rewrite.build import check_names, extend, parked, remove, require_applicable
+from peftc.rewrite.build import check_names, extend, parked, remove
 from peftc.rewrite.calibration import Calibration, needs_data, observe, require_data
 from peftc.rewrite.processes import require_growable
 from peftc.rewrite.program import Program, require_idle
@@ -118,8 +119,7 @@ def require_known(program: Program, names: Iterable[str]) -> None:
     """Raise AdapterError, with the nearest name, if one of `names` is no adapter."""
     for name in names:
         if name not in program.plan.adapters:
-            near = nearest(name, program.plan.adapters)
-            hint = f" Nearest: {near[0]!r}." if near else ""
+            hint = nearest_hint(name, program.plan.adapters)
             raise AdapterError(f"no adapter {name!r}; there are {', '.join(program.plan.adapters) or 'none'}.{hint}")
 
 
@@ -151,16 +151,11 @@ def add(
         specs = {name: with_heads(base, spec) if fresh else spec}
         before = program.plan
         upcast = before.autocast_adapter_dtype if autocast is None else autocast
-
-        def planned_with(specs: Mapping[str, AdapterSpec]) -> tuple[Plan, tuple[Region, ...]]:
-            return make_plan(base, specs, before.capture, upcast, before, fresh, _flat(program))
-
-        plan, regions = planned_with(specs)
-        if calibration is not None:  # Before the model is run.
-            require_applicable(plan, on_unmatched)
-        specs, starts = calibrated(base, plan, specs, calibration)
-        if starts:
-            plan, regions = planned_with(specs)
+        flat = program.regions[0].source if before.capture == "export" else None
+        plan_of = partial(
+            make_plan, base, level=before.capture, autocast_adapter_dtype=upcast, among=before, fresh=fresh, flat=flat
+        )
+        plan, regions, starts = calibrated(plan_of, base, specs, calibration, on_unmatched)
         plan = replace(plan, autocast_adapter_dtype=before.autocast_adapter_dtype)
         require_applicable(plan, on_unmatched)
         check_names(base, plan, [name])
@@ -180,15 +175,22 @@ def add(
 
 
 def calibrated(
-    base: nn.Module, plan: Plan, specs: Mapping[str, AdapterSpec], calibration: Batches
-) -> tuple[Mapping[str, AdapterSpec], Mapping[str, Mapping[str, Any]]]:
-    """The specs as data decide them, and what their adapters start from, by adapter and site.
+    plan_of: Callable[[Mapping[str, AdapterSpec]], tuple[Plan, tuple[Region, ...]]],
+    base: nn.Module,
+    specs: Mapping[str, AdapterSpec],
+    calibration: Batches,
+    on_unmatched: str,
+    on_copy: bool = False,
+) -> tuple[Plan, tuple[Region, ...], Mapping[str, Mapping[str, Any]]]:
+    """The plan of `specs` as data decide them, its regions, and what the adapters start from, by adapter and site.
 
-    `plan` is that of `specs` on `base`; `calibration`: batches to run it on, or what came of that before. Raises
-    AdapterError if it is given and nothing starts from data, or it is of another spec.
+    `plan_of` plans specs on `base`; `calibration`: batches to run that on, or a copy of it, or what came of that before.
+    Raises AdapterError if it is given and nothing starts from data, or it is of another spec.
     """
+    plan, regions = plan_of(specs)
     if calibration is None:
-        return specs, {}
+        return plan, regions, {}
+    require_applicable(plan, on_unmatched)  # Before the model is run.
     own = {name: spec for name, spec in specs.items() if needs_data(plan.adapters[name], plan.edits_of(name))}
     if not own:
         raise AdapterError("calibration: no adapter here starts from data; leave it out")
@@ -199,19 +201,10 @@ def calibrated(
     else:
         if len(own) > 1 and iter(calibration) is calibration:
             raise AdapterError("calibration: an iterator can be gone through for one adapter only; give a list")
-        found = {name: observe(base, plan, name, spec, calibration) for name, spec in own.items()}
-    return {**specs, **{name: one.spec for name, one in found.items()}}, {n: one.data for n, one in found.items()}
-
-
-def _flat(program: Program) -> Flat | None:
-    """The whole program, if the model was captured as one."""
-    return _flat_of(program.regions[0].source) if program.plan.capture == "export" else None
-
-
-def _flat_of(source: Source | None) -> Flat | None:
-    if source is None or source.signature is None:
-        return None
-    return Flat(source.graph, source.signature, _flat_of(source.training))
+        model = structural_copy(base) if on_copy else base
+        found = {name: observe(model, plan, name, spec, calibration) for name, spec in own.items()}
+    plan, regions = plan_of({**specs, **{name: one.spec for name, one in found.items()}})
+    return plan, regions, {name: one.data for name, one in found.items()}
 
 
 def load(

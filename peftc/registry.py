@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
 from typing import Any, cast
 
@@ -25,9 +25,9 @@ def register(rule: Rule[Any]) -> None:
     """
     _check(rule)
     for op in rule.ops:
-        for other in _table().get((_peft_type(rule), op), ()):
-            if type(other).serves is Rule.serves and type(rule).serves is Rule.serves:
-                raise RuleError(f"{_where(rule)}: {_peft_type(rule)} on {op} sites is taken by {_where(other)}")
+        other = _clash(rule, _table().get((_peft_type(rule), op), ()))
+        if other is not None:
+            raise RuleError(f"{_where(rule)}: {_peft_type(rule)} on {op} sites is taken by {_where(other)}")
     _extra.append(rule)
     _table.cache_clear()
 
@@ -53,7 +53,7 @@ def find_rule(spec: AdapterSpec, site: Site) -> Rule[Any] | None:
     found = _table().get((spec.peft_type, site.op), ())
     # A rule that says which specs it serves comes before one that serves all.
     chosen = [rule for rule in found if rule.serves(spec)]
-    return next((rule for rule in chosen if type(rule).serves is not Rule.serves), chosen[0] if chosen else None)
+    return next((rule for rule in chosen if rule.offers("serves")), chosen[0] if chosen else None)
 
 
 def find_rules(spec: AdapterSpec, site: Site) -> tuple[Rule[Any], ...]:
@@ -98,15 +98,18 @@ def spec_class_named(name: str) -> type[AdapterSpec] | None:
     return next((cls for cls in spec_classes().values() if cls.__name__ == name), None)
 
 
+def _clash(rule: Rule[Any], others: Iterable[Rule[Any]]) -> Rule[Any] | None:
+    """The one of `others`, for the same method and op, that serves all specs, as `rule` does."""
+    return None if rule.offers("serves") else next((other for other in others if not other.offers("serves")), None)
+
+
 @functools.cache
 def _table() -> dict[tuple[str, str], list[Rule[Any]]]:
     table: dict[tuple[str, str], list[Rule[Any]]] = {}
     for rule in rules():
         for op in rule.ops:
             others = table.setdefault((_peft_type(rule), op), [])
-            clash = next(
-                (o for o in others if type(o).serves is Rule.serves and type(rule).serves is Rule.serves), None
-            )
+            clash = _clash(rule, others)
             if clash is not None:
                 raise RuleError(f"{_where(rule)} and {_where(clash)} both rewrite {_peft_type(rule)} on {op} sites")
             others.append(rule)

@@ -4,11 +4,8 @@ The plan takes its shapes from a rule, the rewriter its ops, the checkpoint its 
 sees weight layouts, adapter names, devices, checkpoint prefixes or model classes: the engine canonicalises.
 """
 
-import functools
-import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod, sqrt
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import torch
@@ -202,6 +199,10 @@ class Rule(Generic[S]):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Rule[S]":
         return self
 
+    def offers(self, function: str) -> bool:
+        """Whether it has this function of the contract (`weight`, `factors`) of its own."""
+        return getattr(type(self), function) is not getattr(Rule, function)
+
     def complete(self) -> None:
         """Raise RuleError if the class lacks what its kind of rule needs; asked when it is registered."""
 
@@ -241,7 +242,7 @@ class Rule(Generic[S]):
 
     def cannot_fold(self, spec: S, site: Any) -> str | None:
         """The reason why the adapter at `site` can't be merged into the weight, or None."""
-        return f"rule {self.name!r} declares no fold" if type(self).weight is Rule.weight else None
+        return None if self.offers("weight") else f"rule {self.name!r} declares no fold"
 
     def cautions(self, constants: Mapping[str, Constant], slots: Sequence[str]) -> list[str]:
         """What a reviewer of an edit with these constants and slots should know."""
@@ -253,8 +254,7 @@ class Rule(Generic[S]):
 
     def slots(self, spec: S, site: Any) -> tuple[str, ...]:
         """The operands of `site` that the adapter replaces where they can be reached: the faster forms it has."""
-        own = tuple(slot for slot in ("input", "output") if getattr(type(self), slot) is not getattr(Rule, slot))
-        return own or ("weight",)
+        return tuple(slot for slot in ("input", "output") if self.offers(slot)) or ("weight",)
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         """The weight with which the bare site equals the adapted one. Computed in float32 at least."""
@@ -392,87 +392,6 @@ class Rule(Generic[S]):
     def combine(self, site: Any, parts: Sequence[Part], how: Combination) -> dict[str, Tensor]:
         """The parameters at `site` of the adapter that `combined` describes."""
         raise NotImplementedError
-
-
-_INITS = r"zeros|ones|kaiming_uniform|rule|gathered|drawn|derived|normal(:[\d.e-]+)?|(uniform|constant):[\d.e+-]+"
-
-
-def validate(
-    rule: Rule[Any],
-    slots: Sequence[str],
-    params: Mapping[str, Param],
-    constants: Mapping[str, Constant],
-    dropouts: Mapping[str, float],
-) -> None:
-    """Raise RuleError, naming the rule, if a declaration breaks the contract."""
-    types = tuple((name, type(value)) for name, value in constants.items())
-    wrong = _wrong(tuple(slots), tuple(params.items()), types, tuple(dropouts))
-    if wrong:
-        raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}): {'; '.join(wrong)}")
-
-
-@functools.lru_cache(maxsize=1024)
-def _wrong(
-    slots: tuple[str, ...],
-    declared: tuple[tuple[str, Param], ...],
-    constants: tuple[tuple[str, type], ...],
-    dropouts: tuple[str, ...],
-) -> list[str]:
-    """What breaks the contract. Equal layers declare the same, and are looked at once."""
-    params = dict(declared)
-    keys = [param.key or name for name, param in params.items()]
-    firsts = {key.partition(".")[0] for key in keys}
-    others = [*(name for name, _ in constants), *dropouts]
-    names = [*params, *others]
-    return [
-        *(f"slot {slot!r} is none of {', '.join(SLOTS)}" for slot in slots if slot not in SLOTS),
-        *([] if params else ["it declares no parameter"]),
-        *(f"{name!r} is declared twice" for name in dict.fromkeys(names) if names.count(name) > 1),
-        *(f"{name!r} is declared twice" for name in others if name in firsts - set(params)),
-        *(f"key {key!r} is used twice" for key in dict.fromkeys(keys) if keys.count(key) > 1),
-        *(f"{name!r} is a name that modules have" for name in [*keys, *dropouts] if name.partition(".")[0] in _TAKEN),
-        *(f"{n}: unknown init {p.init!r}" for n, p in params.items() if not re.fullmatch(_INITS, p.init)),
-        *(f"{n}: a seed for init 'rule'" for n, p in params.items() if p.seed is not None and p.init == "rule"),
-        *(
-            f"{n}: axes {p.axes!r} for shape {p.shape}"
-            for n, p in params.items()
-            if len(p.axes or p.shape) != len(p.shape)
-        ),
-        *(f"constant {name!r} is a {kind.__name__}" for name, kind in constants if kind not in _PLAIN),
-    ]
-
-
-_PLAIN = (float, int, bool, str, tuple)
-_TAKEN = frozenset({*dir(nn.Module()), "weight", "bias", "op"})
-
-
-def fill(tensor: Tensor, init: str, seed: int | None = None) -> None:
-    """Initialise `tensor` in place as `init` says (see Param). kaiming_uniform has a = √5, as nn.Linear's default."""
-    name, _, argument = init.partition(":")
-    fillers: Mapping[str, Callable[[Tensor], Any]] = {
-        "zeros": nn.init.zeros_,
-        "ones": nn.init.ones_,
-        "constant": lambda t: nn.init.constant_(t, float(argument)),
-        "normal": lambda t: nn.init.normal_(t, std=float(argument or 1)),
-        "uniform": lambda t: nn.init.uniform_(t, -float(argument), float(argument)),
-        "kaiming_uniform": lambda t: nn.init.kaiming_uniform_(t, a=sqrt(5)),
-    }
-    with torch.no_grad():
-        if seed is None:
-            fillers[name](tensor)
-            return
-        # On the CPU in float32, so that it is the same on every device and in every dtype.
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            drawn = torch.empty(tensor.shape)
-            fillers[name](drawn)
-        tensor.copy_(drawn)
-
-
-def flops_per_token(params: Mapping[str, Param]) -> int:
-    """The FLOPs that a rule's parameters add per token, or per output position of a convolution."""
-    each = {"matrix": 2, "vector": 1, "lookup": 0}
-    return sum(each[param.use] * prod(param.shape) for param in params.values())
 
 
 def source_of(rule: Rule[Any], function: str) -> str:

@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from peftc.graph.hooked import given_class
-from peftc.graph.sites import WeightSite, dtype_of
+from peftc.graph.sites import WeightSite
 from peftc.plan import Edit
 from peftc.rewrite.hosts import original_class
 from peftc.rewrite.learning import without_gradient
@@ -99,9 +99,7 @@ def _layer(program: Program, fqn: str, edits: list[Edit]) -> LayerStatus:
     site = program.plan.sites[fqn]
     here = [edit.adapter for edit in edits]
     tensors = {edit.adapter: _tensors(program, edit) for edit in edits}
-    dtype = dtype_of(site.dtype)
-    plain = isinstance(site, WeightSite) and site.weight is not None and dtype.is_floating_point and dtype.itemsize > 1
-    quantised = site.op == "linear" and not plain
+    quantised = site.op == "linear" and not (isinstance(site, WeightSite) and site.has_plain_weight)
     return LayerStatus(
         name=fqn,
         module_type=f"{'+'.join(dict.fromkeys(edit.rule.name for edit in edits))}.{site.module}",

@@ -117,7 +117,7 @@ def check_rule(
 
     Example: peftc.testing.check_rule(Gain())
     """
-    if type(rule).weight is Rule.weight:
+    if not rule.offers("weight"):
         raise RuleError(f"check_rule: {type(rule).__name__} declares no weight, which is what the laws are about")
     done: list[str] = []
     with _registered(rule), torch.random.fork_rng(devices=[]):

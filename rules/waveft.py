@@ -5,19 +5,19 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule, Shapes
-from peftc.specs.selection import Count, LayerSelection, OtherPatterns, first_match
+from peftc.rule import Constant, Param, Shapes
+from peftc.specs.selection import Count
 
-from .fourierft import places
+from .fourierft import Spectral, SpectralConfig, places
 from .wavelets import WAVELETS, filter_length, low_pass
 
 
-class WaveFTConfig(LayerSelection, OtherPatterns):
+class WaveFTConfig(SpectralConfig):
     """Some coefficients of the change's wavelet transform. Bilican et al. 2025, arXiv:2505.12532.
 
     `n_frequency` of them are trained (`n_frequency_pattern`: others at some modules), at places that are drawn with
@@ -28,7 +28,6 @@ class WaveFTConfig(LayerSelection, OtherPatterns):
     Example: WaveFTConfig(n_frequency=2592, scaling=25.0, target_modules=["q_proj", "v_proj"])
     """
 
-    defaults_of, patterns = "LORA", ("n_frequency_pattern",)
     not_implemented: ClassVar[Mapping[str, Any]] = {"proportional_parameters": False}
 
     peft_type: Literal["WAVEFT"] = "WAVEFT"
@@ -36,10 +35,7 @@ class WaveFTConfig(LayerSelection, OtherPatterns):
     scaling: float | int = 25.0
     wavelet_family: str = "db1"
     use_idwt: bool = True
-    random_loc_seed: int = 777
-    fan_in_fan_out: bool = False
     bias: Literal["none", "all", "waveft_only"] = "none"
-    n_frequency_pattern: dict[str, Count] = Field(default_factory=dict)
     init_weights: bool = True
 
     @model_validator(mode="after")
@@ -50,20 +46,14 @@ class WaveFTConfig(LayerSelection, OtherPatterns):
             )
         return self
 
-    def scaled(self, factor: float) -> Self:
-        return self.model_copy(update={"scaling": self.scaling * factor})
 
+class WaveFT(Spectral[WaveFTConfig]):
+    """The change is the spectrum's inverse wavelet transform."""
 
-class WaveFT(Rule[WaveFTConfig]):
-    """On linear sites: the change has a product of its own, so that half precision does not round it with the weight."""
-
-    name, spec, ops, additive = "waveft", WaveFTConfig, ("linear",), True
-    scale, keys = "scaling", ("waveft_spectrum",)
-    columns: ClassVar[Mapping[str, str]] = {"n": "n_frequency"}
-    repeats = False
+    name, spec, keys = "waveft", WaveFTConfig, ("waveft_spectrum",)
 
     def params(self, spec: WaveFTConfig, site: WeightSite) -> dict[str, Param]:
-        n, seed = first_match(spec.n_frequency_pattern, site.name, spec.n_frequency), spec.random_loc_seed
+        n, seed = spec.count_for(site.name), spec.random_loc_seed
         return {
             "waveft_spectrum": Param((n,), "zeros" if spec.init_weights else "normal:0.01", use="vector"),
             "waveft_filter": Param(
@@ -73,53 +63,32 @@ class WaveFT(Rule[WaveFTConfig]):
         }
 
     def constants(self, spec: WaveFTConfig, site: WeightSite) -> dict[str, Constant]:
-        return {
-            "n_frequency": first_match(spec.n_frequency_pattern, site.name, spec.n_frequency),
-            "random_loc_seed": spec.random_loc_seed,
-            "scaling": float(spec.scaling),
-            "sizes": (site.out_features, site.in_features),
-            "transformed": spec.use_idwt,
-            "wavelet": spec.wavelet_family,
-        }
-
-    def check(self, spec: WaveFTConfig, site: WeightSite) -> str | None:
-        n, size = (
-            first_match(spec.n_frequency_pattern, site.name, spec.n_frequency),
-            site.out_features * site.in_features,
-        )
-        return f"its weight has {size} entries, fewer than n_frequency={n}" if n > size else None
+        return {**super().constants(spec, site), "transformed": spec.use_idwt, "wavelet": spec.wavelet_family}
 
     def draw(self, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         found = places(p.sizes, p.n_frequency, p.random_loc_seed)
         return {"waveft_indices": found, "waveft_filter": torch.tensor(low_pass(p.wavelet))}
 
-    def weight(self, weight: Tensor, p: Any) -> Tensor:
-        return weight + p.scaling * _change(p)
-
-    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
-        return y + F.linear(x, _change(p)) * p.scaling
-
-
-def _change(p: Any) -> Tensor:
-    """The change (out, in); the spectrum is padded by what the transform takes away, to even sizes."""
-    rows, columns = p.sizes
-    more = p.waveft_filter.shape[0] - 2 if p.transformed else 0
-    height, width = rows + more, columns + more
-    if p.transformed:
-        height, width = height + height % 2, width + width % 2
-    down, right = (height - rows) // 2, (width - columns) // 2
-    blank = p.waveft_spectrum.new_zeros(height, width)
-    dense = blank.index_put((p.waveft_indices[0] + down, p.waveft_indices[1] + right), p.waveft_spectrum)
-    if not p.transformed:
-        return dense
-    low = p.waveft_filter.to(dense.dtype)
-    signs = 1 - 2 * (torch.ones_like(low).cumsum(0) % 2 == 0).to(low.dtype)
-    high = low.flip(0) * signs
-    bands = dense.unflatten(0, (2, -1)).unflatten(2, (2, -1)).permute(0, 2, 1, 3).flatten(0, 1)
-    # In the order of the bands; the one on the right has the high rows, as peft has it.
-    pairs = ((low, low), (high, low), (low, high), (high, high))
-    kernel = torch.stack([a[:, None] * b for a, b in pairs])[:, None]
-    return F.conv_transpose2d(bands[None], kernel, stride=2, padding=more)[0, 0, :rows, :columns]
+    def change(self, p: Any) -> Tensor:
+        # The spectrum is padded by what the transform takes away, to even sizes.
+        rows, columns = p.sizes
+        more = p.waveft_filter.shape[0] - 2 if p.transformed else 0
+        height, width = rows + more, columns + more
+        if p.transformed:
+            height, width = height + height % 2, width + width % 2
+        down, right = (height - rows) // 2, (width - columns) // 2
+        blank = p.waveft_spectrum.new_zeros(height, width)
+        dense = blank.index_put((p.waveft_indices[0] + down, p.waveft_indices[1] + right), p.waveft_spectrum)
+        if not p.transformed:
+            return dense
+        low = p.waveft_filter.to(dense.dtype)
+        signs = 1 - 2 * (torch.ones_like(low).cumsum(0) % 2 == 0).to(low.dtype)
+        high = low.flip(0) * signs
+        bands = dense.unflatten(0, (2, -1)).unflatten(2, (2, -1)).permute(0, 2, 1, 3).flatten(0, 1)
+        # In the order of the bands; the one on the right has the high rows, as peft has it.
+        pairs = ((low, low), (high, low), (low, high), (high, high))
+        kernel = torch.stack([a[:, None] * b for a, b in pairs])[:, None]
+        return F.conv_transpose2d(bands[None], kernel, stride=2, padding=more)[0, 0, :rows, :columns]
 
 
 RULES = (WaveFT(),)

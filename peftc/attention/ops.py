@@ -6,7 +6,7 @@ from typing import Any
 from torch import fx, nn
 from torch.fx.proxy import GraphAppendingTracer
 
-from peftc.architectures import families
+from peftc.architectures import family_of
 from peftc.attention.sites import (
     AttentionSite,
     AttentionSpec,
@@ -19,10 +19,9 @@ from peftc.attention.sites import (
     with_first,
 )
 from peftc.edits import Miss
-from peftc.graph.exported import Flat
 from peftc.graph.ops import Op
-from peftc.graph.region import HOST
-from peftc.graph.sites import SiteIndex, dtype_name, transformers_config
+from peftc.graph.region import HOST, Source
+from peftc.graph.sites import SiteIndex, dtype_name
 from peftc.plan.claims import Claim, planned
 from peftc.rewrite.holders import code_path
 from peftc.rewrite.splice import Active, marked, traced
@@ -38,7 +37,7 @@ def find(
     index: SiteIndex,
     level: str,
     dtype_for: Callable[[str], str],
-    flat: Flat | None,
+    flat: Source | None,
 ) -> Miss | tuple[AttentionSpec, tuple[Claim, ...]]:
     """What `rule` asks for at the last attention modules of `model`; a miss if there are none that it fits."""
 
@@ -63,7 +62,7 @@ def find(
 
 
 def _default(model: nn.Module, spec: type[AttentionSpec]) -> Any:
-    family = families().get(getattr(transformers_config(model), "model_type", None) or "")
+    family = family_of(model)
     return ((family.defaults_for(spec) if family is not None else None) or {}).get("target_modules")
 
 

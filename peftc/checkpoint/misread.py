@@ -6,7 +6,6 @@ from typing import Any
 from peftc.graph.sites import transformers_config
 from peftc.registry import rules_of
 from peftc.rewrite.program import Program
-from peftc.rule import Rule
 
 # What peft (0.21, utils/transformers_weight_conversion.py) takes for linears of single experts wherever they are, by the
 # model type whose checkpoints are laid out alike: the two that are fused, and the third.
@@ -19,7 +18,7 @@ EXPERTS: Mapping[str, tuple[str, str, str]] = {
 def misread_by_peft(program: Program, adapter: str) -> str | None:
     """What peft makes of sites of `adapter` that it takes for experts (shared ones, dense layers); None if nothing."""
     config, spec = transformers_config(program.base), program.adapters[adapter].spec
-    if config is None or not any(type(rule).factors is not Rule.factors for rule in rules_of(spec)):
+    if config is None or not any(rule.offers("factors") for rule in rules_of(spec)):
         return None
     ends = EXPERTS.get(experts_alike(config.model_type), ())
     lost = [

@@ -22,7 +22,7 @@ from peftc.plan import Edit
 from peftc.registry import rules_of
 from peftc.rewrite.program import Program
 from peftc.rewrite.sharding import whole
-from peftc.rule import Bound, Factors, Rule
+from peftc.rule import Bound, Factors
 
 _WHY = "form='per_expert'"
 
@@ -55,7 +55,7 @@ def per_expert_form(
     model's own checkpoints have in another shape.
     """
     spec, edits = program.adapters[adapter].spec, program.adapters[adapter].edits
-    if not any(type(rule).factors is not Rule.factors for rule in rules_of(spec)):
+    if not any(rule.offers("factors") for rule in rules_of(spec)):
         raise CheckpointError(
             f"{_WHY}: {adapter!r} is {spec.peft_type}; adapters of linears for each expert are LoRA's"
         )

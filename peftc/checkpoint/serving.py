@@ -18,7 +18,7 @@ from peftc.merge.combine import target_names
 from peftc.plan import Edit
 from peftc.registry import rules_of
 from peftc.rewrite.program import Program
-from peftc.rule import Bound, Factors, Rule
+from peftc.rule import Bound, Factors
 from peftc.specs import AdapterSpec
 
 # What servers read: the method that adapters are of, and the keys of its factors by op.
@@ -37,7 +37,7 @@ def serving_form(
     saved modules, trained biases, B with a bias, sites that are neither linear nor embeddings.
     """
     spec, edits = program.adapters[adapter].spec, program.adapters[adapter].edits
-    if not any(type(rule).factors is not Rule.factors for rule in rules_of(spec)):
+    if not any(rule.offers("factors") for rule in rules_of(spec)):
         raise CheckpointError(f"form='serving': {adapter!r} is {spec.peft_type}; servers take LoRA. Merge it instead.")
     reasons = [reason for edit in edits if (reason := _refusal(program.plan.sites[edit.site], edit))]
     if any(tensor.adapter == adapter for tensor in program.plan.trained):

@@ -22,7 +22,6 @@ from peftc.rewrite.build import start_alone
 from peftc.rewrite.processes import require_unflattened
 from peftc.rewrite.program import Program
 from peftc.rewrite.sharding import is_sharded, put, reshard, whole
-from peftc.rule import Rule
 from peftc.specs import AdapterSpec
 
 
@@ -74,7 +73,7 @@ def saved_state_dict(
 def spec_filed(program: Program, adapter: str) -> AdapterSpec:
     """The spec of an adapter as files have it."""
     spec = program.plan.adapters[adapter]
-    if all(type(rule).filed is Rule.filed for rule in rules_of(spec)):
+    if not any(rule.offers("filed") for rule in rules_of(spec)):
         return spec
     return filed(program, adapter, {key: whole(value) for key, value in adapter_state_dict(program, adapter).items()})[
         0
@@ -84,7 +83,7 @@ def spec_filed(program: Program, adapter: str) -> AdapterSpec:
 def filed(program: Program, adapter: str, state: dict[str, Tensor]) -> tuple[AdapterSpec, dict[str, Tensor]]:
     """The spec and the tensors by key, of an adapter whose tensors are `state`, as its rules have them in files."""
     own, spec = program.adapters[adapter], program.plan.adapters[adapter]
-    for rule in (rule for rule in rules_of(spec) if type(rule).filed is not Rule.filed):
+    for rule in (rule for rule in rules_of(spec) if rule.offers("filed")):
         keys = {
             edit.site: {param.name: key_of(own.spec, edit, param) for param in edit.params if param.saved}
             for edit in own.edits

@@ -21,12 +21,12 @@ def _by_method() -> dict[str, list[Rule[Any]]]:
 
 
 def _described(name: str, own: Sequence[Rule[Any]]) -> dict[str, Any]:
-    folds = any(type(rule).weight is not Rule.weight for rule in own)
+    folds = any(rule.offers("weight") for rule in own)
     offers = {
         "same start": folds and any(rule.identity for rule in own),
         "merge": folds,
         "in pieces": folds and any(rule.local for rule in own),
-        "factors": any(type(rule).factors is not Rule.factors for rule in own),
+        "factors": any(rule.offers("factors") for rule in own),
         "sums": any(rule.combinations for rule in own),
         "scale": any(rule.scale for rule in own),
     }

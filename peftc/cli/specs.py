@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from peftc.api import load_spec
-from peftc.errors import SpecError, nearest
+from peftc.errors import SpecError, nearest_hint
 from peftc.registry import spec_classes
 from peftc.specs import AdapterSpec
 
@@ -38,9 +38,7 @@ def _with(start: Mapping[str, Any], given: Mapping[str, Any]) -> AdapterSpec:
     cls = spec_classes().get(start["peft_type"], AdapterSpec)  # A method that nobody knows is refused below.
     for name in given if cls is not AdapterSpec else ():
         if name not in cls.model_fields and name not in cls.not_implemented:
-            near = nearest(name, cls.model_fields)
-            hint = f" Nearest: {', '.join(map(repr, near))}." if near else ""
-            raise SpecError(f"{cls.__name__}.{name}: no such field.{hint}")
+            raise SpecError(f"{cls.__name__}.{name}: no such field.{nearest_hint(name, cls.model_fields, 3)}")
     return load_spec({**start, **given})
 
 

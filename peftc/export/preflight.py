@@ -70,7 +70,7 @@ def _common(config: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     """What no runtime takes beside a base."""
     kind = config.get("peft_type")
     if kind != "LORA":
-        merges = any(type(rule).weight is not Rule.weight for rule in rules() if _method(rule) == kind)
+        merges = any(rule.offers("weight") for rule in rules() if _method(rule) == kind)
         return [f"its method, {kind}: servers take LoRA" + ("" if merges else _NO_PART)]
     found = [f"{name}={config[name]!r}" for name in ("use_dora", "lora_bias", "layer_replication") if config.get(name)]
     found += ["alora_invocation_tokens"] if config.get("alora_invocation_tokens") else []

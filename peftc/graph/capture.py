@@ -1,13 +1,14 @@
 """Capture: a model and the places to rewrite → regions."""
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any, get_args
 
 from torch import nn
 
 from peftc.errors import CaptureError
 from peftc.graph.copying import structural_copy
-from peftc.graph.exported import Flat, export_model
+from peftc.graph.exported import export_model
 from peftc.graph.finding import modules_at
 from peftc.graph.lineage import anchors
 from peftc.graph.region import Capture, Region, Source, SourceCache, opaque_source, parameters_of, weight_source
@@ -15,7 +16,7 @@ from peftc.graph.sites import WeightSite
 from peftc.graph.symbolic import trace_model
 
 
-def whole(model: Any, level: str, inputs: Any) -> Flat | None:
+def whole(model: Any, level: str, inputs: Any) -> Source | None:
     """The program of `model` that `export` captures with `inputs`; None for the other levels, which take none.
 
     Raises CaptureError: no module, no such level, no inputs or too many, what torch.export can't take.
@@ -31,10 +32,9 @@ def whole(model: Any, level: str, inputs: Any) -> Flat | None:
     return None
 
 
-def _source(flat: Flat, model: nn.Module, sites: Mapping[str, WeightSite], saved: Collection[str]) -> Source:
-    training = _source(flat.training, model, sites, saved) if flat.training is not None else None
-    found = anchors(flat.graph, model, sites, saved=saved)
-    return Source(flat.graph, found, signature=flat.signature, training=training)
+def _anchored(flat: Source, model: nn.Module, sites: Mapping[str, WeightSite], saved: Collection[str]) -> Source:
+    training = _anchored(flat.training, model, sites, saved) if flat.training is not None else None
+    return replace(flat, anchors=anchors(flat.graph, model, sites, saved=saved), training=training)
 
 
 def capture(
@@ -43,7 +43,7 @@ def capture(
     sites: Mapping[str, WeightSite],
     called: Collection[str],
     weights: Mapping[str, tuple[str, ...]],
-    flat: Flat | None = None,
+    flat: Source | None = None,
 ) -> tuple[Region, ...]:
     """The regions of `model` that hold the given `sites`, and modules that are `called` as they are.
 
@@ -53,7 +53,7 @@ def capture(
     not trace, or a flat graph does not use a site.
     """
     if flat is not None:
-        return (Region("", _source(flat, model, sites, called)),)
+        return (Region("", _anchored(flat, model, sites, called)),)
     if level == "symbolic":
         return (trace_model(structural_copy(model), sites, called),)
     own = [fqn for fqn, site in sites.items() if site.host is None]

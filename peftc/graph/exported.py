@@ -29,6 +29,7 @@ from peftc.graph.calling import CacheLeaf, Leaf, Signature, is_default, refuse_h
 from peftc.graph.copying import structural_copy
 from peftc.graph.lineage import module_of, split_ties
 from peftc.graph.modes import both_modes
+from peftc.graph.region import Source
 from peftc.graph.sites import is_pretrained
 
 # What a node's meta says of the tensor it gives: its dtype and its sizes, names where they are open.
@@ -36,20 +37,8 @@ VALUE = "value"
 _STACK = "nn_module_stack"
 
 
-@dataclass(frozen=True, eq=False)
-class Flat:
-    """A whole model as one graph: its placeholders are the tensors among the inputs, its output those of the outputs.
-
-    `training`: the graph under train(), if that is not the same but for numbers and flags.
-    """
-
-    graph: fx.Graph
-    signature: Signature
-    training: "Flat | None" = None
-
-
-def export_model(model: nn.Module, inputs: Any) -> Flat:
-    """Trace `model`, as it is called with `inputs` (by name), in train() and in eval().
+def export_model(model: nn.Module, inputs: Any) -> Source:
+    """Trace `model`, as it is called with `inputs` (by name), in train() and in eval(): its graph, without anchors yet.
 
     Traced on a structural copy, without values, so nothing of the model is touched. All sizes of the inputs but 1 are left
     open where the model leaves them so. Raises CaptureError, with the module and the line, if torch.export can't.
@@ -80,7 +69,7 @@ def export_model(model: nn.Module, inputs: Any) -> Flat:
         caches=caches,
     )
     flats = [
-        Flat(graph, replace(signature, outputs=spec))
+        Source(graph, (), signature=replace(signature, outputs=spec))
         for graph, spec in zip(graphs if joined is None else [joined], outputs, strict=False)
     ]
     for flat in flats:

@@ -1,7 +1,7 @@
 """Modules and parameters by their names, through wrappers that were put around modules since the names were noted."""
 
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -28,9 +28,14 @@ def _child(module: nn.Module, name: str) -> nn.Module:
 
 def module_at(model: nn.Module, fqn: str) -> nn.Module:
     """The module `fqn`, through wrappers that were put around modules since."""
-    for name in fqn.split(".") if fqn else ():
-        model = _child(model, name)
-    return model
+    return modules_at(model, [fqn])[fqn]
+
+
+def attribute_at(root: Any, path: str) -> Any:
+    """The attribute at a dotted `path`; None if there is none."""
+    for name in path.split("."):
+        root = getattr(root, name, None)
+    return root
 
 
 def holder_of(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -3,17 +3,16 @@
 import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from peftc.errors import CaptureError
-from peftc.graph.ops import Use, is_turn, operand, use_of
+from peftc.graph.finding import attribute_at
+from peftc.graph.ops import Use, is_turn, operand, use_of, users_of
 from peftc.graph.region import Anchor
 from peftc.graph.sites import SiteIndex, WeightSite
 
-# What may be asked of a weight without any of its values.
 _ASKED = ("shape", "dtype", "device", "ndim")
 
 
@@ -56,7 +55,7 @@ def _anchors_of(site: WeightSite, readers: Sequence[fx.Node], model: nn.Module) 
         raise CaptureError(_never(site.fqn, model))
     uses: list[Use] = []
     for reader in readers:
-        for user in _users(reader):
+        for user in (user for user in users_of(reader) if not _asks(user)):
             use = use_of(user, lambda node: _tensor(model, node).dim())
             if use is None or use.weight is not reader or (use.op.name, use.layout) != (site.op, site.layout):
                 return [Anchor(site.fqn, None, weight, bias)]
@@ -64,13 +63,9 @@ def _anchors_of(site: WeightSite, readers: Sequence[fx.Node], model: nn.Module) 
     return [Anchor(site.fqn, use.node.name, weight, bias) for use in uses]
 
 
-def _users(reader: fx.Node) -> Iterator[fx.Node]:
-    """The nodes that use the values of a weight, turned or not."""
-    for user in reader.users:
-        if is_turn(user):
-            yield from _users(user)
-        elif not (user.target is getattr and user.args[1] in _ASKED) and user.target is not torch.ops.aten.sym_size.int:
-            yield user
+def _asks(user: fx.Node) -> bool:
+    """Whether a node asks something of a weight without any of its values."""
+    return (user.target is getattr and user.args[1] in _ASKED) or user.target is torch.ops.aten.sym_size.int
 
 
 def _never(fqn: str, model: nn.Module) -> str:
@@ -112,7 +107,7 @@ def split_ties(graph: fx.Graph, model: nn.Module) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     for node in [node for node in graph.nodes if node.op == "get_attr"]:
-        own = names.get(id(_at(model, str(node.target))), ())
+        own = names.get(id(attribute_at(model, str(node.target))), ())
         for user in list(_turned(node)) if len(own) > 1 else ():
             name = _nearest(user, own)
             if name is not None and name != node.target:
@@ -134,13 +129,6 @@ def _read_as(graph: fx.Graph, node: fx.Node, user: fx.Node, name: str) -> None:
         if turn is not None:
             old, new = turn, graph.node_copy(turn, lambda _: new)
     user.replace_input_with(old, new)
-
-
-def _at(model: nn.Module, path: str) -> Any:
-    try:
-        return operator.attrgetter(path)(model)
-    except AttributeError:
-        return None
 
 
 def _nearest(user: fx.Node, names: Sequence[str]) -> str | None:

@@ -5,7 +5,7 @@ It is open: a package adds rows under the entry point `peftc.ops`, a process wit
 
 import functools
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Literal, cast
@@ -220,6 +220,12 @@ def is_turn(node: fx.Node) -> bool:
         node.target in ("transpose", torch.transpose, torch.ops.aten.transpose.int)
         and set(node.args[1:]) in ({0, 1}, {-1, -2})
     )
+
+
+def users_of(read: fx.Node) -> Iterator[fx.Node]:
+    """The nodes that use what `read` gives, turned or not."""
+    for user in read.users:
+        yield from users_of(user) if is_turn(user) else (user,)
 
 
 MATMULS = (operator.matmul, torch.matmul, torch.mm, torch.ops.aten.mm.default, torch.ops.aten.matmul.default)

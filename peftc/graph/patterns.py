@@ -49,16 +49,12 @@ def matching(pattern: Pattern, flow: Dataflow) -> list[fx.Node]:
     return [node for node in flow.graph.nodes if node.op != "output" and _is(pattern, node, flow)]
 
 
-def unmet(pattern: Pattern, node: fx.Node, flow: Dataflow) -> list[str]:
-    """What `pattern` asks and `node` does not have, in words; none if it is meant."""
-    return list(_reasons(pattern, node, flow))
-
-
 def _is(pattern: Pattern, node: fx.Node, flow: Dataflow) -> bool:
-    return next(_reasons(pattern, node, flow), None) is None
+    return next(unmet(pattern, node, flow), None) is None
 
 
-def _reasons(pattern: Pattern, node: fx.Node, flow: Dataflow) -> Iterator[str]:
+def unmet(pattern: Pattern, node: fx.Node, flow: Dataflow) -> Iterator[str]:
+    """What `pattern` asks and `node` does not have, in words; none if it is meant."""
     use = flow.use(node)
     if pattern.op is not None and pattern.op not in _called(node, use):
         yield f"is {_called(node, use)[0]}, not {pattern.op}"

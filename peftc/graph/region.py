@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from peftc.graph.calling import Signature
 from peftc.graph.hooked import NAMES, is_hooked, is_patched
-from peftc.graph.ops import is_turn, use_of
+from peftc.graph.ops import Use, use_of, users_of
 from peftc.graph.packing import packed, unpacked
 from peftc.graph.rows import is_plain
 from peftc.graph.stand_in import STANDARD, has_changed, isolated, kept_by
@@ -46,7 +46,7 @@ class Source:
     """A traced graph with its anchors; equal hosts share one. `opaque`: the host itself is a node of the graph.
 
     `signature`: how a whole program is called, whose placeholders are the tensors among its inputs. `training`: what runs
-    in its place under train(), if that is another graph.
+    in its place under train(), if that is another graph (not the same but for numbers and flags).
     """
 
     graph: fx.Graph
@@ -68,12 +68,6 @@ class Region:
 
     host: str
     source: Source
-
-
-def operand(node: fx.Node, place: tuple[int, str]) -> Any:
-    """The argument of `node` at `place`, given by position or keyword."""
-    position, name = place
-    return node.args[position] if position < len(node.args) else node.kwargs.get(name)
 
 
 def parameters_of(forward: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -170,25 +164,18 @@ def _trace_in_mode(module: nn.Module, training: bool) -> fx.Graph | None:
 
 def _weight_op(graph: fx.Graph) -> str | None:
     """The name of the one op that uses the parameter `weight`, if nothing else depends on the weight's values."""
-    found: list[fx.Node] = []
+    found: list[Use] = []
     for node in graph.nodes:
         if node.op == "get_attr" and node.target == "weight":
-            for user in [u for n in node.users for u in (n.users if is_turn(n) else [n])]:
+            for user in users_of(node):
                 use = use_of(user)
                 if use is not None and use.weight is node:
-                    found.append(user)
+                    found.append(use)
                 elif not (user.target is getattr and user.args[1] in ("dtype", "device", "shape")):
                     return None
     has_bias = any(node.op == "get_attr" and node.target == "bias" for node in graph.nodes)
-    if len(found) != 1 or (has_bias and not _takes_bias(found[0])):
-        return None
-    return found[0].name
-
-
-def _takes_bias(node: fx.Node) -> bool:
-    """Whether the op itself adds the bias; else the output of the op is not the site's."""
-    use = use_of(node)
-    return use is not None and use.form.bias is not None
+    # The op itself has to add the bias; else its output is not the site's.
+    return found[0].node.name if len(found) == 1 and (found[0].form.bias is not None or not has_bias) else None
 
 
 def opaque_source(parameters: list[inspect.Parameter]) -> Source:

@@ -56,12 +56,8 @@ def is_quantised(module: nn.Module) -> bool:
 
 def is_known_linear(module: nn.Module) -> bool:
     """Whether a call of `module` is a linear map though it can't be traced: its class is torch's own, or quantised."""
-    return type(module).forward is nn.Linear.forward or is_quantised(module) or not _is_trainable(module)
-
-
-def _is_trainable(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
-    return weight is not None and is_plain(weight)
+    return type(module).forward is nn.Linear.forward or is_quantised(module) or weight is None or not is_plain(weight)
 
 
 def is_plain(weight: torch.Tensor) -> bool:
@@ -145,10 +141,6 @@ def _attention(module: nn.Module) -> Shape | None:
     return Shape(module.embed_dim, module.embed_dim) if isinstance(module, nn.MultiheadAttention) else None
 
 
-def _same_linear(node: fx.Node) -> Any:
-    return F.linear
-
-
 _PRODUCT = Form(weight=(1, "other"), bias=None, turned=True)
 
 OPS = (
@@ -162,7 +154,7 @@ OPS = (
             **dict.fromkeys(MATMULS, _PRODUCT),
         },
         _linear,
-        _same_linear,
+        lambda node: F.linear,
     ),
     Op("attention", shape_of=_attention),
     Op(

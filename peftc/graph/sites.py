@@ -1,7 +1,7 @@
 """The site index: every place of a model that a rule may rewrite, read without touching a weight."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
@@ -96,6 +96,12 @@ class WeightSite(Site):
         return self.fqn if self.host is None else self.host
 
     @property
+    def has_plain_weight(self) -> bool:
+        """Whether its weight can be computed with: floating-point numbers of two bytes or more; a quantised one can't."""
+        dtype = dtype_of(self.dtype)
+        return self.weight is not None and dtype.is_floating_point and dtype.itemsize > 1
+
+    @property
     def added(self) -> str | None:
         """A child of the owner for this weight, which is one of several."""
         if self.host is None:
@@ -151,6 +157,11 @@ def layer_index(fqn: str) -> int | None:
 def parameter_name(module: str, name: str) -> str:
     """The fqn of parameter `name` of module `module`."""
     return f"{module}.{name}" if module else name
+
+
+def is_inside(fqn: str, modules: Iterable[str]) -> bool:
+    """Whether `fqn` is one of `modules`, or in one."""
+    return any(fqn == module or fqn.startswith(f"{module}.") for module in modules)
 
 
 def index_sites(model: nn.Module, role_of: Callable[[str], str | None]) -> SiteIndex:

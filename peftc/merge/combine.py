@@ -15,6 +15,7 @@ from peftc.registry import is_own
 from peftc.rewrite.program import Program
 from peftc.rule import Bound, Combination, Part, Rule
 from peftc.specs import AdapterSpec
+from peftc.specs.selection import shortest_names
 
 _WHAT = "add_weighted_adapter"
 
@@ -102,9 +103,9 @@ def fill(program: Program, adapter: str, weights: Mapping[str, float], how: Comb
             if e.site == edit.site and e.rule == edit.rule
         ]
         if edit.whole:
-            values = {name: tensor.detach() for name, tensor in _tensors(program, sources[0][0]).items()}
+            values = _tensors(program, sources[0][0])
         else:
-            parts = [Part(weight, _bound(program, source)) for source, weight in sources]
+            parts = [Part(weight, Bound({**_tensors(program, own), **own.constants})) for own, weight in sources]
             values = edit.rule.combine(program.plan.sites[edit.site], parts, how)
         for param in edit.params:
             target = program.adapters[adapter].tensor(edit, param.key)
@@ -123,11 +124,8 @@ def _require_result(edit: Edit, target: Tensor, value: Tensor) -> None:
 
 
 def _tensors(program: Program, edit: Edit) -> dict[str, Tensor]:
-    return program.adapters[edit.adapter].part(edit).tensors()
-
-
-def _bound(program: Program, edit: Edit) -> Bound:
-    return Bound({**{name: tensor.detach() for name, tensor in _tensors(program, edit).items()}, **edit.constants})
+    tensors = program.adapters[edit.adapter].part(edit).tensors()
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _groups(program: Program, weights: Mapping[str, float], wanted: Callable[[Edit], bool]) -> dict[str, list[str]]:
@@ -149,8 +147,5 @@ def _rule(program: Program, adapter: str) -> Rule[Any]:
 
 
 def target_names(base: nn.Module, sites: Sequence[str]) -> tuple[str, ...]:
-    """The sites' last names, if these mean no other module; else the sites themselves."""
-    names = tuple(dict.fromkeys(fqn.rpartition(".")[2] for fqn in sites))
-    ends = tuple(f".{name}" for name in names)
-    own = [fqn for fqn, _ in base.named_modules() if fqn in names or fqn.endswith(ends)]
-    return names if set(own) == set(sites) else tuple(sites)
+    """The sites' last names, if these mean no other module of `base`; else the sites themselves."""
+    return shortest_names(sites, [fqn for fqn, _ in base.named_modules()])

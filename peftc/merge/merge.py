@@ -79,16 +79,17 @@ def unmerge(program: Program, check: bool = True, progress: bool = False) -> Non
     if not program.merged:
         raise MergeError("no adapter is merged")
     reshard(program.base)
-    gone = [parameter_name(item.owner, item.leaf) for item in program.merge.replaced if _is_gone(item)]
+    replaced = program.merge.replaced
+    gone = [parameter_name(one.owner, one.leaf) for one in replaced if one.original is None and one.merged is None]
     if gone:
         raise MergeError(f"{', '.join(program.merged)} merged with undo='none': the original {gone[0]}, … is gone")
-    for item in program.merge.replaced:
+    for item in replaced:
         require_intact(program, item, check)
-    names, replaced = program.merged, len(program.merge.replaced)
+    names, count = program.merged, len(replaced)
     begin = perf_counter()
-    with _quiet(program), bar("unmerge", replaced, "tensors", progress) as tick:
+    with _quiet(program), bar("unmerge", count, "tensors", progress) as tick:
         restore(program, check, tick)
-    _LOG.info("unmerged %s: %d tensors, %.2f s", ", ".join(names), replaced, perf_counter() - begin)
+    _LOG.info("unmerged %s: %d tensors, %.2f s", ", ".join(names), count, perf_counter() - begin)
 
 
 def forget(program: Program) -> None:
@@ -257,7 +258,3 @@ def _exchange(program: Program, item: Folded, keep: bool, held: Container[int], 
         slots[item.leaf] = parameter_at(program.base, item.same)
     else:
         slots[item.leaf] = nn.Parameter(value, requires_grad=False) if isinstance(old, nn.Parameter) else value
-
-
-def _is_gone(item: Replaced) -> bool:
-    return item.original is None and item.merged is None

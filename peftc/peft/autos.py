@@ -23,6 +23,16 @@ __all__ = [
 _DOWNLOAD = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 
 
+_BY_TASK = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
 class AutoPeftModel:
     """A base model with an adapter, of the class that the adapter's config names.
 
@@ -86,44 +96,34 @@ class AutoPeftModel:
 class AutoPeftModelForCausalLM(AutoPeftModel):
     """For causal language models."""
 
-    auto_class = "AutoModelForCausalLM"
+    auto_class = _BY_TASK["CAUSAL_LM"]
 
 
 class AutoPeftModelForSeq2SeqLM(AutoPeftModel):
     """For sequence-to-sequence language models."""
 
-    auto_class = "AutoModelForSeq2SeqLM"
+    auto_class = _BY_TASK["SEQ_2_SEQ_LM"]
 
 
 class AutoPeftModelForSequenceClassification(AutoPeftModel):
     """For sequence classification."""
 
-    auto_class = "AutoModelForSequenceClassification"
+    auto_class = _BY_TASK["SEQ_CLS"]
 
 
 class AutoPeftModelForTokenClassification(AutoPeftModel):
     """For token classification."""
 
-    auto_class = "AutoModelForTokenClassification"
+    auto_class = _BY_TASK["TOKEN_CLS"]
 
 
 class AutoPeftModelForQuestionAnswering(AutoPeftModel):
     """For extractive question answering."""
 
-    auto_class = "AutoModelForQuestionAnswering"
+    auto_class = _BY_TASK["QUESTION_ANS"]
 
 
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     """For embeddings."""
 
-    auto_class = "AutoModel"
-
-
-_BY_TASK = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
+    auto_class = _BY_TASK["FEATURE_EXTRACTION"]

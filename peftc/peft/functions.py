@@ -13,8 +13,8 @@ from peftc import api
 from peftc.checkpoint import locate, read_adapter
 from peftc.checkpoint.base import originals
 from peftc.errors import AdapterError
+from peftc.peft.adapted import BaseTunerLayer
 from peftc.peft.configs import PeftConfig
-from peftc.peft.layers import BaseTunerLayer
 from peftc.peft.models import PeftModel, in_base, root_in
 from peftc.peft.roots import attach
 from peftc.peft.tuner import BaseTuner, cast_adapter_dtype

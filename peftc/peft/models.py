@@ -19,7 +19,7 @@ from peftc.graph.finding import module_at
 from peftc.graph.sites import parameter_name, transformers_config
 from peftc.peft.configs import PeftConfig, spec_of
 from peftc.peft.roots import Root, adopt, attach, release, require_root, root_of, take, tell
-from peftc.peft.tuner import BaseTuner, MixedModel, call, tuner_class
+from peftc.peft.tuner import BaseTuner, MixedModel, Rooted, call, tuner_class
 from peftc.peft.types import TaskType
 from peftc.prompts.files import prompt_edit
 from peftc.status import LayerStatus, ModelStatus
@@ -58,7 +58,7 @@ _OPTIONS = [
 ]
 
 
-class PeftModel(nn.Module):
+class PeftModel(Rooted):
     """`model` with the adapter of a config, attached in place. `unload()` gives the model back intact.
 
     Parameters are named as in PEFT (`base_model.model.….lora_A.default.weight`), without its `.base_layer`. Attributes
@@ -101,25 +101,13 @@ class PeftModel(nn.Module):
     def _tuner_class(config: Any) -> type[BaseTuner]:
         return tuner_class(config)
 
-    @property
-    def root(self) -> Root:
-        """What stands behind. Raises AdapterError after unloading."""
-        return require_root(self.get_base_model())
+    def _base(self) -> nn.Module:
+        return self.get_base_model()
 
     @property
     def compiled(self) -> CompiledModel:
         """The compiled model behind: its plan, its code, what it refuses and why."""
         return self.root.compiled
-
-    @property
-    def peft_config(self) -> dict[str, Any]:
-        """Config by adapter name. What files say of an adapter's origin follows changes of its config."""
-        return self.root.configs
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The active adapters, in load order."""
-        return list(self.root.program.active)
 
     @property
     def active_adapter(self) -> str | list[str]:
@@ -185,19 +173,6 @@ class PeftModel(nn.Module):
         _describe(self.get_base_model(), peft_config)
         attach(self.get_base_model(), {adapter_name: peft_config}, autocast=autocast_adapter_dtype)
 
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate an adapter, and train it unless `inference_mode`. What is merged is unmerged first."""
-        self.root.unmerge()
-        self.root.activate(adapter_name, inference_mode)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let these adapters train, active or not, or freeze them."""
-        self.compiled.set_requires_grad(adapter_names, requires_grad)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off. Raises AdapterError on an unknown name."""
-        self.root.delete(adapter_name)
-
     @contextmanager
     def disable_adapter(self) -> Generator[None]:
         """A context in which the model is the base. Raises MergeError while merged."""
@@ -222,8 +197,7 @@ class PeftModel(nn.Module):
         cast_up = bool(kwargs.get("autocast_adapter_dtype", True))
         options = _load_options(kwargs)
         spec = None if config is None else spec_of(config)
-        if isinstance(model, PeftModel | BaseTuner):
-            model = model.get_base_model() if isinstance(model, PeftModel) else model.model
+        model = model._base() if isinstance(model, Rooted) else model
         root = root_of(model)
         if root is None:
             compiled = CompiledModel.from_pretrained(
@@ -412,13 +386,13 @@ class PeftModel(nn.Module):
 
 def attach_first(model: nn.Module, config: Any, name: str, autocast: bool) -> Root:
     """Give a model its first adapter here, or one more, which is active then."""
-    if isinstance(model, PeftModel | BaseTuner):
+    if isinstance(model, Rooted):
         warnings.warn(
             "the model has adapters already; they stay, and the new one is added to them. unload() first if only the new"
             " one is meant",
             stacklevel=4,
         )
-        model = require_root(model.get_base_model() if isinstance(model, PeftModel) else model.model).program.base
+        model = model.root.program.base
     if not isinstance(config, PeftConfig):
         spec_of(config)  # Raises TypeError for what is no config at all.
     _describe(model, config)
@@ -566,7 +540,7 @@ def root_in(model: Any) -> Root:
     Raises AdapterError if it has no adapters.
     """
     inner = getattr(model, "_orig_mod", model)
-    return inner.root if isinstance(inner, PeftModel | BaseTuner) else require_root(inner)
+    return inner.root if isinstance(inner, Rooted) else require_root(inner)
 
 
 def get_layer_status(model: nn.Module) -> list[LayerStatus]:

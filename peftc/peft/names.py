@@ -27,6 +27,8 @@ _HOMES = (
     "types",
     "functions",
     "tuner",
+    "adapted",
+    "wrappers",
     "layers",
     "autos",
     "encoders",

@@ -18,9 +18,10 @@ from peftc.compiled import CompiledModel
 from peftc.errors import AdapterError, NoMatchError
 from peftc.graph.finding import module_at
 from peftc.lifecycle import describe, named, require_known
+from peftc.peft.adapted import ROOT, BaseTunerLayer
 from peftc.peft.configs import config_from, resolve, spec_of
 from peftc.peft.experts import with_experts
-from peftc.peft.layers import ROOT, BaseTunerLayer, classes_at
+from peftc.peft.layers import classes_at
 from peftc.plan import Edit
 from peftc.registry import is_own
 from peftc.rewrite.calibration import Calibration

@@ -15,8 +15,8 @@ from peftc.lifecycle import planned
 from peftc.peft.configs import spec_of
 from peftc.peft.models import root_in
 from peftc.peft.roots import CALIBRATED, Root, attach, root_of
-from peftc.plan import Plan
-from peftc.rewrite.build import parked, require_applicable
+from peftc.plan import Plan, require_applicable
+from peftc.rewrite.build import parked
 from peftc.rewrite.calibration import Calibration, Call, observe
 from peftc.specs import AdapterSpec
 from peftc.specs.selection import exact_patterns

@@ -1,6 +1,6 @@
 """PEFT's tuner models: what stands between a PeftModel and its base, and can be made alone."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, cast
 
 import torch
@@ -8,22 +8,56 @@ from torch import Tensor, nn
 
 import peftc.peft.layers as layers
 from peftc.checkpoint.state import saved_state_dict, spec_filed
+from peftc.compiled_graph import called
 from peftc.errors import AdapterError
 from peftc.lifecycle import named
+from peftc.peft.adapted import BaseTunerLayer
 from peftc.peft.configs import PeftConfig, spec_of
-from peftc.peft.layers import BaseTunerLayer
 from peftc.peft.methods import METHODS
 from peftc.peft.roots import Root, attach, release, require_root, root_of
 from peftc.peft.types import PeftType
 from peftc.registry import is_own
-from peftc.rewrite.calling import calling
 from peftc.rewrite.learning import after_step, penalty, with_penalty
-from peftc.rewrite.mixed import mixed
 
 __all__ = ["BaseTuner", "MixedModel", "cast_adapter_dtype"]
 
 
-class BaseTuner(nn.Module):
+class Rooted(nn.Module):
+    """A module around a base that has adapters, which its root keeps."""
+
+    def _base(self) -> nn.Module:
+        raise NotImplementedError
+
+    @property
+    def root(self) -> Root:
+        """What stands behind. Raises AdapterError after unloading."""
+        return require_root(self._base())
+
+    @property
+    def peft_config(self) -> dict[str, Any]:
+        """Config by adapter name. What files say of an adapter's origin follows changes of its config."""
+        return self.root.configs
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The active adapters, in load order."""
+        return list(self.root.program.active)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Activate exactly these adapters, and train them unless `inference_mode`. What is merged is unmerged first."""
+        self.root.unmerge()
+        self.root.activate(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Let these adapters train, active or not, or freeze them."""
+        self.root.compiled.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter off. Raises AdapterError on an unknown name."""
+        self.root.delete(adapter_name)
+
+
+class BaseTuner(Rooted):
     """A model with adapters, attached in place; `model` is the base with its names and class.
 
     `peft_config`: a config, or configs by adapter name. Attributes that are not found here are those of the base.
@@ -61,15 +95,8 @@ class BaseTuner(nn.Module):
         new.model = root.program.base
         return new
 
-    @property
-    def root(self) -> Root:
-        """What stands behind. Raises AdapterError after unloading."""
-        return require_root(self.model)
-
-    @property
-    def peft_config(self) -> dict[str, Any]:
-        """Config by adapter name."""
-        return self.root.configs
+    def _base(self) -> nn.Module:
+        return self.model
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -79,11 +106,6 @@ class BaseTuner(nn.Module):
         own = (edit for edit in program.plan.edits if is_own(specs[edit.adapter], edit.rule) and not edit.follows)
         sites = [program.plan.sites[edit.site] for edit in own]
         return list(dict.fromkeys(site.owner if getattr(site, "host", None) is None else site.fqn for site in sites))
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The active adapters, in load order."""
-        return list(self.root.program.active)
 
     @property
     def active_adapter(self) -> list[str]:
@@ -114,19 +136,6 @@ class BaseTuner(nn.Module):
         root = self.root
         if adapter_name not in root.program.plan.adapters:
             attach(root.program.base, {adapter_name: self.peft_config[adapter_name]}, autocast=autocast_adapter_dtype)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate exactly these adapters, and train them unless `inference_mode`. What is merged is unmerged first."""
-        self.root.unmerge()
-        self.root.activate(adapter_name, inference_mode)
-
-    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
-        """Let these adapters train, active or not, or freeze them."""
-        self.root.compiled.set_requires_grad(adapter_names, requires_grad)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off."""
-        self.root.delete(adapter_name)
 
     def enable_adapter_layers(self) -> None:
         """Turn the adapters on again."""
@@ -180,15 +189,7 @@ def call(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], several
     run = cast(Any, base).generate if several else base
     if root is None and names is None:
         return run(*args, **kwargs)
-    program = require_root(base).program
-    with calling(program, args, kwargs, names) as tell:
-        if names is None:
-            output = run(*args, **kwargs)
-        else:
-            with mixed(program, names, several=several):
-                output = run(*args, **kwargs)
-        tell(output)
-        return output
+    return called(require_root(base).program, run, args, kwargs, names, several)
 
 
 def _unloaded(base: nn.Module, unload: Callable[[Root], nn.Module]) -> nn.Module:

@@ -1,8 +1,9 @@
 """The plan: what will change, computed before anything does. Reads structure only, never a weight."""
 
 from peftc.edits import Conflict, Costs, Edit, Miss, PlannedParam, TrainedTensor
+from peftc.plan.applicable import require_applicable, require_same
 from peftc.plan.join import without
-from peftc.plan.make import make_plan, require_same
+from peftc.plan.make import make_plan
 from peftc.plan.plan import Plan
 from peftc.plan.saved import MODULES_TO_SAVE
 
@@ -16,6 +17,7 @@ __all__ = [
     "PlannedParam",
     "TrainedTensor",
     "make_plan",
+    "require_applicable",
     "require_same",
     "without",
 ]

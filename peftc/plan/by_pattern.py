@@ -10,6 +10,7 @@ from peftc.graph.patterns import Dataflow, of_weight, unmet
 from peftc.graph.sites import SiteIndex, WeightSite
 from peftc.registry import ops_of
 from peftc.specs import AdapterSpec, ParameterSelection, Pattern
+from peftc.specs.selection import shortest_names
 
 _SHOWN = 4
 
@@ -62,7 +63,7 @@ def _reasons_of_nodes(pattern: Pattern, flow: Dataflow) -> Callable[[WeightSite]
             uses.setdefault(str(use.weight.target), []).append(node)
 
     def reasons(site: WeightSite) -> list[str]:
-        found = [unmet(pattern, node, flow) for node in uses.get(str(site.weight), ())]
+        found = [list(unmet(pattern, node, flow)) for node in uses.get(str(site.weight), ())]
         return min(found, key=len) if found else ["is used by no op that is known"]
 
     return reasons
@@ -87,10 +88,7 @@ def _nearly(why: dict[str, list[str]]) -> str:
 
 def _named(spec: AdapterSpec, chosen: list[str], index: SiteIndex) -> AdapterSpec:
     """The spec by names: ends of fqns where they select the same, else whole ones; parameters by theirs."""
-    modules = [fqn for fqn in chosen if fqn in index.sites]
-    ends = tuple(dict.fromkeys(fqn.rpartition(".")[2] for fqn in modules))
-    same = [fqn for fqn in index.modules if any(fqn == end or fqn.endswith(f".{end}") for end in ends)]
-    update: dict[str, tuple[str, ...]] = {"target_modules": ends if same == modules else tuple(modules)}
+    update = {"target_modules": shortest_names([fqn for fqn in chosen if fqn in index.sites], index.modules)}
     inner = tuple(fqn for fqn in chosen if fqn in index.inner)
     if inner and isinstance(spec, ParameterSelection):
         update["target_parameters"] = (*(spec.target_parameters or ()), *inner)

@@ -1,13 +1,18 @@
 """What a rule asks for at a site, and the edit that it becomes."""
 
-from collections.abc import Sequence
+import functools
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
+from torch import nn
+
 from peftc.edits import Edit, PlannedParam
-from peftc.errors import CaptureError
+from peftc.errors import CaptureError, RuleError
 from peftc.graph.sites import Site, WeightSite, dtype_of
-from peftc.rule import Constant, Param, Placed, Rule, flops_per_token, validate
+from peftc.rule import SLOTS, Constant, Param, Placed, Rule
 from peftc.specs import AdapterSpec
 
 
@@ -60,7 +65,7 @@ def weight_edit(
     params, dropouts, shared = rule.params(spec, site), rule.dropouts(spec, site), placed.shared
     constants = {**rule.constants(spec, site), **placed.constants}
     slots = _reachable(rule, spec, site, access)
-    validate(rule, slots, {**params, **shared}, constants, dropouts)
+    _validate(rule, slots, {**params, **shared}, constants, dropouts)
     own = [planned(name, param, dtype) for name, param in params.items()]
     own += [planned(name, param, dtype, shared=True) for name, param in shared.items()]
     return Edit(
@@ -71,7 +76,7 @@ def weight_edit(
         params=tuple(own),
         constants=constants,
         dropouts=dropouts,
-        flops_per_token=0 if slots == ("weight",) else flops_per_token({**params, **shared}),
+        flops_per_token=0 if slots == ("weight",) else _flops_per_token({**params, **shared}),
         opaque=access.opaque,
         unmergeable=_unmergeable(rule, spec, site, slots, access),
         saved_as=saved_as,
@@ -95,10 +100,9 @@ def _reachable(rule: Rule[Any], spec: AdapterSpec, site: WeightSite, access: Acc
 
 
 def _no_weight(site: WeightSite) -> str | None:
-    dtype = dtype_of(site.dtype)
     if site.weight is None:
         return "its weight is no plain parameter"
-    return None if dtype.is_floating_point and dtype.itemsize > 1 else f"its weight is {site.dtype}"
+    return None if site.has_plain_weight else f"its weight is {site.dtype}"
 
 
 def _unmergeable(
@@ -134,3 +138,61 @@ def adapter_dtype(weight: str, autocast: bool) -> str:
     dtype = dtype_of(weight)
     trainable = dtype.is_floating_point and dtype.itemsize > 1
     return "float32" if not trainable or (autocast and dtype.itemsize == 2) else weight
+
+
+_INITS = r"zeros|ones|kaiming_uniform|rule|gathered|drawn|derived|normal(:[\d.e-]+)?|(uniform|constant):[\d.e+-]+"
+
+
+def _validate(
+    rule: Rule[Any],
+    slots: Sequence[str],
+    params: Mapping[str, Param],
+    constants: Mapping[str, Constant],
+    dropouts: Mapping[str, float],
+) -> None:
+    """Raise RuleError, naming the rule, if a declaration breaks the contract."""
+    types = tuple((name, type(value)) for name, value in constants.items())
+    wrong = _wrong(tuple(slots), tuple(params.items()), types, tuple(dropouts))
+    if wrong:
+        raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}): {'; '.join(wrong)}")
+
+
+@functools.lru_cache(maxsize=1024)
+def _wrong(
+    slots: tuple[str, ...],
+    declared: tuple[tuple[str, Param], ...],
+    constants: tuple[tuple[str, type], ...],
+    dropouts: tuple[str, ...],
+) -> list[str]:
+    """What breaks the contract. Equal layers declare the same, and are looked at once."""
+    params = dict(declared)
+    keys = [param.key or name for name, param in params.items()]
+    firsts = {key.partition(".")[0] for key in keys}
+    others = [*(name for name, _ in constants), *dropouts]
+    names = [*params, *others]
+    return [
+        *(f"slot {slot!r} is none of {', '.join(SLOTS)}" for slot in slots if slot not in SLOTS),
+        *([] if params else ["it declares no parameter"]),
+        *(f"{name!r} is declared twice" for name in dict.fromkeys(names) if names.count(name) > 1),
+        *(f"{name!r} is declared twice" for name in others if name in firsts - set(params)),
+        *(f"key {key!r} is used twice" for key in dict.fromkeys(keys) if keys.count(key) > 1),
+        *(f"{name!r} is a name that modules have" for name in [*keys, *dropouts] if name.partition(".")[0] in _TAKEN),
+        *(f"{n}: unknown init {p.init!r}" for n, p in params.items() if not re.fullmatch(_INITS, p.init)),
+        *(f"{n}: a seed for init 'rule'" for n, p in params.items() if p.seed is not None and p.init == "rule"),
+        *(
+            f"{n}: axes {p.axes!r} for shape {p.shape}"
+            for n, p in params.items()
+            if len(p.axes or p.shape) != len(p.shape)
+        ),
+        *(f"constant {name!r} is a {kind.__name__}" for name, kind in constants if kind not in _PLAIN),
+    ]
+
+
+_PLAIN = (float, int, bool, str, tuple)
+_TAKEN = frozenset({*dir(nn.Module()), "weight", "bias", "op"})
+
+
+def _flops_per_token(params: Mapping[str, Param]) -> int:
+    """The FLOPs that a rule's parameters add per token, or per output position of a convolution."""
+    each = {"matrix": 2, "vector": 1, "lookup": 0}
+    return sum(each[param.use] * prod(param.shape) for param in params.values())

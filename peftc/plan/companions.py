@@ -1,10 +1,10 @@
 """What an adapter adapts beside its spec's own targets: specs that belong to it, and ends of ties that follow."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from peftc.edits import Miss
-from peftc.graph.sites import SiteIndex, WeightSite
+from peftc.graph.sites import SiteIndex, is_inside
 from peftc.plan.match import Match, match, unfit
 from peftc.registry import find_rule
 
@@ -38,7 +38,7 @@ def _apart(adapter: str, own: Match, first: Match) -> Match:
     misses += [
         Miss(adapter, "", site.fqn, "is in modules_to_save, which trains all of it: leave it out of one of the two")
         for site in own.sites
-        if _inside(site.fqn, first.saved)
+        if is_inside(site.fqn, first.saved)
     ]
     taken = {miss.value for miss in misses}
     sites = tuple(site for site in own.sites if site.fqn not in taken)
@@ -61,7 +61,7 @@ def _with_ends(adapter: str, found: Match, others: Sequence[Match], index: SiteI
         fqn = weight.rpartition(".")[0]
         if fqn == first.fqn:
             continue
-        if fqn in adapted or _inside(fqn, saved):
+        if fqn in adapted or is_inside(fqn, saved):
             # Files have one or the other at a module; so what the adapter does there itself is in the way.
             wrong = found.spec.ties_bind or (fqn in adapted and not adapted[fqn].beside)
             told = f"is tied to {fqn}, which has tensors of its own" + (
@@ -77,12 +77,5 @@ def _with_ends(adapter: str, found: Match, others: Sequence[Match], index: SiteI
             continue
         sites[fqn] = site
         follows[fqn] = first.fqn
-    return replace(found, sites=_in_order(sites, index), follows=follows, misses=tuple(misses))
-
-
-def _in_order(sites: dict[str, WeightSite], index: SiteIndex) -> tuple[WeightSite, ...]:
-    return tuple(sites[fqn] for fqn in (*index.sites, *index.inner) if fqn in sites)
-
-
-def _inside(fqn: str, modules: Collection[str]) -> bool:
-    return any(fqn == module or fqn.startswith(f"{module}.") for module in modules)
+    ordered = tuple(sites[fqn] for fqn in (*index.sites, *index.inner) if fqn in sites)
+    return replace(found, sites=ordered, follows=follows, misses=tuple(misses))

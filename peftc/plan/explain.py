@@ -2,10 +2,11 @@
 
 from peftc.edits import Edit
 from peftc.graph.sites import SiteIndex, WeightSite
-from peftc.plan.match import in_layer, selects
+from peftc.plan.match import in_layer
 from peftc.plan.plan import Plan
 from peftc.registry import find_rule, ops_of
 from peftc.specs import AdapterSpec, LayerSelection, ParameterSelection
+from peftc.specs.selection import selects
 
 
 def site_lines(plan: Plan, index: SiteIndex, fqn: str) -> list[str]:

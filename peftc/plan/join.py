@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from peftc.edits import Conflict, Costs, Edit, TrainedTensor
-from peftc.graph.sites import Site, WeightSite, dtype_of
+from peftc.graph.sites import Site, WeightSite, dtype_of, is_inside
 from peftc.plan.plan import Plan
 from peftc.specs import AdapterSpec
 
@@ -84,7 +84,7 @@ def _between(saver: str, other: str, whole: Sequence[str], places: Sequence[str]
         Conflict(fqn, (saver, other), f"{saver!r} saves it whole (modules_to_save), {other!r} changes {inner!r} in it")
         for fqn in whole
         for inner in places
-        if inner == fqn or inner.startswith(f"{fqn}.")
+        if is_inside(inner, (fqn,))
     ]
 
 

@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import fx, nn
 
-from peftc.architectures import families
+from peftc.architectures import role_of
 from peftc.edits import Costs, Edit, Miss, PlannedParam, TrainedTensor
-from peftc.errors import CaptureError, PlanError, RuleError
+from peftc.errors import CaptureError, RuleError
 from peftc.graph.capture import capture
 from peftc.graph.copying import structural_copy
 from peftc.graph.dry_run import unused
-from peftc.graph.exported import Flat
 from peftc.graph.finding import modules_at
 from peftc.graph.fingerprint import fingerprint
 from peftc.graph.hooked import given_class, is_offloaded, parallel_style
@@ -23,7 +22,7 @@ from peftc.graph.ops import op_named
 from peftc.graph.patterns import Dataflow, feeds
 from peftc.graph.region import Capture, Region, Source
 from peftc.graph.rows import is_known_linear
-from peftc.graph.sites import SiteIndex, WeightSite, dtype_name, index_sites, transformers_config
+from peftc.graph.sites import Site, SiteIndex, WeightSite, dtype_name, index_sites
 from peftc.graph.symbolic import flat_graph_of, graph_of
 from peftc.plan.by_pattern import dataflow
 from peftc.plan.claims import Access, adapter_dtype, weight_edit
@@ -44,7 +43,7 @@ def make_plan(
     autocast_adapter_dtype: bool,
     among: Plan | None = None,
     fresh: bool = True,
-    flat: Flat | None = None,
+    flat: Source | None = None,
 ) -> tuple[Plan, tuple[Region, ...]]:
     """The plan of adapting `model` with `specs` (by adapter name, in order), and the regions it was made on.
 
@@ -59,27 +58,26 @@ def make_plan(
     for name, spec in specs.items():
         all_ = with_companions(name, _match(name, spec, model, level, index, flow, dtype_for, flat), index)
         matches[name] = [_without_unused(name, one, model, index) for one in all_] if fresh else _that_is_why(all_)
-    found_by = [(name, found) for name, all_ in matches.items() for found in all_]
-    touched = {site.fqn: site for _, found in found_by for site in found.sites}
-    sites = {fqn: touched[fqn] for fqn in (*index.sites, *index.inner) if fqn in touched}
+    found = [(name, own) for name, all_ in matches.items() for own in all_]
+    touched = {site.fqn for _, own in found for site in own.sites}
+    sites = {fqn: site for fqn, site in {**index.sites, **index.inner}.items() if fqn in touched}
     # A site inside a module that another adapter saves is a conflict; it is captured as the site it also is.
-    whole = {fqn for _, found in found_by for fqn in found.saved} - sites.keys()
-    calls = {claim.site.fqn: claim.site for _, found in found_by for claim in found.claims}
-    regions = _captured(model, level, sites, {*whole, *calls}, index, among, flat)
+    others: dict[str, Site] = {fqn: saved_site(model, fqn) for _, own in found for fqn in own.saved if fqn not in sites}
+    others |= {claim.site.fqn: claim.site for _, own in found for claim in own.claims}
+    regions = _captured(model, level, sites, {*others}, index, among, flat)
     access = _access(level, regions, sites, model)
-    edits = [edit for name, found in found_by for edit in _edits(name, found, access, dtype_for)]
-    # Copies come last: what they copy is the module before any rewrite.
-    edits += [_save(name, model, fqn) for name, found in found_by for fqn in found.saved]
-    trained = tuple(t for name, found in found_by for t in _trained(name, found, index))
+    edits = [edit for name, own in found for edit in _edits(name, own, access, dtype_for)]
+    edits += [_save(name, model, fqn) for name, own in found for fqn in own.saved]
+    trained = tuple(t for name, own in found for t in _trained(name, own, index))
     plan = Plan(
         model=given_class(type(model)).__name__,
         capture=level,
         fingerprint=fingerprint(model, index),
         adapters={name: all_[0].spec for name, all_ in matches.items()},
-        sites={**sites, **{fqn: saved_site(model, fqn, role_of(model)(fqn)) for fqn in whole}, **calls},
+        sites={**sites, **others},
         edits=tuple(edits),
         trained=trained,
-        misses=tuple(miss for _, found in found_by for miss in found.misses),
+        misses=tuple(miss for _, own in found for miss in own.misses),
         conflicts=(),
         ties=index.ties,
         cautions=(),
@@ -87,11 +85,10 @@ def make_plan(
         costs=add_costs(_base_costs(index), added_costs(edits, trained)),
         flows=feeds(flow) if flow is not None else (),
     )
-    order = [name for fqn in index.modules for name in (fqn, *index.hosted.get(fqn, ()))]
-    return joined(among, plan, order), regions
+    return joined(among, plan, [name for fqn in index.modules for name in (fqn, *index.hosted.get(fqn, ()))]), regions
 
 
-def _indexed(model: nn.Module, level: Capture, specs: Mapping[str, AdapterSpec], flat: Flat | None) -> SiteIndex:
+def _indexed(model: nn.Module, level: Capture, specs: Mapping[str, AdapterSpec], flat: Source | None) -> SiteIndex:
     index = index_sites(model, role_of(model))
     if flat is not None:
         return with_ops(index, flat.graph, model)
@@ -99,18 +96,14 @@ def _indexed(model: nn.Module, level: Capture, specs: Mapping[str, AdapterSpec],
     return with_ops(index, graph_of(structural_copy(model)), model) if level == "symbolic" and by_weight else index
 
 
-def _dataflow(model: nn.Module, level: Capture, specs: Mapping[str, AdapterSpec], flat: Flat | None) -> Dataflow | None:
+def _dataflow(
+    model: nn.Module, level: Capture, specs: Mapping[str, AdapterSpec], flat: Source | None
+) -> Dataflow | None:
     """What patterns are matched in: the program, or a trace, if a spec asks for one."""
     if flat is not None:
         return dataflow(flat.graph, model)
     asked = any(isinstance(spec.target_modules, Pattern) for spec in specs.values())
     return dataflow(flat_graph_of(structural_copy(model)), model) if level == "symbolic" and asked else None
-
-
-def role_of(model: nn.Module) -> Callable[[str], str | None]:
-    """What gives the role of a name in `model`, if its architecture is known."""
-    family = families().get(getattr(transformers_config(model), "model_type", None) or "")
-    return (lambda fqn: None) if family is None else family.role_of
 
 
 def _match(
@@ -121,7 +114,7 @@ def _match(
     index: SiteIndex,
     flow: Dataflow | None,
     dtype_for: Callable[[str], str],
-    flat: Flat | None,
+    flat: Source | None,
 ) -> Match:
     for rule in rules_of(spec):
         find = next((row.find for row in map(op_named, rule.ops) if row.find is not None), None)
@@ -181,7 +174,7 @@ def _captured(
     called: set[str],
     index: SiteIndex,
     among: Plan | None,
-    flat: Flat | None,
+    flat: Source | None,
 ) -> tuple[Region, ...]:
     """The regions of sites and modules that are called as they are; of one graph, with those that are there already."""
     hosts = {
@@ -292,21 +285,6 @@ def _saved_as(sites: Sequence[WeightSite]) -> dict[str, str]:
         for depth, site in enumerate(reversed(own)):
             paths[site.fqn] = host + ".base_layer" * depth
     return paths
-
-
-def require_same(planned: Plan, made: Plan) -> None:
-    """Refuse a model whose plan is another one. Misses do not count: a shorthand is resolved in the plan."""
-    # A plan made on the meta device or the CPU holds wherever the weights are.
-    here = replace(made, sites={fqn: replace(site, device="") for fqn, site in made.sites.items()})
-    there = replace(planned, sites={fqn: replace(site, device="") for fqn, site in planned.sites.items()})
-    for name in ("model", "fingerprint", "sites", "edits", "trained", "autocast_adapter_dtype"):
-        if getattr(there, name) != getattr(here, name):
-            lines = there.diff(replace(here, misses=there.misses)).split("\n")
-            more = f"\n… and {len(lines) - 10} more" if len(lines) > 10 else ""
-            raise PlanError(
-                f"the plan does not hold for this {made.model}: its {name} differs. Make a new plan, or change the spec"
-                " instead of the plan. From the plan to this model:\n" + "\n".join(lines[:10]) + more
-            )
 
 
 def _save(adapter: str, model: nn.Module, fqn: str) -> Edit:

@@ -6,20 +6,20 @@ The semantics are those of PEFT (see AdapterSpec), but nothing is skipped in sil
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from peftc.architectures import Family, families
 from peftc.edits import Miss
 from peftc.errors import NoMatchError, describe_nearest, nearest
 from peftc.graph.patterns import Dataflow
-from peftc.graph.sites import SiteIndex, WeightSite
+from peftc.graph.sites import SiteIndex, WeightSite, is_inside
 from peftc.plan.by_pattern import with_names
 from peftc.plan.claims import Claim
 from peftc.plan.synonyms import same_meaning, stacked_as
 from peftc.registry import find_rule, ops_of
 from peftc.specs import AdapterSpec, LayerSelection, ParameterSelection
-from peftc.specs.selection import LAYERS_PATTERN, pattern_matches, patterns_of
+from peftc.specs.selection import LAYERS_PATTERN, pattern_matches, patterns_of, selects, shortest_names
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ def match(adapter: str, spec: AdapterSpec, index: SiteIndex, flow: Dataflow | No
     saved, saved_misses = match_saved(adapter, spec, index)
     misses += saved_misses
     names = _targets(adapter, spec, index, misses)
-    unwanted = _excluded(adapter, spec, index, misses) | _inside(names, saved)
-    names = [name for name in names if name not in unwanted]
+    excluded = _excluded(adapter, spec, index, misses)
+    names = [name for name in names if name not in excluded and not is_inside(name, saved)]
     names = _in_layers(adapter, spec, names, misses)
     refused: list[Miss] = []
     unique: dict[str, WeightSite] = {}  # An attention, and one of its parameters by name, may both be given.
@@ -61,7 +61,7 @@ def match(adapter: str, spec: AdapterSpec, index: SiteIndex, flow: Dataflow | No
         if reason is None:
             unique.setdefault(site.weight or site.fqn, site)
         else:
-            error = _is_listed(spec) or field == "target_parameters"
+            error = isinstance(spec.target_modules, tuple) or field == "target_parameters"
             misses.append(Miss(adapter, field, name, reason, error))
             refused.append(misses[-1])
     sites = list(unique.values())
@@ -74,17 +74,6 @@ def match(adapter: str, spec: AdapterSpec, index: SiteIndex, flow: Dataflow | No
         value = targets if isinstance(targets, str) else ", ".join(targets)
         misses.append(Miss(adapter, "target_modules", value, reason))
     return Match(_resolved(spec, sites, index), tuple(sites), saved, tuple(misses))
-
-
-def _is_listed(spec: AdapterSpec) -> bool:
-    return isinstance(spec.target_modules, tuple)
-
-
-def selects(selector: str | Sequence[str], fqn: str) -> bool:
-    """Whether `target_modules` (not `all-linear`), or `exclude_modules`, matches module `fqn`."""
-    if isinstance(selector, str):
-        return re.fullmatch(selector, fqn) is not None
-    return any(fqn == name or fqn.endswith(f".{name}") for name in selector)
 
 
 def _with_defaults(spec: AdapterSpec, index: SiteIndex) -> AdapterSpec:
@@ -238,10 +227,6 @@ def match_saved(adapter: str, spec: AdapterSpec, index: SiteIndex) -> tuple[tupl
     return tuple(outer), misses
 
 
-def _inside(names: Iterable[str], saved: Sequence[str]) -> set[str]:
-    return {name for name in names if any(name == module or name.startswith(f"{module}.") for module in saved)}
-
-
 def _in_layers(adapter: str, spec: AdapterSpec, names: list[str], misses: list[Miss]) -> list[str]:
     """Those in the layers that `layers_to_transform` names; `layers_pattern` says which list is meant."""
     if not isinstance(spec, LayerSelection) or spec.layers_to_transform is None:
@@ -326,7 +311,4 @@ def _resolved(spec: AdapterSpec, sites: Sequence[WeightSite], index: SiteIndex) 
     """`all-linear` as the names it stands for here: last parts where they select the same sites, else whole fqns."""
     if not (isinstance(spec.target_modules, str) and spec.target_modules.lower() == "all-linear"):
         return spec
-    chosen = [site.fqn for site in sites]
-    names = tuple(dict.fromkeys(fqn.rpartition(".")[2] for fqn in chosen))
-    exact = [fqn for fqn in index.modules if selects(names, fqn)] == chosen
-    return spec.model_copy(update={"target_modules": names if exact else tuple(chosen)})
+    return spec.model_copy(update={"target_modules": shortest_names([site.fqn for site in sites], index.modules)})

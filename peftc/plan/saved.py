@@ -4,6 +4,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from peftc.architectures import role_of
 from peftc.graph.hooked import given_class
 from peftc.graph.sites import ModuleSite, dtype_name
 from peftc.rule import Rule
@@ -28,7 +29,7 @@ class SavedModule(Rule[Any]):
 SAVED = SavedModule()
 
 
-def saved_site(model: nn.Module, fqn: str, role: str | None) -> ModuleSite:
+def saved_site(model: nn.Module, fqn: str) -> ModuleSite:
     """Module `fqn`, to be saved whole, as a site."""
     module = model.get_submodule(fqn)
     first = next(module.parameters(), None)
@@ -38,5 +39,5 @@ def saved_site(model: nn.Module, fqn: str, role: str | None) -> ModuleSite:
         module=given_class(type(module)).__name__,
         dtype=dtype_name(first.dtype) if first is not None else "float32",
         device=str(first.device) if first is not None else "cpu",
-        role=role,
+        role=role_of(model)(fqn),
     )

@@ -8,7 +8,7 @@ from torch import nn
 
 from peftc.edits import Edit, Miss, PlannedParam
 from peftc.errors import RuleError
-from peftc.graph.exported import Flat
+from peftc.graph.region import Source
 from peftc.graph.sites import SiteIndex
 from peftc.plan.claims import Claim
 from peftc.prompts.calls import Call, find_calls
@@ -31,7 +31,7 @@ def find(
     index: SiteIndex,
     level: str,
     dtype_for: Callable[[str], str],
-    flat: Flat | None,
+    flat: Source | None,
 ) -> Miss | tuple[PromptSpec, tuple[Claim, ...]]:
     """What `rule` asks for at the calls of `model`, and the spec with what it leaves open; a miss if there is no place."""
 
@@ -57,7 +57,7 @@ def find(
     return resolved, tuple(_claim(resolved, rule, call, dtype_for(call.site.dtype)) for call in calls)
 
 
-def _no_way_in(rule: PromptRule[Any], calls: Sequence[Call], flat: Flat | None) -> str | None:
+def _no_way_in(rule: PromptRule[Any], calls: Sequence[Call], flat: Source | None) -> str | None:
     """Why virtual tokens can't enter with the inputs of a whole program and stay in, or None."""
     elsewhere = (
         "needs capture='modules', which keeps the model's own call; export(…, to='pt2', adapters='inside') makes a program"
@@ -67,7 +67,8 @@ def _no_way_in(rule: PromptRule[Any], calls: Sequence[Call], flat: Flat | None) 
         return elsewhere
     if rule.at == "embeds":
         return None
-    cache = next((cache for cache in flat.signature.caches if cache.name == "past_key_values"), None)
+    caches = flat.signature.caches if flat.signature is not None else ()
+    cache = next((cache for cache in caches if cache.name == "past_key_values"), None)
     if cache is None:
         return (
             f"{elsewhere}. Or capture it with past_key_values that the model has filled, and a mask that covers them, too:"
@@ -81,7 +82,7 @@ def _no_way_in(rule: PromptRule[Any], calls: Sequence[Call], flat: Flat | None) 
     return None
 
 
-def _reads(flat: Flat, cache: str) -> int:
+def _reads(flat: Source, cache: str) -> int:
     """How many tensors of a cache a program reads."""
     from peftc.graph.caches import tensor_of  # Late, as transformers takes its time.
 

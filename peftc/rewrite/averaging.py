@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftc.rewrite.sharding import own
+from peftc.rewrite.sharding import add_up, own
 
 
 class Averaging:
@@ -48,8 +48,7 @@ class Averaging:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             grads = [own(parameter.grad) for parameter in mine if parameter.grad is not None]
             flat = torch.cat([*(grad.reshape(-1) for grad in grads), grads[0].new_tensor(reached)])
-            for dim in range(self.mesh.ndim):
-                torch.distributed.all_reduce(flat, group=self.mesh.get_group(dim))
+            add_up(flat, self.mesh)
             *totals, counts = flat.split([*(grad.numel() for grad in grads), len(mine)])
             for parameter, grad, total, count in zip(mine, grads, totals, counts.tolist(), strict=True):
                 grad.copy_(total.view_as(grad) / self.mesh.size())

@@ -3,61 +3,39 @@
 import gc
 import logging
 import re
-import warnings
-from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
 
-from peftc.errors import AdapterError, ConflictError, NoMatchError
+from peftc.errors import AdapterError
 from peftc.graph.copying import structural_copy
 from peftc.graph.finding import module_at, modules_at, parameter_at
 from peftc.graph.hooked import INNER, is_hooked
 from peftc.graph.ops import op_named
 from peftc.graph.region import Region
-from peftc.graph.sites import WeightSite, canonical, is_lazy, parameter_name
+from peftc.graph.sites import Site, WeightSite, canonical, is_lazy, parameter_name
 from peftc.plan import Edit, Plan, PlannedParam, without
 from peftc.rewrite.calibration import require_data
 from peftc.rewrite.checkpointing import let_gradients_through
 from peftc.rewrite.holders import Group
 from peftc.rewrite.hosts import BOUND, install, is_host, original_class, reads, uninstall
 from peftc.rewrite.learning import watch_steps
-from peftc.rewrite.parts import Adapter, asks, attach, containers, detach, require_there, start, weight_of, wide
+from peftc.rewrite.parts import Adapter, asks, attach, containers, detach, weight_of
 from peftc.rewrite.passes import Pass
 from peftc.rewrite.processes import require_placed
 from peftc.rewrite.program import Program
 from peftc.rewrite.route import BASE
 from peftc.rewrite.sharding import Places, places_of, reshard, whole, widest_mesh
+from peftc.rewrite.starting import require_there, start, wide
 from peftc.rewrite.switch import activate, stop_averaging
 
 _LOG = logging.getLogger(__name__)
 # What adapters start from, by adapter and site.
 Starts = Mapping[str, Mapping[str, Any]]
 _NOTHING: Starts = {}
-
-
-def require_applicable(plan: Plan, on_unmatched: str) -> None:
-    """Raise ConflictError on conflicts, and NoMatchError on misses; `on_unmatched="warn"` makes those a warning."""
-    if on_unmatched not in ("error", "warn"):
-        raise NoMatchError(f"on_unmatched={on_unmatched!r}: valid are 'error' and 'warn'")
-    if plan.conflicts:
-        lines = "; ".join(f"{conflict.site or 'the model'}: {conflict.reason}" for conflict in plan.conflicts)
-        raise ConflictError(f"{len(plan.conflicts)} conflicts between adapters: {lines}")
-    errors = [miss for miss in plan.misses if miss.error]
-    if not errors:
-        return
-    lines = " ".join(f"{type(plan.adapters[miss.adapter]).__name__}.{miss}" for miss in errors[:8])
-    more = f" (and {len(errors) - 8} more)" if len(errors) > 8 else ""
-    fatal = {miss.adapter for miss in errors if miss.fatal}
-    if fatal:
-        nothing = not any(edit.adapter in fatal for edit in plan.edits)
-        why = "Nothing of the adapter would be left" if nothing else "The adapter can't do without"
-        raise NoMatchError(f"{lines.rstrip('.')}{more}. {why}.")
-    if on_unmatched == "error":
-        raise NoMatchError(f"{lines}{more} Mend the spec, or pass on_unmatched='warn' to go on without them.")
-    warnings.warn(f"{lines}{more}", stacklevel=4)
 
 
 @contextmanager
@@ -202,7 +180,7 @@ def _attach(
     """
     site = program.plan.sites[edit.site]
     first = site if edit.follows is None else program.plan.sites[edit.follows]
-    holder, weight = program.modules[first.holder], weight_of(program.modules[site.owner], site)
+    holder, weight = program.modules[first.holder], _weight(program, site)
     part = attach(edit, site, holder, _common(program, edit.adapter), adapter.spec, weight, places)
     adapter.parts[edit.site, edit.rule.name] = part
     if asks(edit.rule) and edit.adapter not in program.asking:
@@ -211,9 +189,8 @@ def _attach(
         adapter.arguments[key] = one, None if one.below is None else cast(int, edit.constants[one.below])
     program.children |= dict.fromkeys([*containers(edit), *(p.key.partition(".")[0] for p in edit.params if p.shared)])
     if starts is not None and edit.follows is None:
-        own = [param for param in edit.params if param.key not in shared] if shared else list(edit.params)
-        weights = partial(_sharing, program)
-        start(part, adapter.spec, own, holder, weight, places.mesh, weights, starts.get(edit.site))
+        own = [param for param in edit.params if param.key not in shared]
+        _start(program, edit, own, places.mesh, starts.get(edit.site))
     shared |= {param.key for param in edit.params if param.shared}
 
 
@@ -255,21 +232,32 @@ def _has(module: nn.Module, leaf: str) -> bool:
 
 def _uninstall(program: Program, region: Region) -> None:
     """Let the module of `region`, and those whose weights it lent, be what they were, if no other region needs them."""
-    hosts = {id(module_at(program.base, other.host)) for other in program.regions if other is not region}
-    module = module_at(program.base, region.host)
-    prefixes = {anchor.weight.rpartition(".")[0] for anchor in region.source.anchors} if region.source.opaque else set()
-    for reader in (module.get_submodule(prefix) for prefix in {"", *prefixes}):
+    hosts = {id(program.modules[other.host]) for other in program.regions if other is not region}
+    for reader in _readers(program, region):
         if id(reader) not in hosts:
             uninstall(reader)
 
 
+def _readers(program: Program, region: Region) -> list[nn.Module]:
+    """The module of `region`, and those inside whose weights it lends where it is called as it is."""
+    module, inside = program.modules[region.host], region.source.anchors if region.source.opaque else ()
+    prefixes = dict.fromkeys(["", *(anchor.weight.rpartition(".")[0] for anchor in inside)])
+    return [module.get_submodule(prefix) for prefix in prefixes]
+
+
 def start_alone(program: Program, edit: Edit, params: Collection[PlannedParam]) -> None:
     """Initialise these parameters of an edit that was attached with `fresh=False`."""
+    _start(program, edit, params, widest_mesh(program.base))
+
+
+def _start(program: Program, edit: Edit, params: Collection[PlannedParam], mesh: Any, data: Any = None) -> None:
     adapter, site = program.adapters[edit.adapter], program.plan.sites[edit.site]
-    holder = program.modules[site.holder]
-    weight = weight_of(program.modules[site.owner], site)
-    weights = partial(_sharing, program)
-    start(adapter.part(edit), adapter.spec, list(params), holder, weight, widest_mesh(program.base), weights)
+    holder, weight = program.modules[site.holder], _weight(program, site)
+    start(adapter.part(edit), adapter.spec, params, holder, weight, mesh, partial(_sharing, program), data)
+
+
+def _weight(program: Program, site: Site) -> nn.Parameter | None:
+    return weight_of(program.modules[site.owner], site)
 
 
 def _sharing(program: Program, edit: Edit, param: PlannedParam) -> dict[str, Tensor]:
@@ -278,7 +266,7 @@ def _sharing(program: Program, edit: Edit, param: PlannedParam) -> dict[str, Ten
     for other in (other for other in program.plan.edits if other.adapter == edit.adapter):
         if any(own.shared and own.key == param.key for own in other.params):
             site = program.plan.sites[other.site]
-            weight = weight_of(program.modules[site.owner], site)
+            weight = _weight(program, site)
             assert weight is not None, "the rule's check() asks for a weight"
             assert isinstance(site, WeightSite), "other rules declare modules"
             require_there(other, weight)
@@ -304,7 +292,7 @@ def undo(program: Program) -> nn.Module:
     stop_averaging(program)
     for adapter in list(program.adapters):
         remove(program, adapter)
-    for module in list(_hosts(program)):
+    for module in _hosts(program):
         uninstall(module)
     let_gradients_through(program.base, on=False)
     for (fqn, flag), value in program.given.fast_paths.items():
@@ -352,14 +340,9 @@ def _state(module: nn.Module) -> dict[str, Any]:
     return own | ({INNER: module.__dict__[INNER]} if is_hooked(module) else {})
 
 
-def _hosts(program: Program) -> Iterator[nn.Module]:
+def _hosts(program: Program) -> list[nn.Module]:
     """The modules that are hosts, and those whose weights may be stood in for."""
-    for region in program.regions:
-        module = program.modules[region.host]
-        yield module
-        for prefix in {anchor.weight.rpartition(".")[0] for anchor in region.source.anchors} - {""}:
-            if region.source.opaque:
-                yield module.get_submodule(prefix)
+    return [reader for region in program.regions for reader in _readers(program, region)]
 
 
 def _added(program: Program) -> list[tuple[nn.Module, str]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftc.errors import AdapterError
-from peftc.graph.finding import modules_at
+from peftc.graph.finding import module_at
 from peftc.graph.sites import WeightSite
 from peftc.plan import Edit, Plan
 from peftc.rule import Rule
@@ -130,7 +130,7 @@ def _module_of(base: nn.Module, plan: Plan, edit: Edit) -> nn.Module:
     assert isinstance(site, WeightSite), "rules that start from data adapt weights"
     if site.host is not None:
         raise AdapterError(f"calibrate: {site.fqn} is a parameter, and what its op gets can't be seen; leave it out")
-    return modules_at(base, [site.owner])[site.owner]
+    return module_at(base, site.owner)
 
 
 @contextmanager

@@ -16,32 +16,22 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.modules.module import (
-    register_module_module_registration_hook,
-    register_module_parameter_registration_hook,
-)
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from peftc.errors import AdapterError
 from peftc.graph.calling import Signature, by_mode_of_host, guarded
 from peftc.graph.hooked import INNER, is_hooked
 from peftc.graph.packing import Rows, packed, unpacked
-from peftc.graph.region import OPAQUE
+from peftc.graph.region import OPAQUE, invoke
 from peftc.rewrite.boundary import boundary_of
 from peftc.rewrite.lent import in_forward, lent
-from peftc.rewrite.sharding import is_sharded
 from peftc.rewrite.walking import TRACED, children, hidden, hiding, is_walking, may_walk, set_children
 
-# The attribute of a host that holds what it runs now: a binding, or None.
-BOUND = "peftc"
-# The attribute of a host that holds it as it was.
-BASE = "peftc_base"
-# The attribute that holds a forward which was patched on the instance before it became a host.
-_PATCHED = "peftc_patched"
-# The attribute of a module whose weights may be stood in for: the host that computes with them, as it was, and the
-# path from that host to the module.
+# Attributes of a host: what it runs now (a binding, or None), itself as it was, and a forward patched on it before.
+BOUND, BASE, _PATCHED = "peftc", "peftc_base", "peftc_patched"
+# Of a module whose weights may be stood in for: the host that computes with them, as it was, and the path from that to it.
 READS = "peftc_reads"
-# The attribute of a view of a host as it was: the host.
-VIEWED = "peftc_viewed"
+VIEWED = "peftc_viewed"  # Of a view of a host as it was: the host.
 # How generated code reads a weight of its host: past what others get who read it.
 _OWN = "peftc_"
 
@@ -85,12 +75,12 @@ def with_weights(
     """The call of `base`, in which these `weights`, by their paths from the host, stand for its own."""
     if torch.compiler.is_compiling():
         base.standing = weights
-        result = base(*args, *more_args, **kwargs, **(more_kwargs or {}))
+        result = invoke(base, args, kwargs, more_args, more_kwargs)
         base.standing = None
         return result
     token = _standing.set({**_standing.get({}), id(base.host): weights or {}})
     try:
-        return base(*args, *more_args, **kwargs, **(more_kwargs or {}))
+        return invoke(base, args, kwargs, more_args, more_kwargs)
     finally:
         _standing.reset(token)
 
@@ -127,8 +117,7 @@ def _reader(leaf: str) -> property:
 
 
 def _own_reader(leaf: str) -> property:
-    """The module's own tensor, for generated code."""
-    return property(lambda self: _stored(self, leaf))
+    return property(lambda self: _stored(self, leaf))  # For generated code.
 
 
 def _stored(module: nn.Module, leaf: str) -> Any:
@@ -274,35 +263,32 @@ class _Replica:
     """What a replica is bound to until its first call, when its children are there."""
 
     def __init__(self, host: nn.Module, bound: Any) -> None:
-        self.host, self.bound, self.run = host, bound, _run_replica
+        self.host, self.bound = host, bound
+
+    def _parts(self) -> list[Any]:
+        return [part.on_replica(self.host) for part in self.bound.parts.values()]
 
     def lent(self, path: str, own: Tensor) -> Tensor:
         """As of a Binding."""
-        return lent([part.on_replica(self.host) for part in self.bound.parts.values()], path, own)
+        return lent(self._parts(), path, own)
 
-
-def _run_replica(self: _Replica, *args: Any, **kwargs: Any) -> Any:
-    bound = self.bound
-    parts = [part.on_replica(self.host) for part in bound.parts.values()]
-    self.host.__dict__[BOUND] = new = Binding(bound.code, self.host, parts)
-    return new.run(new, *args, **kwargs)
+    def run(self, _: Any, *args: Any, **kwargs: Any) -> Any:
+        """As of a Binding, which takes its place."""
+        self.host.__dict__[BOUND] = new = Binding(self.bound.code, self.host, self._parts())
+        return new.run(new, *args, **kwargs)
 
 
 def _copy(self: nn.Module) -> nn.Module:
-    return _restore(self, dict(self.__dict__))
-
-
-def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    new = _restore(self, {})
-    memo[id(self)] = new
-    state = {name: value for name, value in self.__dict__.items() if name != "_compiled_call_impl"}
-    new.__dict__.update(copy.deepcopy(state, memo))
+    new: nn.Module = object.__new__(type(self))
+    new.__dict__.update(self.__dict__)
     return new
 
 
-def _restore(like: nn.Module, state: dict[str, Any]) -> nn.Module:
-    new: nn.Module = object.__new__(type(like))
-    new.__dict__.update(state)
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    new: nn.Module = object.__new__(type(self))
+    memo[id(self)] = new
+    state = {name: value for name, value in self.__dict__.items() if name != "_compiled_call_impl"}
+    new.__dict__.update(copy.deepcopy(state, memo))
     return new
 
 
@@ -371,20 +357,7 @@ def _keep_hosts(parent: nn.Module, name: str, child: nn.Module | None) -> None:
         )
 
 
-def _keep_layout(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    """Refuse to let the weights of a host be laid out over processes past its adapters."""
-    old = module._parameters.get(name)
-    if old is None or parameter is None or not is_host(module):
-        return
-    if is_sharded(parameter) and not is_sharded(old):
-        raise AdapterError(
-            f"{type(module).__name__}.{name}: adapters are on it, which parallelize_module does not lay out with it."
-            " Parallelise first, then compile and load adapters, which are laid out as their weights are."
-        )
-
-
 register_module_module_registration_hook(cast(Any, _keep_hosts))
-register_module_parameter_registration_hook(cast(Any, _keep_layout))
 
 
 def _exchange(module: nn.Module, cls: type[nn.Module]) -> None:
@@ -395,14 +368,10 @@ def _exchange(module: nn.Module, cls: type[nn.Module]) -> None:
 def _remade(outer: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
     if "peftc_made" in vars(outer):
         return cls
-    bases = tuple(_remade(base, cls) if _is_made(base) else base for base in outer.__bases__)
+    made = {base: any("peftc_made" in vars(one) for one in base.__mro__) for base in outer.__bases__}
+    bases = tuple(_remade(base, cls) if made[base] else base for base in outer.__bases__)
     namespace = {name: value for name, value in vars(outer).items() if name not in ("__dict__", "__weakref__")}
     return types.new_class(outer.__name__, bases, {}, lambda body: body.update(namespace))
-
-
-def _is_made(cls: type) -> bool:
-    """Whether a host class is among the bases of `cls`."""
-    return any("peftc_made" in vars(base) for base in cls.__mro__)
 
 
 def base_of(host: nn.Module) -> Unbound:

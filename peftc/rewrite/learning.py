@@ -15,13 +15,8 @@ from peftc.registry import rules_of
 from peftc.rewrite.parts import Adapter, Part
 from peftc.rewrite.processes import require_common_gradients
 from peftc.rewrite.program import Program
-from peftc.rule import Bound, Rule
+from peftc.rule import Rule
 from peftc.specs import AdapterSpec
-
-
-def bound(part: Part) -> Bound:
-    """What the rule of `part` gets as `p` outside of a graph: live tensors and numbers."""
-    return Bound({**part.tensors(), **part.edit.constants})
 
 
 def penalty(program: Program) -> Tensor | None:
@@ -29,8 +24,7 @@ def penalty(program: Program) -> Tensor | None:
     terms: list[Tensor | None] = []
     for name in program.spliced:
         for rule, parts in _by_rule(program.adapters[name], "penalty").items() if name in program.learning else ():
-            sites = {"sites": len(parts)}
-            terms += [rule.penalty(Bound({**part.tensors(), **part.edit.constants, **sites})) for part in parts]
+            terms += [rule.penalty(part.bound(sites=len(parts))) for part in parts]
     # Sites may be on several devices.
     given = [term.reshape(()) for term in terms if term is not None]
     return torch.stack([term.to(given[0].device) for term in given]).sum() if given else None
@@ -49,14 +43,10 @@ def with_penalty(program: Program, output: Any) -> Any:
 def _by_rule(adapter: Adapter, function: str) -> dict[Rule[Any], list[Part]]:
     """The parts of an adapter whose rules have this function, by rule."""
     found: dict[Rule[Any], list[Part]] = {}
-    for part in adapter.parts.values() if any(_has(rule, function) for rule in rules_of(adapter.spec)) else ():
-        if _has(part.edit.rule, function):
+    for part in adapter.parts.values() if any(rule.offers(function) for rule in rules_of(adapter.spec)) else ():
+        if part.edit.rule.offers(function):
             found.setdefault(part.edit.rule, []).append(part)
     return found
-
-
-def _has(rule: Rule[Any], function: str) -> bool:
-    return getattr(type(rule), function) is not getattr(Rule, function)
 
 
 # What is told of the steps of optimisers, before and after them. torch knows one hook of each kind, which stays: a model
@@ -88,7 +78,7 @@ def _follow(kind: str, program: Program, follower: Callable[[Optimizer], None]) 
 def watch_steps(program: Program) -> None:
     """Let the rules that want it act after every step of an optimiser that holds their parameters."""
     rules = {rule for own in program.adapters.values() for rule in rules_of(own.spec)}
-    if program.watching or not any(_has(rule, "after_step") for rule in rules):
+    if program.watching or not any(rule.offers("after_step") for rule in rules):
         return
     reference, steps = weakref.ref(program), weakref.WeakKeyDictionary[Optimizer, int]()
 

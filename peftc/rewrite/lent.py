@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite, canonical
-from peftc.rule import Bound, Rule
+from peftc.rule import Bound
 
 
 def in_forward() -> bool:
@@ -117,7 +117,7 @@ def _change(part: Any, path: str) -> Change | None:
         return None
     if path == _relative(site.weight, site):
         return lambda weight: _folded(part, canonical(weight, site))
-    if path == _relative(site.bias, site) and type(edit.rule).bias is not Rule.bias:
+    if path == _relative(site.bias, site) and edit.rule.offers("bias"):
         return lambda bias: edit.rule.bias(bias, _bound(part, bias))
     return None
 

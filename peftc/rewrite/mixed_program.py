@@ -12,7 +12,7 @@ from torch import fx
 
 from peftc.errors import AdapterError
 from peftc.graph.finding import parameter_at
-from peftc.graph.ops import Use, is_turn, operand, use_of
+from peftc.graph.ops import Use, operand, use_of, users_of
 from peftc.graph.region import Anchor, Region, Source
 from peftc.graph.sites import ModuleSite
 from peftc.rewrite import route
@@ -90,15 +90,10 @@ def _nodes(program: Program, source: Source, site: str) -> list[str]:
             return cast("list[str]", found)
         raise AdapterError(_alone(site, "is no operand of an op that is known"))
     reads = [n for n in source.graph.nodes if n.op == "get_attr" and str(n.target).startswith(f"{site}.")]
-    users = list(dict.fromkeys(user for read in reads for user in _users(read)))
+    users = list(dict.fromkeys(user for read in reads for user in users_of(read)))
     if any(_use(program, user) is None for user in users):
         raise AdapterError(_alone(site, "is saved whole, and is more than one op"))
     return [user.name for user in users]
-
-
-def _users(read: fx.Node) -> list[fx.Node]:
-    """The nodes that compute with a tensor, turned or not."""
-    return [new for user in read.users for new in (_users(user) if is_turn(user) else [user])]
 
 
 def _use(program: Program, node: fx.Node) -> Use | None:

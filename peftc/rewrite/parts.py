@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,14 +10,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftc.errors import AdapterError, PeftcError, RuleError
+from peftc.errors import AdapterError
 from peftc.graph.hooked import device_of
-from peftc.graph.sites import Site, WeightSite, canonical, dtype_of
+from peftc.graph.sites import Site, WeightSite, dtype_of
 from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
 from peftc.rewrite.holders import VALUE, Container, Holder, Vectors, code_path
-from peftc.rewrite.sharding import Layout, Places, is_sharded, own, put, spread, whole
+from peftc.rewrite.sharding import Layout, Places, is_sharded, whole
 from peftc.rewrite.views import pristine_copy
-from peftc.rule import Argument, Bound, Rule, fill
+from peftc.rule import Argument, Bound, Rule
 from peftc.specs import AdapterSpec
 
 
@@ -87,6 +87,10 @@ class Part:
         """The live tensors by their names in the rule."""
         return {param.name: self.tensor(param.key) for param in self.edit.params}
 
+    def bound(self, **more: Any) -> Bound:
+        """What the rule gets as `p` outside of a graph: live tensors and numbers, and `more`, which goes before them."""
+        return Bound({**self.tensors(), **self.edit.constants, **more})
+
     @property
     def module(self) -> nn.Module:
         """The adapter's module, of a rule whose adapters are modules."""
@@ -143,7 +147,7 @@ def asks(rule: Rule[Any]) -> bool:
 
 def begins(rule: Rule[Any]) -> bool:
     """Whether a rule acts from some place in the text on."""
-    return type(rule).begins is not Rule.begins
+    return rule.offers("begins")
 
 
 def form_of(edit: Edit, site: Site) -> Any:
@@ -334,148 +338,6 @@ def _allocated(part: Part, param: PlannedParam, device: torch.device, layout: La
             f" allocated on {device}; is its size in the spec of {part.edit.adapter!r} meant?"
             f" ({str(error).splitlines()[0]})"
         ) from None
-
-
-def start(
-    part: Part,
-    spec: AdapterSpec,
-    params: list[PlannedParam],
-    host: nn.Module,
-    weight: nn.Parameter | None,
-    mesh: Any,
-    sharing: Callable[[Edit, PlannedParam], Mapping[str, Tensor]],
-    data: Any = None,
-) -> None:
-    """Initialise `params` of a part as a new adapter has them: the same on all processes of `mesh`, if that is not None.
-
-    `host`: the site's module, `weight` its weight; `sharing` gives the weights of the sites that share a parameter; `data`:
-    what calibration found there.
-    """
-    if part.edit.rule.container is not None:
-        if params and not part.edit.whole:
-            with torch.no_grad():
-                part.edit.rule.start_module(part.module, spec, part.edit.constants, host)
-            spread(part.module.parameters(), mesh)
-        return
-    live = {param.name: part.tensor(param.key) for param in params}
-    given = [param for param in params if not live[param.name].is_meta]
-    tensors = {param.name: _unsharded(live[param.name]) for param in given}
-    by_rule = [param for param in given if param.init == "rule"]
-    for param in given:
-        if param.init == "derived":
-            derive(part, param, tensors[param.name], weight)
-        elif param.init == "gathered":
-            with torch.no_grad():
-                tensors[param.name].copy_(gathered(part.edit, param, sharing(part.edit, param)))
-        elif param.init not in ("rule", "drawn"):
-            fill(tensors[param.name], param.init, param.seed)
-    _start_drawn(part.edit, {param.name: tensors[param.name] for param in given if param.init == "drawn"})
-    if by_rule:
-        _start_by_rule(part, by_rule, tensors, weight, host._parameters.get("bias"), data)
-    spread(tensors.values(), mesh)
-    for name, tensor in tensors.items():
-        if is_sharded(live[name]):
-            put(live[name], tensor)
-
-
-def _unsharded(tensor: Tensor) -> Tensor:
-    """A whole tensor to be filled in the place of a sharded one; any other is itself."""
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=own(tensor).device) if is_sharded(tensor) else tensor
-
-
-def _start_drawn(edit: Edit, tensors: Mapping[str, Tensor]) -> None:
-    values = drawn(edit) if tensors else {}
-    with torch.no_grad():
-        for name, tensor in tensors.items():
-            tensor.copy_(values[name])
-
-
-def drawn(edit: Edit) -> dict[str, Tensor]:
-    """What the rule of `edit` draws, by name. Raises RuleError if the shapes are others than declared."""
-    shapes = {param.name: param.shape for param in edit.params if param.init == "drawn"}
-    values = edit.rule.draw(shapes, Bound(edit.constants))
-    wrong = [name for name, shape in shapes.items() if name not in values or tuple(values[name].shape) != shape]
-    if wrong:
-        raise RuleError(f"rule {edit.rule.name!r} ({type(edit.rule).__name__}.draw): {wrong[0]} is not as declared")
-    return values
-
-
-def gathered(edit: Edit, param: PlannedParam, weights: Mapping[str, Tensor]) -> Tensor:
-    """What the rule of `edit` makes of the `weights` of the sites that share `param`. Raises RuleError if it can't."""
-    rule = edit.rule
-    try:
-        value = rule.gather(param.name, weights, Bound(edit.constants))
-    except (NotImplementedError, RuntimeError) as error:
-        raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}.gather): {param.key}: {error!r}") from error
-    if tuple(value.shape) != param.shape:
-        raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}.gather): {param.key} is not as declared")
-    return value
-
-
-def derive(part: Part, param: PlannedParam, tensor: Tensor, weight: nn.Parameter | None) -> None:
-    """Fill `tensor` with what follows from the constants of an edit, or from its site's weight."""
-
-    def stored() -> Tensor:
-        assert weight is not None, "the rule's check() asks for a weight"
-        assert isinstance(part.site, WeightSite), "other rules declare modules"
-        require_there(part.edit, weight)
-        return canonical(whole(weight), part.site)
-
-    with torch.no_grad():
-        value = part.edit.rule.derived(param.name, param.shape, Bound(part.edit.constants, {"weight": stored}))
-        tensor.copy_(value)
-
-
-def require_there(edit: Edit, weight: Tensor) -> None:
-    """Raise AdapterError if `weight` has no values here to start from."""
-    if weight.is_meta:
-        raise AdapterError(
-            f"{edit.site}: {edit.rule.name} starts from the weight here, which accelerate has offloaded. Load the model"
-            " without offloading, or let the adapter start otherwise."
-        )
-
-
-def _start_by_rule(
-    part: Part,
-    params: list[PlannedParam],
-    tensors: Mapping[str, Tensor],
-    weight: nn.Parameter | None,
-    bias: nn.Parameter | None,
-    data: Any,
-) -> None:
-    edit, rule, site = part.edit, part.edit.rule, part.site
-    assert isinstance(site, WeightSite), "other rules declare modules"
-    if weight is not None:
-        require_there(part.edit, weight)
-    shapes = {param.name: param.shape for param in edit.params if param.init == "rule"}
-    loaded = shapes.keys() - {param.name for param in params}
-    try:
-        with torch.no_grad():
-            base = torch.empty(0) if weight is None else wide(canonical(whole(weight), site))
-            lazy: dict[str, Callable[[], Any]] = {
-                "bias": lambda: None if bias is None else wide(whole(bias)),
-                "data": lambda: data,
-                "loaded": lambda: {name: whole(value) for name, value in part.tensors().items() if name in loaded},
-            }
-            values = rule.initialise(base, shapes, Bound({**_others(part, tensors, shapes), **edit.constants}, lazy))
-            for param in params:
-                tensors[param.name].copy_(values[param.name])
-    except PeftcError:
-        raise
-    except (NotImplementedError, KeyError, RuntimeError, TypeError) as error:
-        raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}.initialise) at {edit.site}: {error!r}") from error
-
-
-def _others(part: Part, started: Mapping[str, Tensor], shapes: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The parameters that have their values already, for those that start from them; `started` with them, whole."""
-    names = [name for name in part.tensors() if name not in shapes]
-    found = {name: started[name] if name in started else whole(part.tensors()[name]) for name in names}
-    return {name: wide(tensor.detach()) for name, tensor in found.items()}
-
-
-def wide(weight: Tensor) -> Tensor:
-    """`weight` in float32 at least, as rules get it to start from."""
-    return weight.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def detach(edit: Edit, holder: nn.Module, root: nn.Module) -> None:

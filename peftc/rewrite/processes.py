@@ -3,10 +3,13 @@
 import sys
 import weakref
 from collections.abc import Collection, Iterable
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from peftc.errors import AdapterError, PeftcError
@@ -14,8 +17,9 @@ from peftc.graph.finding import module_at
 from peftc.graph.hooked import parallel_style
 from peftc.graph.sites import Site, WeightSite
 from peftc.plan import Edit, Plan
+from peftc.rewrite.hosts import is_host
 from peftc.rewrite.program import Program
-from peftc.rewrite.sharding import Places, data_mesh, has_processes, is_flattened, managed, places_of
+from peftc.rewrite.sharding import Places, data_mesh, has_processes, is_flattened, is_sharded, managed, places_of
 
 # What DeepSpeed notes on the parameters that it partitions.
 _ZERO3 = "ds_id"
@@ -28,7 +32,20 @@ def _note_wrapper(parent: nn.Module, name: str, child: nn.Module | None) -> None
         _WRAPPERS[parent] = frozenset(id(parameter) for parameter in child.parameters() if parameter.requires_grad)
 
 
+def _keep_layout(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """Refuse to let the weights of a host be laid out over processes past its adapters."""
+    old = module._parameters.get(name)
+    if old is None or parameter is None or not is_host(module):
+        return
+    if is_sharded(parameter) and not is_sharded(old):
+        raise AdapterError(
+            f"{type(module).__name__}.{name}: adapters are on it, which parallelize_module does not lay out with it."
+            " Parallelise first, then compile and load adapters, which are laid out as their weights are."
+        )
+
+
 register_module_module_registration_hook(_note_wrapper)
+register_module_parameter_registration_hook(cast(Any, _keep_layout))
 
 
 def require_growable(model: nn.Module) -> None:

@@ -67,7 +67,7 @@ def product(x: Tensor, down: Tensor, dropout: nn.Module | None = None) -> Tensor
     x, down = _of_one_dtype(x, down, _is_few(x))
     if dropout is None:
         return F.linear(x, down)
-    if type(dropout) is nn.Dropout and is_plain(x) and not _is_hooked(dropout):
+    if type(dropout) is nn.Dropout and is_plain(x) and not (dropout._forward_hooks or dropout._forward_pre_hooks):
         if not dropout.training or dropout.p == 0:
             return F.linear(x, down)
         if torch.is_grad_enabled():
@@ -169,10 +169,6 @@ def _is_autocast(x: Tensor) -> bool:
     device = x.device.type
     known = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return known and x.dtype is not torch.float64
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 class _Dropped(torch.autograd.Function):

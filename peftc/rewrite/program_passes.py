@@ -9,6 +9,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from peftc.graph.exported import VALUE, changes_something
+from peftc.graph.finding import attribute_at
 from peftc.graph.patterns import Dataflow, matching
 from peftc.rewrite.splice import ORIGIN
 from peftc.specs import Pattern
@@ -196,12 +197,6 @@ def annotate(graph: fx.Graph, root: Any) -> None:
     """Let the reads of live tensors in `graph` say their dtype and sizes, as those of a trace do."""
     for node in graph.nodes:
         if node.op == "get_attr" and VALUE not in node.meta:
-            value = _read(root, str(node.target))
+            value = attribute_at(root, str(node.target))
             if isinstance(value, torch.Tensor):
                 node.meta[VALUE] = (value.dtype, tuple(value.shape))
-
-
-def _read(root: Any, path: str) -> Any:
-    for name in path.split("."):
-        root = getattr(root, name, None)
-    return root

@@ -186,8 +186,7 @@ def values_at(tensor: Tensor, places: Sequence[Tensor]) -> Tensor:
     found = torch.zeros(len(mine), dtype=torch.int64, device=local.device)
     inside = tuple(at[mine] - one.start for at, one in zip(places, part, strict=True))
     found[mine] = local[inside].view(bits).long()
-    for dim in range(mesh.ndim):
-        torch.distributed.all_reduce(found, group=mesh.get_group(dim))
+    add_up(found, mesh)
     return found.to(bits).view(local.dtype)
 
 
@@ -217,6 +216,12 @@ def _sharded_parameters(model: nn.Module) -> list[Any]:
     return [parameter for parameter in model.parameters() if is_sharded(parameter)] if has_processes() else []
 
 
+def add_up(tensor: Tensor, mesh: Any) -> None:
+    """Let `tensor` be, on every process of `mesh`, the sum of what all have."""
+    for dim in range(mesh.ndim):
+        torch.distributed.all_reduce(tensor, group=mesh.get_group(dim))
+
+
 def is_shared(model: nn.Module) -> bool:
     """Whether several processes hold `model` together."""
     mesh = widest_mesh(model)
@@ -230,8 +235,7 @@ def agreed(model: nn.Module, error: Exception | None) -> bool:
         return error is None
     parameter = next(iter(_sharded_parameters(model)), None)
     count = torch.tensor(float(error is not None), device="cpu" if parameter is None else own(parameter).device)
-    for dim in range(mesh.ndim):
-        torch.distributed.all_reduce(count, group=mesh.get_group(dim))
+    add_up(count, mesh)
     return not bool(count)
 
 

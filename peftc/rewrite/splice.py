@@ -21,11 +21,11 @@ from peftc.graph.ops import Use, op_named, operand, replace_operand, use_of
 from peftc.graph.region import HOST, Anchor, Source, call_input, replace_call_input
 from peftc.graph.rows import POINTWISE, dequantised
 from peftc.graph.sites import Site, WeightSite, dtype_of
-from peftc.plan import Edit, PlannedParam
+from peftc.plan import Edit
 from peftc.rewrite.acting import acting, given
 from peftc.rewrite.hosts import own_path, with_weights
 from peftc.rewrite.parts import begins, code_path
-from peftc.rule import Bound, Rule, source_of
+from peftc.rule import Bound, source_of
 
 # The key of node.meta under which an inserted node says where it is from.
 ORIGIN = "peftc"
@@ -167,7 +167,7 @@ def _replace_weight(place: _Place, edits: Sequence[Active]) -> _Place:
                 f" was loaded after it and is adapted as a weight: {active.edit.unmergeable}"
             )
     paths = [place.anchor.weight]
-    if place.site.bias is not None and any(type(a.edit.rule).bias is not Rule.bias for a in edits):
+    if place.site.bias is not None and any(a.edit.rule.offers("bias") for a in edits):
         paths.append(place.anchor.bias)
     new: dict[str, fx.Node] = {}
     for path, function in zip(paths, ("weight", "bias"), strict=False):
@@ -277,7 +277,7 @@ def _lazy(place: _Place, before: Sequence[Active]) -> dict[str, Callable[[], Any
             return None
         value: Any = fx.Proxy(place.graph.get_attr(stored_path(place.source, place.anchor.bias)), place.tracer)
         for number, active in enumerate(before):
-            if type(active.edit.rule).bias is not Rule.bias:
+            if active.edit.rule.offers("bias"):
                 value = traced(active, "bias", value, _bound(place, active, _lazy(place, before[:number]), wide=True))
         return value
 
@@ -295,10 +295,6 @@ def traced(active: Active, function: str, *args: Any) -> fx.Proxy:
     if not isinstance(result, fx.Proxy):
         raise RuleError(f"{where} returns {type(result).__name__}, no tensor")
     return result
-
-
-def _param(place: _Place, active: Active, param: PlannedParam) -> fx.Proxy:
-    return fx.Proxy(place.graph.get_attr(f"{active.name}.{code_path(param.key)}"), place.tracer)
 
 
 def _bound(place: _Place, active: Active, lazy: Mapping[str, Callable[[], Any]], wide: bool = False) -> Bound:
@@ -319,7 +315,7 @@ def _bound(place: _Place, active: Active, lazy: Mapping[str, Callable[[], Any]],
 
     values: dict[str, Any] = {}
     for param in edit.params:
-        own = _param(place, active, param)
+        own = fx.Proxy(graph.get_attr(f"{active.name}.{code_path(param.key)}"), place.tracer)
         half = wide and dtype_of(param.dtype).is_floating_point and dtype_of(param.dtype).itemsize == 2
         values[param.name] = own.to(torch.float32) if half else own
     for name, constant in edit.constants.items():

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
-from peftc.errors import SpecError, nearest
+from peftc.errors import SpecError, nearest, nearest_hint
 from peftc.specs.pattern import Pattern
 
 TaskType = Literal["SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"]
@@ -130,8 +130,7 @@ class AdapterSpec(BaseModel):
             items = [item for item in error.errors() if "Pattern" not in item["loc"]]
             raise SpecError(f"{name}: " + "; ".join(_explain(type(self), item) for item in items)) from None
         for key in self.unknown_keys:
-            near = nearest(key, type(self).model_fields)
-            hint = f" Nearest: {', '.join(map(repr, near))}." if near else ""
+            hint = nearest_hint(key, type(self).model_fields, 3)
             raise SpecError(
                 f"{name}.{key}: no such field.{hint} Use {name}.from_dict(...) to keep keys peftc does not know."
             )

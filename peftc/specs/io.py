@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import yaml
 
-from peftc.errors import SpecError, nearest
+from peftc.errors import SpecError, nearest_hint
 from peftc.specs.base import AdapterSpec, plain
 
 CONFIG_NAME = "adapter_config.json"
@@ -82,8 +82,7 @@ def _from_dict(data: Mapping[str, Any], known: Mapping[str, type[AdapterSpec]], 
     if not isinstance(name, str) or name not in known:
         if str(name) in absent():
             raise SpecError(f"{where}: peft_type: {name!r} has no rule yet: {absent()[str(name)]}.")
-        near = nearest(str(name).upper(), known)
-        hint = f" Nearest: {near[0]!r}." if near else ""
+        hint = nearest_hint(str(name).upper(), known)
         raise SpecError(f"{where}: peft_type: {name!r} is not known; valid are {', '.join(sorted(known))}.{hint}")
     try:
         spec = known[name].from_dict(data)

@@ -1,7 +1,7 @@
 """Fields by which specs of several methods select sites, or sizes at them; the engine serves these and no others."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import Field, model_validator
@@ -127,6 +127,19 @@ class OtherPatterns(AdapterSpec):
     @property
     def goes_by_plain_names(self) -> bool:
         return super().goes_by_plain_names and not any(getattr(self, field) for field in self.patterns)
+
+
+def selects(selector: str | Sequence[str], fqn: str) -> bool:
+    """Whether `target_modules` (not `all-linear`), or `exclude_modules`, matches module `fqn`."""
+    if isinstance(selector, str):
+        return re.fullmatch(selector, fqn) is not None
+    return any(fqn == name or fqn.endswith(f".{name}") for name in selector)
+
+
+def shortest_names(chosen: Sequence[str], modules: Iterable[str]) -> tuple[str, ...]:
+    """The last parts of the names `chosen`, if these select no others of a model's `modules`; else the whole names."""
+    ends = tuple(dict.fromkeys(fqn.rpartition(".")[2] for fqn in chosen))
+    return ends if {fqn for fqn in modules if selects(ends, fqn)} == set(chosen) else tuple(chosen)
 
 
 # The class that a spec must inherit for the engine to serve a field.

@@ -30,12 +30,12 @@ from peftc.merge.combine import checked
 from peftc.merge.fold import Value, edits_by_site, fold_bias, value_in
 from peftc.merge.merge import require_mergeable
 from peftc.merge.undo import owner_of
-from peftc.plan import Edit, PlannedParam
-from peftc.rewrite.build import build, require_applicable
-from peftc.rewrite.parts import drawn, gathered, wide
+from peftc.plan import Edit, PlannedParam, require_applicable
+from peftc.rewrite.build import build
 from peftc.rewrite.program import Program
+from peftc.rewrite.starting import drawn, fill, gathered, wide
 from peftc.rewrite.switch import activate
-from peftc.rule import Bound, Combination, Part, fill
+from peftc.rule import Bound, Combination, Part
 from peftc.stream.names import Names
 from peftc.stream.sharded import Checkpoint
 from peftc.stream.skeleton import resize_vocabulary, skeleton

@@ -13,7 +13,7 @@ from peftc.edits import Edit
 from peftc.errors import RuleError
 from peftc.graph.ops import op_named
 from peftc.graph.sites import Site, WeightSite
-from peftc.rule import Bound, Rule
+from peftc.rule import Bound
 from peftc.view.words import number
 
 Kind = Literal["base", "inserted", "trained", "frozen", "constant"]
@@ -64,7 +64,7 @@ class _Traced:
         weights: tuple[Any, ...] = ()
         if "weight" in slots:
             weights = (rule.weight(p.weight, p),)
-            if self.site.bias is not None and type(self.edit.rule).bias is not Rule.bias:
+            if self.site.bias is not None and self.edit.rule.offers("bias"):
                 weights += (rule.bias(p.bias, p),)
         y = self._op(rule.input(x, p) if "input" in slots else x, *weights)
         self.labels[y.node] = _Label(self.site.op, "base")

@@ -13,7 +13,6 @@ from peftc.rule import Combination, Constant, Factors, Param, Shapes
 
 from .config import LoraConfig
 from .linear import LoraLinear
-from .starts import has_weight
 from .sub_configs import KasaConfig
 
 
@@ -34,7 +33,7 @@ class KasaLinear(LoraLinear):
 
     def check(self, spec: LoraConfig, site: WeightSite) -> str | None:
         r, side = spec.rank_for(site.name), min(site.in_features, site.out_features)
-        if not has_weight(site):
+        if not site.has_plain_weight:
             return "kasa_config takes singular values off the weight, which is not a plain parameter here"
         return (
             f"kasa_config would leave nothing of the weight: r={r}, its smaller side is {side}" if r >= side else None

@@ -16,7 +16,6 @@ from peftc.rule import Combination, Constant, Factors, Param, Shapes
 
 from .config import LoraConfig
 from .linear import LoraLinear
-from .starts import has_weight
 from .sub_configs import LoftQConfig
 
 _BLOCK = 64
@@ -49,7 +48,7 @@ class LoftqLinear(LoraLinear):
         return {**super().constants(spec, site), "bits": told.loftq_bits, "iterations": told.loftq_iter}
 
     def check(self, spec: LoraConfig, site: WeightSite) -> str | None:
-        if not has_weight(site):
+        if not site.has_plain_weight:
             return (
                 "loftq quantises a plain weight, which this is not. On a base that is quantised already, load it with"
                 " init_lora_weights=True"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from peftc.errors import AdapterError
-from peftc.graph.sites import WeightSite, dtype_of
+from peftc.graph.sites import WeightSite
 from peftc.rule import Shapes
 
 from . import corda, eva, from_weight, lora_ga
@@ -64,12 +64,6 @@ def learns(spec: LoraConfig) -> Learns:
     return Learns() if start is None else start.learns
 
 
-def has_weight(site: WeightSite) -> bool:
-    """Whether the site has a weight of floating-point numbers to start from; a quantised one has not."""
-    dtype = dtype_of(site.dtype)
-    return site.weight is not None and dtype.is_floating_point and dtype.itemsize > 1
-
-
 def unfit(spec: LoraConfig, site: WeightSite) -> str | None:
     """The reason why A and B can't start so at a linear site, or None."""
     start, r, name = start_of(spec), spec.rank_for(site.name), spec.init_lora_weights
@@ -81,7 +75,7 @@ def unfit(spec: LoraConfig, site: WeightSite) -> str | None:
     if start.limit is not None and r * start.limit > side:
         times = "" if start.limit == 1 else f"{start.limit} times "
         return f"{name} takes factors of the weight: {times}r={r} is over its smaller side, {side}"
-    if start.of_weight and not has_weight(site):
+    if start.of_weight and not site.has_plain_weight:
         return f"{name} initialisation needs the weight, which is not a plain parameter here"
     return None
 
