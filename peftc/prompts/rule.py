@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from peftc.errors import RuleError
 from peftc.prompts.calls import Stack
 from peftc.prompts.specs import PromptSpec
+from peftc.rewrite.parts import gathered_copy
 from peftc.rule import Constant, Rule
 
 # The child of a call's module that holds the encoders, by adapter name, as in PEFT.
@@ -103,7 +104,8 @@ class PromptRule(Rule[P]):
         embedding = host.get_submodule(path) if path else None
         weight = next((embedding or host).parameters())
         if embedding is not None and not weight.is_meta and not spec.inference_mode:
-            self.start(module, spec, lambda ids: embedding(ids.to(weight.device)), weight.shape[0])
+            called = gathered_copy(embedding, host)
+            self.start(module, spec, lambda ids: called(ids.to(weight.device)), weight.shape[0])
 
     def summary(self, adapter: str, constants: Mapping[str, Constant], slots: Sequence[str]) -> list[str]:
         number = constants["num_virtual_tokens"]

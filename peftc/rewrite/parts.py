@@ -15,7 +15,7 @@ from peftc.graph.hooked import device_of
 from peftc.graph.sites import Site, WeightSite, canonical, dtype_of
 from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
 from peftc.rewrite.holders import VALUE, Container, Holder, Vectors, code_path
-from peftc.rewrite.sharding import Layout, Places, is_sharded, own, put, spread, whole
+from peftc.rewrite.sharding import Layout, Places, is_sharded, managed, own, put, spread, whole
 from peftc.rewrite.views import pristine_copy
 from peftc.rule import Argument, Bound, Rule, fill
 from peftc.specs import AdapterSpec
@@ -219,7 +219,7 @@ def _attach_tensor(
         module, rest = tables._modules.get(adapter), VALUE
         if module is None:
             module = tables._modules[adapter] = _blank(Holder)
-            module.register_buffer(VALUE, _allocated(part, param, device, None))
+            module.register_buffer(VALUE, _allocated(part, param, device, layout))
         part.owners[param.key], part.__dict__[first] = (module, VALUE), module
         return
     if dot:
@@ -294,6 +294,13 @@ def _copy_of(module: nn.Module, places: Places) -> nn.Module:
     finally:
         if others is not None:
             module._modules[MODULES_TO_SAVE] = others
+
+
+def gathered_copy(module: nn.Module, model: nn.Module) -> nn.Module:
+    """`module` of `model`, or a copy with whole tensors where FSDP2 has sharded it, which can be called by itself."""
+    known = managed(model)
+    sharded = [name for name, tensor in module.named_parameters() if id(tensor) in known]
+    return _gathered(pristine_copy(module), sharded) if sharded else module
 
 
 def _without_layout_hooks(module: nn.Module) -> nn.Module:
