@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from peftc.errors import RuleError
 from peftc.prompts.calls import Stack
 from peftc.prompts.specs import PromptSpec
-from peftc.rewrite.parts import gathered_copy
 from peftc.rule import Constant, Rule
 
 # The child of a call's module that holds the encoders, by adapter name, as in PEFT.
@@ -99,12 +98,19 @@ class PromptRule(Rule[P]):
     def module(self, spec: P, site: Any) -> nn.Module:
         return self.encoder(spec)
 
-    def start_module(self, module: nn.Module, spec: P, constants: Mapping[str, Constant], host: nn.Module) -> None:
+    def start_module(
+        self,
+        module: nn.Module,
+        spec: P,
+        constants: Mapping[str, Constant],
+        host: nn.Module,
+        part_of: Callable[[str], nn.Module],
+    ) -> None:
         path = str(constants["embedding"])
         embedding = host.get_submodule(path) if path else None
         weight = next((embedding or host).parameters())
         if embedding is not None and not weight.is_meta and not spec.inference_mode:
-            called = gathered_copy(embedding, host)
+            called = part_of(path)
             self.start(module, spec, lambda ids: called(ids.to(weight.device)), weight.shape[0])
 
     def summary(self, adapter: str, constants: Mapping[str, Constant], slots: Sequence[str]) -> list[str]:

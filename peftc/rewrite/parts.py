@@ -296,9 +296,9 @@ def _copy_of(module: nn.Module, places: Places) -> nn.Module:
             module._modules[MODULES_TO_SAVE] = others
 
 
-def gathered_copy(module: nn.Module, model: nn.Module) -> nn.Module:
-    """`module` of `model`, or a copy with whole tensors where FSDP2 has sharded it, which can be called by itself."""
-    known = managed(model)
+def gathered_copy(model: nn.Module, path: str) -> nn.Module:
+    """The module `path` of `model`, or a copy with whole tensors where FSDP2 has sharded it: one to be called alone."""
+    module, known = model.get_submodule(path), managed(model)
     sharded = [name for name, tensor in module.named_parameters() if id(tensor) in known]
     return _gathered(pristine_copy(module), sharded) if sharded else module
 
@@ -361,7 +361,8 @@ def start(
     if part.edit.rule.container is not None:
         if params and not part.edit.whole:
             with torch.no_grad():
-                part.edit.rule.start_module(part.module, spec, part.edit.constants, host)
+                inside = functools.partial(gathered_copy, host)
+                part.edit.rule.start_module(part.module, spec, part.edit.constants, host, inside)
             spread(part.module.parameters(), mesh)
         return
     live = {param.name: part.tensor(param.key) for param in params}
