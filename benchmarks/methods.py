@@ -2,6 +2,7 @@
 
     python benchmarks/methods.py                    # all, one after another, then docs/comparison.md and the plot
     python benchmarks/methods.py --only LoRA,DoRA   # those, into what was measured before
+    python benchmarks/methods.py --missing          # those that were not
 
 What every method gets is the same: the same batches in the same order, the same number of steps, the same sites where it
 adapts linears, one seed. The figures go to benchmarks/methods.json, the page and the plot are made of that.
@@ -39,10 +40,11 @@ PROMPT = {"num_virtual_tokens": 10, "task_type": "CAUSAL_LM"}
 
 @dataclass(frozen=True)
 class Entry:
-    """A spec, and its learning rate as a multiple of LoRA's."""
+    """A spec, and its learning rate as a multiple of LoRA's. `tasks`: its calls have task_ids, here of one task."""
 
     spec: peftc.AdapterSpec
     times: float = 1.0
+    tasks: bool = False
 
 
 def on_sites(cls: Any, times: float = 1.0, **fields: Any) -> Entry:
@@ -88,10 +90,28 @@ METHODS: Mapping[str, Entry] = {
         peftc.LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm", "norm"]), 10
     ),
     "LLaMA-Adapter": Entry(peftc.AdaptionPromptConfig(adapter_len=10, adapter_layers=30, task_type="CAUSAL_LM"), 5),
+    "FRoD": on_sites(peftc.FrodConfig),
+    "AdaMSS": on_sites(peftc.AdamssConfig),
+    "Poly": Entry(peftc.PolyConfig(target_modules=list(SITES), r=8, n_tasks=1, n_skills=2), tasks=True),
     "prompt tuning": Entry(peftc.PromptTuningConfig(**PROMPT), 15),
     "prefix tuning": Entry(peftc.PrefixTuningConfig(**PROMPT), 15),
     "p-tuning": Entry(peftc.PromptEncoderConfig(encoder_hidden_size=128, **PROMPT), 1),
+    "cartridge": Entry(peftc.CartridgeConfig(**PROMPT), 15),
+    "multitask prompt tuning": Entry(peftc.MultitaskPromptTuningConfig(num_tasks=1, **PROMPT), 15, tasks=True),
+    # CPT is left out: its loss is of its own tokens, too, and takes all logits; here those of the answers are made.
 }
+
+
+class OneTask(nn.Module):
+    """A model whose rows are all of task 0."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+        tasks = torch.zeros(len(input_ids), dtype=torch.long)
+        return self.model(input_ids=input_ids, task_ids=tasks, **given)
 
 
 class Saved:
@@ -158,9 +178,10 @@ def measure(base: Any, tokenizer: Any, entry: Entry | None) -> dict[str, Any]:
         return {"parameters": 0, "loss": loss, "right": right}
     compiled = peftc.compile(base, entry.spec)
     count = compiled.get_nb_trainable_parameters()[0]
-    saved = Saved(compiled).bytes(compiled.train(), batches[0])
-    cpu, wall = train(compiled, batches, RATE * entry.times)
-    loss, right = score(compiled, tokenizer, heldout)
+    model = OneTask(compiled) if entry.tasks else compiled
+    saved = Saved(model).bytes(model.train(), batches[0])
+    cpu, wall = train(model, batches, RATE * entry.times)
+    loss, right = score(model, tokenizer, heldout)
     # The parameter, its gradient and Adam's two moments, in float32.
     return {
         "parameters": count,
@@ -216,8 +237,9 @@ parameters.
 - Rates are not tuned. LoRA has the demo's, {rate:g}; the others have a multiple of it that is usual for them (ten times for
   VeRA, (IA)³, RoAd and FourierFT, say), or the same. Another rate can turn the order around.
 - Sizes are the methods' defaults, with rank 8 where a rank is like LoRA's; they do not train equally many parameters.
-- Seconds are of a shared machine. Methods that make a new weight in every step pay about the same for a batch of any
-  size, so they look dearer here than with long sequences.
+- Seconds are of a shared machine; those of FRoD, AdaMSS, Poly, cartridge and multitask prompt tuning were measured beside
+  much other load, and compare with the others' least. Methods that make a new weight in every step pay about the same for
+  a batch of any size, so they look dearer here than with long sequences.
 """
 
 
@@ -282,12 +304,15 @@ def known() -> dict[str, dict[str, Any]]:
 
 def main(
     only: Annotated[str, typer.Option(help="Names, with commas between them; default: all.")] = "",
+    missing: Annotated[bool, typer.Option(help="Those that were not measured so far.")] = False,
     measured: Annotated[
         bool, typer.Option(help="Measure; else the page is made of the figures that are there.")
     ] = True,
 ) -> None:
     """Measure the methods, and write the page and the plot."""
     names = [name.strip() for name in only.split(",") if name.strip()] or ["base", *METHODS]
+    if missing:
+        names = [name for name in names if name not in known()]
     if measured:
         base, tokenizer = smollm2.load_base(None), smollm2.load_tokenizer(None)
         for name in names:

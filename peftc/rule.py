@@ -363,8 +363,17 @@ class Rule(Generic[S]):
         """For ops whose adapters hold a module instead of parameters (virtual tokens): that module."""
         raise NotImplementedError
 
-    def start_module(self, module: nn.Module, spec: S, constants: Mapping[str, Constant], host: nn.Module) -> None:
-        """Initialise a fresh one further; `host` is the site's module."""
+    def start_module(
+        self,
+        module: nn.Module,
+        spec: S,
+        constants: Mapping[str, Constant],
+        host: nn.Module,
+        part_of: Callable[[str], nn.Module],
+    ) -> None:
+        """Initialise a fresh one further; `host` is the site's module, `part_of` gives one inside of it that can be called,
+        also where its tensors are sharded.
+        """
 
     def read_shape(
         self, tensors: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]

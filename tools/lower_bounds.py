@@ -4,8 +4,9 @@
     python tools/lower_bounds.py --keep torch     # as it is installed here, with all that is not listed
     python tools/lower_bounds.py tests/specs      # other tests than those that run by default
 
-What tests ask of transformers by name may be younger than its oldest version (a family, a fingerprint of its code): such a
-failure is no fault. Any other is: mend it, or raise the bound.
+What tests ask of transformers by name may be younger than its oldest version (a family, a fingerprint of its code, what a
+layer of it is called): such a failure is no fault. Any other is: mend it, or raise the bound. CONTRIBUTING.md has what the
+last run gave. On Linux the oldest torch is a build for CUDA of some 3 GB, and needs all of it to be imported.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+LINTERS = ("build", "import-linter", "pyright", "ruff", "setuptools")
 TESTS = ["tests/specs", "tests/plan", "tests/merge", "tests/checkpoint", "tests/cli", "tests/laws"]
 
 
@@ -30,6 +32,12 @@ def oldest(keep: list[str]) -> list[str]:
     if unread:
         raise SystemExit(f"no lower bound: {', '.join(unread)}")
     return [f"{pair[1]}=={pair[2]}" for pair in pairs if pair is not None and pair[1] not in keep]
+
+
+def tools() -> list[str]:
+    """What tests need beside, in any version: the extra for them without the linters."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return [line for line in project["optional-dependencies"]["test"] if re.split("[>=]", line)[0] not in LINTERS]
 
 
 def main() -> None:
@@ -47,8 +55,8 @@ def main() -> None:
         (site / "here.pth").write_text("\n".join(places) + "\n")
     wanted = oldest(given.keep)
     print("installing", *wanted, flush=True)
-    tools = [] if given.keep else ["pytest", "hypothesis", "peft==0.21.2", "accelerate"]
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted, *tools], check=True)
+    others = [] if given.keep else tools()
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *wanted, *others], check=True)
     subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-deps", "-e", ROOT], check=True)
     raise SystemExit(subprocess.run([python, "-m", "pytest", "-m", "not slow", *given.tests], cwd=ROOT).returncode)
 

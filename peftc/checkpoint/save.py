@@ -55,9 +55,9 @@ def save_adapters(folder: Path, program: Program, adapters: Sequence[str], optio
     for name in adapters:
         _warn(program, name, options)
         path = "" if name == "default" else f"{name}/"
-        own = _files(program, name, options)
+        config, own = _files(program, name, options)
         if not (folder / path / CARD_NAME).exists():
-            own[CARD_NAME] = card(config_of(program, name), transformers_config(program.base) is not None).encode()
+            own[CARD_NAME] = card(config, transformers_config(program.base) is not None).encode()
         files |= {path + file: content for file, content in own.items()}
         gone += [] if ENCODER_NAME in own else [path + ENCODER_NAME]  # One that is there made other rows.
     replace_files(folder, files, [name for name in files if name.endswith(CONFIG_NAME)], gone)
@@ -77,21 +77,22 @@ def _warn(program: Program, name: str, options: SaveOptions) -> None:
         )
 
 
-def _files(program: Program, adapter: str, options: SaveOptions) -> dict[str, bytes]:
+def _files(program: Program, adapter: str, options: SaveOptions) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The adapter's config, and its files; whoever shares the model takes part."""
     reshard(program.base)
     config = config_of(program, adapter, options.bake)
     if options.form == "serving":
-        config, tensors = serving_form(program, adapter, config)
-        return adapter_files(config, tensors, {}, fingerprint_of(program, adapter))
+        other, tensors = serving_form(program, adapter, config)
+        return config, adapter_files(other, tensors, {}, fingerprint_of(program, adapter))
     if options.form == "per_expert":
-        config, tensors = per_expert_form(program, adapter, config, options.save_embedding_layers)
-        return adapter_files(config, tensors, {}, fingerprint_of(program, adapter))
+        other, tensors = per_expert_form(program, adapter, config, options.save_embedding_layers)
+        return config, adapter_files(other, tensors, {}, fingerprint_of(program, adapter))
     edit = prompt_edit(program, adapter)
     encoder = encoder_state(program, edit) if edit is not None else {}
     encoder = {key: whole(value) for key, value in encoder.items()}
     tensors = saved_state_dict(program, adapter, options.save_embedding_layers, options.state_dict)
     full = None if options.state_dict is None else by_plain_names(options.state_dict)
-    return adapter_files(config, tensors, encoder, fingerprint_of(program, adapter, full))
+    return config, adapter_files(config, tensors, encoder, fingerprint_of(program, adapter, full))
 
 
 def gather(program: Program, adapters: Sequence[str], options: SaveOptions) -> None:

@@ -98,12 +98,20 @@ class PromptRule(Rule[P]):
     def module(self, spec: P, site: Any) -> nn.Module:
         return self.encoder(spec)
 
-    def start_module(self, module: nn.Module, spec: P, constants: Mapping[str, Constant], host: nn.Module) -> None:
+    def start_module(
+        self,
+        module: nn.Module,
+        spec: P,
+        constants: Mapping[str, Constant],
+        host: nn.Module,
+        part_of: Callable[[str], nn.Module],
+    ) -> None:
         path = str(constants["embedding"])
         embedding = host.get_submodule(path) if path else None
         weight = next((embedding or host).parameters())
         if embedding is not None and not weight.is_meta and not spec.inference_mode:
-            self.start(module, spec, lambda ids: embedding(ids.to(weight.device)), weight.shape[0])
+            called = part_of(path)
+            self.start(module, spec, lambda ids: called(ids.to(weight.device)), weight.shape[0])
 
     def summary(self, adapter: str, constants: Mapping[str, Constant], slots: Sequence[str]) -> list[str]:
         number = constants["num_virtual_tokens"]

@@ -15,6 +15,7 @@ from peftc.registry import rules_of
 from peftc.rewrite.parts import Adapter, Part
 from peftc.rewrite.processes import require_common_gradients
 from peftc.rewrite.program import Program
+from peftc.rewrite.sharding import is_sharded, put, whole
 from peftc.rule import Rule
 from peftc.specs import AdapterSpec
 
@@ -111,8 +112,17 @@ def after_step(adapter: Adapter, spec: AdapterSpec, step: int) -> None:
     """Let the rules of an adapter act after step number `step`, by `spec`."""
     with torch.no_grad():
         for rule, parts in _by_rule(adapter, "after_step").items():
-            tensors = {part.edit.site: part.tensors() for part in parts}
+            live = {part.edit.site: part.tensors() for part in parts}
+            if rule.container is None:
+                rule.after_step(spec, live, step, adapter.states.setdefault(rule.name, {}))
+                continue
+            # Those of an encoder are few: the rule gets whole ones, also where they are sharded.
+            tensors = {site: {name: whole(tensor) for name, tensor in own.items()} for site, own in live.items()}
             rule.after_step(spec, tensors, step, adapter.states.setdefault(rule.name, {}))
+            for site, own in live.items():
+                for name in own:
+                    if is_sharded(own[name]):
+                        put(own[name], tensors[site][name])
 
 
 def without_gradient(program: Program) -> list[str]:

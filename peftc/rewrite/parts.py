@@ -15,7 +15,7 @@ from peftc.graph.hooked import device_of
 from peftc.graph.sites import Site, WeightSite, dtype_of
 from peftc.plan import MODULES_TO_SAVE, Edit, PlannedParam
 from peftc.rewrite.holders import VALUE, Container, Holder, Vectors, code_path
-from peftc.rewrite.sharding import Layout, Places, is_sharded, whole
+from peftc.rewrite.sharding import Layout, Places, is_sharded, managed, whole
 from peftc.rewrite.views import pristine_copy
 from peftc.rule import Argument, Bound, Rule
 from peftc.specs import AdapterSpec
@@ -223,7 +223,7 @@ def _attach_tensor(
         module, rest = tables._modules.get(adapter), VALUE
         if module is None:
             module = tables._modules[adapter] = _blank(Holder)
-            module.register_buffer(VALUE, _allocated(part, param, device, None))
+            module.register_buffer(VALUE, _allocated(part, param, device, layout))
         part.owners[param.key], part.__dict__[first] = (module, VALUE), module
         return
     if dot:
@@ -298,6 +298,13 @@ def _copy_of(module: nn.Module, places: Places) -> nn.Module:
     finally:
         if others is not None:
             module._modules[MODULES_TO_SAVE] = others
+
+
+def gathered_copy(model: nn.Module, path: str) -> nn.Module:
+    """The module `path` of `model`, or a copy with whole tensors where FSDP2 has sharded it: one to be called alone."""
+    module, known = model.get_submodule(path), managed(model)
+    sharded = [name for name, tensor in module.named_parameters() if id(tensor) in known]
+    return _gathered(pristine_copy(module), sharded) if sharded else module
 
 
 def _without_layout_hooks(module: nn.Module) -> nn.Module:

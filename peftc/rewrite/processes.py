@@ -83,6 +83,11 @@ def _unplaced(model: nn.Module, site: Site, edit: Edit, places: Places) -> str |
     laid = any(id(parameter) in places.laid for parameter in owner.parameters())
     if "past" in edit.slots:
         return "its keys and values are those of all heads, and each process has some of them. Prompt tuning works."
+    if laid and site.op == "attention_call":
+        return "it computes with all heads, and each process has some of them. Prompt tuning works."
+    if isinstance(site, WeightSite) and laid and edit.rule.arguments:
+        given = ", ".join(edit.rule.arguments)
+        return f"{edit.rule.name} takes {given} of the call, which lie beside tensors that are laid out over processes."
     if edit.whole and laid and any("forward" in module.__dict__ for module in owner.modules()):
         return (
             "transformers has put tensor parallelism around its forward, which a copy would share with the original."

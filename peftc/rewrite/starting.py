@@ -1,5 +1,6 @@
 """How an adapter's tensors begin: drawn, by the rule, from the weights of its sites, from data."""
 
+import functools
 from collections.abc import Callable, Collection, Mapping
 from math import sqrt
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from peftc.errors import AdapterError, PeftcError, RuleError
 from peftc.graph.sites import WeightSite, canonical
 from peftc.plan import Edit, PlannedParam
-from peftc.rewrite.parts import Part
+from peftc.rewrite.parts import Part, gathered_copy
 from peftc.rewrite.sharding import is_sharded, own, put, spread, whole
 from peftc.rule import Bound
 from peftc.specs import AdapterSpec
@@ -34,7 +35,8 @@ def start(
     if part.edit.rule.container is not None:
         if params and not part.edit.whole:
             with torch.no_grad():
-                part.edit.rule.start_module(part.module, spec, part.edit.constants, host)
+                inside = functools.partial(gathered_copy, host)
+                part.edit.rule.start_module(part.module, spec, part.edit.constants, host, inside)
             spread(part.module.parameters(), mesh)
         return
     live = {param.name: part.tensor(param.key) for param in params}

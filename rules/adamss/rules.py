@@ -106,10 +106,12 @@ class Adamss(Rule[AdamssConfig]):
 def _factors(p: Any) -> tuple[Tensor, Tensor]:
     """B (out, K·rank), a block for each subspace, and A (K·rank, r); of a subspace that has stopped without gradient."""
     sizes = p.adamss_sizes.long()
-    of = torch.arange(p.subspaces, device=sizes.device).repeat_interleave(sizes[:, 0], output_size=p.outputs)
+    # By ops that take tensors laid out over processes: numbers out of a tensor that is laid out so.
+    number = torch.ones_like(p.adamss_rows).cumsum(0)
+    of = (number[:, None] > sizes[:, 0].cumsum(0)).sum(1)
     a, b = p.adamss_A, p.adamss_B
     if p.rank > 1:  # Of a lower rank, the others are there to make it one tensor.
-        b = b * (torch.arange(p.rank, device=sizes.device) < sizes[of, 1][:, None])
+        b = b * (torch.ones_like(b).cumsum(1) <= sizes[of, 1][:, None])
     if p.adaptive:
         learns = sizes[:, 2] == 1
         a = torch.where(learns[:, None, None], a, a.detach())

@@ -90,3 +90,35 @@ def test_what_adds_products_is_served_as_lora(name: str, tmp_path: Path) -> None
     assert peftc.load_spec(tmp_path).peft_type == "LORA"
     theirs = quietly(peft.PeftModel.from_pretrained, copy.deepcopy(model), tmp_path).eval()
     torch.testing.assert_close(theirs(IDS).logits, y, rtol=1e-4, atol=1e-5)
+
+
+ASKING: dict[str, peftc.AdapterSpec] = {
+    "Poly": peftc.PolyConfig(target_modules=TARGETS, r=4, n_tasks=3, n_skills=2, n_splits=2, task_type="CAUSAL_LM"),
+    "multitask": peftc.MultitaskPromptTuningConfig(
+        num_virtual_tokens=3, num_tasks=3, num_ranks=2, task_type="CAUSAL_LM"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_what_asks_about_the_call_is_compiled_around_it(name: str) -> None:
+    """In several graphs, and in none anew for other tasks; of the compiled model, as its base is not told of the call."""
+    ours = perturbed(peftc.compile(tiny("llama"), ASKING[name]), 2).eval()
+    ids, graphs = token_ids(4, 7, 64), list[int]()
+
+    def count(module: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(len(module.graph.nodes))
+        return module
+
+    torch._dynamo.reset()
+    fast, made = torch.compile(ours, backend=count), 0
+    for tasks in ([0, 2, 1, 1], [1, 0, 2, 0], [2, 2, 2, 2]):
+        given = {"input_ids": ids, "task_ids": torch.tensor(tasks)}
+        expected, found = ours(**given).logits, fast(**given).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+        made = made or len(graphs)
+        assert 0 < len(graphs) == made
+    found.square().sum().backward()
+    assert all(p.grad is not None for p in ours.parameters() if p.requires_grad)
+    with pytest.raises(peftc.AdapterError, match="call that, not its base"):
+        torch.compile(ours.base, backend="eager")(**given)
