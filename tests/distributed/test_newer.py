@@ -10,9 +10,8 @@ from torch import distributed
 from torch.distributed.fsdp import fully_shard
 
 import peftc
-from tests.distributed.test_tensor_parallel import parallel
 from tests.support.adapters import perturb
-from tests.support.processes import batch, close, full, llama, run
+from tests.support.processes import batch, close, full, llama, parallel, run
 
 pytestmark = pytest.mark.slow
 

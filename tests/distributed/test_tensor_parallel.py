@@ -1,19 +1,17 @@
 """Tensor parallelism on two processes: what one process computes, with adapters laid out as their weights are."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import distributed
 from torch.distributed.tensor import Replicate, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaForCausalLM
 from transformers.distributed import DistributedConfig
 
 import peftc
 from tests.support.adapters import perturb
-from tests.support.processes import batch, close, full, llama, run, train
+from tests.support.processes import batch, close, full, llama, parallel, run, train
 
 pytestmark = pytest.mark.slow
 
@@ -25,21 +23,6 @@ SPECS = {
     "prompt": peftc.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
     "pissa": peftc.LoraConfig(r=4, target_modules=["q_proj", "o_proj"], init_lora_weights="pissa", bias="lora_only"),
 }
-
-
-def parallel(model: Any) -> Any:
-    """As torch's tutorial has it, the head with its outputs gathered."""
-    mesh = distributed.init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    plan: dict[str, Any] = {
-        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
-        "lm_head": ColwiseParallel(output_layouts=Replicate()),
-    }
-    for number in range(len(model.model.layers)):
-        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
-            plan[f"model.layers.{number}.{name}"] = ColwiseParallel()
-        for name in ("self_attn.o_proj", "mlp.down_proj"):
-            plan[f"model.layers.{number}.{name}"] = RowwiseParallel()
-    return parallelize_module(model, mesh, plan)
 
 
 def agree(alone: peftc.CompiledModel, compiled: peftc.CompiledModel, name: str | list[str]) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from transformers import LlamaConfig, LlamaForCausalLM
 
 # Their server imports once what they all need.
@@ -61,6 +62,21 @@ def llama(**fields: Any) -> LlamaForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(7)
         return LlamaForCausalLM(LlamaConfig(**{**sizes, **fields})).eval()
+
+
+def parallel(model: Any) -> Any:
+    """A Llama cut over two processes, as torch's tutorial has it, the head with its outputs gathered."""
+    mesh = torch.distributed.init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
+    plan: dict[str, Any] = {
+        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
+        "lm_head": ColwiseParallel(output_layouts=Replicate()),
+    }
+    for number in range(len(model.model.layers)):
+        for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"):
+            plan[f"model.layers.{number}.{name}"] = ColwiseParallel()
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            plan[f"model.layers.{number}.{name}"] = RowwiseParallel()
+    return parallelize_module(model, mesh, plan)
 
 
 def batch(step: int, rank: int | None = None, rows: int = 4) -> dict[str, Tensor]:
