@@ -246,7 +246,7 @@ def drop(output: Any, at: Progress) -> Any:
 def weigh(output: Any, at: Progress, labels: Tensor | None, part: Part) -> Any:
     """The model output with the loss that the rule of `part` has, where virtual tokens entered and labels are given.
 
-    Raises AdapterError if there are embedded tokens of others.
+    Raises AdapterError if there are embedded tokens of others, or not as many logits as tokens.
     """
     if labels is None or not at.first:
         return output
@@ -256,6 +256,12 @@ def weigh(output: Any, at: Progress, labels: Tensor | None, part: Part) -> Any:
         raise AdapterError(
             f"{part.edit.adapter!r} has a loss of its own, of its tokens and the call's, and there are {others} tokens of"
             " other adapters between these: compute the loss with that one active alone"
+        )
+    if logits.shape[1] != at.embedded + labels.shape[1]:
+        raise AdapterError(
+            f"{part.edit.adapter!r} has a loss of its own, of its {at.embedded} tokens and the call's: with labels of"
+            f" {labels.shape[1]} tokens that takes {at.embedded + labels.shape[1]} logits a row, and the model gave"
+            f" {logits.shape[1]}. Leave logits_to_keep out, and give labels for all tokens"
         )
     rule = cast(Any, part.edit.rule)
     loss = rule.loss(logits, labels.to(logits.device), given_beside(part), Bound(part.edit.constants))

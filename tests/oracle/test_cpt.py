@@ -208,6 +208,17 @@ def test_kinds_are_looked_at(own: Tensor, said: str) -> None:
         ours(**inputs(own))
 
 
+def test_labels_and_logits_of_the_last_tokens_alone_are_refused() -> None:
+    _, ours, _ = both()
+    given = {name: value for name, value in inputs().items() if name != "labels"}
+    with pytest.raises(
+        peftc.AdapterError, match=r"with labels of 3 tokens that takes 13 logits a row, .* gave 3\. Leave"
+    ):
+        ours(**given, labels=IDS[:, -3:], logits_to_keep=3)
+    whole = torch.cat([torch.full_like(IDS[:, :-3], -100), IDS[:, -3:]], 1)
+    assert torch.isfinite(ours(**given, labels=whole).loss)
+
+
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
