@@ -92,7 +92,7 @@ def _to_bare(figures: Figures, file: Path) -> None:
     axes.set_yticks(range(len(own)), list(own))
     axes.invert_yaxis()
     axes.axvline(1, color="0.6", linewidth=1)
-    axes.set(xlabel="time, as a multiple of the bare model's")
+    axes.set(xlabel="time, as a multiple of the bare model's", xlim=(0.9, None))
     axes.grid(axis="x", alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
     for side in ("top", "right"):

@@ -166,6 +166,8 @@ def is_plain(tensor: Tensor) -> bool:
 
 def _is_autocast(x: Tensor) -> bool:
     """Whether products of `x` are computed in another dtype."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
     device = x.device.type
     known = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return known and x.dtype is not torch.float64
