@@ -133,19 +133,21 @@ def weight_with_product(
 
     In bfloat16 that goes back, the factors are cast, whose product is accumulated in float32 and rounded once with the sum.
     """
-    wide = weight if dtype is None else weight.to(dtype)
-    fits = wide.dim() in (2, 3) and wide.shape == (*left.shape[:-1], right.shape[-1]) and left.dim() == right.dim()
+    fits = weight.dim() in (2, 3) and weight.shape == (*left.shape[:-1], right.shape[-1]) and left.dim() == right.dim()
     plain = is_plain(weight) and type(left) in (Tensor, nn.Parameter) and type(right) in (Tensor, nn.Parameter)
     if not fits or not plain or _is_autocast(weight):
-        total = wide + scale * (left @ right)
+        total = (weight if dtype is None else weight.to(dtype)) + scale * (left @ right)
         return total.to(weight.dtype) if back else total
-    add, add_in_place = (torch.addmm, Tensor.addmm_) if wide.dim() == 2 else (torch.baddbmm, Tensor.baddbmm_)
-    left, right = left.contiguous(), right.contiguous()  # Else every matrix of a stack is a product of its own.
     if back and weight.dtype is torch.bfloat16:
-        return add(weight, left.to(weight.dtype), right.to(weight.dtype), alpha=float(scale))
-    wide = wide.to(torch.promote_types(wide.dtype, left.dtype))
-    left, right = left.to(wide.dtype), right.to(wide.dtype)
-    total = (add if wide is weight else add_in_place)(wide, left, right, alpha=float(scale))
+        wide = weight
+    else:
+        wide = weight.to(torch.promote_types(dtype or weight.dtype, left.dtype))
+    left, right = (
+        one.to(wide.dtype).contiguous() for one in (left, right)
+    )  # Else each of a stack is a product of its own.
+    # Lying as the weight does: the bits of what is computed of it, a norm, depend on that.
+    total = wide.clone() if wide is weight else wide
+    total = (total.addmm_ if total.dim() == 2 else total.baddbmm_)(left, right, alpha=float(scale))
     return total.to(weight.dtype) if back else total
 
 

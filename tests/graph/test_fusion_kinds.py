@@ -56,6 +56,12 @@ def test_a_weight_that_broadcasts_stays_algebra() -> None:
     torch.testing.assert_close(found, weight + 0.5 * left @ right)
 
 
+def test_a_weight_with_a_product_lies_as_the_weight() -> None:
+    """Else a norm of it has other bits than that of the algebra, and a fresh DoRA is not the base."""
+    weight, left, right = torch.randn(5, 6).mT, torch.randn(6, 2), torch.randn(2, 5)
+    assert weight_with_product(weight, left, right, 0.5, None, False).stride() == (weight + 0.5 * left @ right).stride()
+
+
 def test_experts_are_one_op_and_equal_the_fold() -> None:
     """An adapter on a stack of experts: as generated code and as merged."""
     from transformers import MixtralConfig, MixtralForCausalLM
