@@ -59,8 +59,8 @@ def main(rounds: int = 15) -> None:
     warnings.simplefilter("ignore")
     table = Table(title=f"no gradients, 8 layers of width 576, LoRA r=16 on 56 linears, {rounds} rounds, 1 thread")
     columns = ("median CPU time", "to bare [quartiles]", "to peft [quartiles]", "overhead in products")
-    for column in ("", "", *columns):
-        table.add_column(column, justify="left" if not column else "right")
+    for column in ("", " ", *columns):
+        table.add_column(column, justify="right" if column.strip() else "left", no_wrap=True)
     for dtype in (torch.float32, torch.bfloat16):
         base = small_llama().to(dtype).eval().requires_grad_(False)
         compiled = peftc.compile(base, peftc.LoraConfig(r=16, target_modules="all-linear")).eval()
@@ -79,7 +79,7 @@ def main(rounds: int = 15) -> None:
                 ratios = (ratio(seconds, name, "bare"), ratio(seconds, name, "peft"))
                 each = median_ms([s / often for s in seconds[name]])
                 table.add_row(f"{dtype}, {what}"[6:] if name == "bare" else "", name, each, *ratios, over)
-    Console(width=120).print(table)
+    Console(width=150).print(table)
 
 
 if __name__ == "__main__":

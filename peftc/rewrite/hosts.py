@@ -214,7 +214,6 @@ def _host_class(
     """The class of hosts of class `original`; `leaves` are parameters that may be stood in for, `methods` make the methods
     of these names from those that `original` has, and hosts are instances of the classes `also` too.
     """
-
     walks = may_walk(original)
 
     @functools.wraps(original.forward)
