@@ -21,8 +21,9 @@ figures are copies. More figures, and how each is measured, are in [the figures]
 
 ![A training step: what adapters add, in their own products](pictures/steps.png)
 
-{met} of {count} bars are met. These figures were taken beside tests that ran on the other core. Steps of 2 × 1024 tokens at width
-1024 were noisier than what adapters add, and are left out until a quiet machine has them; merging with `residual` is in the figures.
+{met} of {count} bars are met. These figures were taken beside tests that ran on the other core. Steps of 2 × 1024 tokens
+at width 1024 were noisier than what adapters add, and are left out until a quiet machine has them; merging with `residual`
+is in the figures.
 
 | measure | bare | peft | peftc | floor | for the bar | bar |
 |---|---:|---:|---:|---:|---:|---:|
