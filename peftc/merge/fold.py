@@ -16,7 +16,9 @@ from torch import Tensor
 
 from peftc.errors import MergeError, RuleError
 from peftc.graph.sites import WeightSite, canonical, parameter_name
+from peftc.merge.memory import in_huge_pages
 from peftc.merge.threads import side_by_side
+from peftc.merge.undo_log import RunningSum
 from peftc.plan import Edit, PlannedParam
 from peftc.rewrite.program import Program
 from peftc.rewrite.sharding import is_sharded, own, part_of, shard_as, shard_like, whole
@@ -66,7 +68,7 @@ class Step:
         return replace(self, values=cut, product=product)
 
     def onto(self, weight: Tensor, axis: str, start: int, stop: int) -> Tensor:
-        """The part from `start` to `stop` along `axis` as this edit makes it of `weight`, which may be overwritten."""
+        """The part from `start` to `stop` along `axis` as this edit makes it of `weight`; that may be overwritten."""
         if self.product is None or weight.dim() != 2:
             return self.rule.weight(weight, self.at(axis, start, stop, weight))
         up, down = self.product
@@ -75,12 +77,15 @@ class Step:
 
 @dataclass(frozen=True)
 class Folded:
-    """A new value of the tensor `leaf` of module `owner`. `same`: the parameter, tied to it, that has got it."""
+    """A new value of the tensor `leaf` of module `owner`. `same`: the parameter, tied to it, that has got it. `sums`: the
+    checksums of the old value and of the new one, where they were taken on the way.
+    """
 
     owner: str
     leaf: str
     value: Tensor
     same: str | None = None
+    sums: tuple[int, int] | None = None
 
 
 def edits_by_site(program: Program, names: Sequence[str]) -> dict[str, list[Edit]]:
@@ -135,8 +140,10 @@ def tiles(
         yield slice(start, min(length, start + rows)), axis
 
 
-def fold_tile(site: WeightSite, tile: Tensor, steps: Sequence[Step], axis: str, part: slice) -> Tensor:
-    """The new value of `tile`, the `part` of a stored weight, rounded to its dtype."""
+def fold_tile(
+    site: WeightSite, tile: Tensor, steps: Sequence[Step], axis: str, part: slice, out: Tensor | None = None
+) -> Tensor:
+    """The new value of `tile`, the `part` of a stored weight, rounded to its dtype; written to `out` if there is one."""
     new = canonical(_wide_copy(tile), site)
     for step in steps:
         new = step.onto(new, axis, part.start, part.stop)
@@ -146,7 +153,7 @@ def fold_tile(site: WeightSite, tile: Tensor, steps: Sequence[Step], axis: str, 
             f"rule {steps[-1].rule.name!r}: folding into {site.weight} gives shape {tuple(stored.shape)}, not"
             f" {tuple(tile.shape)}"
         )
-    return stored.to(tile.dtype)
+    return stored.to(tile.dtype) if out is None else out.copy_(stored)
 
 
 # By thread, memory for a tile in a wider dtype: to get it anew for each takes longer than the arithmetic.
@@ -179,9 +186,9 @@ class Fold:
     back: Sequence[Step]
     parts: tuple[tuple[slice, str], ...]
 
-    def new(self, part: slice, axis: str, tile: Tensor) -> Tensor:
-        """The new value of `tile`, the old one of `part`. Raises MergeError if it is not finite."""
-        new = fold_tile(self.site, tile, self.steps, axis, part)
+    def new(self, part: slice, axis: str, tile: Tensor, out: Tensor | None = None) -> Tensor:
+        """The new value of `tile`, the old one of `part`, in `out` if given. Raises MergeError if it is not finite."""
+        new = fold_tile(self.site, tile, self.steps, axis, part, out)
         require_finite(new, str(self.site.weight), self.edits)
         return new
 
@@ -206,18 +213,21 @@ def fold_of(
     return Fold(site, edits, steps, steps_back(edits, back) if back else [], tuple(tiles(site, like, edits, size)))
 
 
-def fold_weight(program: Program, site: WeightSite, edits: Sequence[Edit], weight: Tensor) -> Tensor:
-    """The folded value of the weight of `site`, sharded as that is. Raises MergeError if it is not finite.
+def fold_weight(
+    program: Program, site: WeightSite, edits: Sequence[Edit], weight: Tensor, sums: bool = False
+) -> tuple[Tensor, tuple[int, int] | None]:
+    """The folded value of the weight of `site`, sharded as that is; with `sums`, the checksums of the old one and the new
+    one, if they are easily had. Raises MergeError if it is not finite.
 
     Of a shard, if the rules are local along the axes that are cut; else of the whole, one weight at a time.
     """
     steps = steps_of(edits, fold_dtype(weight), value_in(program))
     if not is_sharded(weight):
-        return _folded(site, edits, weight, steps)
+        return _folded(site, edits, weight, steps, sums)
     cut = _cut_as(site, steps, weight)
     if cut is not None:
-        return shard_like(_folded(site, edits, own(weight), cut), weight)
-    return shard_as(_folded(site, edits, whole(weight), steps), weight)
+        return shard_like(_folded(site, edits, own(weight), cut)[0], weight), None
+    return shard_as(_folded(site, edits, whole(weight), steps)[0], weight), None
 
 
 def _cut_as(site: WeightSite, steps: Sequence[Step], weight: Tensor) -> list[Step] | None:
@@ -236,17 +246,24 @@ def _cut_as(site: WeightSite, steps: Sequence[Step], weight: Tensor) -> list[Ste
     return found
 
 
-def _folded(site: WeightSite, edits: Sequence[Edit], weight: Tensor, steps: Sequence[Step]) -> Tensor:
-    """What `steps` make of a weight, tile by tile."""
-    fold, new = Fold(site, edits, steps, [], tuple(tiles(site, weight, edits))), torch.empty_like(weight)
+def _folded(
+    site: WeightSite, edits: Sequence[Edit], weight: Tensor, steps: Sequence[Step], sums: bool = False
+) -> tuple[Tensor, tuple[int, int] | None]:
+    """What `steps` make of a weight, tile by tile, and the `sums` of both, taken while a tile is in a processor's cache."""
+    fold, new = Fold(site, edits, steps, [], tuple(tiles(site, weight, edits))), in_huge_pages(torch.empty_like(weight))
+    old_sum, new_sum = RunningSum(), RunningSum()
+    sums = sums and type(weight) is Tensor and weight.is_contiguous() and not weight.is_meta
 
-    def write(part: slice, axis: str) -> None:
-        new[part] = fold.new(part, axis, weight[part])
+    def write(part: slice, axis: str) -> slice:
+        fold.new(part, axis, weight[part], new[part])
+        return part
 
     with side_by_side(weight.device) as run:
-        for _ in run(partial(write, *part) for part in fold.parts):
-            pass
-    return new
+        for part in run(partial(write, *part) for part in fold.parts):
+            if sums:
+                old_sum.add(weight[part])
+                new_sum.add(new[part])
+    return new, (old_sum.value, new_sum.value) if sums else None
 
 
 def fold_bias(

@@ -47,7 +47,7 @@ def merge(program: Program, names: Sequence[str], untie: bool, undo: str, progre
     with _quiet(program), bar("merge", len(groups), "sites", progress) as tick:
         going = ties.moving(program, groups)
         moved = ties.together(program, going)
-        outside = _all_folded(program, groups, inside, going, tick)
+        outside = _all_folded(program, groups, inside, going, undo != "none", tick)
         if untie:
             outside = ties.untied(program, outside, moved)
         else:
@@ -153,9 +153,11 @@ def _all_folded(
     groups: Mapping[str, Sequence[Edit]],
     inside: Mapping[str, WeightSite],
     going: Mapping[str, str],
+    keep: bool,
     tick: Tick,
 ) -> list[Folded]:
-    """The new values of all that is not folded in place; those of sites that change with another one come last.
+    """The new values of all that is not folded in place, with checksums if old ones are to be kept; those of sites that
+    change with another one come last.
 
     Raises MergeError if one is not finite, in whatever process.
 
@@ -165,7 +167,7 @@ def _all_folded(
     error: MergeError | None = None
     for site, edits in groups.items():
         try:
-            found += [] if site in going else _fold(program, site, edits, site in inside)
+            found += [] if site in going else _fold(program, site, edits, site in inside, keep)
             tick(site not in inside)
         except MergeError as broken:
             error = error or broken
@@ -191,7 +193,7 @@ def _ends(program: Program, going: Mapping[str, str], found: Sequence[Folded]) -
     return ends
 
 
-def _fold(program: Program, fqn: str, edits: Sequence[Edit], weight_in_place: bool) -> list[Folded]:
+def _fold(program: Program, fqn: str, edits: Sequence[Edit], weight_in_place: bool, sums: bool) -> list[Folded]:
     """New values for the tensors of a site, but for a weight that is to be folded in place."""
     site = program.plan.sites[fqn]
     if not isinstance(site, WeightSite):
@@ -199,7 +201,9 @@ def _fold(program: Program, fqn: str, edits: Sequence[Edit], weight_in_place: bo
     found: list[Folded] = []
     if not weight_in_place:
         owner, leaf = owner_of(site)
-        found.append(Folded(owner, leaf, fold_weight(program, site, edits, tensor_of(program, owner, leaf).detach())))
+        weight = tensor_of(program, owner, leaf).detach()
+        value, taken = fold_weight(program, site, edits, weight, sums)
+        found.append(Folded(owner, leaf, value, sums=taken))
     if site.bias is None:
         return found
     owner, _, leaf = site.bias.rpartition(".")
@@ -251,7 +255,8 @@ def _exchange(program: Program, item: Folded, keep: bool, held: Container[int], 
     if parameter_name(item.owner, item.leaf) not in moved:
         ties.cut(program, item.owner, item.leaf)
     value = shard_as(item.value, old) if is_sharded(old) and not is_sharded(item.value) else item.value
-    original, crc, new = (old, checksum(old), checksum(value)) if keep else (None, None, None)
+    original = old if keep else None
+    crc, new = (item.sums or (checksum(old), checksum(value))) if keep else (None, None)
     shape = tuple(value.shape) if keep else None
     program.merge.replaced.append(Replaced(item.owner, item.leaf, crc, original, new, shape))
     if item.same is not None:

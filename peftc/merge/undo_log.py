@@ -105,6 +105,22 @@ def checksum(tensor: Tensor) -> int | None:
     return xxhash.xxh3_64_intdigest(_bytes(tensor))
 
 
+class RunningSum:
+    """The `checksum` of a tensor that is read part by part, in order."""
+
+    def __init__(self) -> None:
+        self._hash = xxhash.xxh3_64()
+
+    def add(self, part: Tensor) -> None:
+        """Go on with the bytes of `part`, which is dense."""
+        self._hash.update(_bytes(part))
+
+    @property
+    def value(self) -> int:
+        """That of all parts so far."""
+        return self._hash.intdigest()
+
+
 def require_zstandard() -> None:
     """Raise MergeError, naming the extra, if zstandard is not installed."""
     _zstandard()

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import peftc
-from peftc.merge import fold, undo
+from peftc.merge import fold, undo, undo_log
 from tests.support.adapters import perturb
 from tests.support.models import Everything, Net, tiny, token_ids
 from tests.support.snapshots import assert_unchanged, snapshot
@@ -478,3 +478,18 @@ def test_a_log_that_does_not_give_the_original_is_noticed() -> None:
         compiled.unmerge_adapter()
     assert torch.equal(compiled.base.linear.weight, merged["tensors"]["base.linear.weight"])
     assert compiled.merged_adapters == ["lora", "ia3"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_checksums_taken_while_folding_are_those_of_the_tensors(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fold, "TILE", 2**9)
+    compiled = everything(dtype)
+    compiled.merge_adapter()
+    taken = compiled.program.merge.replaced
+    assert len(taken) >= len(ALL)
+    for item in taken:
+        assert item.crc == undo_log.checksum(item.original), item
+        assert item.merged == undo_log.checksum(undo.tensor_of(compiled.program, item.owner, item.leaf)), item
+    assert undo_log.checksum(torch.zeros(4)) != undo_log.checksum(torch.ones(4))

@@ -162,9 +162,9 @@ def test_products_have_the_same_shapes_and_threads_as_in_memory(
     adapter = adapter_on_disk(model, tmp_path / "adapter", r=16, target_modules=["0", "1"])
     real, seen = fold.fold_tile, list[Any]()
 
-    def watched(site: Any, tile: Any, steps: Any, axis: str, part: slice) -> Any:
+    def watched(site: Any, tile: Any, steps: Any, axis: str, part: slice, *out: Any) -> Any:
         seen.append((site.fqn, part.start, part.stop, tile.shape, torch.get_num_threads()))
-        return real(site, tile, steps, axis, part)
+        return real(site, tile, steps, axis, part, *out)
 
     monkeypatch.setattr(fold, "fold_tile", watched)
     compiled = peftc.load(model, adapter)
