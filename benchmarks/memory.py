@@ -3,7 +3,8 @@
     python benchmarks/memory.py
 
 Counted by saved-tensor hooks: bytes of distinct storages that are no parameters. The limit is one `x` for each group of
-sites that read the same one, where the bare model does not keep it, and a rank-sized product for each site.
+sites that read the same one, where the bare model does not keep it, and a rank-sized product for each site. The second
+table has the same step where a compiler partitions it, and recomputes what a budget says.
 """
 
 import copy
@@ -16,12 +17,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import peft
 import torch
+import torch._functorch.config as partitioner
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import peftc
-from benchmarks.train_step import small_llama
+from benchmarks.timing import paired, ratio
+from benchmarks.train_step import small_llama, step
 
 LAYERS, TOKENS, R, WIDTH, INNER = 12, 256, 16, 576, 1536
 
@@ -70,6 +73,26 @@ def main() -> None:
             cells = [f"{value / 2**20:.1f}" for value in (of_peft, of_peftc, floor)]
             table.add_row(str(dtype).removeprefix("torch."), str(dropout), *cells, f"{of_peftc / floor:.2f}")
     Console(width=100).print(table)
+    Console(width=100).print(recomputed())
+
+
+def recomputed(layers: int = 4, rounds: int = 5) -> Table:
+    """What a step keeps in all, and its time, if torch.compile's partitioner decides by a budget; bare and peftc alike."""
+    table = Table(title=f"MiB kept in all: {layers} layers, LoRA on {7 * layers} linears, dropout 0.1, float32")
+    for column in ("budget", "bare", "peftc", "step of peftc to eager [quartiles]"):
+        table.add_column(column, justify="right")
+    base = small_llama(WIDTH, layers, 512).requires_grad_(False)
+    compiled = peftc.compile(base, peftc.LoraConfig(r=R, target_modules="all-linear", lora_dropout=0.1))
+    embeddings = torch.randn(1, TOKENS, WIDTH, requires_grad=True)
+    table.add_row("eager", *(f"{kept(model, embeddings) / 2**20:.1f}" for model in (base, compiled)), "1")
+    for budget in (1.0, 0.5, 0.1):
+        torch._dynamo.reset()
+        with partitioner.patch(activation_memory_budget=budget):
+            own = [torch.compile(model, backend="aot_eager_decomp_partition") for model in (base, compiled)]
+            cells = [f"{kept(model, embeddings) / 2**20:.1f}" for model in own]
+            seconds = paired({"eager": step(compiled, embeddings), "own": step(own[1], embeddings)}, rounds)
+        table.add_row(str(budget), *cells, ratio(seconds, "own", "eager"))
+    return table
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch._functorch.config as partitioner
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
@@ -100,6 +101,40 @@ def test_torch_compile_on_a_language_model() -> None:
     fast = torch.compile(compiled, fullgraph=True, backend="aot_eager")
     ids = token_ids(2, 6, 64)
     torch.testing.assert_close(fast(input_ids=ids, use_cache=False).logits, compiled(ids).logits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capture", ["modules", "export"])
+def test_a_compiler_recomputes_what_a_budget_says(capture: Any) -> None:
+    torch.compiler.reset()
+    ids = token_ids(2, 16, 64)
+    spec = peftc.LoraConfig(target_modules="all-linear", r=4, init_lora_weights=False)
+    inputs = {"input_ids": ids, "labels": ids} if capture == "export" else None
+    compiled = peftc.compile(tiny("llama").train(), spec, capture=capture, inputs=inputs)
+
+    def step(model: Any) -> tuple[int, dict[str, Tensor]]:
+        """Bytes that the forward pass keeps, without parameters, and the gradients."""
+        own = {parameter.untyped_storage().data_ptr() for parameter in compiled.parameters()}
+        kept: dict[int, Any] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        gradients = {name: p.grad for name, p in compiled.named_parameters() if p.grad is not None}
+        compiled.zero_grad()
+        return sum(one.nbytes() for at, one in kept.items() if at not in own), gradients
+
+    all_of_it, expected = step(compiled)
+    with partitioner.patch(activation_memory_budget=0.2):
+        less, gradients = step(torch.compile(compiled, backend="aot_eager_decomp_partition"))
+    assert 0 < less < all_of_it / 2
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.slow
