@@ -102,14 +102,14 @@ def step(dtype: torch.dtype, tokens: int, r: int, width: int, layers: int, round
 def without_gradients(tokens: int, rounds: int) -> Figure:
     """A forward of 2 × `tokens` in products, or eight decoded tokens (1) to bare."""
     made = models(torch.float32, 576, 8, 16)
-    rows, often = (2 * tokens, 1) if tokens > 1 else (1, 8)
-    embeddings = torch.randn(min(2, rows), tokens, 576)
-    make = forward.forward if tokens > 1 else forward.decode
-    runs = {name: make(model.eval(), embeddings) for name, model in made.items()}
-    once = train_step.products(made["bare"], rows, 16, torch.float32, backward=False)
-    seconds = paired({**runs, "floor": lambda: [once() for _ in range(often)]}, rounds)
+    embeddings = torch.randn(min(2, tokens), tokens, 576)
     if tokens > 1:
+        runs = {name: forward.forward(model.eval(), embeddings) for name, model in made.items()}
+        floor = train_step.products(made["bare"], 2 * tokens, 16, torch.float32, backward=False)
+        seconds = paired({**runs, "floor": floor}, rounds)
         return figure(seconds, "× products", in_products(seconds), 1.3)
+    made["floor"] = forward.by_hand(made["bare"], 16)
+    seconds = paired({name: forward.decode(model.eval(), embeddings) for name, model in made.items()}, rounds)
     return figure(seconds, "× bare", ratios(seconds, "peftc")[1], 1.11)
 
 
@@ -147,6 +147,7 @@ def together(tokens: int, rounds: int) -> Figure:
     runs = {
         "bare": mixed_batch.step(base.train(), embeddings),
         "peftc": mixed_batch.step(compiled, embeddings, adapter_names=names),
+        "floor": mixed_batch.step(mixed_batch.by_hand(base, 16, trained=True).train(), embeddings),
     }
     seconds = paired(runs, rounds)
     return figure(seconds, "× bare", ratios(seconds, "peftc")[1], 1.25)
@@ -187,7 +188,7 @@ def measures() -> dict[str, Callable[[], Figure]]:
     f32, bf16 = torch.float32, torch.bfloat16
     found: dict[str, Callable[[], Figure]] = {
         f"{GRID}2 × {tokens}, r={r}, width {width}": partial(
-            step, f32, tokens, r, width, 2, 15 if tokens < 100 else 7 if tokens < 500 else 3
+            step, f32, tokens, r, width, 2, 61 if tokens < 100 else 15 if tokens < 500 else 5
         )
         for width in (576, 1024)
         for tokens in (32, 256, 1024)
@@ -202,7 +203,10 @@ def measures() -> dict[str, Callable[[], Figure]]:
     narrow, wide = mixed_batch.SHAPES
     found["decode, 16 rows, 16 adapters, width 576"] = partial(mixed, narrow, 1.35, 9)
     found["decode, 16 rows, 16 adapters, width 2048"] = partial(mixed, wide, 1.10, 9)
-    found |= {f"16 adapters trained, {tokens} tokens each": partial(together, tokens, 7) for tokens in (8, 64)}
+    found |= {
+        f"16 adapters trained, {tokens} tokens each": partial(together, tokens, 15 if tokens < 64 else 7)
+        for tokens in (8, 64)
+    }
     found |= {
         f"kept for backward, {name}, dropout {dropout}": partial(kept, dtype, dropout)
         for name, dtype in (("float32", f32), ("bfloat16", bf16))

@@ -13,9 +13,10 @@ TEXT = """# What adapters cost
 
 `python benchmarks/bars.py` makes this page: every measure with a bar, each beside the bare model, peft 0.21.2 and the floor
 in the same run. CPU seconds of one thread of a shared two-core server, medians of ratios within a round, the quartiles in
-brackets. The floor is what the adapters' own products take beside the bare model (of mixed batches the same products by
-hand, of what is kept for the backward pass the least that can be); of merging it is one copy of the weights, and the
-figures are copies. More figures, and how each is measured, are in [the figures](benchmarks.md).
+brackets. The floor is what the adapters' own products take beside the bare model; of decoding and of mixed batches the base
+with the same products by hand (16 adapters as one stack for each factor); of what is kept for the backward pass the least
+that can be; of merging one copy of the weights, and the figures are copies. More figures, and how each is measured, are in
+[the figures](benchmarks.md).
 
 ![To the bare model: peft, peftc and the floor](pictures/speed.png)
 

@@ -73,12 +73,17 @@ CASES = (
 )
 
 
-def by_hand(base: LlamaForCausalLM, number: int) -> LlamaForCausalLM:
-    """The base with the products of `number` adapters on all linears, for rows that are sorted by adapter."""
+def by_hand(base: LlamaForCausalLM, number: int, trained: bool = False) -> LlamaForCausalLM:
+    """The base with the products of `number` adapters on all linears, for rows that are sorted by adapter. The factors of a
+    site are two stacks; if they are `trained`, two parameters in the place of two for each adapter.
+    """
     model = copy.deepcopy(base)
-    for name, module in model.named_modules():
+    for name, module in list(model.named_modules()):
         if name.rpartition(".")[2] in TARGETS:
             down, up = torch.randn(number, module.in_features, R), torch.randn(number, R, module.out_features) * 1e-6
+            if trained:
+                down, up = torch.nn.Parameter(down), torch.nn.Parameter(up)
+                module.own = torch.nn.ParameterList([down, up])
 
             def hook(_: Any, args: Any, y: Tensor, down: Tensor = down, up: Tensor = up) -> None:
                 grouped = args[0].reshape(number, -1, args[0].shape[-1])
