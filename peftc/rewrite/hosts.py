@@ -121,13 +121,10 @@ def _own_reader(leaf: str) -> property:
 
 
 def _stored(module: nn.Module, leaf: str) -> Any:
-    if leaf in module._parameters:
-        return module._parameters[leaf]
-    if leaf in module._buffers:
-        return module._buffers[leaf]
-    if leaf not in module.__dict__:
-        raise AttributeError(f"{type(module).__name__!r} object has no attribute {leaf!r}")
-    return module.__dict__[leaf]
+    for slots in (module._parameters, module._buffers, module.__dict__):
+        if leaf in slots:
+            return slots[leaf]
+    raise AttributeError(f"{type(module).__name__!r} object has no attribute {leaf!r}")
 
 
 def own_path(path: str) -> str:
