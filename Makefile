@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check
 SETUP := pyproject.toml constraints.txt
-# Side by side on two cores; `make test WORKERS=8` where there are more.
+# Side by side on two cores; `make test WORKERS=8` where there are more. The slow ones wait for disks and for other processes,
+# so there is one more of them.
 WORKERS ?= 2
 FIGURES := compile train_step forward layer_kinds memory half_curves prompts switch merge mixed_batch torch_compile \
 	load_adapter weight_rules program stream_merge
@@ -22,7 +23,7 @@ test: $(VENV)/test.done  ## The tests that take less than ten seconds each
 	$(PYTEST) -m "not slow" --ignore=tests/clients
 
 test-slow: $(VENV)/test.done  ## The others: several processes, killed ones, all architectures, exports
-	$(PYTEST) -m slow --ignore=tests/clients
+	$(BIN)/python -m pytest -n $$(($(WORKERS) + 1)) --dist worksteal -m slow --ignore=tests/clients
 
 test-clients: $(VENV)/clients.done  ## The real packages of real clients: trl, diffusers, accelerate, bitsandbytes, …
 	$(PYTEST) tests/clients tests/oracle/test_starts.py
