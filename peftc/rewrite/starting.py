@@ -45,9 +45,7 @@ def start(
     drawn_ones = drawn(part.edit) if any(param.init == "drawn" for param in given) else {}
     with torch.no_grad():
         for param in given:
-            if param.init == "derived":
-                tensors[param.name].copy_(_derived(part, param, weight))
-            elif param.init == "gathered":
+            if param.init == "gathered":
                 tensors[param.name].copy_(gathered(part.edit, param, sharing(part.edit, param)))
             elif param.init == "drawn":
                 tensors[param.name].copy_(drawn_ones[param.name])
@@ -87,18 +85,6 @@ def gathered(edit: Edit, param: PlannedParam, weights: Mapping[str, Tensor]) -> 
     if tuple(value.shape) != param.shape:
         raise RuleError(f"rule {rule.name!r} ({type(rule).__name__}.gather): {param.key} is not as declared")
     return value
-
-
-def _derived(part: Part, param: PlannedParam, weight: nn.Parameter | None) -> Tensor:
-    """What follows from the constants of an edit, or from its site's weight."""
-
-    def stored() -> Tensor:
-        assert weight is not None, "the rule's check() asks for a weight"
-        assert isinstance(part.site, WeightSite), "other rules declare modules"
-        require_there(part.edit, weight)
-        return canonical(whole(weight), part.site)
-
-    return part.edit.rule.derived(param.name, param.shape, Bound(part.edit.constants, {"weight": stored}))
 
 
 def require_there(edit: Edit, weight: Tensor) -> None:
