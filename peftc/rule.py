@@ -337,9 +337,9 @@ class Rule(Generic[S]):
 
     def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         """Values of the parameters whose `init` is `rule`, from the canonical `weight`, `p.bias` and the parameters that
-        have theirs already, in float32 at least; and from `p.data`, which is None without calibration. `weight` is empty
-        where the site has no plain one: `check` refuses that where it is needed. `p.loaded`: of these parameters, by name,
-        those that a file has brought, whose values here are not used.
+        have theirs already, in float32 at least (a weight whose rows it replaces is as stored); and from `p.data`, which
+        is None without calibration. `weight` is empty where the site has no plain one: `check` refuses that where it is
+        needed. `p.loaded`: of these parameters, by name, those that a file has brought, whose values here are not used.
         """
         raise NotImplementedError
 

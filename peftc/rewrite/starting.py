@@ -111,7 +111,9 @@ def _start_by_rule(
     shapes = {param.name: param.shape for param in edit.params if param.init == "rule"}
     loaded = shapes.keys() - {param.name for param in params}
     try:
-        base = torch.empty(0) if weight is None else wide(canonical(whole(weight), site))
+        stored = torch.empty(0) if weight is None else canonical(whole(weight), site)
+        # Of the largest weights some rows are taken, which needs no copy of all.
+        base = stored if rule.replaces_rows else wide(stored)
         lazy: dict[str, Callable[[], Any]] = {
             "bias": lambda: None if bias is None else wide(whole(bias)),
             "data": lambda: data,
