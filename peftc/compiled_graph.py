@@ -24,7 +24,7 @@ from peftc.rewrite.program import Program
 from peftc.rewrite.provenance import annotated, inserted_lines
 from peftc.rewrite.route import refuse_names
 from peftc.specs import AdapterSpec
-from peftc.view.groups import span
+from peftc.view.groups import span, unnumbered
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,8 +241,7 @@ class CompiledGraph(fx.GraphModule):
         """The generated code of every host; hosts with equal code together (`layers.{0–29}.self_attn.q_proj, …`)."""
         groups: dict[str, dict[str, list[str]]] = {}
         for host, binding in self.program.installed.items():
-            shape = ".".join("#" if part.isdigit() else part for part in host.split("."))
-            groups.setdefault(binding.code.text.strip(), {}).setdefault(shape, []).append(host)
+            groups.setdefault(binding.code.text.strip(), {}).setdefault(unnumbered(host), []).append(host)
         return {", ".join(span(hosts) for hosts in shapes.values()): code for code, shapes in groups.items()}
 
     @property

@@ -43,7 +43,7 @@ class PlannedParam:
     @property
     def is_table(self) -> bool:
         """Whether it follows from the spec, or the weight, and nobody trains or saves it: a buffer."""
-        return (self.init == "derived" or not self.kept) and not self.trainable
+        return not self.kept and not self.trainable
 
     @property
     def numel(self) -> int:

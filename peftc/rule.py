@@ -29,13 +29,13 @@ class Param:
     """A tensor that an adapter adds to a site.
 
     `init`: `zeros`, `ones`, `constant:<value>`, `normal` or `normal:<std>`, `uniform:<bound>`, `kaiming_uniform`, `rule`
-    (by `Rule.initialise`), `gathered` (by `Rule.gather`), `drawn` (by `Rule.draw`) or `derived` (by `Rule.derived`).
+    (by `Rule.initialise`), `gathered` (by `Rule.gather`) or `drawn` (by `Rule.draw`).
     `seed`: it is drawn with this seed, the same everywhere; such a tensor need not be saved.
     `key`: its name in checkpoints, by default its name in the rule; the live name has the adapter's name after the
     first part (`lora_A.weight` is the parameter `lora_A.default.weight`). `dtype`: its own, if not the adapter's; an
     integer one is never trained. `trainable=False`: frozen; saved only if its `init` is `rule` or `gathered`, or `drawn`
     without a `seed`, and a file without it leaves it as it was initialised. `kept=False`: files never have it, as it
-    follows from the weight (`init` is `rule`). `stored`: files hold this many times the tensor.
+    follows from the weight (`init` is `rule`) or from constants (`drawn`). `stored`: files hold this many times the tensor.
     `use` is for the FLOPs of the plan: a `matrix` is multiplied with (two per element and token), a `vector` scales or
     is added (one), a `lookup` table is only indexed.
     `axes`: one letter per dimension, `o` if it runs along the rows of the canonical weight, `i` along its columns, any
@@ -337,9 +337,9 @@ class Rule(Generic[S]):
 
     def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         """Values of the parameters whose `init` is `rule`, from the canonical `weight`, `p.bias` and the parameters that
-        have theirs already, in float32 at least; and from `p.data`, which is None without calibration. `weight` is empty
-        where the site has no plain one: `check` refuses that where it is needed. `p.loaded`: of these parameters, by name,
-        those that a file has brought, whose values here are not used.
+        have theirs already, in float32 at least (a weight whose rows it replaces is as stored); and from `p.data`, which
+        is None without calibration. `weight` is empty where the site has no plain one: `check` refuses that where it is
+        needed. `p.loaded`: of these parameters, by name, those that a file has brought, whose values here are not used.
         """
         raise NotImplementedError
 
@@ -351,12 +351,6 @@ class Rule(Generic[S]):
 
     def draw(self, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         """Values of the parameters whose `init` is `drawn`, on the CPU, from the constants alone: the same everywhere."""
-        raise NotImplementedError
-
-    def derived(self, name: str, shape: tuple[int, ...], p: Any) -> Tensor:
-        """The parameter `name`, whose `init` is `derived`: it follows from constants, or from a part of `p.weight`, which
-        is the stored one, canonical. If it is not trained it is not saved, and follows from constants alone.
-        """
         raise NotImplementedError
 
     def module(self, spec: S, site: Any) -> nn.Module:
@@ -401,10 +395,3 @@ class Rule(Generic[S]):
     def combine(self, site: Any, parts: Sequence[Part], how: Combination) -> dict[str, Tensor]:
         """The parameters at `site` of the adapter that `combined` describes."""
         raise NotImplementedError
-
-
-def source_of(rule: Rule[Any], function: str) -> str:
-    """`LoraLinear.output (linear.py:64)`: where a rule says what it does."""
-    code = getattr(getattr(type(rule), function), "__code__", None)
-    place = f" ({code.co_filename.rpartition('/')[2]}:{code.co_firstlineno})" if code is not None else ""
-    return f"{type(rule).__name__}.{function}{place}"

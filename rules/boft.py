@@ -59,10 +59,10 @@ class BOFTConfig(LayerSelection):
         return size // self.boft_block_num if self.boft_block_num else self.boft_block_size
 
 
-class Boft(Rule[BOFTConfig]):
-    """On linear sites: s ⊙ the op on x·R."""
+class BoftConv(Rule[BOFTConfig]):
+    """On convolutions: rows of the weight are rotated with their kernel."""
 
-    name, spec, ops, local = "boft", BOFTConfig, ("linear",), "o"
+    name, spec, ops, local = "boft", BOFTConfig, ("conv2d",), "o"
     keys = ("boft_R", "boft_s")
     columns: ClassVar[Mapping[str, str]] = {"block": "block", "factors": "factors"}
 
@@ -106,6 +106,12 @@ class Boft(Rule[BOFTConfig]):
             rows = _apart(rotated(_together(rows, factor, p), blocks[factor]), factor, p)
         return (rows * p.boft_s.reshape(-1, 1)).reshape(weight.shape)
 
+
+class Boft(BoftConv):
+    """On linear sites: s ⊙ the op on x·R."""
+
+    ops = ("linear",)
+
     def input(self, x: Tensor, p: Any) -> Tensor:
         blocks = kept(_rotations(p), p.boft_dropout) if p.drops else _rotations(p)
         for factor in reversed(range(p.factors)):
@@ -116,15 +122,6 @@ class Boft(Rule[BOFTConfig]):
         """Scaled but for the bias: y + (s − 1)(y − bias), which a fresh adapter leaves at y."""
         plain = y if p.bias is None else y - p.bias
         return y + plain * (p.boft_s.flatten() - 1)
-
-
-class BoftConv(Boft):
-    """On convolutions: rows of the weight are rotated with their kernel."""
-
-    ops = ("conv2d",)
-
-    def slots(self, spec: BOFTConfig, site: WeightSite) -> tuple[str, ...]:
-        return ("weight",)
 
 
 def _rotations(p: Any) -> Tensor:

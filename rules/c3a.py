@@ -10,14 +10,12 @@ from torch import Tensor
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule
-from peftc.specs.selection import Count, LayerSelection, OtherPatterns, first_match
+from peftc.specs.selection import Count, LayerSelection, Patterned, first_match
 
 from .rotation import wide
 
-Size = Count
 
-
-class C3AConfig(LayerSelection, OtherPatterns):
+class C3AConfig(LayerSelection, Patterned):
     """Circular convolution adaptation. Chen et al. 2024, arXiv:2407.19342.
 
     The weight is cut into blocks of `block_size` × `block_size` (`block_size_pattern`: others at some modules), and each
@@ -28,13 +26,12 @@ class C3AConfig(LayerSelection, OtherPatterns):
     Example: C3AConfig(block_size=128, target_modules=["q_proj", "v_proj"])
     """
 
-    defaults_of = "LORA"
-    patterns: ClassVar[tuple[str, ...]] = ("block_size_pattern",)
+    defaults_of, patterns = "LORA", ("block_size_pattern",)
 
     peft_type: Literal["C3A"] = "C3A"
-    block_size: Size = 256
+    block_size: Count = 256
     bias: Literal["none", "all", "c3a_only"] = "none"
-    block_size_pattern: dict[str, Size] = Field(default_factory=dict)
+    block_size_pattern: dict[str, Count] = Field(default_factory=dict)
     init_weights: bool | Literal["gaussian", "kaiming_uniform", "xavier_uniform"] = "xavier_uniform"
 
     def block_for(self, fqn: str) -> int:

@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Factors, Param, Rule, Shapes
-from peftc.specs.selection import LayerSelection, OtherPatterns, PatternedRank, Share, first_match
+from peftc.specs.selection import LayerSelection, PatternedRank, Share, first_match
 
 
-class DeloraConfig(LayerSelection, PatternedRank, OtherPatterns):
+class DeloraConfig(LayerSelection, PatternedRank):
     """Low-rank adaptation whose angles and strength are decoupled. Bini et al. 2025, arXiv:2503.18225.
 
     Each of the `r` terms has length one, and their sum the strength λ, which is trained from `delora_lambda` on
@@ -23,8 +23,7 @@ class DeloraConfig(LayerSelection, PatternedRank, OtherPatterns):
     Example: DeloraConfig(r=8, delora_lambda=15, target_modules=["q_proj", "v_proj"])
     """
 
-    defaults_of = "LORA"
-    patterns: ClassVar[tuple[str, ...]] = ("lambda_pattern",)
+    defaults_of, patterns = "LORA", ("lambda_pattern",)
 
     peft_type: Literal["DELORA"] = "DELORA"
     delora_lambda: float | int = 15

@@ -11,10 +11,10 @@ from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Rule, Shapes
-from peftc.specs.selection import Count, LayerSelection, OtherPatterns, first_match
+from peftc.specs.selection import Count, LayerSelection, Patterned, first_match
 
 
-class SpectralConfig(LayerSelection, OtherPatterns):
+class SpectralConfig(LayerSelection, Patterned):
     """What FourierFT's and WaveFT's fields have in common."""
 
     defaults_of, patterns = "LORA", ("n_frequency_pattern",)

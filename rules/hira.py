@@ -70,9 +70,8 @@ class Hira(Rule[HiraConfig]):
         return f"its {site.groups} groups have weights that BA does not fit" if site.groups > 1 else None
 
     def slots(self, spec: HiraConfig, site: WeightSite) -> tuple[str, ...]:
-        # A product with a weight in half precision would lose what is small in BA, and no input can be dropped there.
-        wide = site.weight is not None and site.dtype in ("float32", "float64")
-        return ("weight",) if wide and not self.dropouts(spec, site).get("hira_dropout") else ("output",)
+        drops = self.dropouts(spec, site).get("hira_dropout")  # No input can be dropped in the weight.
+        return ("weight",) if site.has_wide_weight and not drops else ("output",)
 
     def product(self, p: Any) -> Tensor:
         """BA, of the weight's shape."""

@@ -34,10 +34,10 @@ class HRAConfig(LayerSelection):
     bias: Literal["none", "all", "hra_only"] = "none"
 
 
-class Hra(Rule[HRAConfig]):
-    """On linear sites: the op on Hx, with H = I − U·T·Uᵀ of the unit vectors U (width, r)."""
+class HraConv(Rule[HRAConfig]):
+    """On convolutions: rows of the weight are reflected with their kernel, by H = I − U·T·Uᵀ of unit vectors U."""
 
-    name, spec, ops, local, identity = "hra", HRAConfig, ("linear",), "o", False  # A fresh one changes roundings.
+    name, spec, ops, local, identity = "hra", HRAConfig, ("conv2d",), "o", False  # A fresh one changes roundings.
     keys = ("hra_u",)
     columns: ClassVar[Mapping[str, str]] = {"r": "r"}
 
@@ -66,18 +66,15 @@ class Hra(Rule[HRAConfig]):
         rows = weight.flatten(1)
         return (rows - rows @ u @ t @ u.mT).reshape(weight.shape)
 
+
+class Hra(HraConv):
+    """On linear sites: the op on Hx."""
+
+    ops = ("linear",)
+
     def input(self, x: Tensor, p: Any) -> Tensor:
         u, t = _reflections(p)
         return x - F.linear(F.linear(F.linear(x.to(u.dtype), u.mT), t), u)
-
-
-class HraConv(Hra):
-    """On convolutions: rows of the weight are reflected with their kernel."""
-
-    ops = ("conv2d",)
-
-    def slots(self, spec: HRAConfig, site: WeightSite) -> tuple[str, ...]:
-        return ("weight",)
 
 
 def _reflections(p: Any) -> tuple[Tensor, Tensor]:

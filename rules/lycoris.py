@@ -46,9 +46,8 @@ class Term(Rule[S]):
         }
 
     def slots(self, spec: S, site: WeightSite) -> tuple[str, ...]:
-        # A sum with a weight in half precision would lose what is small in Δ, and rows can't be dropped in the weight.
-        wide = site.weight is not None and site.dtype in ("float32", "float64")
-        return ("weight",) if wide and not _drops(spec) else ("output",)
+        # Rows can't be dropped in the weight.
+        return ("weight",) if site.has_wide_weight and not _drops(spec) else ("output",)
 
     def term(self, p: Any) -> Tensor:
         """Δ, rows first; what follows is in the order of the weight's elements."""

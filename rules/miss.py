@@ -108,8 +108,7 @@ class Bat(Rule[MissConfig]):
         )
 
     def slots(self, spec: MissConfig, site: WeightSite) -> tuple[str, ...]:
-        # A sum with a weight in half precision would lose what is small in the change.
-        return ("weight",) if site.dtype in ("float32", "float64") else ("output",)
+        return ("weight",) if site.has_wide_weight else ("output",)
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         return weight + _bat(weight, p)

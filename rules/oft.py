@@ -52,10 +52,10 @@ class OFTConfig(LayerSelection):
         return size // nearest_divisor(size, self.r) if self.r else nearest_divisor(size, self.oft_block_size)
 
 
-class Oft(Rule[OFTConfig]):
-    """On linear sites: the op on x·R."""
+class OftConv(Rule[OFTConfig]):
+    """On convolutions: rows of the weight are rotated with their kernel."""
 
-    name, spec, ops, local = "oft", OFTConfig, ("linear",), "o"
+    name, spec, ops, local = "oft", OFTConfig, ("conv2d",), "o"
     keys = ("oft_R", "oft_embedding_R")
     columns: ClassVar[Mapping[str, str]] = {"block": "block"}
     key: ClassVar[str] = "oft_R.weight"
@@ -109,26 +109,20 @@ class Oft(Rule[OFTConfig]):
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         return rotated(weight.flatten(1), self.rotation(p).mT, p.shared).reshape(weight.shape)
 
+
+class Oft(OftConv):
+    """On linear sites: the op on x·R."""
+
+    ops = ("linear",)
+
     def input(self, x: Tensor, p: Any) -> Tensor:
         return rotated(x, self.rotation(p, training=True), p.shared)
 
 
-class OftConv(Oft):
-    """On convolutions: rows of the weight are rotated with their kernel."""
-
-    ops = ("conv2d",)
-
-    def slots(self, spec: OFTConfig, site: WeightSite) -> tuple[str, ...]:
-        return ("weight",)
-
-
-class OftEmbedding(Oft):
+class OftEmbedding(OftConv):
     """On embeddings: e·R."""
 
     ops, local, key = ("embedding",), "i", "oft_embedding_R.weight"
-
-    def slots(self, spec: OFTConfig, site: WeightSite) -> tuple[str, ...]:
-        return ("output",)
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         return rotated(weight.mT, self.rotation(p), p.shared).mT

@@ -2,18 +2,15 @@
 
 from collections.abc import Mapping
 from math import sqrt
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Argument, Constant, Param, Rule
 from peftc.specs import AdapterSpec
-from peftc.specs.selection import Rank
-
-Count = Annotated[int, Field(gt=0)]
+from peftc.specs.selection import Count, Rank
 
 
 class PolyConfig(AdapterSpec):
@@ -67,7 +64,7 @@ class Poly(Rule[PolyConfig]):
     def check(self, spec: PolyConfig, site: WeightSite) -> str | None:
         if site.in_features % spec.n_splits or site.out_features % spec.n_splits:
             return f"n_splits={spec.n_splits} does not divide its {site.in_features} inputs and {site.out_features} outputs"
-        return f"its {site.groups} groups have weights that BA does not fit" if site.groups > 1 else None
+        return None
 
     def cannot_fold(self, spec: PolyConfig, site: WeightSite) -> str | None:
         return "every task has a weight of its own, and the rows of a batch may be of several"

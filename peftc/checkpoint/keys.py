@@ -1,6 +1,5 @@
 """Fitting the keys of a file to those an adapter has: older spellings, what is left over, and how that is told."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -8,7 +7,7 @@ from itertools import groupby
 from torch import Tensor
 
 from peftc.errors import CheckpointError, nearest
-from peftc.view.groups import span
+from peftc.view.groups import span, unnumbered
 
 
 @dataclass(frozen=True)
@@ -63,13 +62,9 @@ def require_fit(result: LoadResult, own: Mapping[str, Tensor], where: str, stric
 
 def _collapsed(keys: Sequence[str]) -> list[str]:
     """Keys that differ only in numbers, together: `layers.{0–79}.q_proj.lora_A.weight (80)`."""
-    order = sorted(range(len(keys)), key=lambda i: (_shape(keys[i]), i))
+    order = sorted(range(len(keys)), key=lambda i: (unnumbered(keys[i]), i))
     lines: list[str] = []
-    for _, group in groupby(order, key=lambda i: _shape(keys[i])):
+    for _, group in groupby(order, key=lambda i: unnumbered(keys[i])):
         names = [keys[i] for i in group]
         lines.append(names[0] if len(names) == 1 else f"{span(names)} ({len(names)})")
     return lines
-
-
-def _shape(key: str) -> str:
-    return re.sub(r"(?<![^.])[0-9]+(?![^.])", "#", key)

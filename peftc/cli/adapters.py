@@ -1,6 +1,6 @@
 """`inspect`, `preflight`, `convert`, `combine`: adapters' files."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -36,7 +36,8 @@ def inspect(
     found = inspected(locate(adapter), None if base is None else structure(base, model_class))
     if as_json:
         print_json(asdict(found))
-    else:
+    found = _in_order(found)
+    if not as_json:
         _show(found)
     if html is not None:
         write_page(html, _page(found))
@@ -114,6 +115,14 @@ def _numbers(text: str, count: int) -> list[float]:
     if len(numbers) != count:
         raise typer.BadParameter(f"{len(numbers)} numbers for {count} adapters", param_hint="--weights")
     return numbers
+
+
+def _in_order(found: "Inspected") -> "Inspected":
+    """The same as people read it: files have layers as 1, 10, 11, 2."""
+    from peftc.view.groups import natural
+
+    sites = tuple(sorted(found.sites, key=lambda site: natural(site.name)))
+    return replace(found, sites=sites, others={name: found.others[name] for name in sorted(found.others, key=natural)})
 
 
 def _show(found: "Inspected") -> None:

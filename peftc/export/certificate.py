@@ -40,9 +40,9 @@ class Certificate:
     names: tuple[str, ...]
     difference: float
     scale: float
-    tokens: int | None
-    tokens_equal: int | None
-    files: Mapping[str, str]
+    tokens: int | None = None
+    tokens_equal: int | None = None
+    files: Mapping[str, str] = field(default_factory=dict[str, str])
     versions: Mapping[str, str] = field(default_factory=dict[str, str])
     of: str = "outputs"
     sources: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -72,6 +72,15 @@ class Certificate:
             {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}, folder / SAMPLES
         )
         (folder / NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def certify(
+    folder: Path, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor], *said: Any, **more: Any
+) -> Certificate:
+    """Write the certificate of the artefact in `folder`: `said` and `more` are a Certificate's fields from `to` on."""
+    certificate = Certificate(*said, files=hashes(folder), versions=versions(), **more)
+    certificate.write(folder, inputs, outputs)
+    return certificate
 
 
 def read(folder: Path) -> tuple[Certificate, dict[str, Tensor], dict[str, Tensor]]:

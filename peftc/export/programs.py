@@ -8,72 +8,44 @@ import inspect
 import logging
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from importlib.util import find_spec
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from peftc.checkpoint.atomic import staged
-from peftc.choices import Adapters, Sizes, Target
+from peftc.choices import Adapters, Target
 from peftc.errors import ExportError, MergeError
 from peftc.export.adapter_files import write_adapter
 from peftc.export.adapter_inputs import WRITERS as INPUT_WRITERS
 from peftc.export.adapter_inputs import adapter_tensors, input_names, template, traced, with_adapters
-from peftc.export.certificate import Certificate, agreement, difference, hashes, sources, tensors_of, versions
+from peftc.export.certificate import Certificate, agreement, certify, difference, sources, tensors_of
 from peftc.export.exporters import EXPORTERS, Run, Written
 from peftc.export.generation import TOKENS, Texts, live_tokens, require_generating, write_generation, written_tokens
 from peftc.export.merged_gguf import write_merged
 from peftc.export.probes import probe
-from peftc.export.tracing import first, guards_of, quiet, require_compiler
+from peftc.export.request import DEFAULT, Request, require_captured, require_possible
+from peftc.export.tracing import first, guards_of, quiet
 from peftc.graph.exported import without_autocast
 from peftc.graph.sites import is_pretrained
 from peftc.merge import merge, unmerge
 from peftc.progress import Tick, bar
 from peftc.rewrite.hosts import original_class
-from peftc.rewrite.parts import begins
-from peftc.rewrite.program import Program, require_idle
+from peftc.rewrite.program import Program
 from peftc.rewrite.switch import activate
 
-# What becomes of the adapters, if nothing else is asked for.
-_DEFAULT: Mapping[str, Adapters] = {
-    "hf": "merged",
-    "pt2": "merged",
-    "onnx": "merged",
-    "aoti": "merged",
-    "gguf": "beside",
-    "mlx": "beside",
-}
-PROGRAMS = ("pt2", "onnx", "aoti")
-_MERGED = "merged weights"
-_PACKAGES = {"onnx": ("onnx", "onnxruntime", "onnxscript"), "gguf": ("gguf",)}
 _STEPS = ("what the live model computes", "writing", "comparing")
 _LOG = logging.getLogger(__name__)
 _HEADS = ("config.json", "export.json", "certificate.json")
 
 
-@dataclass(frozen=True)
-class Request:
-    """What is to be written; see `CompiledModel.export`."""
-
-    to: Target
-    adapters: Adapters
-    inputs: Mapping[str, Tensor] | None
-    generation: bool
-    tokenizer: Any
-    gguf: Path | None
-    quantized: bool
-    progress: bool
-    sizes: Sizes
-
-
 def export(program: Program, folder: Path, to: Target, adapters: Adapters | None, **options: Any) -> Certificate:
     """Write the model to `folder` and compare what was written with it; see `CompiledModel.export`."""
-    request = Request(to, adapters or _DEFAULT.get(to, "merged"), **options)
-    _require(program, request)
+    request = Request(to, adapters or DEFAULT.get(to, "merged"), **options)
+    require_possible(program, request)
     begin = perf_counter()
     with bar(f"export to {to}", len(_STEPS), "steps", request.progress) as tick:
         certificate = _written(program, folder, request, tick)
@@ -88,7 +60,7 @@ def _written(program: Program, folder: Path, request: Request, tick: Tick) -> Ce
     if request.to == "gguf":
         return _gguf(program, folder, request, tick)
     given = _inputs(program.base, request.inputs)
-    _require_captured(program, given)
+    require_captured(program, given)
     if request.generation:
         require_generating(program, given)
     texts = Texts(request.tokenizer) if request.generation else None
@@ -121,17 +93,14 @@ def _whole(
         tick(1, _STEPS[2])
         largest, scale = difference(tensors_of(written.run(given)), expected)
         pairs = [(_written_greedy(to, written.run, program.base, given), tokens)] if not fixed else []
-        certificate = Certificate(to, adapters, names, largest, scale, None, None, {}, versions(), sources=made_from)
+        said: dict[str, Any] = {"sources": made_from}
         if written.traced:
-            probed = probe(to, written, lambda inputs: program.base(**inputs), given, fixed)
-            certificate = replace(certificate, compared=probed.compared, refused=probed.refused)
+            said |= asdict(probe(to, written, lambda inputs: program.base(**inputs), given, fixed))
         if texts is not None:
             with quiet():
-                certificate = replace(certificate, generation=write_generation(program, stage, to, given, texts))
+                said["generation"] = write_generation(program, stage, to, given, texts)
             pairs = [(written_tokens(stage, given, [None])[0], live)]
-        certificate = replace(certificate, files=hashes(stage), **agreement(pairs))
-        certificate.write(stage, given, expected)
-    return certificate
+        return certify(stage, given, expected, to, adapters, names, largest, scale, **said, **agreement(pairs))
 
 
 def _expected(program: Program, given: Mapping[str, Tensor], more: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -162,12 +131,8 @@ def _beside(program: Program, folder: Path, to: Target, tick: Tick) -> Certifica
         found = [write_adapter(program, name, to, stage) for name in program.spliced]
         tick(1, _STEPS[2])
         largest, scale = (max(numbers) for numbers in zip(*found, strict=True))
-        certificate = Certificate(
-            to, "beside", program.spliced, largest, scale, None, None, hashes(stage), versions(), of="weight changes"
-        )
-        certificate = replace(certificate, sources=sources(program, program.spliced))
-        certificate.write(stage, {}, {})
-    return certificate
+        said = {"of": "weight changes", "sources": sources(program, program.spliced)}
+        return certify(stage, {}, {}, to, "beside", program.spliced, largest, scale, **said)
 
 
 def _gguf(program: Program, folder: Path, request: Request, tick: Tick) -> Certificate:
@@ -179,10 +144,7 @@ def _gguf(program: Program, folder: Path, request: Request, tick: Tick) -> Certi
     with _merged(program, "merged"), staged(folder, _HEADS) as stage:
         numbers = write_merged(program, request.gguf, request.quantized, stage)
         tick(1, _STEPS[2])
-        certificate = Certificate("gguf", "merged", names, *numbers, None, None, hashes(stage), versions(), _MERGED)
-        certificate = replace(certificate, sources=made_from)
-        certificate.write(stage, {}, {})
-    return certificate
+        return certify(stage, {}, {}, "gguf", "merged", names, *numbers, of="merged weights", sources=made_from)
 
 
 def _of_each(
@@ -210,7 +172,7 @@ def _as_inputs(
     tick(0, _STEPS[0])
     expected, live = _of_each(program, given, more, texts is not None)
     names = tuple(expected)
-    certificate = Certificate(to, "inputs", names, 0.0, 0.0, None, None, {}, versions())
+    kept = None
     by_key, config = adapter_tensors(program)
     names_of = input_names({key for own in by_key.values() for key in own})
     tick(1, _STEPS[1])
@@ -224,7 +186,6 @@ def _as_inputs(
             INPUT_WRITERS[to](whole, made, list(expected[names[0]]), tensors, stage)
             if texts is not None:
                 kept = write_generation(program, stage, to, given, texts, made, tensors)
-                certificate = replace(certificate, generation=kept)
         tick(1, _STEPS[2])
         run = with_adapters(stage)
         found = [difference(run(name, given), outputs) for name, outputs in expected.items()]
@@ -234,18 +195,9 @@ def _as_inputs(
             probed = probe(to, written, lambda inputs: program.base(**inputs, **more), given, fixed)
         tokens = written_tokens(stage, given, list(live)) if live else []
         pairs = list(zip(tokens, live.values(), strict=True))
-        certificate = replace(
-            certificate,
-            difference=largest,
-            scale=scale,
-            files=hashes(stage),
-            sources=sources(program, names),
-            compared=probed.compared,
-            refused=probed.refused,
-            **agreement(pairs),
-        )
-        certificate.write(stage, given, expected[names[0]])
-    return certificate
+        said: dict[str, Any] = {"generation": kept, "sources": sources(program, names), **asdict(probed)}
+        outputs = expected[names[0]]
+        return certify(stage, given, outputs, to, "inputs", names, largest, scale, **said, **agreement(pairs))
 
 
 @contextmanager
@@ -274,102 +226,6 @@ def _greedy(run: Run, model: nn.Module, given: Mapping[str, Tensor]) -> list[int
         tokens.append(int(next_ids[0]))
         ids = torch.cat([ids, next_ids.to(ids.device)], 1)
     return tokens
-
-
-def _require(program: Program, request: Request) -> None:
-    """Raise ExportError for what can't be, before anything is done."""
-    require_idle(program)
-    to, adapters = request.to, request.adapters
-    if to not in get_args(Target) or adapters not in get_args(Adapters):
-        raise ExportError(
-            f"to={to!r}, adapters={adapters!r}: valid are {', '.join(get_args(Target))};"
-            f" {', '.join(get_args(Adapters))}"
-        )
-    if to == "gguf" and adapters == "merged":
-        _require_base(request)
-    elif (adapters == "beside") != (_DEFAULT[to] == "beside"):
-        raise ExportError(
-            f"to={to!r}, adapters={adapters!r}: gguf and mlx take adapters beside a base (adapters='beside'; gguf also"
-            " 'merged'), hf, pt2, onnx and aoti are whole models (adapters='merged', 'inside' or, for programs,"
-            " 'inputs')"
-        )
-    if (request.gguf is not None or request.quantized) and (to, adapters) != ("gguf", "merged"):
-        raise ExportError("gguf= and quantized= are for to='gguf', adapters='merged'")
-    if program.merged and adapters == "inside":
-        raise ExportError(f"{', '.join(program.merged)} merged: unmerge_adapter() first, or export adapters='merged'")
-    if adapters == "inside":
-        _refuse_asking(program)
-    if adapters == "inputs" and program.merged:
-        raise ExportError(f"{', '.join(program.merged)} merged: unmerge_adapter() first")
-    if to == "hf" and adapters != "merged":
-        raise ExportError(
-            "to='hf': a transformers checkpoint has no place for adapters; save_pretrained writes them beside it, or export"
-            " adapters='merged'"
-        )
-    if to == "hf" and not is_pretrained(program.base):
-        raise ExportError(
-            f"to='hf': {original_class(program.base).__name__} is no model of transformers; merge_and_unload() and save its"
-            " state dict"
-        )
-    if request.generation and to not in PROGRAMS:
-        raise ExportError(f"to={to!r}: generation=True is for programs ({', '.join(PROGRAMS)})")
-    _require_sizes(request)
-    if request.tokenizer is not None and not request.generation:
-        raise ExportError("tokenizer= goes beside what generates: give generation=True, too")
-    require_packages(to)
-    if to == "aoti":
-        require_compiler()
-
-
-def _require_sizes(request: Request) -> None:
-    if request.sizes not in get_args(Sizes) or (
-        request.sizes == "fixed" and (request.generation or request.to not in PROGRAMS)
-    ):
-        raise ExportError(
-            f"sizes={request.sizes!r}: valid are {', '.join(get_args(Sizes))}; fixed is for programs"
-            f" ({', '.join(PROGRAMS)}), without generation"
-        )
-
-
-def _refuse_asking(program: Program) -> None:
-    """Raise ExportError if an active adapter asks about the model's call: the inputs of a program are the base's."""
-    adapters = {name: program.adapters[name] for name in program.spliced}
-    asking = [
-        name
-        for name, own in adapters.items()
-        if any(one.needed for one, _ in own.arguments.values()) or any(begins(edit.rule) for edit in own.edits)
-    ]
-    if asking:
-        raise ExportError(
-            f"{asking[0]!r} asks about the model's call, of which a program only has what the base takes: serve it as a"
-            " compiled model"
-        )
-
-
-def _require_base(request: Request) -> None:
-    if request.gguf is None:
-        raise ExportError(
-            "to='gguf', adapters='merged': give gguf=, the base's own GGUF file, whose tokenizer and other tensors are"
-            " kept. Without one: export(folder) writes the merged checkpoint for llama.cpp's converter, adapters='beside'"
-            " the adapter alone"
-        )
-
-
-def require_packages(to: str) -> None:
-    """Raise ExportError, naming the extra, if a package is missing that files for this runtime are made or run with."""
-    missing = [name for name in _PACKAGES.get(to, ()) if find_spec(name) is None]
-    if missing:
-        raise ExportError(f"to={to!r} needs {', '.join(missing)}: pip install 'peftc[export]'")
-
-
-def _require_captured(program: Program, given: Mapping[str, Tensor]) -> None:
-    """Raise ExportError if the model is a program that takes other inputs."""
-    signature = program.regions[0].source.signature if program.plan.capture == "export" and program.regions else None
-    if signature is not None and not signature.takes(given):
-        raise ExportError(
-            f"the model was captured with {', '.join(signature.names)} and is to be exported with {', '.join(given)}. Give"
-            " inputs= of these names, or load the adapter with capture='modules' and export that."
-        )
 
 
 def _inputs(model: nn.Module, inputs: Mapping[str, Tensor] | None) -> dict[str, Tensor]:

@@ -15,9 +15,10 @@ from peftc.errors import ExportError
 from peftc.export.adapter_inputs import with_adapters
 from peftc.export.certificate import Certificate, difference, hashes, read, tensors_of
 from peftc.export.exporters import COMPILED, PLAIN, loaded, run_compiled, run_onnx
-from peftc.export.programs import require_packages
+from peftc.export.request import require_packages
 from peftc.progress import bar
 from peftc.stream import merge_checkpoint
+from peftc.view.groups import natural
 
 PathLike = str | os.PathLike[str]
 
@@ -43,7 +44,7 @@ def verify(*folders: PathLike, tolerance: float = 1e-4, untie: bool = False, pro
         expected = Path(folder) / "merged"
         merge_checkpoint(folders[0], folders[1], expected, untie=untie, progress=progress)
         largest, scale = _compared(expected, Path(folders[2]), tolerance, progress)
-    return Certificate("hf", "merged", (str(folders[1]),), largest, scale, None, None, hashes(Path(folders[2])))
+    return Certificate("hf", "merged", (str(folders[1]),), largest, scale, files=hashes(Path(folders[2])))
 
 
 def _exported(folder: Path, tolerance: float) -> Certificate:
@@ -86,7 +87,7 @@ def _compared(expected: Path, merged: Path, tolerance: float, progress: bool) ->
     largest, scale = 0.0, 0.0
     ours, theirs = _tensors(expected), _tensors(merged)
     if set(ours) != set(theirs):
-        names = sorted(set(ours) ^ set(theirs))
+        names = sorted(set(ours) ^ set(theirs), key=natural)
         raise ExportError(f"{merged}: {names[0]} and {len(names) - 1} more tensors are in one of the two alone")
     with bar("compare", len(ours), "tensors", progress) as tick:
         for name, file in ours.items():

@@ -248,7 +248,7 @@ def call_input(graph: fx.Graph, node: fx.Node) -> fx.Node:
     args: Any = node.args[1] if node.target is invoke else node.args
     kwargs: Any = node.args[2] if node.target is invoke else node.kwargs
     if args or kwargs:
-        return args[0] if args else next(iter(kwargs.values()))
+        return first_argument(args, kwargs)
     with graph.inserting_before(node):
         return graph.call_function(first_argument, (node.kwargs.get("more_args"), node.kwargs.get("more_kwargs")))
 

@@ -102,6 +102,11 @@ class WeightSite(Site):
         return self.weight is not None and dtype.is_floating_point and dtype.itemsize > 1
 
     @property
+    def has_wide_weight(self) -> bool:
+        """Whether it has a plain weight whose sum, or product, with something small keeps what that says."""
+        return self.weight is not None and self.dtype in ("float32", "float64")
+
+    @property
     def added(self) -> str | None:
         """A child of the owner for this weight, which is one of several."""
         if self.host is None:

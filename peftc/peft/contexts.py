@@ -7,7 +7,7 @@ from typing import Any
 
 from peftc.checkpoint import locate
 from peftc.errors import AdapterError, PeftcError
-from peftc.peft.models import root_in
+from peftc.peft.rooted import root_in
 from peftc.specs.io import CONFIG_NAME
 
 __all__ = [

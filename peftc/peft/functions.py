@@ -15,9 +15,9 @@ from peftc.checkpoint.base import originals
 from peftc.errors import AdapterError
 from peftc.peft.adapted import BaseTunerLayer
 from peftc.peft.configs import PeftConfig
-from peftc.peft.models import PeftModel, in_base, root_in
+from peftc.peft.rooted import Rooted, in_base, root_in
 from peftc.peft.roots import attach
-from peftc.peft.tuner import BaseTuner, cast_adapter_dtype
+from peftc.peft.tuner import cast_adapter_dtype
 from peftc.rewrite.sharding import put
 
 __all__ = [
@@ -137,7 +137,7 @@ def set_peft_model_state_dict(
 
 
 def _wrapped(model: Any) -> bool:
-    return isinstance(getattr(model, "_orig_mod", model), PeftModel | BaseTuner)
+    return isinstance(getattr(model, "_orig_mod", model), Rooted)
 
 
 def load_peft_weights(

@@ -19,7 +19,7 @@ from peftc.checkpoint.state import fit_of
 from peftc.errors import AdapterError
 from peftc.graph.finding import module_at
 from peftc.peft.configs import spec_of
-from peftc.peft.models import root_in
+from peftc.peft.rooted import root_in
 from peftc.peft.roots import Root, adopt, take
 from peftc.rewrite.switch import activate
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from peftc.errors import AdapterError, CheckpointError
 from peftc.graph.rows import dequantised
 from peftc.graph.sites import dtype_of
-from peftc.peft.models import root_in
+from peftc.peft.rooted import root_in
 from peftc.rewrite.sharding import put
 
 __all__ = ["replace_lora_weights_loftq"]

@@ -2,30 +2,24 @@
 
 import copy
 import os
-import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal, Self
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from peftc.checkpoint import LoadResult
+from peftc.checkpoint import Download, LoadResult
 from peftc.compiled import CompiledModel
-from peftc.compiled_graph import trainable, trainable_line
 from peftc.errors import AdapterError, CheckpointError
 from peftc.graph.finding import module_at
-from peftc.graph.sites import parameter_name, transformers_config
+from peftc.graph.sites import parameter_name
 from peftc.peft.configs import PeftConfig, spec_of
-from peftc.peft.roots import Root, adopt, attach, release, require_root, root_of, take, tell
-from peftc.peft.tuner import BaseTuner, MixedModel, Rooted, call, tuner_class
+from peftc.peft.reported import TASKS, Reported
+from peftc.peft.rooted import Rooted, attach_first, call, in_base, name_base, unloaded
+from peftc.peft.roots import Root, adopt, attach, root_of, take, tell
+from peftc.peft.tuner import BaseTuner, MixedModel, tuner_class
 from peftc.peft.types import TaskType
 from peftc.prompts.files import prompt_edit
-from peftc.status import LayerStatus, ModelStatus
-
-# What PEFT's models take whatever the method is.
-_TASKS = "task_ids"
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
@@ -37,28 +31,15 @@ __all__ = [
     "PeftModelForSeq2SeqLM",
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
-    "get_layer_status",
-    "get_model_status",
     "get_peft_model",
 ]
 
 _PROMPT = "prompt_encoder"
 # What `from_pretrained` and `load_adapter` pass on; what else scripts give is about the base, or about where adapters go.
-_OPTIONS = [
-    "subfolder",
-    "revision",
-    "token",
-    "cache_dir",
-    "local_files_only",
-    "force_download",
-    "proxies",
-    "verify",
-    "strict",
-    "allow_pickle",
-]
+_OPTIONS = {*Download.__annotations__, "proxies", "subfolder", "verify", "strict", "allow_pickle"}
 
 
-class PeftModel(Rooted):
+class PeftModel(Reported):
     """`model` with the adapter of a config, attached in place. `unload()` gives the model back intact.
 
     Parameters are named as in PEFT (`base_model.model.….lora_A.default.weight`), without its `.base_layer`. Attributes
@@ -67,6 +48,8 @@ class PeftModel(Rooted):
 
     Example: model = PeftModel(model, LoraConfig(target_modules=["q_proj"])); print(model.compiled.plan)
     """
+
+    _inner = "base_model"
 
     def __init__(
         self,
@@ -105,44 +88,13 @@ class PeftModel(Rooted):
         return self.get_base_model()
 
     @property
+    def _before(self) -> str:  # type: ignore[override]
+        return "base_model.model." if isinstance(self.base_model, BaseTuner) else "base_model."
+
+    @property
     def compiled(self) -> CompiledModel:
         """The compiled model behind: its plan, its code, what it refuses and why."""
         return self.root.compiled
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The active adapter, or the list of several."""
-        names = self.active_adapters
-        return names[0] if len(names) == 1 else names
-
-    @property
-    def active_peft_config(self) -> Any:
-        """The config of the first active adapter."""
-        return self.peft_config[self.active_adapters[0]]
-
-    @property
-    def has_active_enabled_adapter(self) -> bool:
-        """Whether any adapter has an effect now."""
-        return self.root.program.enabled and bool(self.root.program.active)
-
-    @property
-    def modules_to_save(self) -> set[str] | None:
-        """The last parts of the names of modules that adapters save whole."""
-        saved = {edit.site.rpartition(".")[2] for edit in self.root.program.plan.edits if edit.whole}
-        return saved or None
-
-    @property
-    def base_model_torch_dtype(self) -> torch.dtype | None:
-        """The dtype of the base."""
-        return getattr(self.get_base_model(), "dtype", None)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_model" or "_modules" not in self.__dict__:
-                raise
-            return getattr(self.base_model, name)
 
     def get_base_model(self) -> Any:
         """The base with its adapters: the very model that was given."""
@@ -151,8 +103,8 @@ class PeftModel(Rooted):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call. `adapter_names`: the adapter of every row of the batch, `__base__` for none."""
-        if _TASKS in kwargs and not any(_TASKS in one.arguments for one in self.root.program.adapters.values()):
-            del kwargs[_TASKS]
+        if TASKS in kwargs and not any(TASKS in one.arguments for one in self.root.program.adapters.values()):
+            del kwargs[TASKS]
         if kwargs.get("adapter_names") is None and isinstance(self.base_model, BaseTuner):
             kwargs.pop("adapter_names", None)
             return self.base_model(*args, **kwargs)
@@ -170,7 +122,7 @@ class PeftModel(Rooted):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """Attach a new, untrained adapter, inactive. Raises AdapterError if the name is taken, SpecError, NoMatchError."""
-        _describe(self.get_base_model(), peft_config)
+        name_base(self.get_base_model(), peft_config)
         attach(self.get_base_model(), {adapter_name: peft_config}, autocast=autocast_adapter_dtype)
 
     @contextmanager
@@ -194,7 +146,6 @@ class PeftModel(Rooted):
         `kwargs`: `autocast_adapter_dtype`, `subfolder`, options of the download, and those of `peftc.load` (`verify`,
         `strict`, `allow_pickle`). Raises CheckpointError, SpecError; the model is as it was then.
         """
-        cast_up = bool(kwargs.get("autocast_adapter_dtype", True))
         options = _load_options(kwargs)
         spec = None if config is None else spec_of(config)
         model = model._base() if isinstance(model, Rooted) else model
@@ -207,7 +158,6 @@ class PeftModel(Rooted):
                 is_trainable,
                 spec,
                 inplace=True,
-                autocast_adapter_dtype=cast_up,
                 **options,
             )
             root = Root(compiled, {})
@@ -215,7 +165,7 @@ class PeftModel(Rooted):
             adopt(root)
         else:
             root.unmerge()
-            root.compiled.load_adapter(model_id, adapter_name, is_trainable, autocast_adapter_dtype=cast_up, **options)
+            root.compiled.load_adapter(model_id, adapter_name, is_trainable, **options)
             root.learn(adapter_name)
             root.activate(adapter_name, inference_mode=not is_trainable)
         own = root.configs[adapter_name]
@@ -231,11 +181,7 @@ class PeftModel(Rooted):
         `is_trainable`.
         """
         self.root.unmerge()
-        upcast = bool(kwargs.get("autocast_adapter_dtype", True))
-        options = _load_options(kwargs)
-        result = self.compiled.load_adapter(
-            model_id, adapter_name, is_trainable, autocast_adapter_dtype=upcast, **options
-        )
+        result = self.compiled.load_adapter(model_id, adapter_name, is_trainable, **_load_options(kwargs))
         if adapter_name not in self.peft_config:
             self.root.learn(adapter_name)
         self.peft_config[adapter_name].inference_mode = not is_trainable
@@ -278,57 +224,6 @@ class PeftModel(Rooted):
         """Write README.md for the active adapter, or update its front matter; what its author wrote stays."""
         self.compiled.create_or_update_model_card(output_dir, self.active_adapters[0])
 
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """(trainable, all) parameters, adapters included."""
-        return trainable(self)
-
-    def print_trainable_parameters(self) -> None:
-        """Print the two numbers and their ratio."""
-        print(trainable_line(self))  # noqa: T201 (what it is for)
-
-    def get_layer_status(self) -> list[LayerStatus]:
-        """What is active, merged and learning at every adapted module."""
-        return self.compiled.get_layer_status()
-
-    def get_model_status(self) -> ModelStatus:
-        """What is active, merged and learning in the whole model."""
-        return replace(self.compiled.get_model_status(), adapter_model_type=type(self.base_model).__name__)
-
-    @property
-    def prompt_tokens(self) -> dict[str, Tensor]:
-        """The numbers of the virtual tokens of prompt adapters, by adapter."""
-        rows = {name: getattr(spec, "rows", None) for name, spec in self.root.program.plan.adapters.items()}
-        return {name: torch.arange(count) for name, count in rows.items() if count is not None}
-
-    @property
-    def word_embeddings(self) -> nn.Module:
-        """The input embeddings of the base."""
-        return self.get_base_model().get_input_embeddings()
-
-    @property
-    def transformer_backbone_name(self) -> str | None:
-        """The name of the base's backbone, if it is a child of it."""
-        base = self.get_base_model()
-        name = getattr(base, "base_model_prefix", "")
-        return name if name in base._modules else None
-
-    @property
-    def cls_layer_name(self) -> str:
-        """The name of the head that the active adapter trains. Raises AttributeError if it trains none."""
-        active = self.active_adapters
-        heads = [edit.site for edit in self.root.program.plan.edits if edit.whole and edit.adapter in active]
-        if not heads:
-            raise AttributeError("cls_layer_name: no active adapter trains a head")
-        return heads[0].rpartition(".")[2]
-
-    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Tensor:
-        """The rows of the active prompt adapter for every sequence. Raises AdapterError if there is none."""
-        return self.compiled.get_prompt(batch_size, **({} if task_ids is None else {_TASKS: task_ids}))
-
-    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
-        """The rows of a prompt adapter as saved. Raises AdapterError if it is none."""
-        return self.compiled.get_prompt_embedding_to_save(adapter_name)
-
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Fold adapters (default: the active ones) into the weights; `unmerge_adapter` gives the bits back."""
         self._tuner.merge_adapter(adapter_names, safe_merge)
@@ -339,13 +234,7 @@ class PeftModel(Rooted):
 
     def unload(self) -> nn.Module:
         """Take all adapters off and return the model as it was given."""
-        if isinstance(self.base_model, BaseTuner):
-            return self.base_model.unload()
-        root = root_of(self.base_model)
-        if root is not None:
-            root.compiled.unload()
-            release(root)
-        return self.base_model
+        return unloaded(self.get_base_model(), lambda root: root.compiled.unload())
 
     @property
     def _tuner(self) -> BaseTuner:
@@ -384,30 +273,6 @@ class PeftModel(Rooted):
             adopt(Root(*stood_on))
 
 
-def attach_first(model: nn.Module, config: Any, name: str, autocast: bool) -> Root:
-    """Give a model its first adapter here, or one more, which is active then."""
-    if isinstance(model, Rooted):
-        warnings.warn(
-            "the model has adapters already; they stay, and the new one is added to them. unload() first if only the new"
-            " one is meant",
-            stacklevel=4,
-        )
-        model = model.root.program.base
-    if not isinstance(config, PeftConfig):
-        spec_of(config)  # Raises TypeError for what is no config at all.
-    _describe(model, config)
-    root = attach(model, {name: config}, autocast=autocast)
-    root.activate(name, inference_mode=bool(getattr(config, "inference_mode", False)))
-    return root
-
-
-def _describe(model: nn.Module, config: Any) -> None:
-    """Let a config say what its base is, as PEFT does."""
-    path = getattr(transformers_config(model), "name_or_path", None)
-    if isinstance(config, PeftConfig) and path:
-        config.base_model_name_or_path = path
-
-
 def _prompt_learning(config: Any) -> bool:
     return bool(getattr(config, "is_prompt_learning", False))
 
@@ -417,8 +282,9 @@ def _load_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
         raise CheckpointError(
             "key_mapping: keys of other versions of transformers are found without it; for others rename them in the file"
         )
+    given = {key: value for key, value in kwargs.items() if key in _OPTIONS}
     # A pickle is read with weights_only=True, as in PEFT.
-    return {"allow_pickle": True, **{key: value for key, value in kwargs.items() if key in _OPTIONS}}
+    return {"allow_pickle": True, "autocast_adapter_dtype": bool(kwargs.get("autocast_adapter_dtype", True)), **given}
 
 
 def _prompts_in(root: Root) -> str:
@@ -522,32 +388,3 @@ def get_peft_model(
         peft_config.revision = revision
     cls = PeftMixedModel if mixed else _class_for(peft_config)
     return cls(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-
-
-def in_base(model: Any, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict of a PeftModel (of a tuner model, or of a base) by the names of its base."""
-    inner = getattr(model, "_orig_mod", model)
-    if isinstance(inner, PeftModel):
-        prefix = "base_model.model." if isinstance(inner.base_model, BaseTuner) else "base_model."
-    else:
-        prefix = "model." if isinstance(inner, BaseTuner) else ""
-    return {key.removeprefix(prefix): value for key, value in state_dict.items()}
-
-
-def root_in(model: Any) -> Root:
-    """The root of a PeftModel, a tuner model, or a model with injected adapters; torch.compile may have wrapped it.
-
-    Raises AdapterError if it has no adapters.
-    """
-    inner = getattr(model, "_orig_mod", model)
-    return inner.root if isinstance(inner, Rooted) else require_root(inner)
-
-
-def get_layer_status(model: nn.Module) -> list[LayerStatus]:
-    """What is active, merged and learning at every adapted module of a model. Raises AdapterError if it has none."""
-    return root_in(model).compiled.get_layer_status()
-
-
-def get_model_status(model: nn.Module) -> ModelStatus:
-    """What is active, merged and learning in a model. Raises AdapterError if it has no adapters."""
-    return model.get_model_status() if isinstance(model, PeftModel) else root_in(model).compiled.get_model_status()

@@ -23,6 +23,7 @@ from peftc.specs.io import absent
 _HERE = "peftc.peft"
 _HOMES = (
     "models",
+    "reported",
     "configs",
     "types",
     "functions",

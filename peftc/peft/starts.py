@@ -13,7 +13,7 @@ from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite, canonical
 from peftc.lifecycle import planned
 from peftc.peft.configs import spec_of
-from peftc.peft.models import root_in
+from peftc.peft.rooted import root_in
 from peftc.peft.roots import CALIBRATED, Root, attach, root_of
 from peftc.plan import Plan, require_applicable
 from peftc.rewrite.build import parked

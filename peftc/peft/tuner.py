@@ -1,6 +1,6 @@
 """PEFT's tuner models: what stands between a PeftModel and its base, and can be made alone."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar, cast
 
 import torch
@@ -8,53 +8,18 @@ from torch import Tensor, nn
 
 import peftc.peft.layers as layers
 from peftc.checkpoint.state import saved_state_dict, spec_filed
-from peftc.compiled_graph import called
 from peftc.errors import AdapterError
 from peftc.lifecycle import named
 from peftc.peft.adapted import BaseTunerLayer
 from peftc.peft.configs import PeftConfig, spec_of
 from peftc.peft.methods import METHODS
-from peftc.peft.roots import Root, attach, release, require_root, root_of
+from peftc.peft.rooted import Rooted, call, unloaded
+from peftc.peft.roots import Root, attach, require_root
 from peftc.peft.types import PeftType
 from peftc.registry import is_own
 from peftc.rewrite.learning import after_step, penalty, with_penalty
 
 __all__ = ["BaseTuner", "MixedModel", "cast_adapter_dtype"]
-
-
-class Rooted(nn.Module):
-    """A module around a base that has adapters, which its root keeps."""
-
-    def _base(self) -> nn.Module:
-        raise NotImplementedError
-
-    @property
-    def root(self) -> Root:
-        """What stands behind. Raises AdapterError after unloading."""
-        return require_root(self._base())
-
-    @property
-    def peft_config(self) -> dict[str, Any]:
-        """Config by adapter name. What files say of an adapter's origin follows changes of its config."""
-        return self.root.configs
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The active adapters, in load order."""
-        return list(self.root.program.active)
-
-    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """Activate exactly these adapters, and train them unless `inference_mode`. What is merged is unmerged first."""
-        self.root.unmerge()
-        self.root.activate(adapter_name, inference_mode)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Let these adapters train, active or not, or freeze them."""
-        self.root.compiled.set_requires_grad(adapter_names, requires_grad)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter off. Raises AdapterError on an unknown name."""
-        self.root.delete(adapter_name)
 
 
 class BaseTuner(Rooted):
@@ -68,6 +33,7 @@ class BaseTuner(Rooted):
 
     prefix: ClassVar[str] = ""
     tuner_layer_cls: ClassVar[type[Any]] = BaseTunerLayer
+    _inner, _before = "model", "model."
 
     def __init__(
         self,
@@ -112,14 +78,6 @@ class BaseTuner(Rooted):
         """As `active_adapters`."""
         return self.active_adapters
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(self.model, name)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's call. `adapter_names`: the adapter of every row of the batch, `__base__` for none."""
         return call(self.model, args, kwargs)
@@ -162,11 +120,11 @@ class BaseTuner(Rooted):
             root.merge(adapter_names, progressbar)
             return root.compiled.merge_and_unload(untie=True)
 
-        return _unloaded(self.model, merged)
+        return unloaded(self.model, merged)
 
     def unload(self) -> nn.Module:
         """Take all adapters off and return the model as it was given."""
-        return _unloaded(self.model, lambda root: root.compiled.unload())
+        return unloaded(self.model, lambda root: root.compiled.unload())
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "", **how: Any
@@ -181,24 +139,6 @@ class BaseTuner(Rooted):
         """The config of a model as a dict."""
         config = getattr(model, "config", None)
         return config.to_dict() if config is not None else {"model_type": "custom"}
-
-
-def call(base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], several: bool = False) -> Any:
-    """A call of `base`, or of its `generate` if `several`; `adapter_names` among `kwargs`: the adapters of rows."""
-    names, root = kwargs.pop("adapter_names", None), root_of(base)
-    run = cast(Any, base).generate if several else base
-    if root is None and names is None:
-        return run(*args, **kwargs)
-    return called(require_root(base).program, run, args, kwargs, names, several)
-
-
-def _unloaded(base: nn.Module, unload: Callable[[Root], nn.Module]) -> nn.Module:
-    root = root_of(base)
-    if root is None:
-        return base
-    model = unload(root)
-    release(root)
-    return model
 
 
 class _Steps(BaseTuner):

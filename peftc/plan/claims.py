@@ -117,20 +117,9 @@ def _unmergeable(
 def planned(name: str, param: Param, dtype: str, shared: bool = False) -> PlannedParam:
     """A parameter that a rule declares, for an adapter of `dtype`."""
     own = param.dtype or dtype
-    return PlannedParam(
-        name=name,
-        key=param.key or name,
-        shape=param.shape,
-        dtype=own,
-        init=param.init,
-        trainable=param.trainable and dtype_of(own).is_floating_point,
-        use=param.use,
-        axes=param.axes,
-        seed=param.seed,
-        stored=param.stored,
-        shared=shared,
-        kept=param.kept,
-    )
+    trainable = param.trainable and dtype_of(own).is_floating_point
+    more: dict[str, Any] = {"key": param.key or name, "dtype": own, "trainable": trainable}
+    return PlannedParam(name=name, shared=shared, **{**vars(param), **more})
 
 
 def adapter_dtype(weight: str, autocast: bool) -> str:
@@ -140,7 +129,7 @@ def adapter_dtype(weight: str, autocast: bool) -> str:
     return "float32" if not trainable or (autocast and dtype.itemsize == 2) else weight
 
 
-_INITS = r"zeros|ones|kaiming_uniform|rule|gathered|drawn|derived|normal(:[\d.e-]+)?|(uniform|constant):[\d.e+-]+"
+_INITS = r"zeros|ones|kaiming_uniform|rule|gathered|drawn|normal(:[\d.e-]+)?|(uniform|constant):[\d.e+-]+"
 
 
 def _validate(

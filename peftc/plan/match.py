@@ -6,7 +6,7 @@ The semantics are those of PEFT (see AdapterSpec), but nothing is skipped in sil
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from peftc.architectures import Family, families
@@ -199,9 +199,7 @@ def _excluded(adapter: str, spec: AdapterSpec, index: SiteIndex, misses: list[Mi
         return set()
     for part in (selector,) if isinstance(selector, str) else selector:
         if not any(selects(part if isinstance(selector, str) else (part,), fqn) for fqn in index.modules):
-            counts = Counter(fqn.rpartition(".")[2] for fqn in index.modules if fqn)
-            near = describe_nearest(nearest(part, counts), counts, "module")
-            misses.append(Miss(adapter, "exclude_modules", part, f"matches no module.{near}"))
+            misses.append(Miss(adapter, "exclude_modules", part, f"matches no module.{_near(part, index.modules)}"))
     return {fqn for fqn in index.sites if selects(selector, fqn)}
 
 
@@ -214,9 +212,7 @@ def match_saved(adapter: str, spec: AdapterSpec, index: SiteIndex) -> tuple[tupl
     for name in names:
         hits = [fqn for fqn in index.modules if fqn.endswith(name)]
         if not hits and name in asked and name not in spec.heads:
-            counts = Counter(fqn.rpartition(".")[2] for fqn in index.modules if fqn)
-            near = describe_nearest(nearest(name, counts), counts, "module")
-            misses.append(Miss(adapter, "modules_to_save", name, f"matches no module.{near}"))
+            misses.append(Miss(adapter, "modules_to_save", name, f"matches no module.{_near(name, index.modules)}"))
         for hit in hits:
             site = index.sites.get(hit)
             if site is not None and site.refusal is not None:
@@ -282,9 +278,13 @@ def _no_parameter(name: str, hits: Mapping[str, tuple[int, ...]], index: SiteInd
         if module in index.sites and len(shape) > 1:
             return f"is the weight of {index.sites[module].op} {module!r}: name that in target_modules"
         return f"is of shape {shape}; a matrix is expected, or one for each expert in three dimensions"
-    counts = Counter(fqn.rpartition(".")[2] for fqn in index.inner)
-    near = describe_nearest(nearest(name.rpartition(".")[2], counts), counts, "parameter")
-    return f"matches no parameter.{near}"
+    return f"matches no parameter.{_near(name.rpartition('.')[2], index.inner, 'parameter')}"
+
+
+def _near(name: str, fqns: Iterable[str], what: str = "module") -> str:
+    """Which of these names are like `name`."""
+    counts = Counter(fqn.rpartition(".")[2] for fqn in fqns if fqn)
+    return describe_nearest(nearest(name, counts), counts, what)
 
 
 def unfit(spec: AdapterSpec, site: WeightSite) -> str | None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from peftc.errors import AdapterError
 from peftc.graph.finding import module_at
+from peftc.graph.region import first_argument
 from peftc.graph.sites import WeightSite
 from peftc.plan import Edit, Plan
 from peftc.rule import Rule
@@ -157,7 +158,7 @@ def _seen(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) 
 
     def hook(fqn: str) -> Callable[..., None]:
         def pre(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            see(fqn, args[0] if args else next(iter(kwargs.values())))
+            see(fqn, first_argument(args, kwargs))
 
         return pre
 
@@ -271,7 +272,7 @@ def _gradients(
 
     def hook(fqn: str) -> Callable[..., Tensor]:
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
-            x = (args[0] if args else next(iter(kwargs.values()))).detach()
+            x = first_argument(args, kwargs).detach()
 
             def add(gradient: Tensor) -> None:
                 wide = torch.promote_types(gradient.dtype, torch.float32)

@@ -8,9 +8,9 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from peftc.graph.exported import VALUE, changes_something
 from peftc.graph.finding import attribute_at
 from peftc.graph.patterns import Dataflow, matching
+from peftc.graph.unlifted import VALUE, changes_something
 from peftc.rewrite.splice import ORIGIN
 from peftc.specs import Pattern
 

@@ -23,7 +23,6 @@ from peftc.rewrite.batched import batched_products
 from peftc.rewrite.hosts import Binding, base_of
 from peftc.rewrite.lent import not_lent
 from peftc.rewrite.parts import Part, asks
-from peftc.rule import Bound, Rule
 
 BASE = "__base__"
 
@@ -187,9 +186,9 @@ def _family(parts: Sequence[Part]) -> Any | None:
     edit = parts[0].edit
     if len(parts) > 1 or edit.slots != ("output",) or edit.opaque or parts[0].site.op != "linear":
         return None
-    if not edit.rule.additive or type(edit.rule).factors is Rule.factors or asks(edit.rule):
+    if not edit.rule.additive or not edit.rule.offers("factors") or asks(edit.rule):
         return None
-    if edit.rule.factors(Bound({**parts[0].tensors(), **edit.constants})) is None:
+    if edit.rule.factors(parts[0].bound()) is None:
         return None
     return edit.rule, {param.dtype for param in edit.params}.pop(), tuple(edit.dropouts.items())
 
@@ -261,10 +260,7 @@ def _stacked(route: Route, part: Partition, parts: Mapping[str, Part]) -> tuple[
 
 def _factors(part: Partition, parts: Mapping[str, Part]) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """down (r, in) and up (out, r) of every group, lower ranks filled up with zeros, and scale (groups, 1, 1)."""
-    found = [
-        parts[name].edit.rule.factors(Bound({**parts[name].tensors(), **parts[name].edit.constants}))
-        for name in part.adapters
-    ]
+    found = [parts[name].edit.rule.factors(parts[name].bound()) for name in part.adapters]
     factors = [own for own in found if own is not None]
     assert len(factors) == len(found), "that decides which parts come here"
     r = max(own.down.shape[0] for own in factors)

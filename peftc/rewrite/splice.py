@@ -25,7 +25,7 @@ from peftc.plan import Edit
 from peftc.rewrite.acting import acting, given
 from peftc.rewrite.hosts import own_path, with_weights
 from peftc.rewrite.parts import begins, code_path
-from peftc.rule import Bound, source_of
+from peftc.rule import Bound, Rule
 
 # The key of node.meta under which an inserted node says where it is from.
 ORIGIN = "peftc"
@@ -104,10 +104,17 @@ def marked(graph: fx.Graph, active: Active, function: str) -> Generator[None]:
     before = set(graph.nodes)
     yield
     rule = active.edit.rule
-    place = type(rule).__name__ if function == "splice" else source_of(rule, function)
+    place = type(rule).__name__ if function == "splice" else _source_of(rule, function)
     for node in graph.nodes:
         if node not in before:
             node.meta.setdefault(ORIGIN, Origin(active.name, rule.name, place))
+
+
+def _source_of(rule: Rule[Any], function: str) -> str:
+    """`LoraLinear.output (linear.py:64)`: where a rule says what it does."""
+    code = getattr(getattr(type(rule), function), "__code__", None)
+    place = f" ({code.co_filename.rpartition('/')[2]}:{code.co_firstlineno})" if code is not None else ""
+    return f"{type(rule).__name__}.{function}{place}"
 
 
 def follow(graph: fx.Graph, node: fx.Node, function: Any, *more: Any) -> fx.Node:

@@ -45,9 +45,7 @@ def start(
     drawn_ones = drawn(part.edit) if any(param.init == "drawn" for param in given) else {}
     with torch.no_grad():
         for param in given:
-            if param.init == "derived":
-                tensors[param.name].copy_(_derived(part, param, weight))
-            elif param.init == "gathered":
+            if param.init == "gathered":
                 tensors[param.name].copy_(gathered(part.edit, param, sharing(part.edit, param)))
             elif param.init == "drawn":
                 tensors[param.name].copy_(drawn_ones[param.name])
@@ -89,18 +87,6 @@ def gathered(edit: Edit, param: PlannedParam, weights: Mapping[str, Tensor]) -> 
     return value
 
 
-def _derived(part: Part, param: PlannedParam, weight: nn.Parameter | None) -> Tensor:
-    """What follows from the constants of an edit, or from its site's weight."""
-
-    def stored() -> Tensor:
-        assert weight is not None, "the rule's check() asks for a weight"
-        assert isinstance(part.site, WeightSite), "other rules declare modules"
-        require_there(part.edit, weight)
-        return canonical(whole(weight), part.site)
-
-    return part.edit.rule.derived(param.name, param.shape, Bound(part.edit.constants, {"weight": stored}))
-
-
 def require_there(edit: Edit, weight: Tensor) -> None:
     """Raise AdapterError if `weight` has no values here to start from."""
     if weight.is_meta:
@@ -125,7 +111,9 @@ def _start_by_rule(
     shapes = {param.name: param.shape for param in edit.params if param.init == "rule"}
     loaded = shapes.keys() - {param.name for param in params}
     try:
-        base = torch.empty(0) if weight is None else wide(canonical(whole(weight), site))
+        stored = torch.empty(0) if weight is None else canonical(whole(weight), site)
+        # Of the largest weights some rows are taken, which needs no copy of all.
+        base = stored if rule.replaces_rows else wide(stored)
         lazy: dict[str, Callable[[], Any]] = {
             "bias": lambda: None if bias is None else wide(whole(bias)),
             "data": lambda: data,

@@ -3,14 +3,14 @@
 from peftc.specs.base import AdapterSpec
 from peftc.specs.io import load_spec, load_specs
 from peftc.specs.pattern import Pattern
-from peftc.specs.selection import LayerSelection, OtherPatterns, ParameterSelection, PatternedAlpha, PatternedRank
+from peftc.specs.selection import LayerSelection, ParameterSelection, Patterned, PatternedAlpha, PatternedRank
 
 __all__ = [
     "AdapterSpec",
     "LayerSelection",
-    "OtherPatterns",
     "ParameterSelection",
     "Pattern",
+    "Patterned",
     "PatternedAlpha",
     "PatternedRank",
     "load_spec",

@@ -56,19 +56,39 @@ class ParameterSelection(AdapterSpec):
     target_parameters: Names | None = None
 
 
-class PatternedRank(AdapterSpec):
-    """A spec with a rank, and others at some sites: the first key for which `re.match(rf"(.*\\.)?({key})$", fqn)` holds
-    wins.
+class Patterned(AdapterSpec):
+    """A spec with numbers that are others at some modules: `patterns` names the fields that say so, beside those of its
+    bases; the first key for which `re.match(rf"(.*\\.)?({key})$", fqn)` holds wins.
     """
+
+    patterns: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="after")
+    def _check_patterns(self) -> Self:
+        for field, own in patterns_of(self).items():
+            for key in own:
+                require_regex(field, key, _PATTERN)
+        return self
+
+    def respelled(self, names: Mapping[str, str]) -> Self:
+        update: dict[str, Any] = {}
+        for field, own in patterns_of(self).items():
+            found = {re.escape(new): first_match(own, old, None) for old, new in names.items()}
+            update[field] = {name: value for name, value in found.items() if value is not None}
+        return super().respelled(names).model_copy(update=update)
+
+    @property
+    def goes_by_plain_names(self) -> bool:
+        return super().goes_by_plain_names and not any(patterns_of(self).values())
+
+
+class PatternedRank(Patterned):
+    """A spec with a rank, and others at some modules."""
+
+    patterns = ("rank_pattern",)
 
     r: Rank = 8
     rank_pattern: dict[str, Rank] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _check_rank_pattern(self) -> Self:
-        for key in self.rank_pattern:
-            require_regex("rank_pattern", key, _PATTERN)
-        return self
 
     def rank_for(self, fqn: str) -> int:
         """The rank at module `fqn`, after `rank_pattern`."""
@@ -79,54 +99,13 @@ class PatternedRank(AdapterSpec):
         update = {"rank_pattern": {name: rank for name, rank in ranks.items() if rank != self.r}}
         return super().respelled(names).model_copy(update=update)
 
-    @property
-    def goes_by_plain_names(self) -> bool:
-        return super().goes_by_plain_names and not self.rank_pattern
 
+class PatternedAlpha(Patterned):
+    """A spec with an alpha, and others at some modules."""
 
-class PatternedAlpha(AdapterSpec):
-    """A spec with an alpha, and others at some sites, by the same patterns."""
+    patterns = ("alpha_pattern",)
 
     alpha_pattern: dict[str, float | int] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _check_alpha_pattern(self) -> Self:
-        for key in self.alpha_pattern:
-            require_regex("alpha_pattern", key, _PATTERN)
-        return self
-
-    def respelled(self, names: Mapping[str, str]) -> Self:
-        found = {re.escape(new): first_match(self.alpha_pattern, old, None) for old, new in names.items()}
-        update = {"alpha_pattern": {name: alpha for name, alpha in found.items() if alpha is not None}}
-        return super().respelled(names).model_copy(update=update)
-
-    @property
-    def goes_by_plain_names(self) -> bool:
-        return super().goes_by_plain_names and not self.alpha_pattern
-
-
-class OtherPatterns(AdapterSpec):
-    """A spec with numbers of its own that are others at some sites: `patterns` names the fields, of the same form."""
-
-    patterns: ClassVar[tuple[str, ...]] = ()
-
-    @model_validator(mode="after")
-    def _check_patterns(self) -> Self:
-        for field in self.patterns:
-            for key in getattr(self, field):
-                require_regex(field, key, _PATTERN)
-        return self
-
-    def respelled(self, names: Mapping[str, str]) -> Self:
-        update: dict[str, Any] = {}
-        for field in self.patterns:
-            found = {re.escape(new): first_match(getattr(self, field), old, None) for old, new in names.items()}
-            update[field] = {name: value for name, value in found.items() if value is not None}
-        return super().respelled(names).model_copy(update=update)
-
-    @property
-    def goes_by_plain_names(self) -> bool:
-        return super().goes_by_plain_names and not any(getattr(self, field) for field in self.patterns)
 
 
 def selects(selector: str | Sequence[str], fqn: str) -> bool:
@@ -153,15 +132,9 @@ SELECTIONS: Mapping[str, type[AdapterSpec]] = {
 
 
 def patterns_of(spec: AdapterSpec) -> dict[str, Mapping[str, Any]]:
-    """The patterns of a spec by field."""
-    found: dict[str, Mapping[str, Any]] = {}
-    if isinstance(spec, PatternedRank):
-        found["rank_pattern"] = spec.rank_pattern
-    if isinstance(spec, PatternedAlpha):
-        found["alpha_pattern"] = spec.alpha_pattern
-    if isinstance(spec, OtherPatterns):
-        found |= {field: getattr(spec, field) for field in spec.patterns}
-    return found
+    """The patterns of a spec by field, those of its bases first."""
+    classes = (*type(spec).__mro__[1:], type(spec))
+    return {field: getattr(spec, field) for cls in classes for field in vars(cls).get("patterns", ())}
 
 
 def pattern_matches(key: str, fqn: str) -> bool:

@@ -2,108 +2,43 @@
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peftc import lifecycle
-from peftc.checkpoint import AdapterFiles, Verify
+from peftc.checkpoint import AdapterFiles
 from peftc.checkpoint.base import places, require_base, sample_from
 from peftc.checkpoint.files import open_folder
 from peftc.checkpoint.keys import require_fit
 from peftc.checkpoint.lazy import FileTensors, outline
 from peftc.checkpoint.spelling import respelled_spec
-from peftc.checkpoint.state import Fit, fit_of, key_of, report, require_values
+from peftc.checkpoint.state import fit_of, report, require_values
 from peftc.checkpoint.tensor_file import DTYPES
 from peftc.errors import CheckpointError
 from peftc.graph.finding import parameter_at
-from peftc.graph.sites import WeightSite, canonical, dtype_of, parameter_name
-from peftc.merge import fold, ties
+from peftc.graph.sites import dtype_of, parameter_name
+from peftc.merge import ties
 from peftc.merge.combine import checked
-from peftc.merge.fold import Value, edits_by_site, fold_bias, value_in
+from peftc.merge.fold import edits_by_site, fold_bias, value_in
 from peftc.merge.merge import require_mergeable
 from peftc.merge.undo import owner_of
 from peftc.plan import Edit, PlannedParam, require_applicable
 from peftc.rewrite.build import build
 from peftc.rewrite.program import Program
-from peftc.rewrite.starting import drawn, fill, gathered, wide
 from peftc.rewrite.switch import activate
 from peftc.rule import Bound, Combination, Part
-from peftc.stream.names import Names
 from peftc.stream.sharded import Checkpoint
 from peftc.stream.skeleton import resize_vocabulary, skeleton
+from peftc.stream.values import following, loaded
+from peftc.stream.work import Change, Options, Source, Work, file_key, file_of, stored_name, weight_site
 
 _COMBINED = "combined"
-
-
-@dataclass(frozen=True)
-class Options:
-    """How adapters are merged into a checkpoint; see `merge_checkpoint`.
-
-    `tile`: elements that are computed at a time. `brought`: on the way back, the parameters that adapters brought.
-    """
-
-    weights: tuple[float, ...] | None = None
-    untie: bool = False
-    verify: Verify = "all"
-    undo: bool = False
-    brought: frozenset[str] | None = None
-    tile: int = field(default_factory=lambda: fold.TILE)
-
-
-@dataclass(frozen=True)
-class Source:
-    """An adapter: its open file, the same as it is laid out here, and where these tensors belong."""
-
-    files: AdapterFiles
-    original: FileTensors
-    tensors: FileTensors
-    fit: Fit
-
-
-@dataclass(frozen=True)
-class Change:
-    """A new value of a parameter: `edits` folded into it, or into the tensor that an adapter brings in its place.
-
-    `start`: the adapter and the key in its file of that tensor. `scale`: by what the result is multiplied.
-    """
-
-    parameter: str
-    edits: tuple[Edit, ...] = ()
-    is_bias: bool = False
-    start: tuple[str, str] | None = None
-    scale: float = 1.0
-
-
-@dataclass(frozen=True)
-class Work:
-    """A merge that was thought through: `program` is the model with the adapters, on the meta device.
-
-    `cut`: parameters that are no longer tied to others. `following`: sites at which tensors of adapters follow from the
-    base's weight, so that this can't be estimated from what was merged. `value` gives an adapter's tensors as loading
-    would leave them; `computed`: those that follow from weights, of what adapters share, and of the last site.
-    """
-
-    checkpoint: Checkpoint
-    shards: Mapping[str, FileTensors]
-    names: Names
-    program: Program
-    sources: Mapping[str, Source]
-    options: Options
-    value: Value
-    changes: Mapping[str, Change] = field(default_factory=dict[str, Change])
-    computed: dict[tuple[str, str], Mapping[str, Tensor]] = field(
-        default_factory=dict[tuple[str, str], Mapping[str, Tensor]]
-    )
-    cut: tuple[str, ...] = ()
-    following: frozenset[str] = frozenset()
 
 
 def thought_through(
@@ -123,10 +58,10 @@ def thought_through(
     require_applicable(plan, "warn")
     program = build(base, plan, regions, inplace=True, fresh=False)
     sources = {name: _source(program, name, opened[name][1], *pair) for name, pair in laid.items()}
-    work = Work(checkpoint, shards, names, program, sources, options, lambda edit, param: _loaded(work, edit, param))
+    work = Work(checkpoint, shards, names, program, sources, options, lambda edit, param: loaded(work, edit, param))
     for source in sources.values():
         _require_base(work, source)
-    work = replace(work, following=frozenset(_following(work)))
+    work = replace(work, following=frozenset(following(work)))
     if options.weights is not None:
         work = _combined(work, options.weights)
     return _with_changes(work)
@@ -175,111 +110,6 @@ def _require_base(work: Work, source: Source) -> None:
     caution = require_base(work.program, source.files.base, sample)
     if caution is not None:
         warnings.warn(f"{source.files.where}: {caution}", stacklevel=5)
-
-
-def file_of(work: Work, stored: str) -> FileTensors:
-    """The open shard that has the tensor `stored`."""
-    return work.shards[work.checkpoint.where[stored]]
-
-
-def stored_name(work: Work, parameter: str) -> str | None:
-    """The tensor in the files that is `parameter`, by itself or by another name of the same; None if there is no one."""
-    direct = work.names.direct
-    if parameter in direct:
-        return direct[parameter]
-    group = next((group for group in work.program.plan.ties if parameter in group), ())
-    return next((direct[name] for name in group if name in direct), None)
-
-
-def _loaded(work: Work, edit: Edit, param: PlannedParam) -> Tensor:
-    """The tensor of an adapter as it would be in memory: read, cast to the dtype that it has there."""
-    source, dtype = work.sources[edit.adapter], dtype_of(param.dtype)
-    key = _key(work, edit, param)
-    if key in source.fit.sources:
-        return (source.tensors[source.fit.sources[key]] / param.stored).to(dtype)
-    # What the file does not say: it was drawn, or follows from constants or the weight.
-    if param.init == "drawn":
-        return drawn(edit)[param.name].to(dtype)
-    if param.init == "derived":
-        return edit.rule.derived(param.name, param.shape, Bound(edit.constants)).to(dtype)
-    if param.init in ("rule", "gathered"):
-        return _computed(work, edit, param).to(dtype)
-    made = torch.empty(param.shape, dtype=dtype)
-    fill(made, param.init, param.seed)
-    return made
-
-
-def _computed(work: Work, edit: Edit, param: PlannedParam) -> Tensor:
-    """A parameter that follows from weights; those of one site are computed together."""
-    group = (edit.adapter, param.key if param.shared else edit.site)
-    if group in work.computed:
-        return work.computed[group][param.name]
-    if param.init == "gathered":
-        own = [other for other in work.program.adapters[edit.adapter].edits if param in other.params]
-        weights = {other.site: _weight(work, weight_site(work, other)) for other in own}
-        work.computed[group] = {param.name: gathered(edit, param, weights)}
-        return work.computed[group][param.name]
-    for other in [other for other in work.computed if other[1] in work.program.plan.sites]:
-        del work.computed[other]  # A site is folded once.
-    site, values = weight_site(work, edit), {own.name: partial(_loaded, work, edit, own) for own in edit.params}
-    shapes = {own.name: own.shape for own in edit.params if own.init == "rule"}
-    brought = {own.name for own in edit.params if _key(work, edit, own) in work.sources[edit.adapter].fit.sources}
-    lazy: dict[str, Callable[[], Any]] = {
-        **{name: partial(_wide, value) for name, value in values.items() if name not in shapes},
-        "bias": lambda: None if site.bias is None else wide(_stored(work, site.bias)),
-        "data": lambda: None,
-        "loaded": lambda: {name: values[name]() for name in shapes.keys() & brought},
-    }
-    work.computed[group] = edit.rule.initialise(_weight(work, site), shapes, Bound(edit.constants, lazy))
-    return work.computed[group][param.name]
-
-
-def _weight(work: Work, site: WeightSite) -> Tensor:
-    """The weight of a site as rules start from it."""
-    return wide(canonical(_stored(work, str(site.weight)), site))
-
-
-def _wide(value: Callable[[], Tensor]) -> Tensor:
-    return wide(value())
-
-
-def _stored(work: Work, parameter: str) -> Tensor:
-    stored = stored_name(work, parameter)
-    assert stored is not None, "required before"
-    return file_of(work, stored)[stored]
-
-
-def _following(work: Work) -> Iterator[str]:
-    """The sites at which tensors of an adapter follow from a weight. Raises CheckpointError if that is stored in parts."""
-    for name, source in work.sources.items():
-        for edit in work.program.adapters[name].edits:
-            lost = [
-                param.key
-                for param in edit.params
-                if (param.saved and param.init != "drawn" and _key(work, edit, param) not in source.fit.sources)
-                or not param.kept
-            ]
-            if not lost or edit.rule.container is not None:
-                continue
-            site = weight_site(work, edit)
-            if stored_name(work, str(site.weight)) is None:
-                raise CheckpointError(
-                    f"{source.files.where}: lacks what {site.fqn} was trained from ({lost[0]}). That follows from a weight"
-                    " that the checkpoint stores in parts. Load the adapter with peftc, save it, and merge what was saved;"
-                    " of what no file has, load base and adapter, and save merge_and_unload()."
-                )
-            yield edit.site
-
-
-def weight_site(work: Work, edit: Edit) -> WeightSite:
-    """The site of an edit that is folded."""
-    site = work.program.plan.sites[edit.site]
-    assert isinstance(site, WeightSite), "others hold modules"
-    return site
-
-
-def _key(work: Work, edit: Edit, param: PlannedParam) -> str:
-    return key_of(work.program.adapters[edit.adapter].spec, edit, param)
 
 
 def _combined(work: Work, numbers: Sequence[float]) -> Work:
@@ -399,7 +229,7 @@ def _copies(work: Work, edit: Edit) -> list[Change]:
         edit = next(own for own in work.program.plan.edits if own.site == edit.site and own.adapter != _COMBINED)
     sources = work.sources[edit.adapter].fit.sources
     return [
-        Change(parameter_name(edit.site, param.key), start=(edit.adapter, sources[_key(work, edit, param)]))
+        Change(parameter_name(edit.site, param.key), start=(edit.adapter, sources[file_key(work, edit, param)]))
         for param in edit.params
     ]
 

@@ -11,10 +11,10 @@ from peftc.checkpoint.tensor_file import Entry, Header, bytes_of, make_header, r
 from peftc.graph.sites import transformers_config
 from peftc.merge import ties
 from peftc.merge.undo_log import encode, keep
-from peftc.stream.changes import Change, Work, file_of, stored_name
 from peftc.stream.log import Log, record, restored
 from peftc.stream.sharded import UNDO, inside
 from peftc.stream.tiles import Merged, Recipe, fused_recipes, outline_of, recipe, together
+from peftc.stream.work import Change, Work, file_of, stored_name
 from peftc.stream.write import Output, Piece, Tile
 
 # Bytes that are read, and written, at a time.

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Generator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -16,12 +17,13 @@ from peftc.checkpoint.lazy import FileTensors
 from peftc.errors import CheckpointError
 from peftc.merge.undo_log import require_zstandard
 from peftc.specs.io import CONFIG_NAME
-from peftc.stream.changes import Options, Work, thought_through
+from peftc.stream.changes import thought_through
 from peftc.stream.job import Job, do, is_new, require_done
 from peftc.stream.layout import base_outputs, changed_files, copied, log_name, merged_outputs
 from peftc.stream.log import Log, places_in
 from peftc.stream.sharded import UNDO, Checkpoint, inside, open_checkpoint
 from peftc.stream.undo import before, original, read_told, require_base, undo_files
+from peftc.stream.work import Options, Work
 from peftc.stream.write import Output
 
 PathLike = str | os.PathLike[str]
@@ -61,28 +63,30 @@ def merge_checkpoint(
     _require_able(undo)
     sources = [adapter] if isinstance(adapter, str | os.PathLike) else list(adapter)
     folders = [locate(source, subfolder, **download) for source in sources]
-    numbers = _numbers(weights, len(folders))
+    options = Options(_numbers(weights, len(folders)), untie, verify, undo)
     base, out = Path(base_dir).resolve(), Path(out_dir)
+    record = {"base": str(base_dir), "adapters": list(map(str, sources)), "weights": options.weights}
     with explained(out, "merge into", 0):
         settle(base)
         checkpoint = open_checkpoint(base)
-        options = Options(numbers, untie, verify, undo)
-        record = {"base": str(base_dir), "adapters": list(map(str, sources)), "weights": numbers}
-
-        def inputs() -> dict[str, Any]:
-            return {"weights": numbers, "untie": untie, "undo": undo, "files": _stamps(checkpoint, folders)}
-
-        if not is_new(out):
-            return require_done(out, inputs())
+        inputs = partial(_inputs, checkpoint, folders, options)
         stamped = inputs()
+        if not is_new(out):
+            return require_done(out, stamped)
         with _shards(checkpoint) as shards:
             work = thought_through(checkpoint, shards, folders, model, options)
-            files, outputs = _contents(work, folders, options)
-            do(Job(f"merge into {out.name}", out, stamped, inputs, files, outputs, record), progress)
+            do(Job(f"merge into {out.name}", out, stamped, inputs, *_contents(work, folders), record), progress)
 
 
-def _contents(work: Work, folders: Sequence[Path], options: Options) -> tuple[dict[str, bytes], list[Output]]:
+def _inputs(checkpoint: Checkpoint, folders: Sequence[Path], options: Options) -> dict[str, Any]:
+    """All that the result depends on, as it is now."""
+    told = {"weights": options.weights, "untie": options.untie, "undo": options.undo}
+    return {**told, "files": _stamps(checkpoint, folders)}
+
+
+def _contents(work: Work, folders: Sequence[Path]) -> tuple[dict[str, bytes], list[Output]]:
     """What the new folder has: small files by path, and what is written tile by tile."""
+    options = work.options
     files = {name: inside(work.checkpoint.folder, name).read_bytes() for name in work.checkpoint.others}
     changed, outputs = changed_files(work), merged_outputs(work, options.undo)
     if options.undo:

@@ -13,8 +13,8 @@ from peftc.errors import MergeError
 from peftc.graph.sites import WeightSite, parameter_name
 from peftc.merge.fold import fold_bias, fold_of, tiles
 from peftc.merge.undo import owner_of
-from peftc.stream.changes import Change, Work, file_of, stored_name, weight_site
 from peftc.stream.names import Fusion
+from peftc.stream.work import Change, Work, file_of, stored_name, weight_site
 
 # What reads rows of the merged tensors, where they are there already.
 Merged = Callable[[str, slice], Tensor]

@@ -11,8 +11,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, Posi
 from peftc.checkpoint.tensor_file import Header, parse_header, read_json
 from peftc.errors import CheckpointError
 from peftc.specs.io import CONFIG_NAME
-from peftc.stream.changes import Options, Work
 from peftc.stream.sharded import UNDO, Checkpoint, inside
+from peftc.stream.work import Options, Work
 
 _TOLD = "undo.json"
 _ORIGINALS = "originals"

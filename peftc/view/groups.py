@@ -3,6 +3,7 @@
 import re
 from collections.abc import Hashable, Iterable, Sequence
 from math import prod
+from sys import maxsize
 
 from peftc.edits import Edit, Planned
 from peftc.view.words import sizes
@@ -67,6 +68,11 @@ def layer_of(fqn: str) -> tuple[str, int | None, str]:
     parts = fqn.split(".")
     at = next((at for at, part in enumerate(parts) if is_number(part)), None)
     return ("", None, fqn) if at is None else (".".join(parts[:at]), int(parts[at]), ".".join(parts[at + 1 :]))
+
+
+def natural(fqn: str) -> list[tuple[int, str]]:
+    """What sorts names as people count: `layers.2` comes before `layers.10`, and numbers before words."""
+    return [(int(part), "") if is_number(part) else (maxsize, part) for part in fqn.split(".")]
 
 
 def is_number(part: str) -> bool:

@@ -32,9 +32,7 @@ class Adamss(Rule[AdamssConfig]):
     repeats = False
 
     def params(self, spec: AdamssConfig, site: WeightSite) -> dict[str, Param]:
-        numbers, rank = self.constants(spec, site), spec.subspace_rank
-        r, count = int(str(numbers["r"])), int(str(numbers["subspaces"]))
-        columns = site.in_features + (site.bias is not None)
+        (r, count, columns), rank = _sizes(spec, site), spec.subspace_rank
         return {
             "adamss_A": Param((count, rank, r), "rule"),
             "adamss_B": Param((site.out_features, rank), "rule"),
@@ -44,10 +42,10 @@ class Adamss(Rule[AdamssConfig]):
         }
 
     def constants(self, spec: AdamssConfig, site: WeightSite) -> dict[str, Constant]:
-        columns = site.in_features + (site.bias is not None)
+        r, count, _ = _sizes(spec, site)
         return {
-            "r": min(spec.r, site.out_features, columns),
-            "subspaces": min(spec.num_subspaces, site.out_features),
+            "r": r,
+            "subspaces": count,
             "rank": spec.subspace_rank,
             "inputs": site.in_features,
             "outputs": site.out_features,
@@ -101,6 +99,12 @@ class Adamss(Rule[AdamssConfig]):
 
     def filed(self, spec: AdamssConfig, tensors: BySite, state: Mapping[str, Any]) -> tuple[AdamssConfig, BySite]:
         return spec, {site: _apart(own) for site, own in tensors.items()}
+
+
+def _sizes(spec: AdamssConfig, site: WeightSite) -> tuple[int, int, int]:
+    """The rank of the decomposition, the number of subspaces, and that of columns, of which the bias is one."""
+    columns = site.in_features + (site.bias is not None)
+    return min(spec.r, site.out_features, columns), min(spec.num_subspaces, site.out_features), columns
 
 
 def _factors(p: Any) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 
 from peftc.specs import LayerSelection, ParameterSelection, PatternedAlpha, PatternedRank
-from peftc.specs.base import AdapterSpec, TrainedBiases
+from peftc.specs.base import AdapterSpec
 from peftc.specs.selection import Count, Share, first_match
 
 from ..trainable_tokens import TokensBeside
@@ -120,10 +120,6 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     def variant_field(self) -> str:
         """The field that says so."""
         return next(iter(self._variants.values()), "")
-
-    @property
-    def trained_biases(self) -> TrainedBiases:
-        return "adapted" if self.bias == "lora_only" else self.bias
 
     def on_model(self, model: nn.Module, tensors: Mapping[str, Tensor]) -> tuple[Self, Mapping[str, Tensor]]:
         from .experts import fused

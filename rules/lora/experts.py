@@ -39,7 +39,7 @@ def fused(spec: LoraConfig, model: nn.Module, tensors: Mapping[str, Tensor]) -> 
             others[key] = tensor
             continue
         own = groups.setdefault(place, {}).setdefault((int(found["expert"]), found["linear"]), {})
-        scaling = spec.scaling_for(key.removeprefix(prefix).partition(".lora_")[0]) if found["factor"] == "B" else 1.0
+        scaling = spec.scaling_for(_module(key, prefix)) if found["factor"] == "B" else 1.0
         own[found["factor"]] = tensor * scaling
     if not groups:
         return spec, tensors
@@ -54,7 +54,7 @@ def fused(spec: LoraConfig, model: nn.Module, tensors: Mapping[str, Tensor]) -> 
             others |= {f"{prefix}{place}{depth}.lora_{factor}.weight": value for factor, value in made.items()}
             depth = ".base_layer"
     own = tuple(prefix + place for place in groups)
-    ends = {_end(key, prefix) for key in others if ".lora_" in key and not key.startswith(own)}
+    ends = {_module(key, prefix).rpartition(".")[2] for key in others if ".lora_" in key and not key.startswith(own)}
     update = {
         "target_modules": tuple(sorted(ends)),
         "target_parameters": (*(spec.target_parameters or ()), *names),
@@ -66,8 +66,8 @@ def fused(spec: LoraConfig, model: nn.Module, tensors: Mapping[str, Tensor]) -> 
 
 def _left(patterns: Mapping[str, Any], old: Iterable[str], new: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     """Without the patterns that were of the experts' linears alone: what they say is in the tensors now."""
-    names = {key.removeprefix(prefix).partition(".lora_")[0] for key in old if key not in new}
-    others = {key.removeprefix(prefix).partition(".lora_")[0] for key in new}
+    names = {_module(key, prefix) for key in old if key not in new}
+    others = {_module(key, prefix) for key in new}
     gone = {
         pattern
         for pattern in patterns
@@ -121,6 +121,6 @@ def _alpha(spec: LoraConfig, rank: int) -> float:
     return math.sqrt(rank) if spec.use_rslora else float(rank)
 
 
-def _end(key: str, prefix: str) -> str:
-    """The last part of the name of the module that a key is of."""
-    return key.removeprefix(prefix).partition(".lora_")[0].rpartition(".")[2]
+def _module(key: str, prefix: str) -> str:
+    """The name of the module that a key is of."""
+    return key.removeprefix(prefix).partition(".lora_")[0]

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule
+from peftc.rule import Constant, Param, Rule, Shapes
 
 from .config import TrainableTokensConfig
 
@@ -26,14 +26,16 @@ class _TokenRows(Rule[TrainableTokensConfig]):
     use: ClassVar[Literal["matrix", "lookup"]]
 
     def params(self, spec: TrainableTokensConfig, site: WeightSite) -> dict[str, Param]:
-        (size, dim), count, start = self.sizes(site), len(spec.token_indices), "derived"
-        by_token, by_dim = self.axes
-        first = start if spec.init_weights else "normal"
+        (size, dim), count, (by_token, by_dim) = self.sizes(site), len(spec.token_indices), self.axes
+        start = "rule" if spec.init_weights else "normal"
         return {
-            "rows": Param((count, dim), first, ROWS, use=self.use, axes=f".{by_dim}"),
-            "tokens": Param((count,), start, "token_index", use="lookup", axes=".", dtype="int64"),
-            "places": Param((size,), start, "token_place", use="lookup", axes=by_token, dtype="int64"),
+            "rows": Param((count, dim), start, ROWS, use=self.use, axes=f".{by_dim}"),
+            "tokens": self._table(count, "token_index", "."),
+            "places": self._table(size, "token_place", by_token),
         }
+
+    def _table(self, size: int, key: str, axes: str) -> Param:
+        return Param((size,), "drawn", key, use="lookup", axes=axes, dtype="int64", kept=False)
 
     def constants(self, spec: TrainableTokensConfig, site: WeightSite) -> dict[str, Constant]:
         return {"count": len(spec.token_indices), "token_indices": spec.token_indices}
@@ -57,12 +59,13 @@ class _TokenRows(Rule[TrainableTokensConfig]):
         """The canonical weight by tokens, or back."""
         return weight.mT if self.axes[0] == "i" else weight
 
-    def derived(self, name: str, shape: tuple[int, ...], p: Any) -> Tensor:
+    def draw(self, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         tokens = torch.tensor(p.token_indices, device="cpu")  # Whatever the caller's default is.
-        if name == "places":
-            every = torch.full(shape, p.count, device="cpu")
-            return every.index_copy(0, tokens, torch.arange(p.count, device="cpu"))
-        return tokens if name == "tokens" else self.turned(p.weight)[tokens.to(p.weight.device)]
+        every = torch.full(shapes["places"], p.count, device="cpu")
+        return {"tokens": tokens, "places": every.index_copy(0, tokens, torch.arange(p.count, device="cpu"))}
+
+    def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
+        return {"rows": self.turned(weight)[list(p.token_indices)]}
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         own = _one_more(p.rows).to(weight.dtype)[p.places]

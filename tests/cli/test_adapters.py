@@ -1,6 +1,7 @@
 """`inspect`, `preflight`, `convert`, `combine`, `rules`."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,24 @@ def test_the_table_has_a_row_for_each_site() -> None:
         ["model.layers.0.self_attn.v_proj", "2", "8"],
     ]
     assert len(lines) == 10
+
+
+def test_layers_are_in_the_order_of_their_numbers() -> None:
+    tensors = load_file("adapter/adapter_model.safetensors")
+    first = {key: value for key, value in tensors.items() if ".layers.0." in key}
+    layers = range(12)
+    save_file(
+        {key.replace(".0.", f".{layer}."): value.clone() for layer in layers for key, value in first.items()}
+        | {f"base_model.model.beside.{layer}": torch.ones(1) for layer in layers},
+        "adapter/adapter_model.safetensors",
+    )
+    printed = peftc("inspect", "adapter", "--html", "adapter.html").out.splitlines()
+    sites = [f"model.layers.{layer}.self_attn.{name}_proj" for layer in layers for name in "qv"]
+    beside = [f"base_model.model.beside.{layer}" for layer in layers]
+    assert [line.split()[0] for line in printed[4 : 4 + len(sites)]] == sites
+    assert [line.split()[1] for line in printed[4 + len(sites) :]] == beside
+    page = Path("adapter.html").read_text(encoding="utf-8")
+    assert re.findall(r"beside\.\d+", page) == [name.removeprefix("base_model.model.") for name in beside]
 
 
 def test_a_page_has_the_norm_of_every_change_and_its_spectrum() -> None:

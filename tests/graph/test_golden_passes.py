@@ -14,7 +14,7 @@ from torch import fx
 from torch.nn import functional as F
 
 import peftc
-from peftc.graph.exported import VALUE
+from peftc.graph.unlifted import VALUE
 from peftc.rewrite.program_passes import CastsRemoved, NoOpsRemoved, SiblingsFused
 from peftc.rewrite.splice import ORIGIN, Origin
 

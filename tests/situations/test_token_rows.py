@@ -101,6 +101,23 @@ def test_only_rows_of_a_grown_vocabulary_are_saved(make: Any, tied: bool, tmp_pa
     assert torch.equal(again(ids).logits, y)
 
 
+def test_rows_are_taken_without_a_copy_of_the_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = model().bfloat16()
+    weight, started = base.get_input_embeddings().weight, []
+    rule: Any = type(peftc.plan(base, ALONE).edits[0].rule)
+    initialise = rule.initialise
+
+    def noting(self: Any, given: torch.Tensor, *args: Any) -> Any:
+        started.append(given.data_ptr())
+        return initialise(self, given, *args)
+
+    monkeypatch.setattr(rule, "initialise", noting)
+    (rows,) = [p for p in peftc.compile(base, ALONE).parameters() if p.requires_grad]
+    assert started == [weight.data_ptr()]
+    assert rows.dtype == torch.float32
+    assert torch.equal(rows, weight[list(ALONE.token_indices)].float())
+
+
 def test_modules_by_name_and_ends_of_a_tie() -> None:
     base, both = model(True), {"embed_tokens": [5, 1], "lm_head": [5, 1]}
     plan = peftc.plan(base, beside(both))

@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import peftc
-from peftc.stream import changes, job, layout, merge
+from peftc.stream import job, layout, merge, work
 from tests.support.checkpoints import (
     adapter_on_disk,
     assert_same_files,
@@ -269,7 +269,7 @@ def test_undo_files_that_lead_out_of_the_folder(where: str, disk: Path) -> None:
 def test_several_blocks(disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = merged(disk / "base", disk / "adapter", disk / "expected")
     monkeypatch.setattr(layout, "BLOCK", 1100)
-    monkeypatch.setattr(changes.fold, "TILE", 256)
+    monkeypatch.setattr(work.fold, "TILE", 256)
     found = merged(disk / "base", disk / "adapter", disk / "out", undo=True)
     assert {name: bool(torch.allclose(found[name], value)) for name, value in expected.items()} == dict.fromkeys(
         found, True
