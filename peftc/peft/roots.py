@@ -26,6 +26,7 @@ from peftc.plan import Edit
 from peftc.registry import is_own
 from peftc.rewrite.calibration import Calibration
 from peftc.rewrite.hosts import be_also, is_host
+from peftc.rewrite.parts import containers
 from peftc.rewrite.program import Program
 from peftc.rewrite.switch import activate
 
@@ -237,7 +238,7 @@ def _let_drop(root: Root, name: str) -> None:
         for dropout, probability in part.edit.dropouts.items():
             if probability > 0:
                 getattr(part, dropout).train()
-        if part.edit.rule.container is not None:
+        if part.edit.rule.container is not None and containers(part.edit):
             part.module.train()
 
 
