@@ -260,7 +260,8 @@ def _require_some(root: Root, name: str) -> None:
         root.compiled.unload()
     else:
         root.compiled.delete_adapter(name)
-    raise NoMatchError(f"{misses.rstrip('.')}. Nothing of the adapter would be left.")
+    told = misses.rstrip(".") or f"{name}: it adapts no module; peftc.compile takes modules_to_save alone"
+    raise NoMatchError(f"{told}. Nothing of the adapter would be left.")
 
 
 def take(root: Root, name: str, config: Any = None) -> None:

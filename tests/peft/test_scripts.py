@@ -44,6 +44,16 @@ def test_targets_that_match_nothing_are_an_error_whatever_else_is_saved(lib: Any
 
 
 @BOTH
+@pytest.mark.parametrize("targets", [["lm_head"], []], ids=["those saved", "none"])
+def test_adapters_of_nothing_but_saved_modules_are_an_error_that_says_so(lib: Any, targets: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"(?s)target|adapts no module") as caught:
+        adapted(lib, target_modules=targets, modules_to_save=["lm_head"])
+    if lib is peftc.peft:
+        said = "in modules_to_save" if targets else "it adapts no module"
+        assert said in str(caught.value)
+
+
+@BOTH
 def test_set_adapter_lets_train_what_a_script_has_frozen(lib: Any) -> None:
     model = adapted(lib)
     for parameter in model.parameters():

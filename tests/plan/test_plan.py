@@ -132,6 +132,11 @@ MISSES: dict[str, tuple[dict[str, Any], str]] = {
         {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
         r"'q_proj' selects nothing: all it matches is excluded",
     ),
+    "nothing but what is saved": (
+        {"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]},
+        r"'lm_head' selects nothing: all it matches is excluded or in modules_to_save",
+    ),
+    "no target": ({"target_modules": []}, r"target_modules: '' is empty: name the modules"),
     "rank for init": ({"target_modules": ["k_proj"], "r": 17, "init_lora_weights": "pissa"}, r"r=17 is over .* 16"),
     "odd rank": ({"target_modules": ["k_proj"], "r": 3, "init_lora_weights": "orthogonal"}, r"needs an even rank"),
 }
