@@ -110,14 +110,15 @@ def _names_one(name: str, targets: Sequence[str]) -> bool:
 
 
 def _no_defaults(spec: AdapterSpec, index: SiteIndex) -> str:
-    counts = Counter(fqn.rpartition(".")[2] for fqn, site in index.sites.items() if site.op == "linear")
-    linears = ", ".join(f"{name} ({count})" for name, count in counts.most_common(12)) or "none"
+    op = ops_of(spec)[0]  # What the method is for, before what else it can adapt.
+    counts = Counter(fqn.rpartition(".")[2] for fqn, site in index.sites.items() if site.op == op)
+    modules = ", ".join(f"{name} ({count})" for name, count in counts.most_common(12)) or "none"
     kind = f"model_type {index.model_type!r}" if index.model_type else "a model that is not of transformers"
     field = next(field for field in spec.defaulted if getattr(spec, field) is None)
     hint = "" if field == "target_modules" else " (use [] if no target is feed-forward)"
     return (
         f"{type(spec).__name__}.{field}: there is no default for {kind}; name them{hint}."
-        f" Linear modules by frequency: {linears}."
+        f" {op.capitalize()} modules by frequency: {modules}."
     )
 
 

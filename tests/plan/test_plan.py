@@ -142,6 +142,13 @@ MISSES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def test_without_defaults_it_names_modules_of_the_kind_that_the_method_is_for() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    for spec, told in ((peftc.LoraConfig(), "Linear modules.*: 0"), (peftc.LNTuningConfig(), "Norm modules.*: 1")):
+        with pytest.raises(peftc.NoMatchError, match=rf"{told} \(1\)\."):
+            peftc.plan(model, spec)
+
+
 @pytest.mark.parametrize(("fields", "message"), MISSES.values(), ids=MISSES)
 def test_what_matches_nothing_is_an_error_and_a_miss(fields: dict[str, Any], message: str) -> None:
     model, spec = tiny("llama"), peftc.LoraConfig(**fields)
