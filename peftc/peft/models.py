@@ -117,6 +117,11 @@ class PeftModel(Rooted):
         return names[0] if len(names) == 1 else names
 
     @property
+    def peft_type(self) -> Any:
+        """The method of the first adapter."""
+        return next(iter(self.peft_config.values())).peft_type
+
+    @property
     def active_peft_config(self) -> Any:
         """The config of the first active adapter."""
         return self.peft_config[self.active_adapters[0]]
@@ -288,8 +293,9 @@ class PeftModel(Rooted):
         print(trainable_line(self))  # noqa: T201 (what it is for)
 
     def get_layer_status(self) -> list[LayerStatus]:
-        """What is active, merged and learning at every adapted module."""
-        return self.compiled.get_layer_status()
+        """What is active, merged and learning at every adapted module, by its name in the tuner model."""
+        above = "model." if isinstance(self.base_model, BaseTuner) else ""
+        return [replace(one, name=f"{above}{one.name}") for one in self.compiled.get_layer_status()]
 
     def get_model_status(self) -> ModelStatus:
         """What is active, merged and learning in the whole model."""
@@ -546,7 +552,7 @@ def root_in(model: Any) -> Root:
 
 def get_layer_status(model: nn.Module) -> list[LayerStatus]:
     """What is active, merged and learning at every adapted module of a model. Raises AdapterError if it has none."""
-    return root_in(model).compiled.get_layer_status()
+    return model.get_layer_status() if isinstance(model, PeftModel) else root_in(model).compiled.get_layer_status()
 
 
 def get_model_status(model: nn.Module) -> ModelStatus:

@@ -97,6 +97,16 @@ def test_dtypes_of_further_adapters_are_asked_for_one_by_one(lib: Any, tmp_path:
 
 
 @BOTH
+def test_what_a_model_says_of_itself(lib: Any) -> None:
+    model = adapted(lib)
+    assert model.peft_type == "LORA"
+    layers = [model.base_model.get_submodule(status.name) for status in model.get_layer_status()]
+    assert len(layers) == 2
+    assert all("default" in layer.lora_A for layer in layers)
+    assert [s.name for s in lib.get_layer_status(model)] == [s.name for s in model.get_layer_status()]
+
+
+@BOTH
 def test_heads_are_in_the_config(lib: Any) -> None:
     model = adapted(lib, base("LlamaForSequenceClassification", pad_token_id=0), task_type="SEQ_CLS")
     assert sorted(model.peft_config["default"].modules_to_save) == ["classifier", "score"]
