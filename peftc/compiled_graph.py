@@ -275,7 +275,9 @@ class CompiledGraph(fx.GraphModule):
             index = index_sites(base, role_of(base))
         known = {**index.modules, **index.inner}
         if fqn not in known:
-            raise AdapterError(f"no module or parameter {fqn!r}.{nearest_hint(fqn, known)}")
+            inside = [name for name in known if name.endswith(f".{fqn}")][:3]
+            hint = f" There are {', '.join(map(repr, inside))}." if inside else nearest_hint(fqn, known)
+            raise AdapterError(f"no module or parameter {fqn!r}.{hint}")
         lines = site_lines(self.plan, index, fqn)
         site = self.plan.sites.get(fqn)
         binding = self.program.installed.get(site.owner if site is not None else fqn)

@@ -7,10 +7,10 @@ from peftc.checkpoint.files import AdapterFiles
 from peftc.checkpoint.hub import Download, locate, push
 from peftc.checkpoint.keys import LoadResult
 from peftc.checkpoint.load import read_adapter
-from peftc.checkpoint.manifest import Verify
 from peftc.checkpoint.save import SaveOptions, config_of, gather, save_adapters
 from peftc.checkpoint.spelling import respelled_spec
 from peftc.checkpoint.state import adapter_state_dict, load_state, saved_state_dict
+from peftc.choices import Verify
 
 __all__ = [
     "AdapterFiles",

@@ -89,7 +89,7 @@ def require_base(program: Program, saved: BaseFingerprint, sample: Sampler | Non
         return told
     other = f" The adapter's base was {saved.architecture}, this is {here}." if here != saved.architecture else ""
     raise CheckpointError(
-        f"{told}.{other} Load the base it was trained on; or, if this one is meant, pass verify='files'."
+        f"{told}.{other} Load the base it was trained on; or, if this one is meant, pass verify='files' (--verify files)."
     )
 
 

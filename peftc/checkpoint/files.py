@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from peftc.checkpoint.atomic import steady
 from peftc.checkpoint.base import BaseFingerprint
 from peftc.checkpoint.lazy import FileTensors
-from peftc.checkpoint.manifest import Manifest, Verify, manifest_of, require_config, require_tensors, sealed
+from peftc.checkpoint.manifest import Manifest, manifest_of, require_config, require_tensors, sealed
 from peftc.checkpoint.tensor_file import Bytes, Entry, Header, read_tensors
+from peftc.choices import Verify
 from peftc.errors import CheckpointError
 from peftc.registry import spec_classes
 from peftc.specs import AdapterSpec, load_spec
@@ -81,9 +82,9 @@ def open_folder(folder: Path, verify: Verify) -> tuple[AdapterFiles, FileTensors
     with steady(folder):
         spec = load_spec(folder, spec_classes())
         if not (folder / WEIGHTS_NAME).exists():
-            raise CheckpointError(
-                f"{folder}: holds no {WEIGHTS_NAME}. A pickle can be loaded, and saved again from there"
-            )
+            pickled = (folder / BIN_NAME).exists()
+            more = ". A pickle can be loaded, and saved again from there (allow_pickle=True)" if pickled else ""
+            raise CheckpointError(f"{_none_in(folder)}{more}")
         tensors = FileTensors(folder / WEIGHTS_NAME)
     manifest = _manifest(tensors.header, tensors.chunks, tensors.file, verify)
     return _known(folder, spec, tensors, {}, manifest, verify, own_config=True), tensors
@@ -108,10 +109,16 @@ def _weights(folder: Path, allow_pickle: bool, verify: Verify) -> tuple[Mapping[
     if file.exists():
         return _checked(file, verify)
     if not pickle.exists():
-        raise CheckpointError(f"{folder}: holds no {WEIGHTS_NAME}")
+        raise CheckpointError(_none_in(folder))
     if not allow_pickle:
         raise CheckpointError(f"{pickle}: is a pickle; pass allow_pickle=True to read it (with weights_only=True)")
     return _unpickled(pickle), None
+
+
+def _none_in(folder: Path) -> str:
+    file = folder / WEIGHTS_NAME
+    broken = f": it is a link to {file.readlink()}, which is not there" if file.is_symlink() else ""
+    return f"{folder}: holds no {WEIGHTS_NAME}{broken}"
 
 
 def _unpickled(file: Path) -> dict[str, Tensor]:

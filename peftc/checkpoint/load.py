@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from peftc.checkpoint.files import AdapterFiles, read_folder
-from peftc.checkpoint.manifest import Verify
+from peftc.choices import Verify
 from peftc.prompts.files import trainable_spec
 from peftc.specs import AdapterSpec
 

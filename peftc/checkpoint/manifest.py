@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -19,7 +19,6 @@ from peftc.errors import CheckpointError, SpecError
 from peftc.registry import spec_classes
 from peftc.specs import AdapterSpec, load_spec
 
-Verify = Literal["all", "files", "nothing"]
 _KEY = "peftc"
 _VERSION = 1
 _OVERRIDE = "To load it all the same: verify='nothing'."

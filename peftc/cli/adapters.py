@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from peftc.choices import Form
-from peftc.cli.arguments import Adapter, AsJson, AsPage, ModelClass, ModelFolder, NewFolder
-from peftc.cli.output import NO, print_json, print_table, write_page
+from peftc.cli.arguments import Adapter, AsJson, AsPage, ModelClass, ModelFolder, NewFolder, Verifying
+from peftc.cli.output import NO, print_json, print_table, require_new, write_page
 
 if TYPE_CHECKING:
     from peftc.cli.inspection import Inspected
@@ -67,13 +67,18 @@ def convert(
     out: NewFolder,
     base: ModelFolder,
     form: Annotated[Form, typer.Option(help="The form of the files.")] = "serving",
+    verify: Verifying = "all",
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="Read adapter_model.bin, its tensors alone, if need be.")
+    ] = False,
     model_class: ModelClass = None,
 ) -> None:
     """Write an adapter in another form, with equal outputs: one rank and scaling 1, as servers take it, say."""
     from peftc import api
     from peftc.cli.models import with_weights
 
-    compiled = api.load(with_weights(base, model_class), adapter)
+    require_new(out)
+    compiled = api.load(with_weights(base, model_class), adapter, verify=verify, allow_pickle=allow_pickle)
     compiled.save_pretrained(out, form=form)
     typer.echo(f"written to {out}")
 
@@ -89,17 +94,19 @@ def combine(
     rank: Annotated[int | None, typer.Option(help="Of the result, for svd (default: the largest).")] = None,
     density: Annotated[float | None, typer.Option(help="The share that ties, dare and pruning keep.")] = None,
     majority: Annotated[Literal["total", "frequency"], typer.Option(help="How ties elect a sign.")] = "total",
+    verify: Verifying = "all",
     model_class: ModelClass = None,
 ) -> None:
     """Write the weighted sum of adapters as one adapter."""
     from peftc import api
     from peftc.cli.models import with_weights
 
+    require_new(out)
     numbers = _numbers(weights, len(adapters))
     names = [f"part{number}" for number in range(len(adapters))]
-    compiled = api.load(with_weights(base, model_class), adapters[0], names[0])
+    compiled = api.load(with_weights(base, model_class), adapters[0], names[0], verify=verify)
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
-        compiled.load_adapter(adapter, name)
+        compiled.load_adapter(adapter, name, verify=verify)
     compiled.add_weighted_adapter(
         names, numbers, "default", how, svd_rank=rank, density=density, majority_sign_method=majority
     )

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from peftc.choices import Verify
+
 Model = Annotated[
     Path, typer.Argument(metavar="MODEL", help="A model's folder or its config.json; no weights are needed.")
 ]
@@ -14,6 +16,9 @@ NewFolder = Annotated[Path, typer.Argument(metavar="OUT", help="A new folder.")]
 ModelFolder = Annotated[Path, typer.Option("--base", help="The folder of its transformers model.")]
 ModelClass = Annotated[
     str | None, typer.Option("--class", help="Class of transformers, where the config names none.", metavar="NAME")
+]
+Verifying = Annotated[
+    Verify, typer.Option("--verify", help="Whether ADAPTER's files are whole and of this base, whole, or neither.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 AsPage = Annotated[

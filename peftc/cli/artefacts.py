@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from peftc.choices import Adapters, Sizes, Target
-from peftc.cli.arguments import Adapter, AsJson, Base, ModelClass, NewFolder
-from peftc.cli.output import print_json
+from peftc.cli.arguments import Adapter, AsJson, Base, ModelClass, NewFolder, Verifying
+from peftc.cli.output import print_json, require_new
 
 if TYPE_CHECKING:
     from peftc.export import Certificate
@@ -28,6 +28,7 @@ def export(
     ] = None,
     quantized: Annotated[bool, typer.Option("--quantized", help="In their own types, not float16.")] = False,
     sizes: Annotated[Sizes, typer.Option(help="Of inputs: any, or those alone that it is made with.")] = "open",
+    verify: Verifying = "all",
     model_class: ModelClass = None,
     as_json: AsJson = False,
 ) -> None:
@@ -39,7 +40,8 @@ def export(
     from peftc import api
     from peftc.cli.models import tokenizer_in, with_weights
 
-    compiled = api.load(with_weights(base, model_class), adapter)
+    require_new(out)
+    compiled = api.load(with_weights(base, model_class), adapter, verify=verify)
     tokenizer = tokenizer_in(base) if generation else None
     more: dict[str, Any] = {"generation": generation, "tokenizer": tokenizer, "gguf": gguf, "quantized": quantized}
     _told(compiled.export(out, to, adapters=adapters, sizes=sizes, **more), as_json)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from peftc.cli.arguments import Adapter, NewFolder
+from peftc.cli.arguments import Adapter, ModelClass, NewFolder, Verifying
 
 
 def merge(
@@ -14,14 +14,18 @@ def merge(
     out: NewFolder,
     undo: Annotated[bool, typer.Option("--undo", help="Write what `unmerge` needs.")] = False,
     untie: Annotated[bool, typer.Option("--untie", help="Cut ties of weights that are adapted.")] = False,
+    verify: Verifying = "all",
+    model_class: ModelClass = None,
 ) -> None:
     """Merge ADAPTER into the checkpoint BASE, without the model in memory.
 
     Killed at any moment, the same command goes on where it was.
     """
+    from peftc.cli.models import structure
     from peftc.stream import merge_checkpoint
 
-    merge_checkpoint(base, adapter, out, undo=undo, untie=untie)
+    model = None if model_class is None else structure(base, model_class)
+    merge_checkpoint(base, adapter, out, undo=undo, untie=untie, verify=verify, model=model)
     typer.echo(f"merged into {out}")
 
 

@@ -60,15 +60,18 @@ def _described(path: Path, name: str | None) -> tuple[Any, Any]:
         config: Any = transformers.AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # Whatever the file's contents make the config's class raise.
         raise CheckpointError(f"{file}: is no config of a model that transformers has: {error}") from None
-    name = name or next(iter(config.architectures or ()), None)
-    cls = getattr(transformers, name or "", None)
+    given = name or next(iter(config.architectures or ()), "")
+    cls = getattr(transformers, given, None)
     # Either a class of models, or one of the classes that choose (AutoModelForCausalLM).
-    if cls is not None and str(name).startswith("AutoModel"):
+    if cls is not None and given.startswith("AutoModel"):
         cls = _chosen(cls, config)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
+        told = "names no class that transformers has"
+        if name is not None:
+            raise CheckpointError(f"--class {name}: {told} for {file} (its architectures: {config.architectures!r})")
         raise CheckpointError(
-            f"{file}: names no class that transformers has (architectures: {config.architectures!r}). Name one with"
-            " --class, LlamaForCausalLM or AutoModelForCausalLM say"
+            f"{file}: {told} (architectures: {config.architectures!r}). Name one with --class, LlamaForCausalLM or"
+            " AutoModelForCausalLM say"
         )
     return cls, config
 

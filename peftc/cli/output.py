@@ -28,6 +28,14 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         typer.echo(line.rstrip())
 
 
+def require_new(folder: Path) -> None:
+    """Raise PeftcError if there is something in a folder that is to be written, or it is a file."""
+    if folder.is_dir() and not any(folder.iterdir()):
+        return
+    if folder.exists() or folder.is_symlink():
+        raise PeftcError(f"{folder}: there is something in it already; give a new or an empty folder")
+
+
 def write_page(file: Path, page: str) -> None:
     """Write a page, and say so beside what is printed. Raises PeftcError if it can't be written."""
     try:

@@ -23,8 +23,8 @@ def spec_of(
     """
     given = dict(map(_field, fields))
     if targets is not None:
-        names = [name for name in targets.split(",") if name]
-        given["target_modules"] = targets if targets == "all-linear" else names
+        names = [name for part in targets.split(",") if (name := part.strip())]
+        given["target_modules"] = "all-linear" if names == ["all-linear"] else names
     if rank is not None:
         given["r"] = rank
     if file is None:

@@ -17,6 +17,7 @@ from peftc.peft.configs import PeftConfig, spec_of
 from peftc.peft.reported import TASKS, Reported
 from peftc.peft.rooted import Rooted, attach_first, call, in_base, name_base, unloaded
 from peftc.peft.roots import Root, adopt, attach, root_of, take, tell
+from peftc.peft.state_names import rename
 from peftc.peft.tuner import BaseTuner, MixedModel, tuner_class
 from peftc.peft.types import TaskType
 from peftc.prompts.files import prompt_edit
@@ -313,11 +314,11 @@ def _as_named_here(
     errors: Any,
 ) -> None:
     """Take PEFT's names for parameters of the base too, and give prompts both of theirs."""
-    for key in [key for key in state if key.startswith(prefix)]:
-        new = key.replace(".base_layer.", ".").replace(".original_module.", ".")
-        if new != key and new not in state:
-            state[new] = state.pop(key)
+    root = root_of(module.get_base_model()) if isinstance(module, PeftModel) else None
+    if root is not None:
+        rename(module, root.program, state, prefix)
     if isinstance(module, PeftModel) and _PROMPT in module._modules:
+        state.pop(f"{prefix}word_embeddings.weight", None)  # A second name of the base's.
         own, second = f"{prefix}{_PROMPT}.", f"{prefix}base_model.{_prompts_in(module.root)}."
         for key in [key for key in state if key.startswith(own)]:
             state[second + key.removeprefix(own)] = state[key]

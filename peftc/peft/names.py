@@ -39,6 +39,7 @@ _HOMES = (
     "conversion",
     "starts",
     "loftq",
+    "learning_rates",
 )
 # Names that are not those of what serves them.
 _OTHERWISE = {"_get_submodules": "functions.submodules_at", "BasePromptEncoder": "encoders.PromptEmbedding"}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from peftc.compiled_graph import trainable, trainable_line
 from peftc.peft.rooted import Rooted, root_in
+from peftc.peft.tuner import BaseTuner
 from peftc.status import LayerStatus, ModelStatus
 
 __all__ = ["get_layer_status", "get_model_status"]
@@ -26,6 +27,11 @@ class Reported(Rooted):
         """The active adapter, or the list of several."""
         names = self.active_adapters
         return names[0] if len(names) == 1 else names
+
+    @property
+    def peft_type(self) -> Any:
+        """The method of the first adapter."""
+        return next(iter(self.peft_config.values())).peft_type
 
     @property
     def active_peft_config(self) -> Any:
@@ -57,8 +63,9 @@ class Reported(Rooted):
         print(trainable_line(self))  # noqa: T201 (what it is for)
 
     def get_layer_status(self) -> list[LayerStatus]:
-        """What is active, merged and learning at every adapted module."""
-        return self.root.compiled.get_layer_status()
+        """What is active, merged and learning at every adapted module, by its name in the tuner model."""
+        above = "model." if isinstance(self.base_model, BaseTuner) else ""
+        return [replace(one, name=f"{above}{one.name}") for one in self.root.compiled.get_layer_status()]
 
     def get_model_status(self) -> ModelStatus:
         """What is active, merged and learning in the whole model."""
@@ -103,7 +110,7 @@ class Reported(Rooted):
 
 def get_layer_status(model: nn.Module) -> list[LayerStatus]:
     """What is active, merged and learning at every adapted module of a model. Raises AdapterError if it has none."""
-    return root_in(model).compiled.get_layer_status()
+    return model.get_layer_status() if isinstance(model, Reported) else root_in(model).compiled.get_layer_status()
 
 
 def get_model_status(model: nn.Module) -> ModelStatus:

@@ -26,6 +26,7 @@ from peftc.plan import Edit
 from peftc.registry import is_own
 from peftc.rewrite.calibration import Calibration
 from peftc.rewrite.hosts import be_also, is_host
+from peftc.rewrite.parts import containers
 from peftc.rewrite.program import Program
 from peftc.rewrite.switch import activate
 
@@ -237,7 +238,7 @@ def _let_drop(root: Root, name: str) -> None:
         for dropout, probability in part.edit.dropouts.items():
             if probability > 0:
                 getattr(part, dropout).train()
-        if part.edit.rule.container is not None:
+        if part.edit.rule.container is not None and containers(part.edit):
             part.module.train()
 
 
@@ -259,7 +260,8 @@ def _require_some(root: Root, name: str) -> None:
         root.compiled.unload()
     else:
         root.compiled.delete_adapter(name)
-    raise NoMatchError(f"{misses.rstrip('.')}. Nothing of the adapter would be left.")
+    told = misses.rstrip(".") or f"{name}: it adapts no module; peftc.compile takes modules_to_save alone"
+    raise NoMatchError(f"{told}. Nothing of the adapter would be left.")
 
 
 def take(root: Root, name: str, config: Any = None) -> None:

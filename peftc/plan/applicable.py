@@ -25,7 +25,9 @@ def require_applicable(plan: Plan, on_unmatched: str) -> None:
         why = "Nothing of the adapter would be left" if nothing else "The adapter can't do without"
         raise NoMatchError(f"{lines.rstrip('.')}{more}. {why}.")
     if on_unmatched == "error":
-        raise NoMatchError(f"{lines}{more} Mend the spec, or pass on_unmatched='warn' to go on without them.")
+        raise NoMatchError(
+            f"{lines.rstrip('.')}{more}. Mend the spec, or pass on_unmatched='warn' to go on without them."
+        )
     warnings.warn(f"{lines}{more}", stacklevel=4)
 
 

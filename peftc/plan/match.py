@@ -68,12 +68,20 @@ def match(adapter: str, spec: AdapterSpec, index: SiteIndex, flow: Dataflow | No
     misses += _unused_patterns(adapter, spec, sites)
     if not sites and not saved and refused:
         misses = [dataclasses.replace(miss, error=True) if miss in refused else miss for miss in misses]
-    elif not sites and not saved and not any(miss.error for miss in misses):
-        reason = "selects nothing: all it matches is excluded or in modules_to_save"
-        targets = spec.named_targets
-        value = targets if isinstance(targets, str) else ", ".join(targets)
-        misses.append(Miss(adapter, "target_modules", value, reason))
+    elif not sites and not any(miss.error for miss in misses):
+        misses += _nothing_left(adapter, spec, saved)
     return Match(_resolved(spec, sites, index), tuple(sites), saved, tuple(misses))
+
+
+def _nothing_left(adapter: str, spec: AdapterSpec, saved: Sequence[str]) -> list[Miss]:
+    """The miss of a spec that adapts nothing though no selector misses; saved modules may be all that was asked for."""
+    targets = spec.named_targets
+    if targets:
+        value = targets if isinstance(targets, str) else ", ".join(targets)
+        reason = "selects nothing: all it matches is excluded or in modules_to_save"
+        return [Miss(adapter, "target_modules", value, reason)]
+    reason = "is empty: name the modules to adapt, or 'all-linear' for all linear ones"
+    return [] if saved else [Miss(adapter, "target_modules", "", reason)]
 
 
 def _with_defaults(spec: AdapterSpec, index: SiteIndex) -> AdapterSpec:
@@ -102,14 +110,15 @@ def _names_one(name: str, targets: Sequence[str]) -> bool:
 
 
 def _no_defaults(spec: AdapterSpec, index: SiteIndex) -> str:
-    counts = Counter(fqn.rpartition(".")[2] for fqn, site in index.sites.items() if site.op == "linear")
-    linears = ", ".join(f"{name} ({count})" for name, count in counts.most_common(12)) or "none"
+    op = ops_of(spec)[0]  # What the method is for, before what else it can adapt.
+    counts = Counter(fqn.rpartition(".")[2] for fqn, site in index.sites.items() if site.op == op)
+    modules = ", ".join(f"{name} ({count})" for name, count in counts.most_common(12)) or "none"
     kind = f"model_type {index.model_type!r}" if index.model_type else "a model that is not of transformers"
     field = next(field for field in spec.defaulted if getattr(spec, field) is None)
     hint = "" if field == "target_modules" else " (use [] if no target is feed-forward)"
     return (
         f"{type(spec).__name__}.{field}: there is no default for {kind}; name them{hint}."
-        f" Linear modules by frequency: {linears}."
+        f" {op.capitalize()} modules by frequency: {modules}."
     )
 
 

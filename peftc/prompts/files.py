@@ -133,6 +133,11 @@ def load_prompt(program: Program, edit: Edit, value: Tensor, encoder: Mapping[st
             dtype = own.tensor(edit, _ROWS).dtype
             own.extras[_FIRST] = (value.to("cpu", dtype, copy=True), dict(encoder))
         return
+    if not encoder:
+        raise CheckpointError(
+            f"{edit.adapter}: an encoder makes its {PROMPT_KEY}, and these alone don't say which one would. Make the"
+            " adapter with inference_mode=True, which holds the rows themselves; or load its files under another name"
+        )
     targets = own.part(edit).tensors()
     wrong = [name for name in targets if name not in encoder or encoder[name].shape != targets[name].shape]
     if wrong or len(encoder) != len(targets):

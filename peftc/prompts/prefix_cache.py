@@ -13,7 +13,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from peftc.errors import AdapterError
 from peftc.graph.region import invoke
-from peftc.prompts.virtual import Progress, mark, rows
+from peftc.prompts.virtual import Progress, mark, rows, tensors_in
 from peftc.rewrite.hosts import Unbound
 
 
@@ -38,7 +38,7 @@ def prefix_cache(at: Progress, host: nn.Module, past: Any, double: bool, prefixe
         if recomputed:
             raise AdapterError("gradient checkpointing can't go on from a cache: pass whole sequences, or disable it")
         return past
-    dtype = next(parameter.dtype for parameter in host.parameters() if parameter.is_floating_point())
+    dtype = next(tensor.dtype for tensor in tensors_in(host) if tensor.is_floating_point())
     read = [_keys_and_values(Prefix(*prefix), dtype, at.batch) for prefix in prefixes]
     pairs = [
         (torch.cat([keys for keys, _ in layer], dim=2), torch.cat([values for _, values in layer], dim=2))

@@ -5,7 +5,7 @@ cache is the first of its sequences: virtual tokens enter. Any other continues a
 masks and positions have to count them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -106,9 +106,15 @@ def rows(encoder: nn.Module, number: int) -> Tensor:
 
 def rows_for(encoder: nn.Module, number: int, given: Mapping[str, Tensor]) -> Tensor:
     """The trained rows (1 or batch, number, width) of a prompt encoder, for what is `given` of the call: (batch,) each."""
-    device = next(encoder.parameters()).device
+    device = next(tensors_in(encoder)).device
     numbers = {name: value.to(device) for name, value in given.items()}
     return encoder(torch.arange(number, device=device)[None], **numbers)
+
+
+def tensors_in(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters in a module; on a replica of nn.DataParallel, the attributes that stand for them."""
+    yield from module.parameters()
+    yield from (value for one in module.modules() for value in vars(one).values() if isinstance(value, Tensor))
 
 
 def prepend(

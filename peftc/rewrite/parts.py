@@ -74,7 +74,7 @@ class Part:
                 )
             own = getattr(container, self.edit.adapter)
             new.__dict__[first] = own if isinstance(own, nn.Module) else SimpleNamespace(**{VALUE: own})
-        if self.edit.rule.container is not None:
+        if self.edit.rule.container is not None and containers(self.edit):
             new.__dict__["own"] = getattr(getattr(holder, self.edit.rule.container), self.edit.adapter)
         return new
 
@@ -93,7 +93,7 @@ class Part:
 
     @property
     def module(self) -> nn.Module:
-        """The adapter's module, of a rule whose adapters are modules."""
+        """The adapter's module, of a rule whose adapters are modules; of several sites of one, the first alone has it."""
         return self.__dict__["own"]
 
 

@@ -104,7 +104,7 @@ def _from_config(checkpoint: Checkpoint, config: Mapping[str, Any]) -> nn.Module
     if not (isinstance(cls, type) and issubclass(cls, base)) or cls is base:
         raise CheckpointError(
             f"{checkpoint.folder}: config.json names no class that transformers has (architectures: {architectures!r}), so"
-            " which tensors are tied or stored turned is not known. Pass model=, on any device"
+            " which tensors are tied or stored turned is not known. Pass model=, on any device (peftc merge: --class)"
         )
     try:
         parsed = transformers.AutoConfig.from_pretrained(

@@ -45,6 +45,8 @@ class Told(BaseModel):
 
 def read_told(folder: Path) -> Told:
     """How the checkpoint in `folder` was merged. Raises CheckpointError if that is not said, or makes no sense."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
     if not (folder / UNDO / _TOLD).exists():
         raise CheckpointError(f"{folder}: has no {UNDO}; it was not merged with undo=True")
     file = inside(folder, f"{UNDO}/{_TOLD}")

@@ -209,6 +209,24 @@ def test_another_form_with_equal_outputs() -> None:
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+def test_a_pickle_becomes_safetensors() -> None:
+    tensors = load_file("adapter/adapter_model.safetensors")
+    Path("adapter/adapter_model.safetensors").unlink()
+    assert peftc("merge", "model", "adapter", "out", code=1).err.endswith(
+        "adapter: holds no adapter_model.safetensors\n"
+    )
+    torch.save(tensors, "adapter/adapter_model.bin")
+    assert "(allow_pickle=True)" in peftc("merge", "model", "adapter", "out", code=1).err
+    assert "allow_pickle=True" in peftc("convert", "adapter", "new", "--base", "model", "--form", "peft", code=1).err
+    peftc("convert", "adapter", "new", "--base", "model", "--form", "peft", "--allow-pickle")
+    found = load_file("new/adapter_model.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    Path("new/adapter_model.safetensors").rename("moved")
+    Path("new/adapter_model.safetensors").symlink_to("gone")
+    assert "a link to gone, which is not there" in peftc("merge", "model", "new", "out", code=1).err
+
+
 def test_a_sum_of_adapters_is_an_adapter() -> None:
     said = peftc("combine", "adapter", "other", "mix", "--base", "model", "--weights", "-0.7,0.3", "--type", "cat").out
     assert said == "written to mix\n"

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
@@ -36,6 +37,49 @@ def test_a_tie_is_cut_only_if_that_is_said() -> None:
     assert "lm_head.weight" in load_file("merged/model.safetensors")
     assert peftc("verify", "tied", "head", "merged", code=1).err
     peftc("verify", "tied", "head", "merged", "--untie")
+
+
+def test_a_base_whose_config_names_no_class() -> None:
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(json.dumps({**config, "architectures": None}))
+    assert "(peftc merge: --class)" in peftc("merge", "model", "adapter", "merged", code=1).err
+    peftc("merge", "model", "adapter", "merged", "--class", "LlamaForCausalLM")
+    assert peftc("merge", "model", "adapter", "other", "--class", "LlamaConfig", code=1).err.startswith(
+        "CheckpointError"
+    )
+
+
+def test_another_base_is_taken_if_that_is_said() -> None:
+    base = LlamaForCausalLM.from_pretrained("model")
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter)
+    base.save_pretrained("else")
+    commands = [
+        ("merge", "else", "adapter", "merged"),
+        ("export", "else", "adapter", "exported"),
+        ("convert", "adapter", "served", "--base", "else"),
+        ("combine", "adapter", "other", "mix", "--base", "else", "--weights", "1,1"),
+    ]
+    for command in commands:
+        assert "(--verify files)" in peftc(*command, code=1).err
+        peftc(*command, "--verify", "files")
+
+
+def test_what_is_there_is_not_written_over() -> None:
+    Path("full").mkdir()
+    Path("full/note").write_text("mine")
+    Path("file").write_text("mine")
+    before = Path("adapter/adapter_model.safetensors").read_bytes()
+    for out in ("full", "file", "adapter"):
+        for command in (
+            ("merge", "model", "adapter", out),
+            ("export", "model", "adapter", out),
+            ("convert", "adapter", out, "--base", "model"),
+            ("combine", "adapter", "other", out, "--base", "model", "--weights", "1,1"),
+        ):
+            assert "there is something in it already" in peftc(*command, code=1).err
+    assert [file.name for file in Path("full").iterdir()] == ["note"]
+    assert Path("adapter/adapter_model.safetensors").read_bytes() == before
 
 
 def test_an_export_and_its_check() -> None:

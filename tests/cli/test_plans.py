@@ -60,6 +60,14 @@ def test_any_method_by_its_name() -> None:
     assert len(everything.json["sites"]) == 21
 
 
+def test_blanks_between_targets_are_no_part_of_them() -> None:
+    plans = [
+        peftc("plan", "model", "--targets", text, "--json").json for text in ("q_proj,v_proj", " q_proj , v_proj,")
+    ]
+    assert plans[0] == plans[1]
+    assert len(peftc("plan", "model", "--targets", " all-linear ", "--json").json["sites"]) == 21
+
+
 def test_what_is_missed_is_3() -> None:
     ran = peftc("plan", "model", "--targets", "q_proj,q_prj", code=3)
     assert "✗ missed" in ran.out

@@ -44,6 +44,16 @@ def test_targets_that_match_nothing_are_an_error_whatever_else_is_saved(lib: Any
 
 
 @BOTH
+@pytest.mark.parametrize("targets", [["lm_head"], []], ids=["those saved", "none"])
+def test_adapters_of_nothing_but_saved_modules_are_an_error_that_says_so(lib: Any, targets: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"(?s)target|adapts no module") as caught:
+        adapted(lib, target_modules=targets, modules_to_save=["lm_head"])
+    if lib is peftc.peft:
+        said = "in modules_to_save" if targets else "it adapts no module"
+        assert said in str(caught.value)
+
+
+@BOTH
 def test_set_adapter_lets_train_what_a_script_has_frozen(lib: Any) -> None:
     model = adapted(lib)
     for parameter in model.parameters():
@@ -84,6 +94,16 @@ def test_dtypes_of_further_adapters_are_asked_for_one_by_one(lib: Any, tmp_path:
     model.load_adapter(str(tmp_path), "d")
     found = [dtypes(model, name) for name in ("default", "b", "c", "d")]
     assert found == [{torch.bfloat16}, {torch.float32}, {torch.bfloat16}, {torch.float32}]
+
+
+@BOTH
+def test_what_a_model_says_of_itself(lib: Any) -> None:
+    model = adapted(lib)
+    assert model.peft_type == "LORA"
+    layers = [model.base_model.get_submodule(status.name) for status in model.get_layer_status()]
+    assert len(layers) == 2
+    assert all("default" in layer.lora_A for layer in layers)
+    assert [s.name for s in lib.get_layer_status(model)] == [s.name for s in model.get_layer_status()]
 
 
 @BOTH

@@ -132,9 +132,21 @@ MISSES: dict[str, tuple[dict[str, Any], str]] = {
         {"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]},
         r"'q_proj' selects nothing: all it matches is excluded",
     ),
+    "nothing but what is saved": (
+        {"target_modules": ["lm_head"], "modules_to_save": ["lm_head"]},
+        r"'lm_head' selects nothing: all it matches is excluded or in modules_to_save",
+    ),
+    "no target": ({"target_modules": []}, r"target_modules: '' is empty: name the modules"),
     "rank for init": ({"target_modules": ["k_proj"], "r": 17, "init_lora_weights": "pissa"}, r"r=17 is over .* 16"),
     "odd rank": ({"target_modules": ["k_proj"], "r": 3, "init_lora_weights": "orthogonal"}, r"needs an even rank"),
 }
+
+
+def test_without_defaults_it_names_modules_of_the_kind_that_the_method_is_for() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    for spec, told in ((peftc.LoraConfig(), "Linear modules.*: 0"), (peftc.LNTuningConfig(), "Norm modules.*: 1")):
+        with pytest.raises(peftc.NoMatchError, match=rf"{told} \(1\)\."):
+            peftc.plan(model, spec)
 
 
 @pytest.mark.parametrize(("fields", "message"), MISSES.values(), ids=MISSES)

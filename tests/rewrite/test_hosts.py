@@ -299,6 +299,22 @@ def test_replicas_of_data_parallel_run_on_their_own_tensors(method: str) -> None
     torch.testing.assert_close(replica_of(compiled.base)(IDS), doubled.unload()(IDS))
 
 
+@pytest.mark.parametrize("method", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+@pytest.mark.parametrize("task", ["SEQ_2_SEQ_LM", "CAUSAL_LM"])
+def test_replicas_with_virtual_tokens(method: str, task: str) -> None:
+    model = tiny("t5" if task == "SEQ_2_SEQ_LM" else "llama")
+    spec = getattr(peftc, method)(task_type=task, num_virtual_tokens=3)
+    compiled = moved(peftc.compile(model, spec)).eval()
+    doubled = copy.deepcopy(compiled)
+    with torch.no_grad():
+        for parameter in doubled.parameters():
+            parameter.mul_(2)
+    given = {"input_ids": IDS, **({"decoder_input_ids": IDS} if task == "SEQ_2_SEQ_LM" else {})}
+    expected = doubled(**given).logits
+    torch.testing.assert_close(replica_of(compiled.base)(**given).logits, expected)
+    assert not torch.allclose(compiled(**given).logits, expected)
+
+
 def test_a_saved_sequence_runs_its_own_modules_only(tmp_path: Path) -> None:
     """The trained copy is a child of the sequence, which runs its children."""
 
