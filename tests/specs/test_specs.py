@@ -26,6 +26,7 @@ HISTORICAL: dict[str, dict[str, Any]] = {
         "task_type": "CAUSAL_LM",
     },
     "0.2": {"enable_lora": None, "merge_weights": False},
+    "an empty pattern": {"layers_pattern": ""},
     "0.5": {"auto_mapping": None, "layers_pattern": None, "layers_to_transform": None, "revision": None},
     "0.7": {"loftq_config": {}, "megatron_config": None, "megatron_core": "megatron.core", "rank_pattern": {}},
     "0.10": {"use_dora": False, "use_rslora": False, "layer_replication": None, "alpha_pattern": {}},
