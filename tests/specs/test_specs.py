@@ -26,7 +26,6 @@ HISTORICAL: dict[str, dict[str, Any]] = {
         "task_type": "CAUSAL_LM",
     },
     "0.2": {"enable_lora": None, "merge_weights": False},
-    "an empty pattern": {"layers_pattern": ""},
     "0.5": {"auto_mapping": None, "layers_pattern": None, "layers_to_transform": None, "revision": None},
     "0.7": {"loftq_config": {}, "megatron_config": None, "megatron_core": "megatron.core", "rank_pattern": {}},
     "0.10": {"use_dora": False, "use_rslora": False, "layer_replication": None, "alpha_pattern": {}},
@@ -162,3 +161,10 @@ def test_scaling_and_patterns() -> None:
 def test_specs_are_frozen() -> None:
     with pytest.raises(Exception, match="frozen"):
         peftc.LoraConfig().r = 3  # pyright: ignore
+
+
+def test_an_empty_layers_pattern_is_none() -> None:
+    spec = peftc.LoraConfig(target_modules=["q"], layers_pattern="")
+    assert spec == peftc.LoraConfig(target_modules=["q"])
+    with pytest.raises(peftc.SpecError, match="at least 1 character"):
+        peftc.LoraConfig(target_modules=["q"], layers_to_transform=[0], layers_pattern=[""])
