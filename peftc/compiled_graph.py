@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from peftc.architectures import role_of
 from peftc.errors import AdapterError, nearest_hint
@@ -58,6 +58,8 @@ def called(
     several: bool = False,
 ) -> Any:
     """What `run`, the model's call or its `generate` (which calls it `several` times), gives; `names`: of its rows."""
+    if several and names is not None:
+        _require_one_each(run, args, kwargs, names)
     with calling(program, args, kwargs, names) as tell:
         if names is None:
             output = run(*args, **kwargs)
@@ -66,6 +68,17 @@ def called(
                 output = run(*args, **kwargs)
         tell(output)
         return output
+
+
+def _require_one_each(
+    generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str]
+) -> None:
+    """Raise AdapterError if there are not as many names as prompts. The calls inside have a row for every beam, too."""
+    own = getattr(getattr(generate, "__self__", None), "main_input_name", "input_ids")
+    given = (args[0] if args else None, *(kwargs.get(name) for name in ("inputs", "input_ids", own, "inputs_embeds")))
+    prompts = next((one for one in given if isinstance(one, Tensor)), None)
+    if prompts is not None and not isinstance(names, str) and len(names) != len(prompts):
+        raise AdapterError(f"adapter_names: {len(names)} for {len(prompts)} prompts; give one for each of them")
 
 
 def trainable(model: nn.Module) -> tuple[int, int]:

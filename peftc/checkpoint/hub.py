@@ -37,6 +37,8 @@ def locate(source: str | os.PathLike[str], subfolder: str | None = None, **downl
     if ".." in parts or Path(subfolder or "").is_absolute():
         raise CheckpointError(f"subfolder={subfolder!r} is not inside of {source}")
     folder = Path(source)
+    if folder.is_file():
+        raise CheckpointError(f"{source}: is a file; give the folder of the adapter that it is in")
     if not folder.is_dir():
         folder = _downloaded(str(source), "/".join(parts), download)
     found = folder.joinpath(*parts)
@@ -45,7 +47,20 @@ def locate(source: str | os.PathLike[str], subfolder: str | None = None, **downl
         raise CheckpointError(f"{source}: has {place} adapter ({CONFIG_NAME})")
     if folder != Path(source) and not any((found / name).exists() for name in (WEIGHTS_NAME, BIN_NAME)):
         raise CheckpointError(f"{source}: has a config, but no {WEIGHTS_NAME}")
+    _require_one(found)
     return found
+
+
+def _require_one(folder: Path) -> None:
+    """Raise CheckpointError if a folder has no adapter, but folders with adapters in it."""
+    inside = (
+        () if (folder / CONFIG_NAME).exists() else sorted(file.parent.name for file in folder.glob(f"*/{CONFIG_NAME}"))
+    )
+    if inside:
+        raise CheckpointError(
+            f"{folder}: has no {CONFIG_NAME}, but adapters in folders of their own: {', '.join(inside[:8])}. Give one of"
+            f" them, or subfolder={inside[0]!r}"
+        )
 
 
 def _downloaded(source: str, subfolder: str, download: Download) -> Path:

@@ -183,7 +183,8 @@ def index_sites(model: nn.Module, role_of: Callable[[str], str | None]) -> SiteI
             aliases[fqn] = known
             continue
         modules[fqn] = given_class(type(module)).__name__
-        found.append((fqn, module))
+        if not isinstance(module, torch.jit.ScriptModule):  # Its code and tensors are not Python's.
+            found.append((fqn, module))
     # Not by the second name of a shared module: that is the same parameter of the same module.
     named = [
         (parameter_name(fqn, name), parameter)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from peftc.specs.base import AdapterSpec, LayerIndices, Names, OneOrMoreNames, require_regex
 
@@ -26,6 +26,11 @@ class LayerSelection(AdapterSpec):
 
     layers_to_transform: LayerIndices | None = None
     layers_pattern: OneOrMoreNames | None = None
+
+    @field_validator("layers_pattern", mode="before")
+    @classmethod
+    def _none_if_empty(cls, value: Any) -> Any:
+        return None if value == "" else value  # As files have it where no pattern is meant.
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:

@@ -205,3 +205,19 @@ def test_a_manifest_under_another_name_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(peftc.CheckpointError, match="its manifest is damaged"):
         peftc.load(llama(), tmp_path)
     assert peftc.load(llama(), tmp_path, verify="nothing").active_adapters == ["default"]
+
+
+def test_a_file_in_the_place_of_its_folder(tmp_path: Path) -> None:
+    saved(tmp_path)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        with pytest.raises(peftc.CheckpointError, match=rf"{name}: is a file; give the folder of the adapter"):
+            peftc.load(llama(), tmp_path / name)
+
+
+def test_a_folder_of_adapters_says_which_it_has(tmp_path: Path) -> None:
+    compiled = peftc.compile(llama(), {name: peftc.LoraConfig(target_modules=["q_proj"]) for name in ("one", "two")})
+    compiled.save_pretrained(tmp_path)
+    with pytest.raises(peftc.CheckpointError, match=r"adapters in folders of their own: one, two\. .*subfolder='one'"):
+        peftc.load(llama(), tmp_path)
+    assert peftc.load(llama(), tmp_path / "two").active_adapters == ["default"]
+    assert peftc.load(llama(), tmp_path, subfolder="one").active_adapters == ["default"]

@@ -107,6 +107,18 @@ def test_what_a_model_says_of_itself(lib: Any) -> None:
 
 
 @BOTH
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_generating_needs_a_name_for_every_prompt(lib: Any, options: dict[str, Any]) -> None:
+    model = adapted(lib).eval()
+    for names in (["default"], ["default"] * 4):
+        for given in ({"input_ids": IDS}, {"inputs_embeds": model.get_input_embeddings()(IDS)}):
+            with pytest.raises(ValueError, match=r"adapter.?names"):
+                model.generate(**given, adapter_names=names, max_new_tokens=2, **options)
+    made = model.generate(input_ids=IDS, adapter_names=["default", "__base__"], max_new_tokens=2, **options)
+    assert len(made) == 2
+
+
+@BOTH
 def test_heads_are_in_the_config(lib: Any) -> None:
     model = adapted(lib, base("LlamaForSequenceClassification", pad_token_id=0), task_type="SEQ_CLS")
     assert sorted(model.peft_config["default"].modules_to_save) == ["classifier", "score"]

@@ -218,3 +218,20 @@ def test_an_empty_container_is_copied_like_any_module(container: nn.Module, capt
     assert compiled.base.shortcut is not container
     y = perturb(compiled)(x)
     torch.testing.assert_close(compiled.merge_and_unload()(x), y)
+
+
+def test_scripted_modules_inside_are_left_as_they_are() -> None:
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)))
+    model, x = nn.Sequential(nn.Linear(4, 4), scripted, nn.Linear(4, 2)), torch.randn(3, 4)
+    y = model(x)
+    with pytest.raises(peftc.CaptureError, match="inplace=True"):
+        peftc.compile(model, lora("0", "2"))
+    compiled = perturb(peftc.compile(model, lora("0", "2"), inplace=True))
+    adapted = compiled(x)
+    assert not torch.allclose(adapted, y)
+    compiled.merge_adapter()
+    torch.testing.assert_close(compiled(x), adapted)
+    compiled.unmerge_adapter()
+    assert torch.equal(compiled.unload()(x), y)
+    with pytest.raises(peftc.NoMatchError, match=r"'1\.0' is a RecursiveScriptModule"):
+        peftc.compile(model, lora("1.0"), inplace=True)

@@ -161,3 +161,10 @@ def test_scaling_and_patterns() -> None:
 def test_specs_are_frozen() -> None:
     with pytest.raises(Exception, match="frozen"):
         peftc.LoraConfig().r = 3  # pyright: ignore
+
+
+def test_an_empty_layers_pattern_is_none() -> None:
+    spec = peftc.LoraConfig(target_modules=["q"], layers_pattern="")
+    assert spec == peftc.LoraConfig(target_modules=["q"])
+    with pytest.raises(peftc.SpecError, match="at least 1 character"):
+        peftc.LoraConfig(target_modules=["q"], layers_to_transform=[0], layers_pattern=[""])
