@@ -382,8 +382,8 @@ class Rule(Generic[S]):
     # The one that is the weighted sum itself.
     exact: ClassVar[str] = ""
 
-    def combination(self, how: Combination, single: bool) -> Combination:
-        """`how` as `combine` is given it; `single`: of one adapter only. Raises AdapterError on what makes no sense."""
+    def combination(self, how: Combination, specs: Sequence[S]) -> Combination:
+        """`how` as `combine` is given it, for adapters of these `specs`. Raises AdapterError on what makes no sense."""
         return how
 
     def combined(self, specs: Mapping[str, S], where: Mapping[str, Sequence[str]], how: Combination) -> S:

@@ -52,7 +52,7 @@ def checked(program: Program, weights: Mapping[str, float], how: Combination) ->
     if len(set(methods.values())) > 1:
         raise AdapterError(f"{_WHAT}: {methods}: adapters of one method can be combined, not of several")
     _require_apart(program, weights)
-    return _resolved(_rule(program, next(iter(weights))), how, len(weights) == 1)
+    return _resolved(_rule(program, next(iter(weights))), how, [program.plan.adapters[name] for name in weights])
 
 
 def _require_apart(program: Program, weights: Mapping[str, float]) -> None:
@@ -67,12 +67,12 @@ def _require_apart(program: Program, weights: Mapping[str, float]) -> None:
                 )
 
 
-def _resolved(rule: Rule[Any], how: Combination, single: bool) -> Combination:
+def _resolved(rule: Rule[Any], how: Combination, specs: Sequence[AdapterSpec]) -> Combination:
     kind = how.combination_type or next(iter(rule.combinations), "")
     if kind not in rule.combinations:
         known = ", ".join(rule.combinations) or "none"
         raise AdapterError(f"{_WHAT}: combination_type={kind!r}: {rule.name} has {known}")
-    return rule.combination(replace(how, combination_type=kind), single)
+    return rule.combination(replace(how, combination_type=kind), specs)
 
 
 def combined_spec(program: Program, weights: Mapping[str, float], how: Combination) -> AdapterSpec:

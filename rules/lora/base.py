@@ -77,8 +77,8 @@ class Lora(Rule[LoraConfig]):
         layout = "in_out" if (b[0], a[1]) == weight[::-1] else "out_in"
         return "linear", layout if len(set(weight)) > 1 else None, 1
 
-    def combination(self, how: Combination, single: bool) -> Combination:
-        return checked(how, single)
+    def combination(self, how: Combination, specs: Sequence[LoraConfig]) -> Combination:
+        return checked(how, [max([spec.r, *spec.rank_pattern.values()]) for spec in specs])
 
     def combined(
         self, specs: Mapping[str, LoraConfig], where: Mapping[str, Sequence[str]], how: Combination

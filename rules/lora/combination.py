@@ -48,7 +48,7 @@ def _rank(fqn: str, specs: Mapping[str, LoraConfig], how: Combination) -> int:
     if how.combination_type == "cat":
         return full
     if how.combination_type.endswith("svd"):
-        return how.svd_rank or max(ranks.values())
+        return _svd_rank(how)
     started = [name for name, spec in specs.items() if starts_from_weight(spec)]
     if started:
         raise AdapterError(f"{fqn}: {started[0]!r} started from the weight's own factors; combine with 'cat' or 'svd'")
@@ -56,6 +56,11 @@ def _rank(fqn: str, specs: Mapping[str, LoraConfig], how: Combination) -> int:
         given = ", ".join(f"{name!r} r={rank}" for name, rank in ranks.items())
         raise AdapterError(f"{fqn}: {how.combination_type!r} needs equal ranks, there are {given}; use 'cat' or 'svd'")
     return next(iter(ranks.values()))
+
+
+def _svd_rank(how: Combination) -> int:
+    assert how.svd_rank is not None, "LoRA's own combination says one"
+    return how.svd_rank
 
 
 def combined_factors(
@@ -70,7 +75,7 @@ def combined_factors(
             f"{site.fqn}: a convolution in groups has no one product to decompose; use 'cat' or 'linear'"
         )
     shape_a, shape_b = getattr(parts[0].p, a).shape, getattr(parts[0].p, b).shape
-    r = how.svd_rank or max(part.p.r for part in parts)
+    r = _svd_rank(how) if kind.endswith("svd") else 0
     if kind == "svd" and how.svd_clamp is None:
         new_a, new_b = _svd_of_product(*(factor.flatten(1) for factor in _cat(a, b, site, parts)))
     elif kind.endswith("svd"):

@@ -53,10 +53,12 @@ def _pruned(tensor: Tensor, pruning: str | None, density: float | None) -> Tenso
 _WHAT = "add_weighted_adapter"
 
 
-def checked(how: Combination, single: bool) -> Combination:
-    """`how`, and for a single adapter the exact way. Raises AdapterError on what makes no sense."""
+def checked(how: Combination, ranks: Sequence[int]) -> Combination:
+    """`how`, of adapters of at most these `ranks`, with a rank for all sites where one is taken; for a single adapter the
+    exact way. Raises AdapterError on what makes no sense.
+    """
     kind = how.combination_type
-    if single and how.svd_rank is None:
+    if len(ranks) == 1 and how.svd_rank is None:
         return replace(how, combination_type="cat")  # Nothing to combine: the adapter itself, scaled.
     pruned = kind.removesuffix("_svd") not in ("svd", "linear", "cat")
     if pruned and (not _is_share(how.density) or (how.density == 0 and "dare" in kind)):
@@ -73,7 +75,7 @@ def checked(how: Combination, single: bool) -> Combination:
         raise AdapterError(
             f"{_WHAT}: svd_driver={how.svd_driver!r} chooses a CUDA solver, and there is no CUDA device here"
         )
-    return how
+    return replace(how, svd_rank=max(ranks)) if how.svd_rank is None and kind.endswith("svd") else how
 
 
 def _is_share(number: Any) -> bool:

@@ -80,6 +80,30 @@ def test_lora_combinations_equal_peft(
         torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()), msg=key)
 
 
+@pytest.mark.parametrize("kind", ["svd", "magnitude_prune_svd"])
+def test_the_rank_of_a_decomposition_is_the_largest_of_any_site(kind: str, tmp_path: Path) -> None:
+    """So it is in peft: a site of a smaller rank has room for the sum of both."""
+    model = Everything().eval()
+    specs = {
+        "default": peftc.LoraConfig(r=4, rank_pattern={"linear": 2}, target_modules=TARGETS),
+        "b": peftc.LoraConfig(r=2, rank_pattern={"conv2d": 3}, target_modules=TARGETS),
+    }
+    compiled = peftc.compile(model, specs)
+    randomise(compiled)
+    theirs: Any = to_peft(compiled, model, tmp_path)
+    options = {"combination_type": kind, **(PRUNED if kind != "svd" else {})}
+    combine(compiled, [0.7, -1.3], options)
+    combine(theirs.base_model, [0.7, -1.3], options)
+    expected = {key.replace(".sum", ""): value.detach() for key, value in theirs.state_dict().items() if ".sum" in key}
+    state = compiled.adapter_state_dict("sum")
+    keys = [key for key in state if "_A" in key]
+    assert len(keys) == 4
+    for key in keys:
+        assert state[key].shape == expected[key].shape, key
+        ours, other = product(state, key).detach(), product(expected, key)
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-5 * float(other.abs().max()), msg=key)
+
+
 def test_ia3_combinations_equal_peft(tmp_path: Path) -> None:
     model = tiny("llama")
     modules, feedforward = ["k_proj", "v_proj", "down_proj"], ["down_proj"]
