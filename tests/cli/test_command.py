@@ -104,6 +104,7 @@ def process(*command: str) -> Any:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_in_a_process_of_its_own() -> None:
     missed = process(sys.executable, "-m", "peftc", "plan", "model/config.json", "--targets", "q_proj,q_prj")

@@ -251,6 +251,7 @@ def held_by(path: Path) -> set[str]:
     return {name.split(".")[-2] for name in [*program.state_dict, *program.constants] if "lora" in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capture", ["modules", "export"])
 @pytest.mark.parametrize("kind", ["llama", "own"])
 def test_a_program_holds_no_tensors_of_adapters_that_do_nothing(kind: str, capture: Any, tmp_path: Path) -> None:

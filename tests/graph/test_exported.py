@@ -556,6 +556,7 @@ def test_a_branch_on_one_row_is_noticed() -> None:
         again(torch.randn(2, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "bert", "t5"])
 def test_autocast_at_the_call_and_at_the_capture(kind: str) -> None:
     """Casts of the trace stay, so an output's dtype may be another; its numbers are those of modules."""

@@ -42,6 +42,7 @@ print("fine")
     assert run(code) == "fine"
 
 
+@pytest.mark.slow
 def test_uninstalling_gives_the_package_back() -> None:
     code = """
 import peftc.peft
@@ -55,6 +56,7 @@ print(peft.__file__.endswith("peft/__init__.py"))
     assert run(code) == "True"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "said"),
     [

@@ -14,6 +14,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dic
     return both_ways.found("tests.peft.program", tmp_path_factory.mktemp("program"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topic", TOPICS)
 def test_the_program_finds_the_same(topic: str, found: tuple[dict[str, Any], dict[str, Any]]) -> None:
     theirs, ours = found

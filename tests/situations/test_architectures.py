@@ -57,6 +57,7 @@ def check(model: Any, inputs: dict[str, Any]) -> None:
     assert torch.equal(model(**inputs)[0], bare)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MAPS)
 @torch.no_grad()
 def test_all_linear_on_every_architecture_that_builds(kind: str) -> None:

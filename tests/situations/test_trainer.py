@@ -149,6 +149,7 @@ print("fine")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["import transformers.trainer", "import peftc"])
 def test_peft_need_not_be_installed_and_imports_may_come_in_any_order(first: str, tmp_path: Path) -> None:
     code = WITHOUT_PEFT.format(first=first, folder=str(tmp_path))
