@@ -16,7 +16,7 @@ from torch import Tensor
 
 from peftc.errors import MergeError, RuleError
 from peftc.graph.sites import WeightSite, canonical, parameter_name
-from peftc.merge.memory import in_huge_pages
+from peftc.memory import in_huge_pages
 from peftc.merge.threads import side_by_side
 from peftc.merge.undo_log import RunningSum
 from peftc.plan import Edit, PlannedParam

@@ -18,11 +18,13 @@ from torch.utils import checkpoint as checkpoint_module
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from peftc.errors import AdapterError
+from peftc.memory import Room
 from peftc.rewrite.acting import subset
 from peftc.rewrite.batched import batched_products
 from peftc.rewrite.hosts import Binding, base_of
 from peftc.rewrite.lent import not_lent
 from peftc.rewrite.parts import Part, asks
+from peftc.rewrite.products import is_plain
 
 BASE = "__base__"
 
@@ -35,7 +37,8 @@ class Route:
     are known to have the batch first; `several`: whether a call may have several rows for each name. `rows`, `lengths`
     and `inputs` are of the model's present call: its batch, the lengths of its sequences, the addresses of its tensors.
     `bound`: in checkpointed layers whose second run is given this route too. `gathered`: the last input, which the next
-    site (k_proj after q_proj) may have too, its version, and its rows in groups. The rest is computed once per route.
+    site (k_proj after q_proj) may have too, its version, and its rows in groups. `room`: where `stacks` lie. The
+    rest is computed once per route.
     """
 
     names: tuple[str, ...]
@@ -49,6 +52,7 @@ class Route:
     bound: bool = False
     partitions: dict[Any, "Partition"] = field(default_factory=dict[Any, "Partition"])
     stacks: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict[Any, tuple[Tensor, Tensor]])
+    room: Room = field(default_factory=Room)
     gathered: "tuple[Tensor, int, Partition, Tensor] | None" = None
 
     def note(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -253,8 +257,9 @@ def _stacked(route: Route, part: Partition, parts: Mapping[str, Part]) -> tuple[
     key = (id(parts), id(part))
     if key not in route.stacks:
         downs, ups, scale = _factors(part, parts)
+        stack = route.room.stack if is_plain(downs[0]) else torch.stack
         # So they lie best for groups of a few rows.
-        route.stacks[key] = torch.stack([up.mT for up in ups]).mul_(scale), torch.stack(downs).mT
+        route.stacks[key] = stack([up.mT for up in ups]).mul_(scale), stack(downs).mT
     return route.stacks[key]
 
 
