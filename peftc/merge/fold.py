@@ -22,7 +22,7 @@ from peftc.merge.undo_log import RunningSum
 from peftc.plan import Edit, PlannedParam
 from peftc.rewrite.program import Program
 from peftc.rewrite.sharding import is_sharded, own, part_of, shard_as, shard_like, whole
-from peftc.rule import Bound, Rule
+from peftc.rule import Bound, Factors, Rule
 
 # What gives the tensor of a parameter.
 Value = Callable[[Edit, PlannedParam], Tensor]
@@ -34,12 +34,12 @@ TILE = 2**17
 class Step:
     """One edit, ready to fold: its rule and constants, its tensors by name and the axes these run along.
 
-    `product`: up (out, r) and down (r, in), if all that it does to a matrix is to add up · down.
+    `product`: up (out, r), down (r, in) and s, if all that it does to a matrix is to add s · (up · down).
     """
 
     edit: Edit
     values: Mapping[str, Tensor]
-    product: tuple[Tensor, Tensor] | None = None
+    product: Factors | None = None
 
     @property
     def rule(self) -> Rule[Any]:
@@ -62,17 +62,29 @@ class Step:
         """The same for the part from `start` to `stop` of the weight along `axis`."""
         axes = self.axes
         cut = {name: _cut(value, axes[name] or "", axis, start, stop) for name, value in self.values.items()}
-        product = self.product
-        if product is not None:
-            product = _cut(product[0], "or", axis, start, stop), _cut(product[1], "ri", axis, start, stop)
-        return replace(self, values=cut, product=product)
+        return replace(self, values=cut, product=self._product(axis, start, stop))
+
+    def _product(self, axis: str, start: int, stop: int) -> Factors | None:
+        if self.product is None:
+            return None
+        up, down, scale = self.product
+        return Factors(_cut(up, "or", axis, start, stop), _cut(down, "ri", axis, start, stop), scale)
 
     def onto(self, weight: Tensor, axis: str, start: int, stop: int) -> Tensor:
         """The part from `start` to `stop` along `axis` as this edit makes it of `weight`; that may be overwritten."""
-        if self.product is None or weight.dim() != 2:
+        product = self._product(axis, start, stop)
+        if product is None or weight.dim() != 2:
             return self.rule.weight(weight, self.at(axis, start, stop, weight))
-        up, down = self.product
-        return weight.addmm_(_cut(up, "or", axis, start, stop), _cut(down, "ri", axis, start, stop))
+        return weight.addmm_(product.up * product.scale, product.down)
+
+    def off(self, weight: Tensor, axis: str, start: int, stop: int) -> Tensor:
+        """An estimate of what `onto` made `weight` of, by exact products; that may be overwritten."""
+        product = self._product(axis, start, stop)
+        if product is None or weight.dim() != 2:
+            return self.rule.unfold(weight, self.at(axis, start, stop, weight))
+        delta = torch.mm(product.up, product.down, out=_scratch("delta", weight, weight.dtype))
+        # As 0 + s · delta: what a rule adds to zeros has no negative ones.
+        return weight.sub_(torch.add(weight.new_zeros(()), delta, alpha=product.scale, out=delta))
 
 
 @dataclass(frozen=True)
@@ -111,12 +123,10 @@ def steps_of(edits: Sequence[Edit], dtype: torch.dtype, value: Value) -> list[St
     return found
 
 
-def _product(edit: Edit, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-    """(s · up, down) of an edit that adds the product of two matrices, else None."""
+def _product(edit: Edit, values: Mapping[str, Tensor]) -> Factors | None:
+    """Those of an edit that adds the product of two matrices, else None."""
     factors = edit.rule.factors(Bound({**values, **edit.constants})) if edit.rule.additive else None
-    if factors is None or factors.up.dim() != 2 or factors.down.dim() != 2:
-        return None
-    return factors.up * factors.scale, factors.down
+    return None if factors is None or factors.up.dim() != 2 or factors.down.dim() != 2 else factors
 
 
 def _as(value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -144,7 +154,7 @@ def fold_tile(
     site: WeightSite, tile: Tensor, steps: Sequence[Step], axis: str, part: slice, out: Tensor | None = None
 ) -> Tensor:
     """The new value of `tile`, the `part` of a stored weight, rounded to its dtype; written to `out` if there is one."""
-    new = canonical(_wide_copy(tile), site)
+    new = canonical(_wide_copy(tile, fold_dtype(tile)), site)
     for step in steps:
         new = step.onto(new, axis, part.start, part.stop)
     stored = canonical(new, site)
@@ -160,16 +170,21 @@ def fold_tile(
 _SCRATCH = threading.local()
 
 
-def _wide_copy(tile: Tensor) -> Tensor:
-    """A copy of `tile` in the dtype it is folded in, good until this thread makes the next."""
-    dtype = fold_dtype(tile)
-    if dtype is tile.dtype or tile.device.type != "cpu" or tile.numel() > 2 * TILE:
-        return tile.to(dtype, copy=True)
-    memory: Tensor | None = getattr(_SCRATCH, str(dtype), None)
+def _wide_copy(tile: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy of `tile` in `dtype`, good until this thread makes the next."""
+    return _scratch("tile", tile, dtype).copy_(tile)
+
+
+def _scratch(name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of the shape of `like`, of any values, good until this thread asks for it by that name again."""
+    if like.device.type != "cpu" or like.numel() > 2 * TILE:
+        return torch.empty_like(like, dtype=dtype)
+    key = f"{name}, {dtype}"
+    memory: Tensor | None = getattr(_SCRATCH, key, None)
     if memory is None:
         memory = torch.empty(2 * TILE, dtype=dtype)
-        setattr(_SCRATCH, str(dtype), memory)
-    return memory[: tile.numel()].view(tile.shape).copy_(tile)
+        setattr(_SCRATCH, key, memory)
+    return memory[: like.numel()].view(like.shape)
 
 
 @dataclass(frozen=True)
@@ -308,15 +323,25 @@ def fold_copies(program: Program, edit: Edit) -> list[Folded]:
 
 def unfold_tile(site: WeightSite, tile: Tensor, steps: Sequence[Step], axis: str, part: slice) -> Tensor:
     """An estimate of what `fold_tile` made `tile` from: the same bits on any device, with any number of threads."""
-    old = canonical(tile.to(torch.float64, copy=True), site)
+    old = canonical(_wide_copy(tile, torch.float64), site)
     for step in reversed(steps):
-        old = step.rule.unfold(old, step.at(axis, part.start, part.stop, old))
+        old = step.off(old, axis, part.start, part.stop)
     return canonical(old, site).to(tile.dtype)
 
 
 def steps_back(edits: Sequence[Edit], value: Value) -> list[Step]:
     """The steps by which `unfold_tile` estimates, whatever the order in which products are summed."""
-    return steps_of(edits, torch.float64, lambda edit, param: exact(value(edit, param), param))
+    steps = steps_of(edits, torch.float64, lambda edit, param: exact(value(edit, param), param))
+    return [step if _is_exact(step) else replace(step, product=None) for step in steps]
+
+
+def _is_exact(step: Step) -> bool:
+    """Whether what it adds is a product of two parameters, which are such, and a number."""
+    if step.product is None or not step.rule.repeats or type(step.rule).unfold is not Rule.unfold:
+        return False
+    up, down, scale = step.product
+    factors = [step.values[param.name] for param in step.edit.params if param.use != "vector"]
+    return all(any(one is own for own in factors) for one in (up, down)) and isinstance(scale, float)
 
 
 def exact(value: Tensor, param: PlannedParam) -> Tensor:

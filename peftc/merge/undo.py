@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import zip_longest
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from peftc.errors import MergeError
 from peftc.graph.finding import holder_of
 from peftc.graph.sites import WeightSite, dtype_name, parameter_name
+from peftc.memory import in_huge_pages
 from peftc.merge import ties
 from peftc.merge.fold import Value, edits_by_site, fold_of, value_in
 from peftc.merge.threads import side_by_side
@@ -153,13 +156,14 @@ def _unfolded(program: Program, edits: Sequence[Edit], merged: Tensor, item: Rep
     site = program.plan.sites[edits[0].site]
     assert isinstance(site, WeightSite), "only weights are folded in place"
     value = _as_merged(program, merged)
-    fold, old = fold_of(site, edits, merged, value, back=value), merged.clone()
+    fold, old = fold_of(site, edits, merged, value, back=value), in_huge_pages(torch.empty_like(merged))
 
-    def write(part: slice, axis: str, chunk: Chunk) -> None:
-        old[part] = decode(chunk, fold.estimate(part, axis, merged[part]))
+    def write(part: slice, axis: str, chunk: Chunk | None) -> None:
+        tile = merged[part]  # Nothing was done to it, if the log has nothing.
+        old[part] = tile if chunk is None else decode(chunk, fold.estimate(part, axis, tile))
 
     with side_by_side(merged.device) as run:
-        for _ in run(partial(write, *part, chunk) for part, chunk in zip(fold.parts, item.log, strict=False)):
+        for _ in run(partial(write, *part, chunk) for part, chunk in zip_longest(fold.parts, item.log)):
             pass
     if check and checksum(old) != item.crc:
         raise MergeError(

@@ -4,10 +4,12 @@ The difference between the bits of a weight and of its estimate, in units in the
 these are packed into a byte; larger ones follow as bytes, and those over a byte as the bits themselves. zstd does the rest.
 """
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 
 import numpy
+import numpy.typing
 import torch
 import xxhash
 from torch import Tensor
@@ -15,6 +17,7 @@ from torch import Tensor
 from peftc.errors import MergeError
 from peftc.rewrite.sharding import own
 
+Numbers = numpy.typing.NDArray[Any]
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ESCAPE = -128
 
@@ -37,54 +40,47 @@ def encode(weight: Tensor, estimate: Tensor) -> Chunk:
     """What `decode` needs to make `weight` from `estimate`, which has the same shape and dtype: exact for all bits."""
     bits = _bits(weight)
     # Differences wrap around, and back.
-    step = _ordered(bits).sub_(_ordered(_bits(estimate)))
-    codes = step.clamp(-2, 2).to(torch.uint8).bitwise_and_(3)  # 0, 1, -1 → 3; 2 says larger.
-    places = _larger(codes)
+    step = _ordered(bits, "weight")
+    step -= _ordered(_bits(estimate), "estimate")
+    codes = numpy.clip(step, -2, 2, out=_scratch("estimate", step)).astype(numpy.uint8)
+    codes &= 3  # 0, 1, -1 → 3; 2 says larger.
+    places = numpy.flatnonzero(codes == 2)
     large = step[places]
     fits = (large > _ESCAPE) & (large <= 127)
-    rest = bits[places[~fits]]
-    compress = _zstandard().ZstdCompressor(level=3).compress
-    parts = (_packed(codes), torch.where(fits, large, _ESCAPE).to(torch.int8), rest)
-    return Chunk(*(compress(part.cpu().numpy().tobytes()) for part in parts))
+    parts = (_packed(codes), numpy.where(fits, large, _ESCAPE).astype(numpy.int8), bits[places[~fits]])
+    compress = _zstandard().ZstdCompressor(level=1).compress
+    return Chunk(*(compress(part) for part in parts))
 
 
 def decode(chunk: Chunk, estimate: Tensor) -> Tensor:
     """The weight that `encode` was given with this `estimate`, bit for bit."""
     decompress = _zstandard().ZstdDecompressor().decompress
-    integer, device = _INTEGERS[estimate.itemsize], estimate.device
-
-    def read(data: bytes, dtype: torch.dtype) -> Tensor:
-        raw = decompress(data)
-        return (
-            torch.frombuffer(bytearray(raw), dtype=dtype).to(device) if raw else torch.empty(0, dtype=dtype).to(device)
-        )
-
-    codes = _unpacked(read(chunk.steps, torch.uint8))[: estimate.numel()]
-    # The two bits as a number with a sign: 3 is -1.
-    step = ((codes << 6).view(torch.int8) >> 6).to(integer)
-    larger = read(chunk.larger, torch.int8)
-    places = _larger(codes)
-    step[places] = larger.to(integer)
-    bits = _ordered(_ordered(_bits(estimate)).add_(step))
-    bits[places[larger == _ESCAPE]] = read(chunk.bits, integer)
-    return bits.view(estimate.dtype).view(estimate.shape)
+    guess = _bits(estimate)
+    steps = _unpacked(numpy.frombuffer(decompress(chunk.steps), numpy.uint8))[: guess.size]
+    larger, places = numpy.frombuffer(decompress(chunk.larger), numpy.int8), numpy.flatnonzero(steps == 2)
+    ordered = _ordered(guess, "estimate")
+    ordered += steps
+    ordered[places] += larger.astype(guess.dtype) - 2
+    bits = _ordered(ordered, "weight").copy()
+    bits[places[larger == _ESCAPE]] = numpy.frombuffer(decompress(chunk.bits), guess.dtype)
+    return torch.from_numpy(bits).to(estimate.device).view(estimate.dtype).view(estimate.shape)
 
 
-def _larger(codes: Tensor) -> Tensor:
-    """Where a step is larger than one; by numpy, which takes a tenth of the time."""
-    return torch.from_numpy(numpy.flatnonzero(codes.cpu().numpy() == 2)).to(codes.device)
-
-
-def _packed(codes: Tensor) -> Tensor:
+def _packed(codes: Numbers) -> Numbers:
     """Numbers of two bits, four to a byte, the first lowest."""
-    four = torch.nn.functional.pad(codes, (0, -codes.numel() % 4)).view(torch.int32)
-    return (four | four >> 6 | four >> 12 | four >> 18).to(torch.uint8)
+    four = numpy.pad(codes, (0, -codes.size % 4)) if codes.size % 4 else codes
+    # So the four come to lie side by side in the highest byte.
+    product = four.view("<u4") * numpy.uint32(1 << 24 | 1 << 18 | 1 << 12 | 1 << 6)
+    return (product >> 24).astype(numpy.uint8)
 
 
-def _unpacked(packed: Tensor) -> Tensor:
-    """What `_packed` was given, and up to three zeros."""
-    byte = packed.to(torch.int32)
-    return ((byte | byte << 6 | byte << 12 | byte << 18) & 0x03030303).view(torch.uint8)
+def _unpacked(packed: Numbers) -> Numbers:
+    """What `_packed` was given, as numbers with a sign but for 2, and up to three zeros."""
+    return numpy.take(_FOUR, packed).view(numpy.int8)
+
+
+# By byte, the four steps in it.
+_FOUR = numpy.array([0, 1, 2, -1], numpy.int8)[numpy.arange(256)[:, None] >> [0, 2, 4, 6] & 3].view("<u4")[:, 0]
 
 
 def keep(weight: Tensor) -> Chunk:
@@ -138,11 +134,30 @@ def _bytes(tensor: Tensor) -> Any:
     return tensor.detach().contiguous().cpu().view(-1).view(torch.uint8).numpy().data
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.itemsize])
+def _bits(tensor: Tensor) -> Numbers:
+    return tensor.detach().contiguous().cpu().view(-1).view(_INTEGERS[tensor.itemsize]).numpy()
 
 
-def _ordered(bits: Tensor) -> Tensor:
-    """The bits of floats as integers in the order of the floats, one step per unit in the last place; and back."""
-    signs = bits >> (8 * bits.itemsize - 1)
-    return signs.bitwise_and_(torch.iinfo(bits.dtype).max).bitwise_xor_(bits)
+def _ordered(bits: Numbers, name: str) -> Numbers:
+    """The bits of floats as integers in the order of the floats, one step per unit in the last place; and back.
+
+    In this thread's memory of that `name`.
+    """
+    ordered = numpy.right_shift(bits, 8 * bits.itemsize - 1, out=_scratch(name, bits))
+    ordered &= numpy.iinfo(bits.dtype).max
+    ordered ^= bits
+    return ordered
+
+
+# By thread, memory that is used again: to get it anew for each tile takes longer than the arithmetic.
+_OWN = threading.local()
+
+
+def _scratch(name: str, like: Numbers) -> Numbers:
+    """An array like this one, of any values, good until this thread asks for it by that name again."""
+    key = f"{name}, {like.dtype}"
+    known: Numbers | None = getattr(_OWN, key, None)
+    if known is None or known.size < like.size:
+        known = numpy.empty_like(like)
+        setattr(_OWN, key, known)
+    return known[: like.size]

@@ -493,3 +493,39 @@ def test_checksums_taken_while_folding_are_those_of_the_tensors(
         assert item.crc == undo_log.checksum(item.original), item
         assert item.merged == undo_log.checksum(undo.tensor_of(compiled.program, item.owner, item.leaf)), item
     assert undo_log.checksum(torch.zeros(4)) != undo_log.checksum(torch.ones(4))
+
+
+@pytest.mark.parametrize("alpha", [7, -3])
+def test_the_estimate_by_a_product_has_the_bits_of_the_rules_own(alpha: int) -> None:
+    """Logs that were written by the one are read by the other; zeros with a sign are bits as well."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(50, 40))
+    program = perturb(peftc.compile(base, peftc.LoraConfig(r=5, lora_alpha=alpha, target_modules=["0"]))).program
+    with torch.no_grad():
+        for name, parameter in program.base.named_parameters():
+            if "lora_B" in name:
+                parameter[:9] = 0
+    (step,) = fold.steps_back(program.adapters["default"].edits, fold.value_in(program))
+    assert step.product is not None
+    weight = torch.randn(40, 50, dtype=torch.float64)
+    weight[3:12, :25], weight[:, 40:] = -0.0, 0.0
+    by_rule = dataclasses.replace(step, product=None)
+    for axis, start, stop in (("", 0, 40), ("o", 5, 23)):
+        part = weight[start:stop]
+        own, other = (one.off(part.clone(), axis, start, stop) for one in (step, by_rule))
+        assert not torch.equal(own, part)
+        assert torch.equal(own.view(torch.int64), other.view(torch.int64))
+
+
+def test_a_log_holds_any_bits_of_any_length() -> None:
+    """Steps of every size, also between signs and to values that are no numbers."""
+    generator = torch.Generator().manual_seed(0)
+    for integer, dtype in ((torch.int16, torch.bfloat16), (torch.int32, torch.float32), (torch.int64, torch.float64)):
+        limits = torch.iinfo(integer)
+        for length in (0, 1, 3, 4, 9, 1000):
+            bits = torch.randint(limits.min, limits.max, (length,), generator=generator, dtype=integer)
+            near = bits + torch.randint(-150, 150, (length,), generator=generator, dtype=integer)
+            close = bits + torch.randint(-1, 2, (length,), generator=generator, dtype=integer)
+            for guess in (bits, near, close, bits.flip(0), bits ^ limits.min, torch.full_like(bits, limits.max)):
+                chunk = undo_log.encode(bits.view(dtype), guess.view(dtype))
+                assert torch.equal(undo_log.decode(chunk, guess.view(dtype)).view(integer), bits)
