@@ -11,7 +11,7 @@ adapts linears, one seed. The figures go to benchmarks/methods.json, the page an
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,18 +38,54 @@ smollm2.BATCH_SIZE = ROWS
 PROMPT = {"num_virtual_tokens": 10, "task_type": "CAUSAL_LM"}
 
 
+class OneTask(nn.Module):
+    """A model whose rows are all of task 0."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, **given: Any) -> Any:
+        tasks = torch.zeros(len(input_ids), dtype=torch.long)
+        return self.model(input_ids=input_ids, task_ids=tasks, **given)
+
+
+class AllLogits(nn.Module):
+    """A model whose loss is of the labels of its virtual tokens, too, and takes the logits of all."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, logits_to_keep: int = 0, **given: Any) -> Any:
+        if labels is None:
+            return self.model(input_ids=input_ids, logits_to_keep=logits_to_keep, **given)
+        before = input_ids.shape[1] - labels.shape[1]
+        return self.model(input_ids=input_ids, labels=nn.functional.pad(labels, (before, 0), value=-100), **given)
+
+
 @dataclass(frozen=True)
 class Entry:
-    """A spec, and its learning rate as a multiple of LoRA's. `tasks`: its calls have task_ids, here of one task."""
+    """A spec, or what makes it with the tokenizer; its learning rate as a multiple of LoRA's; what calls go `around` by."""
 
-    spec: peftc.AdapterSpec
+    spec: peftc.AdapterSpec | Callable[[Any], peftc.AdapterSpec]
     times: float = 1.0
-    tasks: bool = False
+    around: Callable[[nn.Module], nn.Module] = lambda model: model
 
 
 def on_sites(cls: Any, times: float = 1.0, **fields: Any) -> Entry:
     """A method of linears, at the sites that all of them have here."""
     return Entry(cls(target_modules=list(SITES), **fields), times)
+
+
+def two_examples(tokenizer: Any) -> peftc.CPTConfig:
+    """The first two of the training examples as CPT's tokens: what is asked is input (2), the answers are labels (4)."""
+    ids, kinds = list[int](), list[int]()
+    for number, example in enumerate(shop.read_examples("train")[:2]):
+        own, labels = smollm2.encode(example, tokenizer, shop.SYSTEM)
+        ids += own
+        kinds += [4 * number + (2 if label < 0 else 4) for label in labels]
+    return peftc.CPTConfig(cpt_token_ids=tuple(ids), cpt_tokens_type_mask=tuple(kinds), task_type="CAUSAL_LM")
 
 
 METHODS: Mapping[str, Entry] = {
@@ -92,26 +128,14 @@ METHODS: Mapping[str, Entry] = {
     "LLaMA-Adapter": Entry(peftc.AdaptionPromptConfig(adapter_len=10, adapter_layers=30, task_type="CAUSAL_LM"), 5),
     "FRoD": on_sites(peftc.FrodConfig),
     "AdaMSS": on_sites(peftc.AdamssConfig),
-    "Poly": Entry(peftc.PolyConfig(target_modules=list(SITES), r=8, n_tasks=1, n_skills=2), tasks=True),
+    "Poly": Entry(peftc.PolyConfig(target_modules=list(SITES), r=8, n_tasks=1, n_skills=2), around=OneTask),
     "prompt tuning": Entry(peftc.PromptTuningConfig(**PROMPT), 15),
     "prefix tuning": Entry(peftc.PrefixTuningConfig(**PROMPT), 15),
     "p-tuning": Entry(peftc.PromptEncoderConfig(encoder_hidden_size=128, **PROMPT), 1),
     "cartridge": Entry(peftc.CartridgeConfig(**PROMPT), 15),
-    "multitask prompt tuning": Entry(peftc.MultitaskPromptTuningConfig(num_tasks=1, **PROMPT), 15, tasks=True),
-    # CPT is left out: its loss is of its own tokens, too, and takes all logits; here those of the answers are made.
+    "multitask prompt tuning": Entry(peftc.MultitaskPromptTuningConfig(num_tasks=1, **PROMPT), 15, OneTask),
+    "CPT": Entry(two_examples, 15, AllLogits),
 }
-
-
-class OneTask(nn.Module):
-    """A model whose rows are all of task 0."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: Tensor, **given: Any) -> Any:
-        tasks = torch.zeros(len(input_ids), dtype=torch.long)
-        return self.model(input_ids=input_ids, task_ids=tasks, **given)
 
 
 class Saved:
@@ -176,9 +200,9 @@ def measure(base: Any, tokenizer: Any, entry: Entry | None) -> dict[str, Any]:
     if entry is None:
         loss, right = score(base, tokenizer, heldout)
         return {"parameters": 0, "loss": loss, "right": right}
-    compiled = peftc.compile(base, entry.spec)
+    compiled = peftc.compile(base, entry.spec(tokenizer) if callable(entry.spec) else entry.spec)
     count = compiled.get_nb_trainable_parameters()[0]
-    model = OneTask(compiled) if entry.tasks else compiled
+    model = entry.around(compiled)
     saved = Saved(model).bytes(model.train(), batches[0])
     cpu, wall = train(model, batches, RATE * entry.times)
     loss, right = score(model, tokenizer, heldout)
@@ -237,9 +261,10 @@ parameters.
 - Rates are not tuned. LoRA has the demo's, {rate:g}; the others have a multiple of it that is usual for them (ten times for
   VeRA, (IA)³, RoAd and FourierFT, say), or the same. Another rate can turn the order around.
 - Sizes are the methods' defaults, with rank 8 where a rank is like LoRA's; they do not train equally many parameters.
-- Seconds are of a shared machine; those of FRoD, AdaMSS, Poly, cartridge and multitask prompt tuning were measured beside
-  much other load, and compare with the others' least. Methods that make a new weight in every step pay about the same for
-  a batch of any size, so they look dearer here than with long sequences.
+- Seconds are of a shared machine; those of FRoD, AdaMSS, Poly, cartridge, multitask prompt tuning and CPT were measured
+  beside much other load, and compare with the others' least. Methods that make a new weight in every step pay about the
+  same for a batch of any size, so they look dearer here than with long sequences.
+- CPT has two of the training examples before its eyes in every call, and the logits of all tokens are made for its loss.
 """
 
 
@@ -278,7 +303,7 @@ def plot(figures: Mapping[str, Mapping[str, Any]], file: Path) -> None:
         va="bottom",
         color="0.4",
     )
-    virtual = {name for name in points if isinstance(METHODS[name].spec, peftc.PromptSpec)}
+    virtual = {name for name in points if isinstance(METHODS[name].spec, peftc.PromptSpec) or name == "CPT"}
     for group, colour, label in (
         (points.keys() - virtual, "tab:blue", "weights"),
         (virtual, "tab:orange", "virtual tokens"),

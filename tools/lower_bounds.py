@@ -35,9 +35,9 @@ def oldest(keep: list[str]) -> list[str]:
 
 
 def tools() -> list[str]:
-    """What tests need beside, in any version: the extra for them without the linters."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [line for line in project["optional-dependencies"]["test"] if re.split("[>=]", line)[0] not in LINTERS]
+    """What tests need beside, in any version: the extras that `make test` installs for them, without the linters."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    return [line for line in (*extras["demo"], *extras["test"]) if re.split("[>=]", line)[0] not in LINTERS]
 
 
 def main() -> None:
