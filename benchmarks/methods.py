@@ -286,8 +286,9 @@ def plot(figures: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     """Held-out loss against trained parameters."""
     try:
         import matplotlib
+        from adjustText import adjust_text
     except ImportError:
-        raise SystemExit('The plot needs matplotlib: pip install "peftc[bench]"') from None
+        raise SystemExit('The plot needs matplotlib and adjustText: pip install "peftc[bench]"') from None
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
@@ -310,12 +311,12 @@ def plot(figures: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     ):
         xs, ys = ([points[name][key] for name in group] for key in ("parameters", "loss"))
         axes.scatter(xs, ys, s=22, color=colour, label=label, zorder=3)
-    for number, (name, one) in enumerate(sorted(points.items(), key=lambda item: item[1]["loss"])):
-        side = {"xytext": (5, -2)} if number % 2 else {"xytext": (-5, -2), "ha": "right"}
-        axes.annotate(name, (one["parameters"], one["loss"]), **side, textcoords="offset points", fontsize=7.5)
     axes.set(
         xscale="log", yscale="log", xlabel="trained parameters", ylabel=f"loss of held-out answers after {STEPS} steps"
     )
+    axes.margins(x=0.1)
+    names = [axes.text(one["parameters"], one["loss"], name, fontsize=7.5) for name, one in points.items()]
+    adjust_text(names, ax=axes, arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.5})
     axes.grid(alpha=0.3)
     axes.legend(loc="center right", frameon=False)
     figure.tight_layout()
