@@ -194,7 +194,7 @@ def config_class(cls: type[AdapterSpec]) -> type[Any]:
     inherited = {field.name for field in dataclasses.fields(base)}
     fields: list[tuple[str, Any, Any]] = []
     for name, field in cls.model_fields.items():
-        default = None if field.is_required() else field.get_default(call_default_factory=True)
+        default = None if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
         if name not in inherited and not (base is PromptLearningConfig and name in cls.selectors):
             factory = functools.partial(_mutable, default)
             fields.append((name, Any, dataclasses.field(default_factory=factory)))

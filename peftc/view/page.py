@@ -171,7 +171,7 @@ def _said(spec: AdapterSpec) -> list[str]:
     """The fields that are not as they are by default."""
     known = type(spec).model_fields
     given = {field: getattr(spec, field) for field in spec.to_dict() if field in known}
-    usual = {field: known[field].get_default(call_default_factory=True) for field in given}
+    usual = {field: known[field].get_default(call_default_factory=True, validated_data={}) for field in given}
     always = ("peft_type", "target_modules")
     return [field for field in spec.to_dict() if field in always or field not in known or given[field] != usual[field]]
 

@@ -127,7 +127,10 @@ def test_interrupted_it_says_how_to_go_on_and_does(
 ) -> None:
     library.merge_checkpoint("model", "adapter", "expected", progress=False)
     llama().save_pretrained("sharded", max_shard_size="20KB")
-    real = job.write_output
+    real, before = (
+        job.write_output,
+        signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # Ignored in the background.
 
     def interrupted(output: Any, *how: Any) -> None:
         if output.name.startswith("model-00003"):
@@ -137,6 +140,7 @@ def test_interrupted_it_says_how_to_go_on_and_does(
     with monkeypatch.context() as patched:
         patched.setattr(job, "write_output", interrupted)
         ran = peftc("merge", "sharded", "adapter", "merged", code=130)
+    signal.signal(signal.SIGINT, before)
     assert "The same command goes on where it was" in ran.err
     assert [file.name for file in Path("merged").iterdir()] == [".peftc-merge"]
     caplog.set_level(logging.INFO, "peftc")

@@ -188,7 +188,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(403, f"You don't have the rights to create a model under the namespace {owner!r}")
         if repo_id in self.hub.repositories:
             raise Refusal(409, "You already created this model repo", url=f"{self.hub.url}/{repo_id}")
-        repository = self.hub.repositories[repo_id] = Repository(asked.get("visibility") == "private")
+        repository = self.hub.repositories[repo_id] = Repository(
+            asked.get("visibility") == "private" or bool(asked.get("private"))
+        )
         repository.commit("main", None, "initial commit", "", {".gitattributes": _ATTRIBUTES})
         return {"url": f"{self.hub.url}/{repo_id}"}
 
