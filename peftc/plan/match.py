@@ -296,11 +296,11 @@ def _near(name: str, fqns: Iterable[str], what: str = "module") -> str:
     return describe_nearest(nearest(name, counts), counts, what)
 
 
-def unfit(spec: AdapterSpec, site: WeightSite) -> str | None:
-    """The reason why `site` can't be adapted."""
+def unfit(spec: AdapterSpec, site: WeightSite, end: bool = False) -> str | None:
+    """The reason why `site` can't be adapted; `end`: as the end of a tie."""
     if site.refusal is not None:
         return f"can't be adapted: {site.refusal}"
-    rule = find_rule(spec, site)
+    rule = find_rule(spec, site, end)
     if rule is None:
         return f"is {site.op}; {spec.peft_type} adapts {', '.join(ops_of(spec))}"
     reason = rule.refusal(spec, site)

@@ -160,6 +160,7 @@ def extend(
     for region in regions:
         _install(program, region)
     watch_steps(program)
+    _tie_copies(program, adapters)
     for tensor in plan.trained:
         if tensor.adapter in adapters:
             program.overlay.bring(program.base, tensor.name, tensor.adapter)
@@ -179,7 +180,7 @@ def _attach(
     `shared` are the keys of tensors that the adapter's sites have in common and that are there.
     """
     site = program.plan.sites[edit.site]
-    first = site if edit.follows is None else program.plan.sites[edit.follows]
+    first = site if edit.follows is None or edit.whole else program.plan.sites[edit.follows]
     holder, weight = program.modules[first.holder], _weight(program, site)
     part = attach(edit, site, holder, _common(program, edit.adapter), adapter.spec, weight, places)
     adapter.parts[edit.site, edit.rule.name] = part
@@ -197,6 +198,14 @@ def _attach(
 def _common(program: Program, adapter: str) -> nn.Module:
     """The module that holds what all sites of an adapter share: the model, or the first site if that runs its children."""
     if not isinstance(program.base, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+def _tie_copies(program: Program, adapters: Collection[str]) -> None:
+    """Let copies of modules that follow others have the weight of these."""
+    for parts in (program.adapters[name].parts for name in adapters):
+        for part in [part for part in parts.values() if part.edit.whole and part.edit.follows is not None]:
+            first = parts[str(part.edit.follows), part.edit.rule.name]
+            part.module._parameters["weight"] = first.module._parameters["weight"]
+
+
         return program.base
     first = next((edit.site for edit in program.plan.edits if edit.adapter == adapter), None)
     return program.base if first is None else program.modules[program.plan.sites[first].holder]
