@@ -36,6 +36,8 @@ _LOG = logging.getLogger(__name__)
 # What adapters start from, by adapter and site.
 Starts = Mapping[str, Mapping[str, Any]]
 _NOTHING: Starts = {}
+# What adapters may be called: words with single spaces or slashes between them.
+_NAME = re.compile(r"[^\s./\\\x00-\x1f]+([ /][^\s./\\\x00-\x1f]+)*")
 
 
 @contextmanager
@@ -56,10 +58,11 @@ def check_names(model: nn.Module, plan: Plan, adapters: Collection[str]) -> None
     """
     taken = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict()), BASE}
     for name in adapters:
-        if not isinstance(cast(Any, name), str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", name) or name in taken:
+        if not isinstance(cast(Any, name), str) or not _NAME.fullmatch(name) or name in taken:
             raise AdapterError(
-                f"adapter name {name!r}: it becomes part of parameter names; use letters, digits, '_' and '-'"
-                f" (and no method name of nn.ModuleDict, nor {BASE!r}, which rows of a mixed batch say for no adapter)"
+                f"adapter name {name!r}: it becomes part of parameter names, and of paths; leave out dots, backslashes, and"
+                f" spaces or slashes at its ends (nor can it be a method name of nn.ModuleDict, or {BASE!r}, which rows of"
+                " a mixed batch say for no adapter)"
             )
     require_placed(model, plan, adapters)
     owners = {fqn: site.owner for fqn, site in plan.sites.items()}
@@ -157,10 +160,10 @@ def extend(
         for edit in plan.edits:
             if edit.adapter == name:
                 _attach(program, adapter, edit, starts.get(name, {}) if fresh else None, shared, places)
+    _tie_copies(program, adapters)
     for region in regions:
         _install(program, region)
     watch_steps(program)
-    _tie_copies(program, adapters)
     for tensor in plan.trained:
         if tensor.adapter in adapters:
             program.overlay.bring(program.base, tensor.name, tensor.adapter)
@@ -195,9 +198,6 @@ def _attach(
     shared |= {param.key for param in edit.params if param.shared}
 
 
-def _common(program: Program, adapter: str) -> nn.Module:
-    """The module that holds what all sites of an adapter share: the model, or the first site if that runs its children."""
-    if not isinstance(program.base, nn.Sequential | nn.ModuleList | nn.ModuleDict):
 def _tie_copies(program: Program, adapters: Collection[str]) -> None:
     """Let copies of modules that follow others have the weight of these."""
     for parts in (program.adapters[name].parts for name in adapters):
@@ -206,6 +206,9 @@ def _tie_copies(program: Program, adapters: Collection[str]) -> None:
             part.module._parameters["weight"] = first.module._parameters["weight"]
 
 
+def _common(program: Program, adapter: str) -> nn.Module:
+    """The module that holds what all sites of an adapter share: the model, or the first site if that runs its children."""
+    if not isinstance(program.base, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         return program.base
     first = next((edit.site for edit in program.plan.edits if edit.adapter == adapter), None)
     return program.base if first is None else program.modules[program.plan.sites[first].holder]
