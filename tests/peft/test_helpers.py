@@ -43,6 +43,16 @@ def test_factors_start_again(lib: Any, start: Any) -> None:
 
 
 @BOTH
+def test_factors_look_like_linears(lib: Any) -> None:
+    plain, biased = (adapted(lib, lora_bias=biased) for biased in (False, True))
+    layers = [next(m for m in model.modules() if isinstance(m, lib.tuners.lora.Linear)) for model in (plain, biased)]
+    a, b = layers[0].lora_A["default"], layers[0].lora_B["default"]
+    assert (a.in_features, a.out_features, a.bias, b.bias) == (32, 4, None, None)
+    assert layers[1].lora_B["default"].bias.shape == (layers[1].lora_B["default"].out_features,)
+    assert not any(name.endswith("lora_A.default.bias") for name in biased.state_dict())
+
+
+@BOTH
 def test_keys_by_patterns(lib: Any, tmp_path: Path) -> None:
     model = adapted(lib)
     model.save_pretrained(str(tmp_path))

@@ -96,6 +96,25 @@ def test_copies_pickles_plans_and_merges_on_disk(fields: dict[str, Any], tmp_pat
     torch.testing.assert_close(merged(IDS).logits, y, rtol=1e-4, atol=1e-5)
 
 
+def test_forms_for_servers_and_combinations_have_factors_at_every_end(tmp_path: Path) -> None:
+    compiled = tied(HEAD)
+    compiled.save_pretrained(tmp_path / "serving", form="serving")
+    for read in (
+        peftc.load(model(), tmp_path / "serving"),
+        peft.PeftModel.from_pretrained(model(), tmp_path / "serving"),
+    ):
+        torch.testing.assert_close(read(IDS).logits, compiled(IDS).logits, rtol=1e-4, atol=1e-5)
+    compiled.add_adapter("b", peftc.LoraConfig(r=2, ensure_weight_tying=True, **HEAD))
+    perturb(compiled)
+    compiled.add_weighted_adapter(["default", "b"], [0.5, -0.25], "sum", "cat")
+    compiled.set_adapter("sum")
+    y = compiled(IDS).logits
+    compiled.set_adapter(["default", "b"])
+    compiled.set_scale("default", 0.5)
+    compiled.set_scale("b", -0.25)
+    torch.testing.assert_close(compiled(IDS).logits, y, rtol=1e-4, atol=1e-5)
+
+
 def test_rows_of_a_batch_and_switching() -> None:
     compiled = tied(HEAD)
     compiled.add_adapter("b", peftc.LoraConfig(r=2, ensure_weight_tying=True, **HEAD))
