@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftc.checkpoint import LoadResult, SaveEmbeddings, load_state, saved_state_dict
 from peftc.compiled import CompiledModel, OnUnmatched
+from peftc.errors import AdapterError, CheckpointError
 from peftc.graph.copying import structural_copy
 from peftc.graph.region import Capture
 from peftc.lifecycle import Batches, calibrated, looked_through, planned, require_known, require_unmerged, reshaped
@@ -148,7 +149,7 @@ def get_peft_model_state_dict(
     `state_dict`: the whole model's, to take them from (gathered from shards). `unwrap_compiled`: `model` is what
     torch.compile returned. Raises AdapterError on an unknown name, CheckpointError if `state_dict` lacks one.
     """
-    own: CompiledModel = getattr(model, "_orig_mod", model) if unwrap_compiled else model
+    own = _compiled(getattr(model, "_orig_mod", model) if unwrap_compiled else model)
     require_known(own.program, [adapter_name])
     return saved_state_dict(own.program, adapter_name, save_embedding_layers, state_dict)
 
@@ -167,9 +168,25 @@ def set_peft_model_state_dict(
     only with `ignore_mismatched_sizes`. Raises CheckpointError, with nothing copied, on mis-shaped keys, integers, NaN and
     Inf; AdapterError on an unknown name; MergeError while merged.
     """
+    model = _compiled(model)
     require_known(model.program, [adapter_name])
     require_unmerged(model.program, "set_peft_model_state_dict")
+    given: Any = peft_model_state_dict
+    pairs: Any = given.items() if isinstance(given, Mapping) else [(None, given)]
+    wrong = [(key, value) for key, value in pairs if not (isinstance(key, str) and isinstance(value, Tensor))]
+    if wrong:
+        raise CheckpointError(
+            f"the state dict: expected tensors by name, got a {type(wrong[0][1]).__name__} ({wrong[0][0]!r})"
+        )
     return load_state(model.program, adapter_name, peft_model_state_dict, strict=False, resized=ignore_mismatched_sizes)
+
+
+def _compiled(model: Any) -> CompiledModel:
+    if not isinstance(model, CompiledModel):
+        raise AdapterError(
+            f"expected a compiled model, got a {type(model).__name__}; peftc.compile and peftc.load make one"
+        )
+    return model
 
 
 # peftc.load(model, "a folder or a Hub repository")

@@ -9,7 +9,7 @@ from typing import Any, Literal, Self, Unpack
 from torch import Tensor, nn
 
 from peftc import lifecycle
-from peftc.checkpoint import Download, LoadResult, Verify, locate, read_adapter, respelled_spec
+from peftc.checkpoint import Download, Verify, locate, read_adapter, respelled_spec
 from peftc.choices import Adapters, Sizes, Target
 from peftc.compiled_files import CompiledFiles
 from peftc.errors import MergeError
@@ -18,7 +18,7 @@ from peftc.graph.region import Capture
 from peftc.merge import Undo, forget, merge, unmerge
 from peftc.plan import require_applicable
 from peftc.registry import spec_classes
-from peftc.rewrite.build import build, no_collection, undo
+from peftc.rewrite.build import build, undo
 from peftc.rewrite.learning import penalty
 from peftc.rewrite.program import require_idle
 from peftc.rewrite.scale import set_scale
@@ -126,40 +126,6 @@ class CompiledModel(CompiledFiles):
         lifecycle.add(
             self.program, adapter_name, spec, on_unmatched, autocast=autocast_adapter_dtype, calibration=calibration
         )
-
-    def load_adapter(
-        self,
-        model_id: str | os.PathLike[str],
-        adapter_name: str,
-        is_trainable: bool = False,
-        *,
-        subfolder: str | None = None,
-        allow_pickle: bool = False,
-        strict: bool = True,
-        verify: Verify = "all",
-        low_cpu_mem_usage: bool = True,
-        autocast_adapter_dtype: bool | None = None,
-        **download: Unpack[Download],
-    ) -> LoadResult:
-        """Attach an adapter from a folder or a Hub repository, inactive; frozen unless `is_trainable`.
-
-        If the model has an adapter of that name and spec, it gets the file's values, and stays as active as it is.
-        `allow_pickle`: read `adapter_model.bin` if there is no safetensors file. `strict=False`: take what fits; the result
-        says what did not. `verify`: `all` compares files with their manifest, and the base with the one they were trained
-        on; `files` leaves out the base, `nothing` both; files without a manifest (PEFT's) load as they are.
-        `autocast_adapter_dtype` as in `compile`; by default as it was there. `download`:
-        `revision`, `token`, `cache_dir`, `local_files_only`, … as in huggingface_hub. PEFT's `low_cpu_mem_usage` is so in
-        any case.
-
-        Raises CheckpointError, SpecError, AdapterError, ConflictError; nothing is changed then.
-        """
-        folder = locate(model_id, subfolder, **download)
-        with no_collection():
-            files = read_adapter(folder, is_trainable=is_trainable, allow_pickle=allow_pickle, verify=verify)
-            result = lifecycle.load(self.program, adapter_name, files, strict, autocast_adapter_dtype)
-        if is_trainable:
-            self.set_requires_grad(adapter_name)
-        return result
 
     def add_weighted_adapter(
         self,
@@ -368,6 +334,7 @@ class CompiledModel(CompiledFiles):
         strict: bool = True,
         verify: Verify = "all",
         low_cpu_mem_usage: bool = True,
+        key_mapping: Mapping[str, str] | None = None,
         **download: Unpack[Download],
     ) -> "CompiledModel":
         """Compile `model` with an adapter from a folder or a Hub repository: for inference, unless `is_trainable`.
@@ -380,7 +347,14 @@ class CompiledModel(CompiledFiles):
         """
         folder = locate(model_id, subfolder, **download)
         given = None if config is None else load_spec(config, spec_classes())
-        files = read_adapter(folder, config=given, is_trainable=is_trainable, allow_pickle=allow_pickle, verify=verify)
+        files = read_adapter(
+            folder,
+            config=given,
+            is_trainable=is_trainable,
+            allow_pickle=allow_pickle,
+            verify=verify,
+            key_mapping=key_mapping,
+        )
         model = lifecycle.looked_through(model)
         with lifecycle.reshaped(model, {adapter_name: files.spec}, inplace) as base:
             files = files.on(base)

@@ -48,17 +48,20 @@ def rules() -> tuple[Rule[Any], ...]:
     return (*_installed(), *_extra)
 
 
-def find_rule(spec: AdapterSpec, site: Site) -> Rule[Any] | None:
-    """The rule for the method and the flags of `spec` on the op of `site`, or None."""
-    found = _table().get((spec.peft_type, site.op), ())
+def find_rule(spec: AdapterSpec, site: Site, end: bool = False) -> Rule[Any] | None:
+    """The rule for the method and the flags of `spec` on the op of `site`, or None. `end`: of a tie, where a rule for such
+    ends goes first.
+    """
+    every = _table().get((spec.peft_type, site.op), ())
+    found = [rule for rule in every if rule.ends_only is end] or [rule for rule in every if not rule.ends_only]
     # A rule that says which specs it serves comes before one that serves all.
     chosen = [rule for rule in found if rule.serves(spec)]
     return next((rule for rule in chosen if rule.offers("serves")), chosen[0] if chosen else None)
 
 
-def find_rules(spec: AdapterSpec, site: Site) -> tuple[Rule[Any], ...]:
-    """The rules for `site` of `spec` and of the specs that belong to it."""
-    found = (find_rule(one, site) for one in (spec, *companions_of(spec)))
+def find_rules(spec: AdapterSpec, site: Site, end: bool = False) -> tuple[Rule[Any], ...]:
+    """The rules for `site` of `spec` and of the specs that belong to it. `end`: as in `find_rule`."""
+    found = (find_rule(one, site, end) for one in (spec, *companions_of(spec)))
     return tuple(dict.fromkeys(rule for rule in found if rule is not None))
 
 

@@ -147,8 +147,9 @@ class Rule(Generic[S]):
     "" if it takes the whole, a norm of rows is local in `o`.
     `identity`: a fresh adapter changes nothing. `version`: raise it when the same parameters come to mean something else.
     `replaces_rows`: its tensors stand for rows of an embedding, which may be new in every process. So the other ends of the
-    input embedding's tie are adapted with it, by the rules for their ops and with the same tensors; files have the rows
-    alone; and the base is not compared there.
+    input embedding's tie are adapted with it, with the same tensors; files have the rows alone; the base is not compared.
+    `ends_only`: it is for other ends of the tie of an adapted site, with the tensors of that; `again`: by their keys, those
+    under which files have their transposes too.
     `arguments`: what it takes of the model's call; `output` then has `p.task_ids(x)`, say, as many as `x` has rows.
     `spellings`: (pattern, replacement) of keys that older files have. `columns`: constants that the plan's table shows.
 
@@ -173,6 +174,8 @@ class Rule(Generic[S]):
     local: ClassVar[str] = ""
     identity: ClassVar[bool] = True
     replaces_rows: ClassVar[bool] = False
+    ends_only: ClassVar[bool] = False
+    again: ClassVar[Mapping[str, str]] = {}
     arguments: ClassVar[Mapping[str, Argument]] = {}
     spellings: ClassVar[tuple[tuple[str, str], ...]] = ()
     columns: ClassVar[Mapping[str, str]] = {}

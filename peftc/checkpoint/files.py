@@ -1,5 +1,6 @@
 """An adapter's folder: `adapter_config.json`, `adapter_model.safetensors`, and the encoder of a prompt."""
 
+import io
 import json
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load
 from torch import Tensor, nn
 
 from peftc.checkpoint.atomic import steady
@@ -102,6 +104,13 @@ def adapter_files(
         WEIGHTS_NAME: sealed(tensors, config, base),
         CONFIG_NAME: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
     }
+
+
+def pickled(content: bytes) -> bytes:
+    """The tensors of a safetensors file as a pickle has them, which says nothing of what they are of."""
+    file = io.BytesIO()
+    torch.save(load(content), file)
+    return file.getvalue()
 
 
 def _weights(folder: Path, allow_pickle: bool, verify: Verify) -> tuple[Mapping[str, Tensor], Manifest | None]:

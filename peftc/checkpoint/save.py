@@ -13,7 +13,7 @@ from peftc.checkpoint.atomic import replace_files
 from peftc.checkpoint.base import fingerprint_of
 from peftc.checkpoint.card import CARD_NAME, card
 from peftc.checkpoint.embeddings import SaveEmbeddings
-from peftc.checkpoint.files import ENCODER_NAME, adapter_files
+from peftc.checkpoint.files import BIN_NAME, ENCODER_NAME, WEIGHTS_NAME, adapter_files, pickled
 from peftc.checkpoint.misread import misread_by_peft
 from peftc.checkpoint.per_expert import per_expert_form
 from peftc.checkpoint.serving import serving_form
@@ -41,6 +41,7 @@ class SaveOptions:
     save_embedding_layers: SaveEmbeddings = "auto"
     form: Form = "peft"
     state_dict: Mapping[str, Tensor] | None = None
+    pickled: bool = False
 
 
 def save_adapters(folder: Path, program: Program, adapters: Sequence[str], options: SaveOptions) -> None:
@@ -56,6 +57,9 @@ def save_adapters(folder: Path, program: Program, adapters: Sequence[str], optio
         _warn(program, name, options)
         path = "" if name == "default" else f"{name}/"
         config, own = _files(program, name, options)
+        if options.pickled:
+            own[BIN_NAME] = pickled(own.pop(WEIGHTS_NAME))
+            gone.append(path + WEIGHTS_NAME)  # One that is there would be read in its place.
         if not (folder / path / CARD_NAME).exists():
             own[CARD_NAME] = card(config, transformers_config(program.base) is not None).encode()
         files |= {path + file: content for file, content in own.items()}

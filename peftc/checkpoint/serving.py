@@ -6,6 +6,7 @@ patterns. vLLM reads `r` and `lora_alpha` only (vllm/lora/peft_helper.py); llama
 `lora_alpha` and the tensors.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -24,7 +25,7 @@ from peftc.specs import AdapterSpec
 # What servers read: the method that adapters are of, and the keys of its factors by op.
 _METHOD = "LORA"
 # Other forms of its factors, which are plain ones here, and what says that they are.
-_FORMS: dict[str, Any] = {"use_bdlora": None, "kasa_config": None, "use_qalora": False}
+_FORMS: dict[str, Any] = {"use_bdlora": None, "kasa_config": None, "use_qalora": False, "ensure_weight_tying": False}
 _KEYS = {"linear": ("lora_A.weight", "lora_B.weight"), "embedding": ("lora_embedding_A", "lora_embedding_B")}
 
 
@@ -53,7 +54,8 @@ def serving_form(
     for edit in edits:
         a, b = factors[edit.site]
         own = edit.params[0]
-        stem = key_of(spec, edit, own).removesuffix(own.key)
+        # Ends of a tie have factors each.
+        stem = key_of(spec, replace(edit, saved_as=None), own).removesuffix(own.key)
         one, other = _KEYS[program.plan.sites[edit.site].op]
         tensors[stem + one] = F.pad(a, (0, 0, 0, r - a.shape[0]))
         tensors[stem + other] = F.pad(b, (0, r - b.shape[1]))

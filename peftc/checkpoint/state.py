@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,21 @@ def saved_state_dict(
     state |= embedding_state(program, adapter, prefix, save_embedding_layers, by_plain_names(full or {}))
     state = {key: whole(value) for key, value in state.items()}
     state = {key: value * stored[key] if key in stored else value for key, value in state.items()}
+    state |= _transposed(program, adapter, state)
     return filed(program, adapter, state)[1]
+
+
+def _transposed(program: Program, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What files have once more, for ends of ties that follow."""
+    own = program.adapters[adapter]
+    return {
+        own.spec.key_prefix + parameter_name(unwrapped(edit.site), key): state[
+            key_of(own.spec, edit, param)
+        ].T.contiguous()
+        for edit in own.edits
+        for param in edit.params
+        if (key := edit.rule.again.get(param.key)) is not None
+    }
 
 
 def spec_filed(program: Program, adapter: str) -> AdapterSpec:
@@ -237,8 +251,8 @@ def _again(program: Program, adapter: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for edit in (edit for edit in edits if edit.follows is not None and edit.saved_as is not None):
         for param in edit.params:
-            key = key_of(spec, edit, param)
-            found[key_of(spec, replace(edit, saved_as=places[edit.site]), param)] = key
+            again = edit.rule.again.get(param.key, param.key)
+            found[spec.key_prefix + parameter_name(unwrapped(places[edit.site]), again)] = key_of(spec, edit, param)
     return found
 
 

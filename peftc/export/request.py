@@ -65,6 +65,9 @@ def require_possible(program: Program, request: Request) -> None:
         raise ExportError("gguf= and quantized= are for to='gguf', adapters='merged'")
     if program.merged and adapters in ("inside", "inputs"):
         raise ExportError(f"{', '.join(program.merged)} merged: unmerge_adapter() first, or export adapters='merged'")
+    slashed = [name for name in program.adapters if "/" in name]
+    if slashed and adapters in ("inputs", "beside"):
+        raise ExportError(f"{slashed[0]!r}: its file can't have a name with a slash; load it under another name")
     if adapters == "inside":
         _refuse_asking(program)
     if to == "hf" and adapters != "merged":

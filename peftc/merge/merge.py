@@ -167,7 +167,7 @@ def _all_folded(
     error: MergeError | None = None
     for site, edits in groups.items():
         try:
-            found += [] if site in going else _fold(program, site, edits, site in inside, keep)
+            found += _fold(program, site, edits, site in inside, keep) if site not in going else _beside(program, edits)
             tick(site not in inside)
         except MergeError as broken:
             error = error or broken
@@ -180,16 +180,20 @@ def _all_folded(
     return found + _ends(program, going, found)
 
 
+def _beside(program: Program, edits: Sequence[Edit]) -> list[Folded]:
+    """What a copy has beside the weight that it has in common with another."""
+    own = fold_copies(program, edits[-1]) if edits[-1].whole else []
+    return [item for item in own if (item.owner, item.leaf) != (edits[-1].site, "weight")]
+
+
 def _ends(program: Program, going: Mapping[str, str], found: Sequence[Folded]) -> list[Folded]:
     """The weights of sites that change with another one: they get the very tensor that is `found` for that."""
     values = {parameter_name(item.owner, item.leaf): item.value for item in found}
     ends: list[Folded] = []
     for fqn, first in going.items():
-        site, other = program.plan.sites[fqn], program.plan.sites[first]
-        assert isinstance(site, WeightSite), "it has a weight"
-        assert isinstance(other, WeightSite), "and so has that"
-        name = str(other.weight)
-        ends.append(Folded(*owner_of(site), values[name], same=name))
+        name = ties.weight_name(program, first)
+        owner, _, leaf = ties.weight_name(program, fqn).rpartition(".")
+        ends.append(Folded(owner, leaf, values[name], same=name))
     return ends
 
 

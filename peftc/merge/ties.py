@@ -28,7 +28,7 @@ def moving(program: Program, groups: Mapping[str, Sequence[Edit]]) -> dict[str, 
         whose = [edit.adapter for edit in groups.get(first or "", ())]
         if first is not None and all(e.follows == first for e in edits) and [e.adapter for e in edits] == whose:
             found[fqn] = first
-    weights = {fqn: _weight(program, fqn) for fqn in {*found, *found.values()}}
+    weights = {fqn: weight_name(program, fqn) for fqn in {*found, *found.values()}}
     whole = {
         first
         for first in found.values()
@@ -37,10 +37,10 @@ def moving(program: Program, groups: Mapping[str, Sequence[Edit]]) -> dict[str, 
     return {end: first for end, first in found.items() if first in whole}
 
 
-def _weight(program: Program, fqn: str) -> str:
+def weight_name(program: Program, fqn: str) -> str:
+    """The name of the weight of a site; of a module that is saved whole, which follows a tie, its own."""
     site = program.plan.sites[fqn]
-    assert isinstance(site, WeightSite), "what follows a tie has a weight"
-    return str(site.weight)
+    return str(site.weight) if isinstance(site, WeightSite) else parameter_name(fqn, "weight")
 
 
 def _same(program: Program, name: str) -> set[str]:
@@ -52,7 +52,7 @@ def _same(program: Program, name: str) -> set[str]:
 
 def together(program: Program, moved: Mapping[str, str]) -> frozenset[str]:
     """The names of the parameters of sites that change together."""
-    return frozenset(_weight(program, fqn) for pair in moved.items() for fqn in pair)
+    return frozenset(weight_name(program, fqn) for pair in moved.items() for fqn in pair)
 
 
 def partner(program: Program, owner: str, leaf: str) -> str | None:

@@ -1,7 +1,7 @@
 """PEFT's functions on models with adapters: injecting, state dicts, dtypes, quantised bases."""
 
 import os
-import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -14,10 +14,11 @@ from peftc.checkpoint import locate, read_adapter
 from peftc.checkpoint.base import originals
 from peftc.errors import AdapterError
 from peftc.peft.adapted import BaseTunerLayer
-from peftc.peft.configs import PeftConfig
+from peftc.peft.configs import PeftConfig, spec_of
 from peftc.peft.rooted import Rooted, in_base, root_in
-from peftc.peft.roots import attach
+from peftc.peft.roots import attach, take
 from peftc.peft.tuner import cast_adapter_dtype
+from peftc.registry import rules_of
 from peftc.rewrite.sharding import put
 
 __all__ = [
@@ -59,17 +60,41 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """Give `model`, in place, the adapter that a config describes, active and in the dtypes of the weights.
 
-    The model's class stays, its `peft_config` has the configs by adapter. Raises SpecError, NoMatchError, ConflictError,
-    AdapterError for virtual tokens; the model is as it was then.
+    `state_dict`: of an adapter, whose keys say which modules are adapted, in the place of the config; its values are not
+    read. The model's class stays, its `peft_config` has the configs by adapter. Raises SpecError, NoMatchError,
+    ConflictError, AdapterError for virtual tokens; the model is as it was then.
 
     Example: model = inject_adapter_in_model(LoraConfig(target_modules=["linear"]), model)
     """
     if isinstance(peft_config, PeftConfig) and peft_config.is_prompt_learning:
         raise AdapterError(f"{type(peft_config).__name__}: virtual tokens can't be injected; use get_peft_model")
-    root = attach(model, {adapter_name: peft_config}, autocast=False)
+    config = peft_config if state_dict is None else _as_in(state_dict, peft_config, model)
+    root = attach(model, {adapter_name: config}, autocast=False)
+    if config is not peft_config:
+        take(root, adapter_name, peft_config)
     root.activate(adapter_name, inference_mode=bool(getattr(peft_config, "inference_mode", False)))
     root.program.base.__dict__["peft_config"] = root.configs
     return model
+
+
+def _as_in(state_dict: Mapping[str, Tensor], config: Any, model: nn.Module) -> Any:
+    """The spec of `config` for the modules of `model` that keys of `state_dict` have tensors of.
+
+    Raises AdapterError if they have none of its method.
+    """
+    spec = spec_of(config)
+    firsts = {first for rule in rules_of(spec) for first in rule.keys}
+    paths = [key.removeprefix(spec.key_prefix).split(".") for key in state_dict]
+    ends = [next((end for end, part in enumerate(path) if part in firsts), 0) for path in paths]
+    found = dict.fromkeys(".".join(path[:end]) for path, end in zip(paths, ends, strict=True) if end)
+    known = dict(model.named_modules())
+    missing = [name for name in found if name not in known]
+    if len(missing) == len(found):
+        told = f"{missing[0]!r} is no module" if missing else f"no key is of {spec.peft_type}"
+        raise AdapterError(f"state_dict: {told}; leave it out, and the config says what is adapted")
+    if missing:
+        warnings.warn(f"state_dict: {', '.join(missing[:3])}: no such modules; without them", stacklevel=3)
+    return spec.respelled({name: name for name in found if name in known})
 
 
 def delete_adapter(
@@ -148,15 +173,11 @@ def load_peft_weights(
 ) -> dict[str, Tensor]:
     """The checked tensors of an adapter's folder or Hub repository, by their keys.
 
-    `key_mapping`: replacements by regular expression. Raises CheckpointError.
+    `key_mapping`: as in `CompiledModel.load_adapter`. Raises CheckpointError.
     """
     folder = locate(model_id, hf_hub_download_kwargs.pop("subfolder", None), **hf_hub_download_kwargs)
-    state: dict[str, Tensor] = {}
-    for key, value in read_adapter(folder, allow_pickle=True).tensors.items():
-        for pattern, replacement in (key_mapping or {}).items():
-            key = re.sub(pattern, replacement, key)
-        state[key] = value.to(device) if device is not None else value
-    return state
+    tensors = read_adapter(folder, allow_pickle=True, key_mapping=key_mapping).tensors
+    return {key: value if device is None else value.to(device) for key, value in tensors.items()}
 
 
 def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:

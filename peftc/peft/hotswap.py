@@ -74,7 +74,7 @@ def hotswap_adapter(
 ) -> None:
     """Give an adapter the values of one from a folder or a Hub repository. Raises as `hotswap_adapter_from_state_dict`."""
     folder = locate(model_name_or_path, kwargs.pop("subfolder", None), **kwargs)
-    files = read_adapter(folder)
+    files = read_adapter(folder, allow_pickle=True)
     hotswap_adapter_from_state_dict(model, files.tensors, adapter_name, load_spec(folder))
 
 

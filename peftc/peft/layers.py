@@ -1,16 +1,19 @@
 """PEFT's layer classes by method: what an adapted module is an instance of, beside its own class."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import nn
 
+from peftc.errors import AdapterError
 from peftc.graph.sites import Site, WeightSite
 from peftc.peft.adapted import BaseTunerLayer, Computed, by_adapter, edits_of, parts_of, program_of
 from peftc.peft.methods import METHODS
 from peftc.peft.wrappers import ModulesToSaveWrapper, TrainableTokensLayer, TrainableTokensWrapper
 from peftc.plan import Edit
 from peftc.registry import rules
+from peftc.rewrite.build import start_alone
 from peftc.rewrite.scale import set_scale_at
 
 __all__ = [
@@ -47,6 +50,14 @@ class _Scaling(dict[str, float]):
     def __setitem__(self, adapter: str, value: float) -> None:
         super().__setitem__(adapter, value)
         set_scale_at(program_of(self.layer), edits_of(self.layer)[adapter], lambda planned, now: value)
+
+
+# By what `reset_lora_parameters` is told, how factors start; `{}` is for one over the rank.
+_ZEROS = {"lora_B": "zeros", "lora_B_bias": "zeros", "lora_embedding_A": "zeros", "lora_embedding_B": "normal"}
+_STARTS: Mapping[str, Mapping[str, str]] = {
+    "true": {"lora_A": "kaiming_uniform", **_ZEROS},
+    "gaussian": {"lora_A": "normal:{}", **_ZEROS},
+}
 
 
 class LoraLayer(BaseTunerLayer):
@@ -103,6 +114,24 @@ class LoraLayer(BaseTunerLayer):
         """Divide the scalings of active adapters here; without `scale`, they are what their specs say again."""
         for edit in self._active_here():
             set_scale_at(program_of(self), edit, lambda planned, now: planned if scale is None else now / scale)
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
+        """Let an adapter's factors here start again, as `init_lora_weights` says: true or `gaussian`; false: as they are.
+
+        Raises AdapterError (a ValueError) on another start.
+        """
+        edits = edits_of(self)
+        if init_lora_weights is False or adapter_name not in edits:
+            return
+        starts = _STARTS.get(str(init_lora_weights).lower())
+        if starts is None:
+            raise AdapterError(
+                f"reset_lora_parameters: init_lora_weights={init_lora_weights!r}; give True or 'gaussian'"
+            )
+        edit = edits[adapter_name]
+        inits = {**starts, "lora_A": starts["lora_A"].format(1 / cast(int, edit.constants["r"]))}
+        params = [replace(param, init=inits[param.name]) for param in edit.params if param.name in inits]
+        start_alone(program_of(self), edit, params)
 
     def _active_here(self) -> list[Edit]:
         edits = edits_of(self)

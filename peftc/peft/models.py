@@ -10,7 +10,7 @@ from torch import nn
 
 from peftc.checkpoint import Download, LoadResult
 from peftc.compiled import CompiledModel
-from peftc.errors import AdapterError, CheckpointError
+from peftc.errors import AdapterError
 from peftc.graph.finding import module_at
 from peftc.graph.sites import parameter_name
 from peftc.peft.configs import PeftConfig, spec_of
@@ -37,7 +37,7 @@ __all__ = [
 
 _PROMPT = "prompt_encoder"
 # What `from_pretrained` and `load_adapter` pass on; what else scripts give is about the base, or about where adapters go.
-_OPTIONS = {*Download.__annotations__, "proxies", "subfolder", "verify", "strict", "allow_pickle"}
+_OPTIONS = {*Download.__annotations__, "proxies", "subfolder", "verify", "strict", "allow_pickle", "key_mapping"}
 
 
 class PeftModel(Reported):
@@ -123,6 +123,8 @@ class PeftModel(Reported):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         """Attach a new, untrained adapter, inactive. Raises AdapterError if the name is taken, SpecError, NoMatchError."""
+        if adapter_name in self.peft_config:
+            raise AdapterError(f"adapter {adapter_name!r} exists already; choose another name, or delete_adapter first")
         name_base(self.get_base_model(), peft_config)
         attach(self.get_base_model(), {adapter_name: peft_config}, autocast=autocast_adapter_dtype)
 
@@ -201,11 +203,6 @@ class PeftModel(Reported):
         **kwargs: Any,
     ) -> None:
         """Write adapters (default: all): `default` into the folder, others into subfolders; all of it or nothing."""
-        if path_initial_model_for_weight_conversion is not None:
-            raise CheckpointError(
-                "path_initial_model_for_weight_conversion: an adapter that started from the weights is saved with what it"
-                " started from, which needs no other file; leave it out"
-            )
         tell(self.root)
         self.compiled.save_pretrained(
             save_directory,
@@ -213,6 +210,8 @@ class PeftModel(Reported):
             save_embedding_layers=save_embedding_layers,
             is_main_process=is_main_process,
             safe_serialization=safe_serialization,
+            # What it started from is known here, and is taken off in that form.
+            form="peft" if path_initial_model_for_weight_conversion is None else "serving",
             state_dict=None if kwargs.get("state_dict") is None else in_base(self, kwargs["state_dict"]),
         )
 
@@ -279,10 +278,6 @@ def _prompt_learning(config: Any) -> bool:
 
 
 def _load_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    if kwargs.get("key_mapping"):
-        raise CheckpointError(
-            "key_mapping: keys of other versions of transformers are found without it; for others rename them in the file"
-        )
     given = {key: value for key, value in kwargs.items() if key in _OPTIONS}
     # A pickle is read with weights_only=True, as in PEFT.
     return {"allow_pickle": True, "autocast_adapter_dtype": bool(kwargs.get("autocast_adapter_dtype", True)), **given}

@@ -40,6 +40,7 @@ _HOMES = (
     "starts",
     "loftq",
     "learning_rates",
+    "preconditioned",
 )
 # Names that are not those of what serves them.
 _OTHERWISE = {"_get_submodules": "functions.submodules_at", "BasePromptEncoder": "encoders.PromptEmbedding"}

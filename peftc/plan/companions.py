@@ -14,6 +14,7 @@ def with_companions(adapter: str, found: Match, index: SiteIndex) -> list[Match]
 
     What these miss is an error that can't be let pass, under the name of the field that asks for it.
     """
+    found = _with_embedding(adapter, found, index)
     matches, fields = [found], ["target_modules"]
     for name, specs in found.spec.companions().items():
         for spec in specs:
@@ -52,11 +53,11 @@ def _with_ends(adapter: str, found: Match, others: Sequence[Match], index: SiteI
     """
     first = next((site for site in found.sites if site.fqn == index.input_embedding), None)
     rule = find_rule(found.spec, first) if first is not None else None
-    if first is None or rule is None or not rule.replaces_rows:
+    if first is None or rule is None or not (rule.replaces_rows or found.spec.ties_targets):
         return found
     adapted = {site.fqn: other for other in others for site in other.sites}
     saved = [fqn for one in (found, *others) for fqn in one.saved]
-    sites, follows, misses = {site.fqn: site for site in found.sites}, dict[str, str](), list(found.misses)
+    sites, follows, misses = {site.fqn: site for site in found.sites}, dict(found.follows), list(found.misses)
     for weight in first.tied:
         fqn = weight.rpartition(".")[0]
         if fqn == first.fqn:
@@ -70,12 +71,37 @@ def _with_ends(adapter: str, found: Match, others: Sequence[Match], index: SiteI
             misses.append(Miss(adapter, name, first.fqn, told, wrong, wrong and found.beside))
             continue
         site = index.sites.get(fqn)
-        reason = "that is no op of the table" if site is None or site.weight != weight else unfit(found.spec, site)
+        reason = (
+            "that is no op of the table" if site is None or site.weight != weight else unfit(found.spec, site, end=True)
+        )
         if site is None or reason is not None:
-            told = f"is tied to {weight}, which can't have its rows: {reason}"
+            told = f"is tied to {weight}, which can't have its tensors: {reason}"
             misses.append(Miss(adapter, name, first.fqn, told, fatal=found.beside))
             continue
         sites[fqn] = site
         follows[fqn] = first.fqn
     ordered = tuple(sites[fqn] for fqn in (*index.sites, *index.inner) if fqn in sites)
     return replace(found, sites=ordered, follows=follows, misses=tuple(misses))
+
+
+def _with_embedding(adapter: str, found: Match, index: SiteIndex) -> Match:
+    """The match with the input embedding, if one end of its tie is in it and the spec wants that all are; of modules that
+    are saved whole, with all ends.
+    """
+    first = index.sites.get(index.input_embedding or "") if found.spec.ties_targets else None
+    ends = [name.rpartition(".")[0] for name in first.tied] if first is not None else []
+    if first is None or len(ends) < 2:
+        return found
+    if any(fqn in found.saved for fqn in ends):
+        saved = tuple(fqn for fqn in index.modules if fqn in {*found.saved, *ends})
+        sites = tuple(site for site in found.sites if site.fqn not in ends)
+        return replace(found, sites=sites, saved=saved, follows={fqn: first.fqn for fqn in ends if fqn != first.fqn})
+    reason = unfit(found.spec, first)
+    if first in found.sites or not any(site.fqn in ends for site in found.sites):
+        return found
+    if reason is not None:
+        miss = Miss(adapter, "ensure_weight_tying", first.fqn, reason, fatal=True)
+        return replace(found, misses=(*found.misses, miss))
+    sites = tuple(site for site in index.sites.values() if site is first or site in found.sites)
+    others = tuple(site for site in found.sites if site.fqn not in index.sites)
+    return replace(found, sites=(*sites, *others))

@@ -71,7 +71,7 @@ def _site(data: Mapping[str, Any]) -> Site:
 
 def _edit(data: dict[str, Any], adapters: Mapping[str, AdapterSpec], sites: Mapping[str, Site]) -> dict[str, Any]:
     name, version = data["rule"]["name"], data["rule"]["version"]
-    found = find_rules(adapters[data["adapter"]], sites[data["site"]])
+    found = find_rules(adapters[data["adapter"]], sites[data["site"]], data.get("follows") is not None)
     rule = SAVED if name == SAVED.name else next((one for one in found if one.name == name), next(iter(found), None))
     if rule is None or (rule.name, rule.version) != (name, version):
         here = f"is {rule.name!r}, version {rule.version}" if rule is not None else "is none"

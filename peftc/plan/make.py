@@ -67,7 +67,7 @@ def make_plan(
     regions = _captured(model, level, sites, {*others}, index, among, flat)
     access = _access(level, regions, sites, model)
     edits = [edit for name, own in found for edit in _edits(name, own, access, dtype_for)]
-    edits += [_save(name, model, fqn) for name, own in found for fqn in own.saved]
+    edits += [_save(name, model, fqn, own.follows.get(fqn)) for name, own in found for fqn in own.saved]
     trained = tuple(t for name, own in found for t in _trained(name, own, index))
     plan = Plan(
         model=given_class(type(model)).__name__,
@@ -237,38 +237,42 @@ def _access_in_one(source: Source, sites: Mapping[str, WeightSite], model: nn.Mo
 
 
 def _edits(adapter: str, found: Match, access: Mapping[str, Access], dtype_for: Callable[[str], str]) -> list[Edit]:
-    paths, placed = _saved_as(found.sites), _placed(found.spec, found.sites)
+    paths, placed = _saved_as(found.sites), _placed(found)
     edits: list[Edit] = []
     for site in found.sites:
-        rule = _rule_of(found.spec, site)
-        own, dtype = access[site.fqn], dtype_for(site.dtype)
-        edits.append(weight_edit(adapter, found.spec, rule, site, own, dtype, placed[site.fqn], paths.get(site.fqn)))
         first, inside = found.follows.get(site.fqn), found.spec.kept_in
+        rule = _rule_of(found.spec, site, first is not None)
+        own, dtype = access[site.fqn], dtype_for(site.dtype)
+        # What patterns say of the first end counts for all.
+        asked = site if first is None else replace(site, known_as=first)
+        edits.append(weight_edit(adapter, found.spec, rule, asked, own, dtype, placed[site.fqn], paths.get(site.fqn)))
         if inside is not None:
             edits[-1] = replace(edits[-1], saved_as=f"{first or site.fqn}.{inside}")
+        elif rule.again:
+            edits[-1] = replace(edits[-1], saved_as=first)
         if first is not None:
             edits[-1] = replace(edits[-1], follows=first)
     return edits + [claim.edit(adapter) for claim in found.claims]
 
 
-def _rule_of(spec: AdapterSpec, site: WeightSite) -> Rule[Any]:
-    rule = find_rule(spec, site)
+def _rule_of(spec: AdapterSpec, site: WeightSite, end: bool) -> Rule[Any]:
+    rule = find_rule(spec, site, end)
     if rule is None:
         raise RuleError(f"{site.fqn}: no rule of {spec.peft_type} serves {site.op}")
     return rule
 
 
-def _placed(spec: AdapterSpec, sites: Sequence[WeightSite]) -> dict[str, Placed]:
+def _placed(found: Match) -> dict[str, Placed]:
     """By site, what it has in common with others of its rule, and what depends on them."""
-    groups: dict[Rule[Any], list[WeightSite]] = {}
-    for site in sites:
-        groups.setdefault(_rule_of(spec, site), []).append(site)
-    found: dict[str, Placed] = {}
+    spec, groups = found.spec, dict[Rule[Any], list[WeightSite]]()
+    for site in found.sites:
+        groups.setdefault(_rule_of(spec, site, site.fqn in found.follows), []).append(site)
+    placed: dict[str, Placed] = {}
     for rule, own in groups.items():
         shared, each = rule.shared(spec, own), rule.placed(spec, own) or [Placed()] * len(own)
         for site, one in zip(own, each, strict=True):
-            found[site.fqn] = Placed({**shared, **one.shared}, one.constants)
-    return found
+            placed[site.fqn] = Placed({**shared, **one.shared}, one.constants)
+    return placed
 
 
 def _saved_as(sites: Sequence[WeightSite]) -> dict[str, str]:
@@ -287,8 +291,10 @@ def _saved_as(sites: Sequence[WeightSite]) -> dict[str, str]:
     return paths
 
 
-def _save(adapter: str, model: nn.Module, fqn: str) -> Edit:
-    """modules_to_save: a copy of every parameter of module `fqn`, trained, and of every persistent buffer."""
+def _save(adapter: str, model: nn.Module, fqn: str, first: str | None) -> Edit:
+    """modules_to_save: a copy of every parameter of module `fqn`, trained, and of every persistent buffer; its weight is
+    that of the copy of `first`, if there is one.
+    """
     module = model.get_submodule(fqn)
     if isinstance(module, nn.ModuleList | nn.ModuleDict) and type(module).forward is nn.Module.forward:
         inner = [f"{fqn}.{name}" for name in module._modules]
@@ -308,7 +314,7 @@ def _save(adapter: str, model: nn.Module, fqn: str) -> Edit:
         for name, t in tensors.items()
         if name in persistent
     )
-    return Edit(fqn, adapter, SAVED, ("module",), params, {}, {})
+    return Edit(fqn, adapter, SAVED, ("module",), params, {}, {}, follows=first)
 
 
 def _trained(adapter: str, found: Match, index: SiteIndex) -> list[TrainedTensor]:

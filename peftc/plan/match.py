@@ -55,7 +55,7 @@ def match(adapter: str, spec: AdapterSpec, index: SiteIndex, flow: Dataflow | No
     refused: list[Miss] = []
     unique: dict[str, WeightSite] = {}  # An attention, and one of its parameters by name, may both be given.
     chosen = [("target_modules", name, site) for name in names for site in _expanded(spec, index.sites[name], index)]
-    chosen += [("target_parameters", name, index.inner[name]) for name in _parameters(adapter, spec, index, misses)]
+    chosen += _parameters(adapter, spec, index, misses)
     for field, name, site in chosen:
         reason = unfit(spec, site)
         if reason is None:
@@ -268,17 +268,25 @@ def _expanded(spec: AdapterSpec, site: WeightSite, index: SiteIndex) -> list[Wei
     return [index.inner[fqn] for fqn in index.hosted[site.fqn]]
 
 
-def _parameters(adapter: str, spec: AdapterSpec, index: SiteIndex, misses: list[Miss]) -> list[str]:
-    """The parameters that `target_parameters` names (a name matches an fqn's end, as in PEFT), in module order."""
+def _parameters(
+    adapter: str, spec: AdapterSpec, index: SiteIndex, misses: list[Miss]
+) -> list[tuple[str, str, WeightSite]]:
+    """The sites of the parameters that `target_parameters` names (a name matches an fqn's end, as in PEFT), in module
+    order; the weight of a linear is that linear, which is adapted alike.
+    """
     wanted = spec.target_parameters or () if isinstance(spec, ParameterSelection) else ()
+    if not wanted:
+        return []
+    linears = [site for site in index.sites.values() if site.op == "linear" and site.layout == "out_in"]
+    known = {**{site.weight: site for site in linears if site.weight is not None}, **index.inner}
     found: set[str] = set()
     for name in wanted:
         hits = {fqn: shape for fqn, shape, _ in index.parameters if fqn == name or fqn.endswith(f".{name}")}
-        fit = [fqn for fqn in hits if fqn in index.inner]
+        fit = [fqn for fqn in hits if fqn in known]
         found.update(fit)
         if not fit:
             misses.append(Miss(adapter, "target_parameters", name, _no_parameter(name, hits, index)))
-    return [fqn for fqn in index.inner if fqn in found]
+    return [("target_parameters", fqn, site) for fqn, site in known.items() if fqn in found]
 
 
 def _no_parameter(name: str, hits: Mapping[str, tuple[int, ...]], index: SiteIndex) -> str:
@@ -296,11 +304,11 @@ def _near(name: str, fqns: Iterable[str], what: str = "module") -> str:
     return describe_nearest(nearest(name, counts), counts, what)
 
 
-def unfit(spec: AdapterSpec, site: WeightSite) -> str | None:
-    """The reason why `site` can't be adapted."""
+def unfit(spec: AdapterSpec, site: WeightSite, end: bool = False) -> str | None:
+    """The reason why `site` can't be adapted; `end`: as the end of a tie."""
     if site.refusal is not None:
         return f"can't be adapted: {site.refusal}"
-    rule = find_rule(spec, site)
+    rule = find_rule(spec, site, end)
     if rule is None:
         return f"is {site.op}; {spec.peft_type} adapts {', '.join(ops_of(spec))}"
     reason = rule.refusal(spec, site)

@@ -36,6 +36,8 @@ _LOG = logging.getLogger(__name__)
 # What adapters start from, by adapter and site.
 Starts = Mapping[str, Mapping[str, Any]]
 _NOTHING: Starts = {}
+# What adapters may be called: words with single spaces or slashes between them.
+_NAME = re.compile(r"[^\s./\\\x00-\x1f]+([ /][^\s./\\\x00-\x1f]+)*")
 
 
 @contextmanager
@@ -56,10 +58,11 @@ def check_names(model: nn.Module, plan: Plan, adapters: Collection[str]) -> None
     """
     taken = {*dir(nn.ModuleDict()), *dir(nn.ParameterDict()), BASE}
     for name in adapters:
-        if not isinstance(cast(Any, name), str) or not re.fullmatch(r"[A-Za-z0-9_\-]+", name) or name in taken:
+        if not isinstance(cast(Any, name), str) or not _NAME.fullmatch(name) or name in taken:
             raise AdapterError(
-                f"adapter name {name!r}: it becomes part of parameter names; use letters, digits, '_' and '-'"
-                f" (and no method name of nn.ModuleDict, nor {BASE!r}, which rows of a mixed batch say for no adapter)"
+                f"adapter name {name!r}: it becomes part of parameter names, and of paths; leave out dots, backslashes, and"
+                f" spaces or slashes at its ends (nor can it be a method name of nn.ModuleDict, or {BASE!r}, which rows of"
+                " a mixed batch say for no adapter)"
             )
     require_placed(model, plan, adapters)
     owners = {fqn: site.owner for fqn, site in plan.sites.items()}
@@ -157,6 +160,7 @@ def extend(
         for edit in plan.edits:
             if edit.adapter == name:
                 _attach(program, adapter, edit, starts.get(name, {}) if fresh else None, shared, places)
+    _tie_copies(program, adapters)
     for region in regions:
         _install(program, region)
     watch_steps(program)
@@ -179,7 +183,7 @@ def _attach(
     `shared` are the keys of tensors that the adapter's sites have in common and that are there.
     """
     site = program.plan.sites[edit.site]
-    first = site if edit.follows is None else program.plan.sites[edit.follows]
+    first = site if edit.follows is None or edit.whole else program.plan.sites[edit.follows]
     holder, weight = program.modules[first.holder], _weight(program, site)
     part = attach(edit, site, holder, _common(program, edit.adapter), adapter.spec, weight, places)
     adapter.parts[edit.site, edit.rule.name] = part
@@ -192,6 +196,14 @@ def _attach(
         own = [param for param in edit.params if param.key not in shared]
         _start(program, edit, own, places.mesh, starts.get(edit.site))
     shared |= {param.key for param in edit.params if param.shared}
+
+
+def _tie_copies(program: Program, adapters: Collection[str]) -> None:
+    """Let copies of modules that follow others have the weight of these."""
+    for parts in (program.adapters[name].parts for name in adapters):
+        for part in [part for part in parts.values() if part.edit.whole and part.edit.follows is not None]:
+            first = parts[str(part.edit.follows), part.edit.rule.name]
+            part.module._parameters["weight"] = first.module._parameters["weight"]
 
 
 def _common(program: Program, adapter: str) -> nn.Module:

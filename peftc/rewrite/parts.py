@@ -232,6 +232,7 @@ def _attach_tensor(
         top = holders._modules.get(adapter)
         if top is None:
             top = holders._modules[adapter] = _blank(Holder)
+            top._parameters["bias"] = None  # As a linear without one has it.
         module, (*inner, rest) = top, rest.split(".")
         for name in inner:
             module = _child(module, name, Holder)
@@ -241,7 +242,7 @@ def _attach_tensor(
         top = module = vectors
         rest = adapter
         part.owners[param.key] = (vectors, adapter)
-    if rest not in module._parameters:
+    if module._parameters.get(rest) is None:
         parameter = nn.Parameter(_allocated(part, param, device, layout), requires_grad=False)
         if dot:
             module._parameters[rest] = parameter

@@ -186,6 +186,11 @@ class AdapterSpec(BaseModel):
         """Whether it is an error if an end of a tie can't follow another one (see `Rule.replaces_rows`)."""
         return False
 
+    @property
+    def ties_targets(self) -> bool:
+        """Whether the input embedding is adapted, or saved whole, in one with what is tied to it, if either is."""
+        return False
+
     def respelled(self, names: Mapping[str, str]) -> Self:
         """The spec for a model that calls the adapted modules otherwise: `names` has the new names by the old ones."""
         update: dict[str, Any] = {"target_modules": tuple(names.values()), "exclude_modules": None}

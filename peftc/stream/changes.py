@@ -149,9 +149,9 @@ def _with_changes(work: Work) -> Work:
     going, targets = ties.moving(program, groups), list[tuple[str, str]]()
     moved = ties.together(program, going)
     for fqn, edits in groups.items():
-        if fqn in going and str(weight_site(work, edits[0]).weight) not in work.names.direct:
-            continue  # It has no tensor of its own in the files.
         folds = _copies(work, edits[-1]) if edits[-1].whole else _folds(work, edits, changes)
+        if fqn in going and (weight := ties.weight_name(program, fqn)) not in work.names.direct:
+            folds = [change for change in folds if change.parameter != weight]  # It has none of its own in the files.
         changes |= {change.parameter: change for change in folds}
         targets += [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in (c.parameter for c in folds)]
     if not work.options.untie:

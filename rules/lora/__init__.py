@@ -9,11 +9,12 @@ from .linear import LoraConv, LoraEmbedding, LoraLinear
 from .loftq import LoftqLinear
 from .parameter import LoraParameter
 from .qalora import QaloraLinear
+from .tied import LoraTied
 
 __all__ = ["RULES", "LoraConfig"]
 
 RULES = (
-    *(LoraLinear(), LoraEmbedding(), LoraConv(), LoraParameter()),
+    *(LoraLinear(), LoraEmbedding(), LoraConv(), LoraParameter(), LoraTied()),
     *(DoraLinear(), DoraEmbedding(), DoraConv()),
     *(LoftqLinear(), AloraLinear(), QaloraLinear(), BdLoraLinear(), KasaLinear()),
 )

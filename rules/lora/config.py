@@ -51,7 +51,8 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     `target_parameters` names parameters (`experts.gate_up_proj`) that no linear holds: matrices, or one for each expert in
     three dimensions. They, and the weights of an nn.MultiheadAttention in `target_modules`, are adapted as weights.
     `trainable_token_indices` are tokens whose embeddings are trained beside that: of the input embedding, or by the name of
-    a module (`{"embed_tokens": [32000]}`); with `ensure_weight_tying` other tokens at another end of a tie are an error.
+    a module (`{"embed_tokens": [32000]}`). `ensure_weight_tying`: if the input embedding, or what is tied to it, is adapted
+    or saved whole, all ends of the tie are, with the very same tensors; and other tokens at another end are an error.
 
     Example: LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], lora_dropout=0.05)
     """

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field
 
 from peftc.specs import AdapterSpec
 from peftc.specs.base import plain
@@ -58,20 +58,16 @@ class TokensBeside(AdapterSpec):
     """A spec of another method whose adapters can train rows of tokens too.
 
     `trainable_token_indices`: tokens of the input embedding, or by the name of a module (`{"embed_tokens": [1, 2]}`).
-    `ensure_weight_tying`: other tokens for another end of a tie are an error.
+    `ensure_weight_tying`: other tokens for another end of a tie are an error, and targets and saved modules that are ends
+    of the input embedding's tie have the very same tensors at all of them.
     """
 
     trainable_token_indices: Tokens | dict[str, Tokens] | None = None
     ensure_weight_tying: bool = False
 
-    @model_validator(mode="after")
-    def _check_tying(self) -> Self:
-        if self.ensure_weight_tying and self.trainable_token_indices is None:
-            raise ValueError(
-                "ensure_weight_tying=True is implemented for trainable_token_indices alone: adapters and saved modules at"
-                " the ends of a tie stay apart; leave it at False"
-            )
-        return self
+    @property
+    def ties_targets(self) -> bool:
+        return self.ensure_weight_tying
 
     def renamed(self, rename: Callable[[str], str]) -> Self:
         asked = self.trainable_token_indices

@@ -524,7 +524,7 @@ class TestStructure:
         with pytest.raises(peftc.AdapterError, match="has a child 'lora_A' already"):
             peftc.compile(compiled.base, lora("linear"))
 
-    @pytest.mark.parametrize("name", ["a.b", "", "keys", "with space"])
+    @pytest.mark.parametrize("name", ["a.b", "", "keys", " a", "a ", "a  b", "/a", "a//b", "a\\b", "../b"])
     def test_adapter_names_that_cannot_be_part_of_a_name(self, name: str) -> None:
         with pytest.raises(peftc.AdapterError, match="adapter name"):
             peftc.compile(Everything(), lora("linear"), name)

@@ -50,8 +50,11 @@ class TestArguments:
         loaded.unmerge_adapter()
         y = loaded(IDS).logits
         torch.testing.assert_close(loaded.merge_and_unload(progressbar=True, safe_merge=True)(IDS).logits, y)
-        with pytest.raises(peftc.CheckpointError, match="safe_serialization=False"):
-            compiled.save_pretrained(tmp_path, safe_serialization=False)
+        with pytest.raises(peftc.AdapterError, match=r"got a LlamaForCausalLM; peftc\.compile"):
+            peftc.get_peft_model_state_dict(llama())  # type: ignore[arg-type]
+        for wrong, told in ((None, "NoneType"), ({"a": 3}, "int"), ({3: torch.zeros(1)}, "Tensor")):
+            with pytest.raises(peftc.CheckpointError, match=f"expected tensors by name, got a {told}"):
+                peftc.set_peft_model_state_dict(compiled, wrong)  # type: ignore[arg-type]
 
     def test_several_adapters_are_deleted_at_once_or_none(self) -> None:
         compiled = peftc.compile(llama(), {name: lora("q_proj") for name in "abc"})

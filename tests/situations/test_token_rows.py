@@ -161,7 +161,6 @@ def test_what_can_not_be_is_refused(fields: dict[str, Any], told: str) -> None:
     [
         ({"trainable_token_indices": [1, 1]}, "token 1 is named twice"),
         ({"trainable_token_indices": [-1]}, "greater than or equal to 0"),
-        ({"ensure_weight_tying": True}, "implemented for trainable_token_indices alone"),
     ],
 )
 def test_specs_that_make_no_sense(fields: dict[str, Any], told: str) -> None:

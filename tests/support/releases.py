@@ -124,7 +124,6 @@ EARLY: dict[str, tuple[str, dict[str, Any]]] = {
 REFUSED: dict[str, Any] = {
     "megatron_config": {"hidden_size": 32},
     "arrow_config": {"top_k": 2},
-    "ensure_weight_tying": True,
     "velora_config": {"num_groups": 2},
     "monteclora_config": {"num_samples": 2},
     "init_lora_weights": "loftq",
