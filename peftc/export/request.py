@@ -53,6 +53,9 @@ def require_possible(program: Program, request: Request) -> None:
             f"to={to!r}, adapters={adapters!r}: valid are {', '.join(get_args(Target))};"
             f" {', '.join(get_args(Adapters))}"
         )
+    given: Any = request.inputs
+    if given is not None and not (isinstance(given, Mapping) and all(isinstance(name, str) for name in given)):
+        raise ExportError(f"inputs: got a {type(given).__name__}; give tensors by name, as {{'input_ids': ids}}")
     if to == "gguf" and adapters == "merged":
         _require_base(request)
     elif (adapters == "beside") != (DEFAULT[to] == "beside"):

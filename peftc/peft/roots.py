@@ -184,6 +184,7 @@ def attach(
 
     `calibration`: what they start from, if that is data; else what preprocess_… has kept.
     """
+    _require_kinds(model, configs)
     specs = {name: with_experts(model, spec_of(config)) for name, config in configs.items()}
     for name, spec in specs.items():
         calibration = _found(model, spec) if calibration is None else replace(calibration, given=spec, spec=spec)
@@ -218,6 +219,14 @@ def attach(
         _let_drop(root, name)
     adopt(root)
     return root
+
+
+def _require_kinds(model: Any, configs: Mapping[str, Any]) -> None:
+    """Raise TypeError on what is no module, and on dicts, of which PeftModels can't say later what they are."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a module to adapt, got a {type(model).__name__}")
+    if any(isinstance(config, Mapping) for config in configs.values()):
+        raise TypeError("expected a PeftConfig, got a dict: get_peft_config makes one of it")
 
 
 def _found(model: nn.Module, spec: Any) -> Calibration | None:

@@ -27,10 +27,11 @@ class LayerSelection(AdapterSpec):
     layers_to_transform: LayerIndices | None = None
     layers_pattern: OneOrMoreNames | None = None
 
-    @field_validator("layers_pattern", mode="before")
+    @field_validator("layers_to_transform", "layers_pattern", mode="before")
     @classmethod
     def _none_if_empty(cls, value: Any) -> Any:
-        return None if value == "" else value  # As files have it where no pattern is meant.
+        # As files have it where all layers, or no pattern, are meant.
+        return None if isinstance(value, str | list | tuple) and not value else value
 
     @model_validator(mode="after")
     def _check_layers(self) -> Self:

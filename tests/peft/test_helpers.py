@@ -42,6 +42,24 @@ def test_factors_start_again(lib: Any, start: Any) -> None:
         layer.reset_lora_parameters("default", "pissa")
 
 
+def test_what_is_no_model_or_no_config_is_refused_before_anything_is_adapted() -> None:
+    model, config = base(), {"peft_type": "LORA", "target_modules": ["q_proj"]}
+    made = peftc.peft.get_peft_config(config)
+    for adapt in (
+        lambda: peftc.peft.get_peft_model(model, config),
+        lambda: peftc.peft.inject_adapter_in_model(config, model),
+        lambda: peftc.peft.LoraModel(model, {"default": config}, "default"),
+    ):
+        with pytest.raises(TypeError, match="got a dict: get_peft_config makes one of it"):
+            adapt()
+        assert not [name for name, _ in model.named_parameters() if "lora_" in name]
+    with pytest.raises(TypeError, match="expected a module to adapt, got a dict"):
+        peftc.peft.get_peft_model({}, made)
+    adapter = peftc.peft.get_peft_model(model, made)  # The advice.
+    with pytest.raises(peftc.AdapterError, match="'default' exists already"):
+        adapter.add_adapter("default", made)
+
+
 @BOTH
 def test_factors_look_like_linears(lib: Any) -> None:
     plain, biased = (adapted(lib, lora_bias=biased) for biased in (False, True))
@@ -119,6 +137,8 @@ def test_a_name_with_a_slash_is_no_name_of_a_file(tmp_path: Path) -> None:
     with pytest.raises(peftc.ExportError, match="can't have a name with a slash; load it under another name"):
         compiled.export(tmp_path / "out", to="mlx")
     assert not (tmp_path / "out").exists()
+    with pytest.raises(peftc.ExportError, match="inputs: got a list; give tensors by name"):
+        compiled.export(tmp_path / "out", to="pt2", inputs=[IDS])  # type: ignore[arg-type]
     compiled.save_pretrained(tmp_path)
     again = peftc.load(base(), tmp_path / "user/adapter", "adapter")
     again.export(tmp_path / "out", to="mlx")

@@ -163,6 +163,13 @@ def test_specs_are_frozen() -> None:
         peftc.LoraConfig().r = 3  # pyright: ignore
 
 
+def test_no_layers_to_transform_are_all() -> None:
+    for empty in ([], ()):
+        assert peftc.LoraConfig(target_modules=["q"], layers_to_transform=empty).layers_to_transform is None
+    with pytest.raises(peftc.SpecError, match="layers_pattern needs layers_to_transform"):
+        peftc.LoraConfig(target_modules=["q"], layers_to_transform=[], layers_pattern="h")
+
+
 def test_an_empty_layers_pattern_is_none() -> None:
     spec = peftc.LoraConfig(target_modules=["q"], layers_pattern="")
     assert spec == peftc.LoraConfig(target_modules=["q"])
