@@ -5,7 +5,8 @@
     python tools/lower_bounds.py tests/specs      # other tests than those that run by default
 
 What tests ask of transformers by name may be younger than its oldest version (a family, a fingerprint of its code, what a
-layer of it is called): such a failure is no fault. Any other is: mend it, or raise the bound. CONTRIBUTING.md has what the
+layer of it is called), and what help and recordings look like is typer's and rich's: such a failure is no fault. Any other
+is: mend it, or raise the bound. CONTRIBUTING.md has what the
 last run gave. On Linux the oldest torch is a build for CUDA of some 3 GB, and needs all of it to be imported.
 """
 
@@ -20,7 +21,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 LINTERS = ("build", "import-linter", "pyright", "ruff", "setuptools")
-TESTS = ["tests/specs", "tests/plan", "tests/merge", "tests/checkpoint", "tests/cli", "tests/laws"]
+# What asks torch and transformers most; not what compares with other packages, nor with what generated files say.
+TESTS = [
+    *("tests/specs", "tests/graph", "tests/plan", "tests/rewrite", "tests/merge", "tests/checkpoint", "tests/stream"),
+    *("tests/methods", "tests/laws", "tests/export", "tests/cli"),
+]
 
 
 def oldest(keep: list[str]) -> list[str]:
@@ -35,9 +40,9 @@ def oldest(keep: list[str]) -> list[str]:
 
 
 def tools() -> list[str]:
-    """What tests need beside, in any version: the extra for them without the linters."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return [line for line in project["optional-dependencies"]["test"] if re.split("[>=]", line)[0] not in LINTERS]
+    """What tests need beside, in any version: the extras for them and for the examples, without the linters."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    return [line for line in (*extras["test"], *extras["demo"]) if re.split("[>=]", line)[0] not in LINTERS]
 
 
 def main() -> None:
