@@ -212,6 +212,10 @@ def page(figures: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
+# Of the plot: the losses that are marked, and where a name may be beside its point, the best place first.
+LOSSES = (0.15, 0.2, 0.3, 0.5, 0.7, 1)
+PLACES = ((5, 0, "left"), (-5, 0, "right"), (0, 8, "center"), (0, -8, "center"), (6, 8, "left"), (-6, -8, "right"))
+
 TEXT = """# All methods on one small task
 
 `python benchmarks/methods.py` makes this page. SmolLM2-135M-Instruct learns the demo's schema (a shop's message becomes
@@ -285,16 +289,40 @@ def plot(figures: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     ):
         xs, ys = ([points[name][key] for name in group] for key in ("parameters", "loss"))
         axes.scatter(xs, ys, s=22, color=colour, label=label, zorder=3)
-    for number, (name, one) in enumerate(sorted(points.items(), key=lambda item: item[1]["loss"])):
-        side = {"xytext": (5, -2)} if number % 2 else {"xytext": (-5, -2), "ha": "right"}
-        axes.annotate(name, (one["parameters"], one["loss"]), **side, textcoords="offset points", fontsize=7.5)
     axes.set(
         xscale="log", yscale="log", xlabel="trained parameters", ylabel=f"loss of held-out answers after {STEPS} steps"
     )
+    axes.minorticks_off()
+    axes.set_yticks(LOSSES, [f"{loss:g}" for loss in LOSSES])
     axes.grid(alpha=0.3)
+    name_points(axes, {name: (one["parameters"], one["loss"]) for name, one in points.items()})
     axes.legend(loc="center right", frameon=False)
     figure.tight_layout()
     figure.savefig(file)
+
+
+def name_points(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
+    """Names beside their points, each where it covers the least of the points and of the names before it."""
+    from matplotlib.transforms import Bbox
+
+    axes.figure.canvas.draw()
+    dots = [axes.transData.transform(point) for point in points.values()]
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in dots]
+    for name, point in sorted(points.items(), key=lambda item: item[1][1]):
+        tried: list[tuple[float, Any]] = []
+        for x, y, side in PLACES:
+            text = axes.annotate(
+                name, point, xytext=(x, y), ha=side, va="center", textcoords="offset points", fontsize=7.5
+            )
+            box = text.get_window_extent()
+            covered = [both for other in taken if (both := Bbox.intersection(box, other)) is not None]
+            tried.append((sum(both.width * both.height for both in covered), text))
+        least = min(covered for covered, _ in tried)
+        chosen = next(text for covered, text in tried if covered == least)
+        for _, text in tried:
+            if text is not chosen:
+                text.remove()
+        taken.append(chosen.get_window_extent())
 
 
 def known() -> dict[str, dict[str, Any]]:
