@@ -308,7 +308,7 @@ def name_points(axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
     axes.figure.canvas.draw()
     dots = [axes.transData.transform(point) for point in points.values()]
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in dots]
-    for name, point in sorted(points.items(), key=lambda item: item[1][1]):
+    for name, point in sorted(points.items(), key=lambda item: item[1][1], reverse=True):
         tried: list[tuple[float, Any]] = []
         for x, y, side in PLACES:
             text = axes.annotate(
