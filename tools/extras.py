@@ -45,7 +45,8 @@ def environment(folder: Path, extra: str, wheel: Path) -> Path:
     (site,) = folder.glob("lib/python*/site-packages")
     there, without = {path.name for path in site.iterdir()}, brought(extra)
     for path in (path for place in sys.path if place.endswith("site-packages") for path in Path(place).iterdir()):
-        if path.name not in there | without and "peftc" not in path.name:
+        # Not what leads to other places either.
+        if path.name not in there | without and "peftc" not in path.name and path.suffix != ".pth":
             there.add(path.name)
             (site / path.name).symlink_to(path)
     python = folder / "bin" / "python"
@@ -59,8 +60,10 @@ def followed(extra: str, wheel: Path, folder: Path) -> str:
     command = [python, "-c", BEFORE + CALLS[extra]]
     first = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     told = re.search(rf"pip install 'peftc\[{extra}\]'", first.stderr)
-    if first.returncode == 0 or told is None:
-        return f"names no extra: {(first.stderr.strip() or 'it worked without').splitlines()[-1]}"
+    if first.returncode == 0:
+        return "works without it"
+    if told is None:
+        return f"is not named: {first.stderr.strip().splitlines()[-1]}"
     subprocess.run([python, "-m", "pip", "install", "--quiet", f"{wheel}[{extra}]"], check=True)
     second = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     return "works" if second.returncode == 0 else f"fails: {second.stderr.strip().splitlines()[-1]}"

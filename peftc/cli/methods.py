@@ -46,7 +46,8 @@ def _show(found: Mapping[str, Any]) -> None:
 
     groups: dict[tuple[Any, ...], list[str]] = {}
     for site in found["sites"]:
-        sizes = f"{site['in_features']} → {site['out_features']}" if site["in_features"] else str(site["out_features"])
+        plain = site["op"] == "norm" or not site["in_features"]
+        sizes = str(site["out_features"]) if plain else f"{site['in_features']} → {site['out_features']}"
         key = (unnumbered(site["name"]), site["op"], sizes, site["role"])
         groups.setdefault(key, []).append(site["name"])
     typer.echo(f"{found['model']} ({found['model_type'] or 'of no known type'}): {len(found['sites'])} sites")
@@ -58,7 +59,7 @@ def _show(found: Mapping[str, Any]) -> None:
         for method, fields in found["defaults"].items()
     ]
     print_table(("method", "default targets"), told)
-    typer.echo("\nTo the others, name the modules (--targets of peftc plan; all-linear for all linear ones).")
+    typer.echo("\nFor the other methods, name the modules (--targets of peftc plan; all-linear for all linear ones).")
 
 
 def _named(field: str) -> str:

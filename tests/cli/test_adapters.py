@@ -357,4 +357,4 @@ def test_what_a_model_offers_is_a_table() -> None:
         json.dumps({**config, "model_type": "olmo", "architectures": ["OlmoForCausalLM"]})
     )
     assert "IA3 " not in peftc("rules", "model").out
-    assert lines[-1].startswith("To the others, name the modules")
+    assert lines[-1].startswith("For the other methods, name the modules")
