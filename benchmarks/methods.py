@@ -236,6 +236,9 @@ def page(figures: Mapping[str, Mapping[str, Any]]) -> str:
     )
 
 
+# The losses that the plot marks.
+LOSSES = (0.15, 0.2, 0.3, 0.5, 0.7, 1)
+
 TEXT = """# All methods on one small task
 
 `python benchmarks/methods.py` makes this page. SmolLM2-135M-Instruct learns the demo's schema (a shop's message becomes
@@ -314,10 +317,12 @@ def plot(figures: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     axes.set(
         xscale="log", yscale="log", xlabel="trained parameters", ylabel=f"loss of held-out answers after {STEPS} steps"
     )
+    axes.minorticks_off()
+    axes.set_yticks(LOSSES, [f"{loss:g}" for loss in LOSSES])
+    axes.grid(alpha=0.3)
     axes.margins(x=0.1)
     names = [axes.text(one["parameters"], one["loss"], name, fontsize=7.5) for name, one in points.items()]
     adjust_text(names, ax=axes, arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.5})
-    axes.grid(alpha=0.3)
     axes.legend(loc="center right", frameon=False)
     figure.tight_layout()
     figure.savefig(file)

@@ -3,7 +3,7 @@
     python benchmarks/targets.py [family …] > table.md      (all of them: three quarters of an hour)
 
 Every cell is run: a program is called with other sizes than it was captured with, an artefact is read back by its runtime.
-It holds the largest difference to the live model over the largest output, or the cause of the failure.
+It holds the largest difference to the live model over the largest output, or the number of the cause of the failure.
 """
 
 import logging
@@ -57,12 +57,12 @@ def difference(one: Any, other: Any) -> str:
     return "0" if largest == 0 else f"{largest / scale:.0e}"
 
 
-def attempt(run: Callable[[], str]) -> str:
-    """What `run` gives, or the first words of what it raises."""
+def attempt(run: Callable[[], str], causes: dict[str, int]) -> str:
+    """What `run` gives, or a dash with the number of what it raises, which `causes` gets."""
     try:
         return run()
     except peftc.PeftcError as error:
-        return " ".join(str(error).replace("|", "/").split())[:90] + " …"
+        return f"– ({causes.setdefault(' '.join(str(error).split()), len(causes) + 1)})"
 
 
 def captured(kind: str, method: str, passes: Any = ()) -> tuple[str, int, int]:
@@ -94,31 +94,38 @@ def exported(kind: str, to: Any, adapters: Any, method: str = "LoRA") -> str:
     return f"{made.difference / max(made.scale, 1e-30):.0e}"
 
 
-def row(kind: str) -> list[str]:
+def row(kind: str, causes: dict[str, int]) -> list[str]:
     """The cells of one family."""
-    cells = [kind]
-    try:
-        found, bare, adapted = captured(kind, "LoRA")
-        cells += [f"{bare} → {adapted}", found]
-    except peftc.PeftcError as error:
-        cells += ["", str(error)[:90]]
-    cells += [attempt(lambda name=name: captured(kind, name)[0]) for name in ("DoRA", "IA3", "prefix")]
+    counts: list[int] = []
+
+    def lora() -> str:
+        found, *nodes = captured(kind, "LoRA")
+        counts.extend(nodes)
+        return found
+
+    found = attempt(lora, causes)
+    cells = [kind, " → ".join(map(str, counts)), found]
+    cells += [attempt(lambda name=name: captured(kind, name)[0], causes) for name in ("DoRA", "IA3", "prefix")]
     for to in ("pt2", "onnx"):
-        cells += [attempt(lambda to=to, how=how: exported(kind, to, how)) for how in ("merged", "inside", "inputs")]
+        cells += [
+            attempt(lambda to=to, how=how: exported(kind, to, how), causes) for how in ("merged", "inside", "inputs")
+        ]
     return cells
 
 
-def other_methods(kind: str) -> list[str]:
+def other_methods(kind: str, causes: dict[str, int]) -> list[str]:
     """The cells of one family in the second table."""
     cells = [(to, how, method) for to in ("pt2", "onnx") for method, how in FORMS]
-    return [kind, *(attempt(lambda cell=cell: exported(kind, *cell)) for cell in cells)]
+    return [kind, *(attempt(lambda cell=cell: exported(kind, *cell), causes) for cell in cells)]
 
 
-def table(heads: list[str], row: Callable[[str], list[str]], kinds: Iterable[str]) -> None:
-    """Print a table, each row when it is there."""
+def table(heads: list[str], row: Callable[[str, dict[str, int]], list[str]], kinds: Iterable[str]) -> None:
+    """Print a table, each row when it is there, and the causes of failures under it."""
+    causes: dict[str, int] = {}
     print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}", flush=True)
     for kind in kinds:
-        print(f"| {' | '.join(row(kind))} |", flush=True)
+        print(f"| {' | '.join(row(kind, causes))} |", flush=True)
+    print("\n".join(["", *(f"{number}. {cause}" for cause, number in causes.items())]))
 
 
 def main(kinds: list[str]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Unpack
 
+import torch
 from torch import Tensor
 
 from peftc import lifecycle
@@ -86,6 +87,7 @@ class CompiledFiles(CompiledPrompts):
         state_dict: Mapping[str, Tensor] | None = None,
         form: Form = "peft",
         bake: bool = False,
+        dtype: torch.dtype | None = None,
         safe_serialization: bool = True,
     ) -> None:
         """Write adapters (default: all) as PEFT does: `default` into the folder, others into subfolders of their name.
@@ -94,6 +96,7 @@ class CompiledFiles(CompiledPrompts):
         that are adapted as embed_tokens or lm_head, that the adapter brought, or whose vocabulary was resized.
         `is_main_process=False` writes nothing. `state_dict`: the whole model's, gathered from shards, to take tensors from.
         `bake`: at the scale that `set_scale` gave; else files are of scale 1, and a warning says so.
+        `dtype`: of floating-point numbers in the files, by default as they are here.
         `form="serving"`: LoRA as vLLM and llama.cpp take it: one rank, scaling 1, no patterns; equal outputs.
         `form="per_expert"`: LoRA on fused experts as a linear for each, as transformers 4 has them. Both at the set scale.
         `safe_serialization=False`: a pickle (`adapter_model.bin`) of the tensors alone, without hashes of them.
@@ -101,7 +104,7 @@ class CompiledFiles(CompiledPrompts):
         Raises CheckpointError (with the bytes needed, if the folder can't be written), AdapterError on an unknown name.
         """
         names = self._chosen(selected_adapters)
-        options = SaveOptions(bake, save_embedding_layers, form, state_dict, pickled=not safe_serialization)
+        options = SaveOptions(bake, save_embedding_layers, form, state_dict, not safe_serialization, dtype)
         if is_main_process:
             save_adapters(Path(save_directory), self.program, names, options)
         else:

@@ -5,8 +5,9 @@
     python tools/lower_bounds.py tests/specs      # other tests than those that run by default
 
 What tests ask of transformers by name may be younger than its oldest version (a family, a fingerprint of its code, what a
-layer of it is called): such a failure is no fault. Any other is: mend it, or raise the bound. CONTRIBUTING.md has what the
-last run gave. On Linux the oldest torch is a build for CUDA of some 3 GB, and needs all of it to be imported.
+layer of it is called), and what help and recordings look like is typer's and rich's: such a failure is no fault. Any other
+is: mend it, or raise the bound. CONTRIBUTING.md has what the last run gave. On Linux the oldest torch is a build for CUDA
+of some 3 GB, and needs all of it to be imported.
 """
 
 import argparse

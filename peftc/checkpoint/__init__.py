@@ -4,7 +4,7 @@ from peftc.checkpoint.base import require_base
 from peftc.checkpoint.card import update_card
 from peftc.checkpoint.embeddings import SaveEmbeddings
 from peftc.checkpoint.files import AdapterFiles
-from peftc.checkpoint.hub import Download, locate, push
+from peftc.checkpoint.hub import Download, locate, model_config, push
 from peftc.checkpoint.keys import LoadResult
 from peftc.checkpoint.load import read_adapter
 from peftc.checkpoint.save import SaveOptions, config_of, gather, save_adapters
@@ -24,6 +24,7 @@ __all__ = [
     "gather",
     "load_state",
     "locate",
+    "model_config",
     "push",
     "read_adapter",
     "require_base",

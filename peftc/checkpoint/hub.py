@@ -12,6 +12,7 @@ from peftc.errors import CheckpointError, PeftcError
 from peftc.specs.io import CONFIG_NAME
 
 _NAMES = (CONFIG_NAME, WEIGHTS_NAME, BIN_NAME, ENCODER_NAME)
+_MODEL_CONFIG = "config.json"
 
 
 class Download(TypedDict, total=False):
@@ -40,7 +41,7 @@ def locate(source: str | os.PathLike[str], subfolder: str | None = None, **downl
     if folder.is_file():
         raise CheckpointError(f"{source}: is a file; give the folder of the adapter that it is in")
     if not folder.is_dir():
-        folder = _downloaded(str(source), "/".join(parts), download)
+        folder = _downloaded(str(source), _NAMES, "/".join(parts), **download)
     found = folder.joinpath(*parts)
     if not found.is_dir() or (folder != Path(source) and not (found / CONFIG_NAME).exists()):
         place = f"no subfolder {subfolder!r} with an" if subfolder else "no"
@@ -49,6 +50,21 @@ def locate(source: str | os.PathLike[str], subfolder: str | None = None, **downl
         raise CheckpointError(f"{source}: has a config, but no {WEIGHTS_NAME}")
     _require_one(found)
     return found
+
+
+def model_config(source: str | os.PathLike[str]) -> Path:
+    """The `config.json` of a model: a file, that of a folder, or of a repository of the Hub, whose weights are not fetched.
+
+    Raises CheckpointError if there is none.
+    """
+    path = Path(source)
+    found = path if path.exists() else _downloaded(str(source), (_MODEL_CONFIG,), "")
+    file = found / _MODEL_CONFIG if found.is_dir() else found
+    if not file.is_file():
+        raise CheckpointError(
+            f"{source}: has no {_MODEL_CONFIG}. Give a model's folder, its config, or a repository of the Hub"
+        )
+    return file
 
 
 def _require_one(folder: Path) -> None:
@@ -63,7 +79,8 @@ def _require_one(folder: Path) -> None:
         )
 
 
-def _downloaded(source: str, subfolder: str, download: Download) -> Path:
+def _downloaded(source: str, names: Sequence[str], subfolder: str, **download: Unpack[Download]) -> Path:
+    """Files of these names out of a repository of the Hub. Raises CheckpointError."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -72,7 +89,7 @@ def _downloaded(source: str, subfolder: str, download: Download) -> Path:
         RevisionNotFoundError,
     )
 
-    patterns = [f"{subfolder}/{name}" if subfolder else name for name in _NAMES]
+    patterns = [f"{subfolder}/{name}" if subfolder else name for name in names]
     options: Any = {**download, "revision": download.get("revision") or None}
     try:
         return Path(snapshot_download(source, allow_patterns=patterns, **options))

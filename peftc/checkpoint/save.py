@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from torch import Tensor
 
 from peftc.checkpoint.atomic import replace_files
@@ -42,6 +43,7 @@ class SaveOptions:
     form: Form = "peft"
     state_dict: Mapping[str, Tensor] | None = None
     pickled: bool = False
+    dtype: torch.dtype | None = None
 
 
 def save_adapters(folder: Path, program: Program, adapters: Sequence[str], options: SaveOptions) -> None:
@@ -85,18 +87,30 @@ def _files(program: Program, adapter: str, options: SaveOptions) -> tuple[dict[s
     """The adapter's config, and its files; whoever shares the model takes part."""
     reshard(program.base)
     config = config_of(program, adapter, options.bake)
+    written, encoder, full = config, dict[str, Tensor](), None
     if options.form == "serving":
-        other, tensors = serving_form(program, adapter, config)
-        return config, adapter_files(other, tensors, {}, fingerprint_of(program, adapter))
-    if options.form == "per_expert":
-        other, tensors = per_expert_form(program, adapter, config, options.save_embedding_layers)
-        return config, adapter_files(other, tensors, {}, fingerprint_of(program, adapter))
-    edit = prompt_edit(program, adapter)
-    encoder = encoder_state(program, edit) if edit is not None else {}
-    encoder = {key: whole(value) for key, value in encoder.items()}
-    tensors = saved_state_dict(program, adapter, options.save_embedding_layers, options.state_dict)
-    full = None if options.state_dict is None else by_plain_names(options.state_dict)
-    return config, adapter_files(config, tensors, encoder, fingerprint_of(program, adapter, full))
+        written, tensors = serving_form(program, adapter, config)
+    elif options.form == "per_expert":
+        written, tensors = per_expert_form(program, adapter, config, options.save_embedding_layers)
+    else:
+        edit = prompt_edit(program, adapter)
+        state = encoder_state(program, edit) if edit is not None else {}
+        encoder = {key: whole(value) for key, value in state.items()}
+        tensors = saved_state_dict(program, adapter, options.save_embedding_layers, options.state_dict)
+        full = None if options.state_dict is None else by_plain_names(options.state_dict)
+    tensors, encoder = (_in_dtype(own, options.dtype, adapter) for own in (tensors, encoder))
+    return config, adapter_files(written, tensors, encoder, fingerprint_of(program, adapter, full))
+
+
+def _in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype | None, adapter: str) -> Mapping[str, Tensor]:
+    """Floating-point tensors in a dtype. Raises CheckpointError for numbers that it can't hold."""
+    if dtype is None:
+        return tensors
+    cast = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
+    lost = [key for key, tensor in cast.items() if not (tensor.isfinite() | ~tensors[key].isfinite()).all()]
+    if lost:
+        raise CheckpointError(f"{adapter!r}: {lost[0]} has numbers that {dtype} can't hold; take torch.bfloat16")
+    return cast
 
 
 def gather(program: Program, adapters: Sequence[str], options: SaveOptions) -> None:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from peftc.choices import Form
+from peftc.choices import Dtype, Form
 from peftc.cli.arguments import Adapter, AsJson, AsPage, ModelClass, ModelFolder, NewFolder, Verifying
-from peftc.cli.output import NO, print_json, print_table, require_new, write_page
+from peftc.cli.output import NO, print_json, print_table, require_new, tell_written, write_page
 
 if TYPE_CHECKING:
     from peftc.cli.inspection import Inspected
@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def inspect(
     adapter: Adapter,
     base: Annotated[
-        Path | None, typer.Option(help="Its model's folder or config.json, where files don't tell.")
+        Path | None,
+        typer.Option(help="Its model's folder, whose weights are compared with those it was saved with; or a config."),
     ] = None,
     model_class: ModelClass = None,
     as_json: AsJson = False,
@@ -26,14 +27,17 @@ def inspect(
     """What an adapter's files hold, whether they are whole, and how much they change at each site.
 
     norm: the Frobenius norm of the change; effective rank: the exponential of the entropy of its singular values
-    (Roy & Vetterli 2007). Both for methods whose change is a product. Exit code 1 if the files are damaged. --html has the
-    norms as a heat map over layers and modules, and the singular values of the change that one chooses there.
+    (Roy & Vetterli 2007). Both for methods whose change is a product. Exit code 1 if the files are damaged, 3 if --base has
+    other weights than those they were saved with. --html has the norms as a heat map over layers and modules, and the
+    singular values of the change that one chooses there.
     """
     from peftc.checkpoint import locate
     from peftc.cli.inspection import inspected
     from peftc.cli.models import structure
 
-    found = inspected(locate(adapter), None if base is None else structure(base, model_class))
+    model = None if base is None else structure(base, model_class)
+    weights = None if base is None or not any(base.glob("*.safetensors")) else base
+    found = inspected(locate(adapter), model, weights)
     if as_json:
         print_json(asdict(found))
     found = _in_order(found)
@@ -43,6 +47,8 @@ def inspect(
         write_page(html, _page(found))
     if found.damage is not None:
         raise typer.Exit(1)
+    if found.misfit is not None:
+        raise typer.Exit(NO)
 
 
 def preflight(
@@ -67,20 +73,27 @@ def convert(
     out: NewFolder,
     base: ModelFolder,
     form: Annotated[Form, typer.Option(help="The form of the files.")] = "serving",
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the numbers; default: as they are.")] = None,
     verify: Verifying = "all",
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="Read adapter_model.bin, its tensors alone, if need be.")
     ] = False,
     model_class: ModelClass = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Write an adapter in another form, with equal outputs: one rank and scaling 1, as servers take it, say."""
+    """Write an adapter in another form, with equal outputs: one rank and scaling 1, as servers take it, say.
+
+    In another dtype outputs are equal to its rounding.
+    """
+    import torch
+
     from peftc import api
     from peftc.cli.models import with_weights
 
     require_new(out)
     compiled = api.load(with_weights(base, model_class), adapter, verify=verify, allow_pickle=allow_pickle)
-    compiled.save_pretrained(out, form=form)
-    typer.echo(f"written to {out}")
+    compiled.save_pretrained(out, form=form, dtype=None if dtype is None else getattr(torch, dtype))
+    tell_written(out, "written to", as_json, adapter=adapter, form=form)
 
 
 def combine(
@@ -96,6 +109,7 @@ def combine(
     majority: Annotated[Literal["total", "frequency"], typer.Option(help="How ties elect a sign.")] = "total",
     verify: Verifying = "all",
     model_class: ModelClass = None,
+    as_json: AsJson = False,
 ) -> None:
     """Write the weighted sum of adapters as one adapter."""
     from peftc import api
@@ -111,7 +125,7 @@ def combine(
         names, numbers, "default", how, svd_rank=rank, density=density, majority_sign_method=majority
     )
     compiled.save_pretrained(out, selected_adapters=["default"])
-    typer.echo(f"written to {out}")
+    tell_written(out, "written to", as_json, adapters=adapters, weights=numbers)
 
 
 def _numbers(text: str, count: int) -> list[float]:
@@ -137,6 +151,8 @@ def _show(found: "Inspected") -> None:
 
     typer.echo(f"{found.folder}: {found.method}, {found.parameters:,} parameters, {found.bytes:,} bytes")
     typer.echo(f"base       {found.base or 'not said'}")
+    if found.fit is not None:
+        typer.echo(f"weights    {found.misfit or found.fit}")
     typer.echo(f"integrity  {found.damage or found.integrity}")
     columns = list(dict.fromkeys(name for site in found.sites for name in site.columns))
     rows = [
@@ -160,6 +176,7 @@ def _page(found: "Inspected") -> str:
         ("base", found.base or "not said"),
         ("integrity", found.integrity),
     ]
+    facts += [] if found.fit is None else [("weights", found.fit)]
     changes = [
         Change(
             name=site.name,
@@ -170,5 +187,6 @@ def _page(found: "Inspected") -> str:
         )
         for site in found.sites
     ]
+    wrong = {"damaged": found.damage, "another base": found.misfit}
     others = [f"{name} {shape(sizes)}" for name, sizes in found.others.items()]
-    return adapter_page(found.folder, facts, found.damage, changes, others)
+    return adapter_page(found.folder, facts, wrong, changes, others)

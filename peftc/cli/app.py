@@ -17,8 +17,8 @@ from peftc.errors import PeftcError
 _ABOUT = """Plan, inspect, merge, convert and export adapters (PEFT's files).
 
 Exit codes: 0 it is done; 1 an error, told on stderr, with nothing changed; 2 the command line itself is wrong;
-3 the answer is no: a plan with misses or conflicts, or a runtime asked for that does not take the adapter;
-130 interrupted (Ctrl-C): nothing is half done.
+3 the answer is no: a plan with misses or conflicts, a runtime asked for that does not take the adapter, a base that is
+not the adapter's; 130 interrupted (Ctrl-C): nothing is half done.
 """
 INTERRUPTED = 130
 _RESUMES = "interrupted: nothing is half done. The same command goes on where it was; to give up, delete the new folder"

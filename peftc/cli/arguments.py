@@ -8,7 +8,10 @@ import typer
 from peftc.choices import Verify
 
 Model = Annotated[
-    Path, typer.Argument(metavar="MODEL", help="A model's folder or its config.json; no weights are needed.")
+    str,
+    typer.Argument(
+        metavar="MODEL", help="A model's folder, its config.json, or a repository of the Hub; no weights are needed."
+    ),
 ]
 Base = Annotated[Path, typer.Argument(metavar="BASE", help="The folder of a transformers model.")]
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="An adapter's folder, or a repository of the Hub.")]

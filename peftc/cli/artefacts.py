@@ -49,16 +49,31 @@ def export(
 
 def verify(
     folders: Annotated[
-        list[Path], typer.Argument(metavar="FOLDERS", help="An export; or a base, an adapter and what was merged.")
+        list[Path],
+        typer.Argument(metavar="FOLDERS", help="An export; an adapter; or a base, an adapter and what was merged."),
     ],
     tolerance: Annotated[float, typer.Option(help="Of the largest value.")] = 1e-4,
     untie: Annotated[bool, typer.Option("--untie", help="The merge cut ties.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Check an export again, or a checkpoint that anybody has merged."""
+    """Check an export again, a checkpoint that anybody has merged, or whether an adapter's files are what was saved."""
     from peftc.export import verify
+    from peftc.specs.io import CONFIG_NAME
 
+    if len(folders) == 1 and (folders[0] / CONFIG_NAME).is_file():
+        _tell_files(folders[0], as_json)
+        return
     _told(verify(*folders, tolerance=tolerance, untie=untie), as_json)
+
+
+def _tell_files(folder: Path, as_json: bool) -> None:
+    from peftc.cli.inspection import WHOLE, require_whole
+
+    require_whole(folder)
+    if as_json:
+        print_json({"adapter": str(folder), "integrity": WHOLE})
+    else:
+        typer.echo(f"{folder}: {WHOLE}")
 
 
 def _told(certificate: "Certificate", as_json: bool) -> None:

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from peftc.cli.arguments import Adapter, ModelClass, NewFolder, Verifying
+from peftc.cli.arguments import Adapter, AsJson, ModelClass, NewFolder, Verifying
+from peftc.cli.output import tell_written
 
 
 def merge(
@@ -16,6 +17,7 @@ def merge(
     untie: Annotated[bool, typer.Option("--untie", help="Cut ties of weights that are adapted.")] = False,
     verify: Verifying = "all",
     model_class: ModelClass = None,
+    as_json: AsJson = False,
 ) -> None:
     """Merge ADAPTER into the checkpoint BASE, without the model in memory.
 
@@ -26,12 +28,13 @@ def merge(
 
     model = None if model_class is None else structure(base, model_class)
     merge_checkpoint(base, adapter, out, undo=undo, untie=untie, verify=verify, model=model)
-    typer.echo(f"merged into {out}")
+    tell_written(out, "merged into", as_json, base=str(base), adapter=adapter, undo=undo)
 
 
 def unmerge(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="What `merge --undo` wrote.")],
     out: NewFolder,
+    as_json: AsJson = False,
 ) -> None:
     """The base that FOLDER was merged from, byte for byte.
 
@@ -40,4 +43,4 @@ def unmerge(
     from peftc.stream import unmerge_checkpoint
 
     unmerge_checkpoint(folder, out)
-    typer.echo(f"the base is in {out}")
+    tell_written(out, "the base is in", as_json, merged=str(folder))

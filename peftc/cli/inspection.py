@@ -11,17 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from peftc.api import plan
-from peftc.checkpoint.files import open_folder
+from peftc.checkpoint.files import WEIGHTS_NAME, AdapterFiles, open_folder, read_folder
 from peftc.checkpoint.lazy import FileTensors
 from peftc.checkpoint.manifest import manifest_of
-from peftc.errors import CheckpointError
+from peftc.checkpoint.tensor_file import read_header
+from peftc.errors import CheckpointError, PeftcError
 from peftc.graph.ops import shapes as module_ops
 from peftc.graph.rows import POINTWISE
 from peftc.graph.sites import Site, WeightSite
 from peftc.registry import find_rule, ops_of, rules_of
 from peftc.rule import Bound, Param, Rule, Shapes
 from peftc.specs import AdapterSpec
+from peftc.stream.bases import compare_base
 
+WHOLE = "config and tensors are what was saved"
 # How many dimensions the kernel of an op's weight has, where it has one.
 _KERNELS = {op: dims for dims, op in enumerate(POINTWISE, 1)}
 
@@ -44,7 +47,10 @@ class InspectedSite:
 
 @dataclass(frozen=True)
 class Inspected:
-    """An adapter's files. `damage`: what is wrong with them. `others`: tensors that are at no site of the method."""
+    """An adapter's files. `damage`: what is wrong with them. `fit`: what comparing the base's weights with those that it
+    was saved with has given, and `misfit` why they are not the same model; None where nothing was compared. `others`:
+    tensors that are at no site of the method.
+    """
 
     folder: str
     method: str
@@ -52,6 +58,8 @@ class Inspected:
     task: str | None
     integrity: str
     damage: str | None
+    fit: str | None
+    misfit: str | None
     parameters: int
     bytes: int
     sites: tuple[InspectedSite, ...]
@@ -68,13 +76,16 @@ class _Fit:
     constants: Mapping[str, Any]
 
 
-def inspected(folder: Path, base: nn.Module | None) -> Inspected:
-    """What the adapter in `folder` is. `base`: its model, on any device, which tells what shapes leave open.
+def inspected(folder: Path, base: nn.Module | None, weights: Path | None) -> Inspected:
+    """What the adapter in `folder` is. `base`: its model, on any device, which tells what shapes leave open; `weights`: the
+    folder of its checkpoint, of which a few values are compared.
 
     Raises SpecError, CheckpointError if there is none that can be read at all.
     """
-    spec, file, integrity, damage = _opened(folder)
+    files, file, integrity, damage = _opened(folder)
+    spec = files.spec
     try:
+        fit, misfit = (None, None) if weights is None or damage is not None else _fit_of(weights, files, file, base)
         known = {} if base is None else plan(base, spec).sites
         groups, others = _by_site(spec, {key: entry.shape for key, entry in file.header.entries.items()})
         sites = tuple(_site(spec, name, keys, file, known.get(name)) for name, keys in groups.items())
@@ -86,6 +97,8 @@ def inspected(folder: Path, base: nn.Module | None) -> Inspected:
             task=spec.task_type,
             integrity=integrity,
             damage=damage,
+            fit=fit,
+            misfit=misfit,
             parameters=sum(prod(entry.shape) for entry in entries),
             bytes=sum(entry.nbytes for entry in entries),
             sites=sites,
@@ -95,11 +108,22 @@ def inspected(folder: Path, base: nn.Module | None) -> Inspected:
         file.close()
 
 
-def _opened(folder: Path) -> tuple[AdapterSpec, FileTensors, str, str | None]:
-    """The spec, the open file, what its manifest says, and what is wrong."""
+def require_whole(folder: Path) -> None:
+    """Raise CheckpointError if the files of an adapter are not what was saved, or don't say what that was."""
+    read_folder(folder, config=None, verify="files", allow_pickle=False, encoder=True)
+    file = folder / WEIGHTS_NAME
+    if manifest_of(read_header(file).metadata, file) is None:
+        raise CheckpointError(
+            f"{folder}: has no manifest to compare with (PEFT writes none). peftc convert {folder} NEW --base MODEL"
+            " --form peft writes the same with one"
+        )
+
+
+def _opened(folder: Path) -> tuple[AdapterFiles, FileTensors, str, str | None]:
+    """The files, the one with tensors open, what its manifest says, and what is wrong."""
     damage = None
     try:
-        files, file = open_folder(folder, "files")
+        files, file = open_folder(folder, "all")
     except CheckpointError as error:
         files, file = open_folder(folder, "nothing")  # What can't be read even so is an error.
         damage = str(error)
@@ -108,8 +132,21 @@ def _opened(folder: Path) -> tuple[AdapterSpec, FileTensors, str, str | None]:
     except BaseException:
         file.close()
         raise
-    integrity = "config and tensors are what was saved" if has else "not known: there is no manifest (PEFT writes none)"
-    return files.spec, file, "damaged" if damage is not None else integrity, damage
+    integrity = WHOLE if has else "not known: there is no manifest (PEFT writes none)"
+    return files, file, "damaged" if damage is not None else integrity, damage
+
+
+def _fit_of(
+    weights: Path, files: AdapterFiles, file: FileTensors, base: nn.Module | None
+) -> tuple[str | None, str | None]:
+    """What there is to say of a base's weights, and why they are not those of the adapter's base."""
+    if files.base is None:
+        return "not known: the files have no fingerprint of their base (PEFT writes none)", None
+    try:
+        caution = compare_base(weights, files, file, base)
+    except PeftcError as error:
+        return "another model", str(error)
+    return caution or "the weights it was saved with, as far as they were sampled", None
 
 
 def _by_site(spec: AdapterSpec, shapes: Shapes) -> tuple[dict[str, dict[str, str]], Shapes]:

@@ -6,29 +6,30 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from peftc.checkpoint import model_config
 from peftc.errors import CheckpointError
 from peftc.progress import wanted
 
 
-def structure(path: Path, name: str | None = None) -> nn.Module:
-    """The transformers model that a `config.json`, or the one in a folder, describes, on the meta device.
+def structure(source: str | Path, name: str | None = None) -> nn.Module:
+    """The transformers model that a config describes, on the meta device; `source` as in `model_config`.
 
     `name`: its class, if not the one that the config names. Raises CheckpointError.
     """
-    cls, config = _described(path, name)
+    cls, config = _described(model_config(source), name)
     try:
         with torch.device("meta"):
             # As from_pretrained, in the dtype that the config says.
             return cast(nn.Module, cls._from_config(config)).eval()
     except Exception as error:  # Whatever the values of the config make the class raise.
-        raise CheckpointError(f"{path}: the config does not make a {cls.__name__}: {error}") from None
+        raise CheckpointError(f"{source}: the config does not make a {cls.__name__}: {error}") from None
 
 
 def with_weights(folder: Path, name: str | None = None) -> Any:
     """The transformers model in a folder, on the CPU, in eval(). Raises CheckpointError."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: is no folder; give one with a model's config.json and weights")
-    cls, config = _described(folder, name)
+    cls, config = _described(model_config(folder), name)
     try:
         return cls.from_pretrained(folder, config=config, dtype="auto", local_files_only=True).eval()
     except (OSError, ValueError, RuntimeError) as error:
@@ -47,15 +48,12 @@ def tokenizer_in(folder: Path) -> Any | None:
         raise CheckpointError(f"{folder}: its tokenizer can't be loaded: {error}") from None
 
 
-def _described(path: Path, name: str | None) -> tuple[Any, Any]:
-    """The class and the config."""
+def _described(file: Path, name: str | None) -> tuple[Any, Any]:
+    """The class and the config of the config in a file."""
     import transformers
 
     if not wanted():
         transformers.utils.logging.disable_progress_bar()
-    file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file. Give a model's folder, or its config.json")
     try:
         config: Any = transformers.AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # Whatever the file's contents make the config's class raise.

@@ -36,6 +36,15 @@ def require_new(folder: Path) -> None:
         raise PeftcError(f"{folder}: there is something in it already; give a new or an empty folder")
 
 
+def tell_written(folder: Path, said: str, as_json: bool, **facts: Any) -> None:
+    """Say that `folder` is written: in words, or as JSON with `facts` and the files in it."""
+    if as_json:
+        files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+        print_json({"out": str(folder), **facts, "files": files})
+    else:
+        typer.echo(f"{said} {folder}")
+
+
 def write_page(file: Path, page: str) -> None:
     """Write a page, and say so beside what is printed. Raises PeftcError if it can't be written."""
     try:

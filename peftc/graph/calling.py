@@ -86,7 +86,15 @@ class Signature:
                 )
         caches = [_begun(one, given.get(one.name), values, sizes) for one in self.caches]
         begun = {one.name: cache for one, cache in zip(self.caches, caches, strict=True)}
-        return [*values, *guarded(caches, self.guards, {**given, **begun})]
+        advice = self._positions(begun)
+        return [*values, *guarded(caches, self.guards, {**given, **begun}, advice)]
+
+    def _positions(self, caches: Mapping[str, Any]) -> str:
+        """What to do if the model works out positions from caches, and these are empty."""
+        empty = [name for name, cache in caches.items() if cache.get_seq_length() == 0]
+        if not empty or "position_ids" in self.names or "position_ids" not in self.defaults:
+            return ""
+        return f" ({empty[0]} is empty, and where positions begin follows from it: name position_ids among the inputs, too)"
 
     def _names(self, given: Mapping[str, Any]) -> str:
         missing = [name for name in self.names if name not in given]
@@ -119,14 +127,14 @@ class Signature:
         return call
 
 
-def guarded(value: Any, guards: Sequence[str], given: Mapping[str, Any]) -> Any:
-    """`value`, if the guards are true of the inputs `given`, by name. Raises CaptureError."""
+def guarded(value: Any, guards: Sequence[str], given: Mapping[str, Any], advice: str = "") -> Any:
+    """`value`, if the guards are true of the inputs `given`, by name. Raises CaptureError, with `advice`."""
     if guards:
         given = {name: _apart(one) for name, one in given.items()}
     broken = next((code for code in guards if not holds(code, given)), None)
     if broken is not None:
         raise CaptureError(
-            f"the program was captured for inputs of which {broken}; capture again with inputs like these, or use"
+            f"the program was captured for inputs of which {broken}; capture again with inputs like these{advice}, or use"
             " capture='modules'"
         )
     return value

@@ -4,6 +4,7 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -13,13 +14,12 @@ from torch import Tensor, nn
 
 from peftc import lifecycle
 from peftc.checkpoint import AdapterFiles
-from peftc.checkpoint.base import places, require_base, sample_from
+from peftc.checkpoint.base import require_base
 from peftc.checkpoint.files import open_folder
 from peftc.checkpoint.keys import require_fit
 from peftc.checkpoint.lazy import FileTensors, outline
 from peftc.checkpoint.spelling import respelled_spec
 from peftc.checkpoint.state import fit_of, report, require_values
-from peftc.checkpoint.tensor_file import DTYPES
 from peftc.errors import CheckpointError
 from peftc.graph.finding import parameter_at
 from peftc.graph.sites import dtype_of, parameter_name
@@ -33,6 +33,7 @@ from peftc.rewrite.build import build
 from peftc.rewrite.program import Program
 from peftc.rewrite.switch import activate
 from peftc.rule import Bound, Combination, Part
+from peftc.stream.bases import sampler
 from peftc.stream.sharded import Checkpoint
 from peftc.stream.skeleton import resize_vocabulary, skeleton
 from peftc.stream.values import following, loaded
@@ -95,18 +96,7 @@ def _require_base(work: Work, source: Source) -> None:
     if source.files.base is None:
         return
 
-    def sample(parameter: str, _: Tensor) -> str | None:
-        stored = stored_name(work, parameter)
-        if stored is None:
-            return None
-        entry, file = work.checkpoint.entry(stored), file_of(work, stored)
-        dtype = DTYPES.get(entry.dtype, torch.uint8)
-        if not dtype.is_floating_point or dtype.itemsize < 2:
-            return None
-        starts = (entry.start + dtype.itemsize * int(place) for place in places(entry.shape))
-        content = b"".join(bytes(file.read(start, start + dtype.itemsize)) for start in starts)
-        return sample_from(torch.frombuffer(bytearray(content), dtype=dtype), entry.shape)
-
+    sample = sampler(work.checkpoint, work.shards, partial(stored_name, work))
     caution = require_base(work.program, source.files.base, sample)
     if caution is not None:
         warnings.warn(f"{source.files.where}: {caution}", stacklevel=5)

@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -13,7 +13,6 @@ from torch import nn
 from peftc.checkpoint import Download, Verify, locate
 from peftc.checkpoint.atomic import explained, settle
 from peftc.checkpoint.files import WEIGHTS_NAME
-from peftc.checkpoint.lazy import FileTensors
 from peftc.errors import CheckpointError
 from peftc.merge.undo_log import require_zstandard
 from peftc.specs.io import CONFIG_NAME
@@ -21,7 +20,7 @@ from peftc.stream.changes import thought_through
 from peftc.stream.job import Job, do, is_new, require_done
 from peftc.stream.layout import base_outputs, changed_files, copied, log_name, merged_outputs
 from peftc.stream.log import Log, places_in
-from peftc.stream.sharded import UNDO, Checkpoint, inside, open_checkpoint
+from peftc.stream.sharded import UNDO, Checkpoint, inside, open_checkpoint, opened_shards
 from peftc.stream.undo import before, original, read_told, require_base, undo_files
 from peftc.stream.work import Options, Work
 from peftc.stream.write import Output
@@ -73,7 +72,7 @@ def merge_checkpoint(
         stamped = inputs()
         if not is_new(out):
             return require_done(out, stamped)
-        with _shards(checkpoint) as shards:
+        with opened_shards(checkpoint) as shards:
             work = thought_through(checkpoint, shards, folders, model, options)
             do(Job(f"merge into {out.name}", out, stamped, inputs, *_contents(work, folders), record), progress)
 
@@ -122,7 +121,7 @@ def unmerge_checkpoint(
             return require_base(out, told)
         stamped = inputs()
         files = {name: original(folder, name, digest) for name, digest in told.files.items()}
-        with _shards(merged) as shards, _log(merged) as log:
+        with opened_shards(merged) as shards, _log(merged) as log:
             weights = None if told.weights is None else tuple(told.weights)
             options = Options(weights, told.untie, "files", True, frozenset(told.brought), told.tile)
             work = thought_through(base, shards, adapters, model, options)
@@ -162,15 +161,6 @@ def _stamps(checkpoint: Checkpoint, folders: Sequence[Path], more: Sequence[Path
     paths += more
     stats = {str(path.resolve()): path.stat() for path in paths if path.exists()}
     return {path: [stat.st_size, stat.st_mtime_ns] for path, stat in stats.items()}
-
-
-@contextlib.contextmanager
-def _shards(checkpoint: Checkpoint) -> Generator[Mapping[str, FileTensors]]:
-    with contextlib.ExitStack() as stack:
-        opened = {name: FileTensors(inside(checkpoint.folder, name)) for name in checkpoint.shards}
-        for file in opened.values():
-            stack.callback(file.close)
-        yield opened
 
 
 @contextlib.contextmanager

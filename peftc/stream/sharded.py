@@ -1,11 +1,13 @@
 """A model's checkpoint as it lies in a folder: shards, their headers, and everything else to take along."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+from peftc.checkpoint.lazy import FileTensors
 from peftc.checkpoint.tensor_file import Entry, Header, read_header, read_json
 from peftc.errors import CheckpointError
 from peftc.specs.io import CONFIG_NAME
@@ -56,6 +58,16 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         if tensor not in shards[name].entries:
             raise CheckpointError(f"{folder / str(index)}: says that {tensor} is in {name}, which does not have it")
     return Checkpoint(folder, folder, shards, names, index, tuple(_others(folder)))
+
+
+@contextmanager
+def opened_shards(checkpoint: Checkpoint) -> Generator[Mapping[str, FileTensors]]:
+    """The open files of a checkpoint's shards by name."""
+    with ExitStack() as stack:
+        opened = {name: FileTensors(inside(checkpoint.folder, name)) for name in checkpoint.shards}
+        for file in opened.values():
+            stack.callback(file.close)
+        yield opened
 
 
 def _shard_names(folder: Path) -> tuple[str | None, dict[str, str]]:

@@ -1,6 +1,6 @@
 """A merge of adapters into a checkpoint: what is known of it, and where its tensors lie."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -87,10 +87,15 @@ def file_of(work: Work, stored: str) -> FileTensors:
 
 def stored_name(work: Work, parameter: str) -> str | None:
     """The tensor in the files that is `parameter`, by itself or by another name of the same; None if there is no one."""
-    direct = work.names.direct
+    return stored_as(work.names, work.program.plan.ties, parameter)
+
+
+def stored_as(names: Names, ties: Sequence[Sequence[str]], parameter: str) -> str | None:
+    """The same of a model that is tied like this."""
+    direct = names.direct
     if parameter in direct:
         return direct[parameter]
-    group = next((group for group in work.program.plan.ties if parameter in group), ())
+    group = next((group for group in ties if parameter in group), ())
     return next((direct[name] for name in group if name in direct), None)
 
 

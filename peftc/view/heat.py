@@ -43,10 +43,14 @@ class Heat:
 
 
 def adapter_page(
-    title: str, facts: Sequence[tuple[str, str]], damage: str | None, changes: Sequence[Change], others: Iterable[str]
+    title: str,
+    facts: Sequence[tuple[str, str]],
+    wrong: Mapping[str, str | None],
+    changes: Sequence[Change],
+    others: Iterable[str],
 ) -> str:
-    """A page of the adapter `title`. `facts`: lines of its head; `damage`: what is wrong with it, if something is;
-    `others`: what else its files hold.
+    """A page of the adapter `title`. `facts`: lines of its head; `wrong`: what is wrong with it, if something is, by a word
+    for that; `others`: what else its files hold.
     """
     told = [(change, change.norm) for change in changes if change.norm is not None and isfinite(change.norm)]
     norms = [norm for _, norm in told]
@@ -59,7 +63,7 @@ def adapter_page(
         plans=(),
         title=title,
         facts=facts,
-        damage=damage,
+        wrong={label: told for label, told in wrong.items() if told is not None},
         changes=changes,
         others=[*others],
         maps=_maps(told, max(norms, default=0.0)),

@@ -13,9 +13,9 @@ from peftc.edits import Edit, Planned
 from peftc.view.groups import groups, stem
 from peftc.view.tree import of_edit
 from peftc.view.words import (
+    added,
     column,
     columns,
-    dtypes,
     flops,
     flops_unit,
     in_bytes,
@@ -101,7 +101,7 @@ def _sections(plan: Planned) -> list[tuple[str, list[str]]]:
         f"weights {in_bytes(costs.weight_bytes)} · gradients {in_bytes(costs.gradient_bytes)}"
         f" · Adam states {in_bytes(costs.adam_bytes)}"
     )
-    trainable = f"{costs.trainable:,} of {costs.total:,} parameters ({share(plan):.4%}), added in {dtypes(plan)}"
+    trainable = f"{costs.trainable:,} of {costs.total:,} parameters ({share(plan):.4%}), {added(plan)}"
     sections = [("", [""]), ("trainable", [trainable]), ("memory", [memory])]
     if costs.flops_per_token or not plan.edits:
         sections.append(("compute", [f"+{flops(costs.flops_per_token)} per {flops_unit(plan)} (forward)"]))

@@ -56,9 +56,10 @@ def share(plan: Planned) -> float:
     return plan.costs.trainable / plan.costs.total if plan.costs.total else 0
 
 
-def dtypes(plan: Planned) -> str:
-    """Those of the tensors that are added."""
-    return ", ".join(dict.fromkeys(param.dtype for edit in plan.edits for param in edit.params)) or "no dtype"
+def added(plan: Planned) -> str:
+    """`added in float32`: the dtypes of the tensors that are."""
+    found = ", ".join(dict.fromkeys(param.dtype for edit in plan.edits for param in edit.params))
+    return f"added in {found}" if found else "nothing is added"
 
 
 def flops_unit(plan: Planned) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 
 import peftc
 from tests.support.adapters import perturb
-from tests.support.hub_server import TOKEN, Hub, hub
+from tests.support.hub_server import TOKEN, Hub, connected, hub
 from tests.support.models import tiny, token_ids
 from tests.support.snapshots import assert_unchanged, snapshot
 
@@ -26,25 +26,8 @@ IDS = token_ids(2, 5, 64)
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Generator[Hub]:
-    """A Hub that huggingface_hub, imported already, talks to; nothing is cached, nobody is logged in."""
-    with hub() as server:
-        for name, value in {
-            "ENDPOINT": server.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_DISABLE_XET": True,
-            "HF_HUB_CACHE": str(tmp_path / "hub"),
-            "HF_TOKEN_PATH": str(tmp_path / "token"),
-        }.items():
-            monkeypatch.setattr(huggingface_hub.constants, name, value)
-        # Functions such as huggingface_hub.file_exists are methods of an object that is older than this test.
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        huggingface_hub.close_session()
-        yield server
-    huggingface_hub.close_session()
+    with connected(monkeypatch, tmp_path) as found:
+        yield found
 
 
 def adapted(model: nn.Module, *names: str, **fields: Any) -> peftc.CompiledModel:

@@ -12,9 +12,11 @@ from torch import Tensor
 
 import peftc as library
 from peftc import PromptSpec, registry
+from peftc.graph.sites import WeightSite
+from peftc.specs.base import plain
 from tests.support.adapters import EVERY_METHOD, perturb
 from tests.support.command import peftc
-from tests.support.models import llama, token_ids
+from tests.support.models import llama, model_of, token_ids
 from tests.support.pages import parsed, text_of
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -188,6 +190,44 @@ def test_files_without_a_manifest_are_not_known_to_be_whole() -> None:
     assert found["damage"] is None
 
 
+def test_whether_the_base_is_the_one_it_was_saved_with() -> None:
+    said = "the weights it was saved with, as far as they were sampled"
+    assert peftc("inspect", "adapter", "--json").json["fit"] is None
+    assert peftc("inspect", "adapter", "--base", "model", "--json").json["fit"] == said
+    assert f"weights    {said}\n" in peftc("inspect", "adapter", "--base", "model").out
+    assert peftc("inspect", "adapter", "--base", "model/config.json", "--json").json["fit"] is None
+    tensors = load_file("model/model.safetensors")
+    save_file({name: value + 1 for name, value in tensors.items()}, "model/model.safetensors", {"format": "pt"})
+    ran = peftc("inspect", "adapter", "--base", "model", "--json", "--html", "adapter.html", code=3)
+    assert (ran.json["fit"], ran.json["damage"]) == ("another model", None)
+    assert "sampled weights of the base model are not those" in ran.json["misfit"]
+    page = text_of(parsed(Path("adapter.html").read_text(encoding="utf-8")))
+    assert "another base" in page
+    assert "sampled weights of the base model are not those" in page
+    save_file(load_file("adapter/adapter_model.safetensors"), "adapter/adapter_model.safetensors", {"format": "pt"})
+    assert peftc("inspect", "adapter", "--base", "model", "--json").json["fit"].startswith("not known")
+
+
+def test_an_adapter_that_can_be_on_no_such_model_is_3() -> None:
+    model_of("gpt2").save_pretrained("gpt2")
+    assert "matches none of" in peftc("inspect", "adapter", "--base", "gpt2", "--json", code=3).json["misfit"]
+
+
+def test_files_are_checked_against_their_manifest() -> None:
+    assert peftc("verify", "adapter").out == "adapter: config and tensors are what was saved\n"
+    assert peftc("verify", "adapter", "--json").json["adapter"] == "adapter"
+    config = Path("adapter/adapter_config.json")
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps({**fields, "lora_alpha": 16}))
+    assert "lora_alpha is 16, was 8" in peftc("verify", "adapter", code=1).err
+    config.write_text(json.dumps(fields))
+    save_file(load_file("adapter/adapter_model.safetensors"), "adapter/adapter_model.safetensors", {"format": "pt"})
+    told = peftc("verify", "adapter", code=1).err
+    (way,) = re.findall(r"peftc (convert .*?) writes the same with one", told)
+    peftc(*way.replace("NEW", "new").replace("MODEL", "model").split())
+    peftc("verify", "new")
+
+
 def test_which_runtimes_take_it() -> None:
     found = peftc("preflight", "adapter", "--json").json
     assert {verdict["runtime"]: verdict["takes"] for verdict in found} == {
@@ -207,6 +247,22 @@ def test_another_form_with_equal_outputs() -> None:
     with torch.no_grad():
         one, other = (library.load(llama(), name)(ids).logits for name in (folder, "served"))
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_another_dtype() -> None:
+    before = load_file("adapter/adapter_model.safetensors")
+    for dtype in ("bfloat16", "float16"):
+        peftc("convert", "adapter", dtype, "--base", "model", "--form", "peft", "--dtype", dtype)
+        found = load_file(f"{dtype}/adapter_model.safetensors")
+        assert found.keys() == before.keys()
+        assert all(torch.equal(tensor, before[key].to(getattr(torch, dtype))) for key, tensor in found.items())
+        peftc("verify", dtype)
+    model = library.load(llama(), "adapter", verify="files")
+    with torch.no_grad():
+        next(parameter for name, parameter in model.named_parameters() if "lora_A" in name).fill_(1e6)
+    with pytest.raises(library.CheckpointError, match=r"numbers that torch\.float16 can't hold; take torch.bfloat16"):
+        model.save_pretrained("large", dtype=torch.float16)
+    model.save_pretrained("large", dtype=torch.bfloat16)
 
 
 def test_a_pickle_becomes_safetensors() -> None:
@@ -264,3 +320,41 @@ def test_the_methods_that_are_installed() -> None:
     assert found["PROMPT_TUNING"]["offers"] == []
     lines = peftc("rules").out.splitlines()
     assert [line.split()[0] for line in lines[1:]] == sorted(found)
+
+
+def test_what_a_model_offers() -> None:
+    found = peftc("rules", "model/config.json", "--json").json
+    model = llama()
+    assert (found["model"], found["model_type"]) == ("LlamaForCausalLM", "llama")
+    plan = library.plan(model, library.LoraConfig(target_modules=r".*(proj|lm_head|embed_tokens)"))
+    sites = {site["name"]: site for site in found["sites"]}
+    assert plan.sites.keys() <= sites.keys()
+    for name, site in plan.sites.items():
+        assert isinstance(site, WeightSite)
+        own = sites[name]
+        assert (own["op"], own["in_features"], own["out_features"], own["role"]) == (
+            site.op, site.in_features, site.out_features, site.role
+        )  # fmt: skip
+    assert sites["model.layers.2.self_attn.q_proj"]["role"] == "attention.query"
+    for method, fields in found["defaults"].items():  # They are what a plan without targets adapts.
+        spec = registry.spec_classes()[method](**EVERY_METHOD.get(method, {}))
+        asked = spec.model_copy(update=dict.fromkeys(fields))
+        resolved = library.plan(model, asked).adapters["default"]
+        assert {field: plain(getattr(resolved, field)) for field in fields} == fields, method
+    assert {"LORA", "IA3", "VERA", "TRAINABLE_TOKENS"} <= found["defaults"].keys()
+
+
+def test_what_a_model_offers_is_a_table() -> None:
+    lines = peftc("rules", "model").out.splitlines()
+    assert lines[0] == "LlamaForCausalLM (llama): 30 sites"
+    assert lines[1].split() == ["site", "×", "kind", "in", "→", "out", "role"]
+    rows = [line.split() for line in lines]
+    assert ["model.layers.{0–2}.self_attn.q_proj", "3", "linear", "32", "→", "32", "attention.query"] in rows
+    assert ["LORA", "q_proj,", "v_proj"] in rows
+    assert any(line.startswith("IA3 ") and line.endswith("; feedforward_modules: down_proj") for line in lines)
+    config = json.loads(Path("model/config.json").read_text())
+    Path("model/config.json").write_text(
+        json.dumps({**config, "model_type": "olmo", "architectures": ["OlmoForCausalLM"]})
+    )
+    assert "IA3 " not in peftc("rules", "model").out
+    assert lines[-1].startswith("For the other methods, name the modules")

@@ -1,5 +1,6 @@
 """The command as a whole: help and its examples, exit codes, errors, what a pipe sees."""
 
+import importlib
 import json
 import logging
 import os
@@ -64,7 +65,7 @@ def test_the_exit_codes_are_in_the_help() -> None:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("plan", "nowhere"), "CheckpointError: nowhere: no such file"),
+        (("plan", "nowhere"), "CheckpointError: nowhere: neither a folder here nor a Hub repository"),
         (("diff", "nowhere", "adapter"), "PlanError: nowhere"),
         (("explain", "model", "adapter", "lm_haed"), "Nearest: 'lm_head'"),
         (("explain", "model", "adapter", "q_proj"), "There are 'model.layers.0.self_attn.q_proj', "),
@@ -160,6 +161,31 @@ def test_an_interrupted_export_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(programs, "difference", interrupted)
     assert "Run the same command to start over" in peftc("export", "model", "adapter", "exported", code=130).err
     assert list(Path("exported").rglob("*")) == []
+
+
+LONG = {
+    "convert": ("convert adapter out --base model", "peftc.checkpoint.atomic", "_sync_tree"),
+    "combine": ("combine adapter other out --base model --weights 1,1", "peftc.checkpoint.atomic", "_sync_tree"),
+    "unmerge": ("unmerge merged out", "peftc.stream.job", "write_output"),
+    "verify": ("verify model adapter merged", "peftc.export.verify", "_apart"),
+}
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("command", LONG)
+def test_what_an_interruption_says_can_be_done(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    line, module, name = LONG[command]
+    peftc("merge", "model", "adapter", "merged", "--undo")
+    with monkeypatch.context() as patched:
+        patched.setattr(importlib.import_module(module), name, interrupted)
+        told = peftc(*line.split(), code=130).err
+    assert ("goes on where it was" if command == "unmerge" else "Run the same command to start over") in told
+    left = [file for file in Path("out").rglob("*") if file.is_file() and ".peftc-merge" not in file.parts]
+    assert left == []
+    peftc(*line.split())
 
 
 def test_it_is_installed_as_peftc() -> None:

@@ -57,3 +57,9 @@ def test_the_whole_way_with_a_small_model(tmp_path: Path) -> None:
     assert "of 24 held-out answers" in said
     adapter = library.load(smollm2.load_base(str(tmp_path / "tiny")), tmp_path / "adapter")
     assert len(adapter.plan.edits) == 14
+    assert "there is something in it already" in peftc("demo", "--out", tmp_path / "adapter", code=1).err
+    found = peftc("demo", "--model", tmp_path / "tiny", "--epochs", 1, "--json").json
+    assert (found["steps"], len(found["answers"]), found["out"]) == (19, 24, None)
+    answers = [one["after"] for one in found["answers"]]
+    counted = score(answers, read_examples("heldout"))
+    assert (found["schema"]["after"], found["exact"]["after"]) == (counted.schema, counted.exact)

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM
 
 import peftc as library
 from tests.support.command import peftc
+from tests.support.hub_server import TOKEN, connected
 from tests.support.models import inputs_for, model_of
 from tests.support.pages import parsed, text_of
 
@@ -184,3 +186,18 @@ def test_a_page_of_two_plans() -> None:
     Path("c.json").write_text(peftc("plan", "model", "adapter", "--json").out)
     peftc("diff", "c.json", "a.json", "--html", "no.html")
     assert Path("no.html").exists()
+
+
+def test_a_model_on_the_hub_is_planned_by_its_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = peftc("plan", "model", "--targets", "q_proj").out
+    with connected(monkeypatch, tmp_path) as server:
+        api = HfApi(token=TOKEN)
+        api.create_repo("user/model")
+        api.upload_folder(repo_id="user/model", folder_path="model")
+        server.requests.clear()
+        assert peftc("plan", "user/model", "--targets", "q_proj").out == expected
+        assert peftc("rules", "user/model", "--json").json["model"] == "LlamaForCausalLM"
+        assert not [asked for asked in server.requests if ".safetensors" in asked], "weights are not fetched"
+        assert "neither a folder here" in peftc("plan", "user/modell", "--targets", "q_proj", code=1).err
+        api.create_repo("user/empty")
+        assert "user/empty: has no config.json" in peftc("plan", "user/empty", code=1).err

@@ -57,7 +57,7 @@ def trained() -> str:
     changes.append(Change("lm_head", 0.9, 1.0, (0.9,)))
     facts = [("method", "LORA"), ("parameters", "4,884,480"), ("integrity", "config and tensors are what was saved")]
     beside = ["base_model.model.a_module_that_has_a_long_name.base_layer.weight 256×96"]
-    return adapter_page("support-replies", facts, None, changes, beside)
+    return adapter_page("support-replies", facts, {}, changes, beside)
 
 
 @pytest.fixture(scope="module")

@@ -222,6 +222,56 @@ def test_a_program_with_a_cache_generates_as_modules_do() -> None:
     require_equal([], ids, attention_mask=mask, adapter_names=["lora", "__base__"])
 
 
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("t5", "whisper")]
+
+
+@pytest.mark.parametrize("kind", ["bart", *SLOW])
+def test_an_encoder_decoder_generates_as_modules_do(kind: str) -> None:
+    model = program_model(kind)
+    specs = {"prefix": CACHED["prefix"]("SEQ_2_SEQ_LM"), "lora": peftc.LoraConfig(r=2, target_modules="all-linear")}
+    one, other = both(kind, specs, cached_inputs(kind, model, labels=False))
+    given = program_inputs(kind, model, 3, 6, labels=False)
+    given.pop("decoder_input_ids")
+    if "attention_mask" in given:
+        given["attention_mask"][-1, -2:] = 0
+
+    def require_equal(names: Any, **how: Any) -> None:
+        found: list[Tensor] = []
+        for compiled in (one, other):
+            compiled.set_adapter(names)
+            torch.manual_seed(0)
+            how = {"do_sample": False, "max_new_tokens": 5, "decoder_start_token_id": 1, **how}
+            found.append(compiled.generate(**given, **how))
+        assert torch.equal(*found)
+
+    for names in ("prefix", ["prefix", "lora"], []):
+        require_equal(names)
+        require_equal(names, num_beams=2)
+        require_equal(names, do_sample=True)
+    require_equal([], adapter_names=["lora", "__base__", "lora"])
+    assert "get_encoder" not in vars(other.base)
+    if kind == "bart":
+        without = peftc.compile(
+            model, specs["lora"], capture="export", inputs=program_inputs(kind, model, labels=False)
+        )
+        with pytest.raises(peftc.AdapterError, match="Capture it with input_ids, attention_mask, decoder_input_ids "):
+            without.generate(**given)
+
+
+def test_positions_that_follow_from_a_cache_can_be_given() -> None:
+    model, spec = program_model("opt"), peftc.LoraConfig(r=2, target_modules="all-linear")
+    inputs, given = cached_inputs("opt", model, labels=False), program_inputs("opt", model, 3, 6, labels=False)
+    with pytest.raises(
+        peftc.CaptureError, match=r"past_key_values is empty, .*: name position_ids among the inputs, too"
+    ):
+        peftc.compile(model, spec, capture="export", inputs=inputs)(**given)
+    inputs["position_ids"] = torch.arange(5, 13).expand(2, -1)
+    program = peftc.compile(model, spec, capture="export", inputs=inputs)
+    assert torch.equal(program(**given, position_ids=torch.arange(6).expand(3, -1)).logits, model(**given).logits)
+    ids = given["input_ids"]
+    assert torch.equal(*(one.generate(ids, max_new_tokens=5, do_sample=False) for one in (program, model)))
+
+
 class Silent(transformers.LlamaForCausalLM):
     """Keeps its cache to itself."""
 

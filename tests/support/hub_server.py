@@ -13,9 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
+import pytest
 import yaml
 
 USER, TOKEN = "user", "hf_loopback"
@@ -303,3 +306,26 @@ def hub() -> Generator[Hub]:
         finally:
             server.shutdown()
             thread.join()
+
+
+@contextmanager
+def connected(patches: pytest.MonkeyPatch, folder: Path) -> Generator[Hub]:
+    """A Hub that huggingface_hub, imported already, talks to; nothing is cached, nobody is logged in."""
+    with hub() as server:
+        for name, value in {
+            "ENDPOINT": server.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_XET": True,
+            "HF_HUB_CACHE": str(folder / "hub"),
+            "HF_TOKEN_PATH": str(folder / "token"),
+        }.items():
+            patches.setattr(huggingface_hub.constants, name, value)
+        # Functions such as huggingface_hub.file_exists are methods of an object that is older than this test.
+        patches.setattr(huggingface_hub.hf_api.api, "endpoint", server.url)
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+            patches.delenv(name, raising=False)
+        patches.setenv("NO_PROXY", "127.0.0.1")
+        huggingface_hub.close_session()
+        yield server
+    huggingface_hub.close_session()

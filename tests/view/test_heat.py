@@ -20,7 +20,7 @@ CHANGES = [
 
 
 def page(changes: list[Change] = CHANGES, **more: Any) -> str:
-    facts = {"title": "adapter", "facts": [("method", "LORA")], "damage": None, "others": ()}
+    facts = {"title": "adapter", "facts": [("method", "LORA")], "wrong": {}, "others": ()}
     return adapter_page(**{**facts, "changes": changes, **more})
 
 
@@ -73,7 +73,7 @@ def test_a_method_whose_changes_are_no_products() -> None:
 
 
 def test_damage_comes_first() -> None:
-    text = page(damage="adapter_model.safetensors: its bytes are others")
+    text = page(wrong={"damaged": "adapter_model.safetensors: its bytes are others", "another base": None})
     root = parsed(text)
     assert [text_of(note) for note in having(root, "bad")] == [
         "damaged adapter_model.safetensors: its bytes are others"
@@ -84,7 +84,10 @@ def test_damage_comes_first() -> None:
 @pytest.mark.parametrize("nasty", ["</script><script>alert(1)</script>", "<b>'\"&"])
 def test_names_are_text_here_too(nasty: str) -> None:
     text = page(
-        [Change(f"layers.1.{nasty}", 1.0, 1.0, (1.0,), {nasty: nasty})], title=nasty, others=[nasty], damage=nasty
+        [Change(f"layers.1.{nasty}", 1.0, 1.0, (1.0,), {nasty: nasty})],
+        title=nasty,
+        others=[nasty],
+        wrong={nasty: nasty},
     )
     root = parsed(text)
     assert len(list(root.iter("script"))) == 2
