@@ -38,6 +38,7 @@ def test_the_examples_of_the_helps_run(here: Path) -> None:
     assert "weight" in said["verify"] or "differ by 0 at most" in said["verify"]
 
 
+@pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     "arguments",
     [
