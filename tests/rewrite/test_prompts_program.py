@@ -61,6 +61,7 @@ def test_a_program_of_embeddings_is_the_model_with_them(kind: str, method: str) 
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_files_positions_and_exports_go_with_it(tmp_path: Path) -> None:
     model = program_model("llama")
     inputs = {**embedded("llama", model), "position_ids": torch.arange(8).expand(2, -1).contiguous()}
@@ -286,6 +287,7 @@ _SMALL = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_a_program_lacks_to_generate_is_said() -> None:
     model, spec = program_model("llama"), peftc.LoraConfig(r=2, target_modules=["q_proj"])
     ids = torch.tensor([[5, 6, 7, 8]])
