@@ -19,7 +19,7 @@ from peftc.plan.heads import unsaved
 from peftc.registry import spec_classes
 from peftc.rewrite.build import build, no_collection
 from peftc.rewrite.calibration import Calibration, Call, Rows, observe
-from peftc.rewrite.passes import Pass
+from peftc.rewrite.passes import Pass, passes_of
 from peftc.specs import AdapterSpec, load_specs
 from peftc.specs import load_spec as _load_spec
 
@@ -51,9 +51,9 @@ def compile(
     Example: model = peftc.compile(model, peftc.LoraConfig(r=16, target_modules="all-linear"))
 
     Raises SpecError, NoMatchError, ConflictError, CaptureError, AdapterError (a bad name, or a model compiled already),
-    PlanError (the model is not the planned one). Nothing is changed then.
+    PlanError (the model is not the planned one), RuleError (a pass that is none). Nothing is changed then.
     """
-    model = looked_through(model)
+    model, wanted = looked_through(model), passes_of(passes)
     specs = spec.adapters if isinstance(spec, Plan) else load_specs(spec, adapter_name, spec_classes())
     level, autocast = capture, autocast_adapter_dtype
     if isinstance(spec, Plan):
@@ -68,7 +68,7 @@ def compile(
         lost = unsaved(base, made)
         if lost is not None:
             warnings.warn(lost, stacklevel=2)
-        return CompiledModel(build(base, made, regions, inplace, fresh=True, passes=passes, starts=starts))
+        return CompiledModel(build(base, made, regions, inplace, fresh=True, passes=wanted, starts=starts))
 
 
 def calibrate(

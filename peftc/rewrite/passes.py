@@ -1,6 +1,6 @@
 """Passes: frozen dataclasses that map a graph to a graph, in a named pipeline, verified before and after."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -48,6 +48,17 @@ class Ran:
     name: str
     before: int
     after: int
+
+
+def passes_of(given: Any) -> tuple[Pass, ...]:
+    """What was given as passes, in their order. Raises RuleError if it is none of them."""
+    listed = list(given) if isinstance(given, Iterable) else [given]
+    wrong = [one for one in listed if isinstance(one, type) or not isinstance(one, Pass)]
+    if wrong:
+        raise RuleError(
+            f"passes: {wrong[0]!r} is no pass; give a list of objects with a name that map a graph to one (peftc.Pass)"
+        )
+    return tuple(listed)
 
 
 def rewritten(

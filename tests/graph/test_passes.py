@@ -193,6 +193,16 @@ def test_a_broken_pass_is_named_and_nothing_is_changed(fault: str, message: str)
     assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias"]
 
 
+@pytest.mark.parametrize("given", [None, Broken, [3], [Broken("raises"), "siblings-fused"], Broken("raises")], ids=repr)
+def test_what_is_no_pass_is_said_before_anything_is_done(given: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    spec = peftc.LoraConfig(r=1, target_modules=["0"])
+    said = "pass 'broken': ZeroDivisionError" if isinstance(given, Broken) else "is no pass; give a list of objects"
+    with pytest.raises(peftc.RuleError, match=said):
+        peftc.compile(model, spec, inplace=True, passes=given)
+    assert type(model[0]) is nn.Linear
+
+
 @dataclass(frozen=True)
 class NoCasts:
     """Casts taken out, as one would who thinks that they do nothing."""
