@@ -3,6 +3,7 @@
 import os
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, Unpack
 
@@ -346,15 +347,8 @@ class CompiledModel(CompiledFiles):
         Raises CheckpointError, SpecError; the model is not changed then, even with `inplace`.
         """
         folder = locate(model_id, subfolder, **download)
-        given = None if config is None else load_spec(config, spec_classes())
-        files = read_adapter(
-            folder,
-            config=given,
-            is_trainable=is_trainable,
-            allow_pickle=allow_pickle,
-            verify=verify,
-            key_mapping=key_mapping,
-        )
+        read = partial(read_adapter, folder, is_trainable=is_trainable, allow_pickle=allow_pickle, verify=verify)
+        files = read(config=None if config is None else load_spec(config, spec_classes()), key_mapping=key_mapping)
         model = lifecycle.looked_through(model)
         with lifecycle.reshaped(model, {adapter_name: files.spec}, inplace) as base:
             files = files.on(base)
