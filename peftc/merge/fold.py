@@ -171,8 +171,10 @@ _SCRATCH = threading.local()
 
 
 def _wide_copy(tile: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy of `tile` in `dtype`, good until this thread makes the next."""
-    return _scratch("tile", tile, dtype).copy_(tile)
+    """A copy of `tile` in `dtype`, good until this thread makes the next; in its own dtype, where what is made of it is not
+    cast back and so copied, one for good.
+    """
+    return tile.clone() if tile.dtype is dtype else _scratch("tile", tile, dtype).copy_(tile)
 
 
 def _scratch(name: str, like: Tensor, dtype: torch.dtype) -> Tensor:

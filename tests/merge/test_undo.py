@@ -529,3 +529,19 @@ def test_a_log_holds_any_bits_of_any_length() -> None:
             for guess in (bits, near, close, bits.flip(0), bits ^ limits.min, torch.full_like(bits, limits.max)):
                 chunk = undo_log.encode(bits.view(dtype), guess.view(dtype))
                 assert torch.equal(undo_log.decode(chunk, guess.view(dtype)).view(integer), bits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_a_weight_of_any_dtype_is_folded_in_place_as_beside(dtype: torch.dtype) -> None:
+    """Tiles are worked on in memory that is used again, which no result may lie in."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(700, 900, bias=False)).to(dtype)  # Several tiles.
+    spec = peftc.LoraConfig(r=3, target_modules=["0"])
+    beside, inside = (perturb(peftc.compile(copy.deepcopy(base), spec, inplace=True)) for _ in range(2))
+    inside.load_state_dict(beside.state_dict())
+    beside.merge_adapter(undo="keep")
+    inside.merge_adapter(undo="residual")
+    assert not torch.equal(beside.base[0].weight, base[0].weight)
+    assert torch.equal(inside.base[0].weight, beside.base[0].weight)
+    inside.unmerge_adapter()
+    assert torch.equal(inside.base[0].weight, base[0].weight)

@@ -258,11 +258,12 @@ def test_patterns_match_the_parameter_or_the_attention() -> None:
     [
         ({"target_parameters": ["experts.gate_proj"]}, "matches no parameter. Nearest: 'gate_up_proj'"),
         ({"target_parameters": ["norm.weight"]}, "a matrix is expected"),
+        ({"target_parameters": ["embed_tokens.weight"]}, "is the weight of embedding 'model.embed_tokens'"),
         ({"target_parameters": EXPERTS, "lora_dropout": 0.1}, "lora_dropout=0.1 drops inputs"),
         ({"target_parameters": EXPERTS, "lora_bias": True}, "a parameter has no bias"),
         ({"target_parameters": EXPERTS, "init_lora_weights": "pissa"}, "is for linear sites"),
     ],
-    ids=["unknown", "vector", "dropout", "bias", "start"],
+    ids=["unknown", "vector", "embedding", "dropout", "bias", "start"],
 )
 def test_what_cannot_be_adapted_is_refused(fields: dict[str, Any], message: str) -> None:
     model = mixtral()
