@@ -4,13 +4,15 @@ These are plain ops that autograd knows, but for a product behind a live dropout
 where tensors are not torch's own (sharded, quantised, fake) or functorch transforms a call, they are the rule's algebra.
 """
 
-import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from peftc.rewrite.linear_step import How, linear_step
+from peftc.rewrite.masks import drawn, packed, unpacked
 
 # (inner, up, s) of a term s · inner · upᵀ; for inner, (down, dropout) if it is dropout(x) · downᵀ of the op's own input.
 Term = tuple[Tensor | tuple[Tensor, nn.Module | None], Tensor, Tensor | float]
@@ -28,11 +30,45 @@ def linear_with_products(x: Tensor, weight: Tensor, bias: Tensor | None, terms: 
         return _added(F.linear(x, weight, bias), x, terms)
     if _is_autocast(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
+    step = _step(x, weight, bias, terms) if torch.is_grad_enabled() else None
+    if step is not None:
+        return linear_step(x, weight, bias, *step)
     if x.dim() == 2:
         return _added_in_place(F.linear(x, weight, bias), x, terms)
     rows = _rows(x)
     y = _added_in_place(F.linear(rows, weight, bias), rows, terms)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _step(
+    x: Tensor, weight: Tensor, bias: Tensor | None, terms: tuple[Term, ...]
+) -> tuple[list[How], list[Tensor]] | None:
+    """How `linear_step` computes it, if it gives the gradients that are asked for and adds in the dtypes that it should."""
+    how, factors = list[How](), list[Tensor]()
+    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trains or weight.dtype is not x.dtype or torch.autograd.forward_ad._current_level >= 0:
+        return None
+    for inner, up, scale in terms:
+        if not isinstance(inner, tuple):
+            return None
+        (down, dropout), share = inner, None
+        if dropout is not None and dropout.training:
+            if not _is_maskable(dropout):
+                return None
+            share = 1 - dropout.p
+        for factor in (down, up):
+            fits = factor.dtype is x.dtype or (x.dtype is torch.bfloat16 and not _is_few(x))
+            if not fits or factor.dim() != 2 or not is_plain(factor):
+                return None
+            factors.append(factor)
+        how.append((float(scale), share))
+    return how, factors
+
+
+def _is_maskable(dropout: nn.Module) -> TypeGuard[nn.Dropout]:
+    """Whether under train() it is a mask on the numbers of its input, and nothing else."""
+    hooks = dropout._forward_hooks or dropout._forward_pre_hooks
+    return type(dropout) is nn.Dropout and not hooks and 0 < dropout.p < 1
 
 
 def _added(y: Tensor, x: Tensor, terms: tuple[Term, ...]) -> Tensor:
@@ -67,11 +103,8 @@ def product(x: Tensor, down: Tensor, dropout: nn.Module | None = None) -> Tensor
     x, down = _of_one_dtype(x, down, _is_few(x))
     if dropout is None:
         return F.linear(x, down)
-    if type(dropout) is nn.Dropout and is_plain(x) and not (dropout._forward_hooks or dropout._forward_pre_hooks):
-        if not dropout.training or dropout.p == 0:
-            return F.linear(x, down)
-        if torch.is_grad_enabled():
-            return _Dropped.apply(x, down, 1 - dropout.p)
+    if dropout.training and is_plain(x) and torch.is_grad_enabled() and _is_maskable(dropout):
+        return _Dropped.apply(x, down, 1 - dropout.p)
     return F.linear(dropout(x), down)
 
 
@@ -180,8 +213,8 @@ class _Dropped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor, kept: float) -> Tensor:
-        mask = torch.empty_like(x).bernoulli_(kept)
-        ctx.save_for_backward(x, down, _packed(mask))
+        mask = drawn(x, kept)
+        ctx.save_for_backward(x, down, packed(mask))
         ctx.kept = kept
         return F.linear(mask.mul_(x), down).div_(kept)
 
@@ -189,27 +222,10 @@ class _Dropped(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         x, down, bits = ctx.saved_tensors
         gradient = gradients[0] / ctx.kept
-        mask = _unpacked(bits, x)
+        mask = unpacked(bits, x)
         of_x = (gradient @ down) * mask if ctx.needs_input_grad[0] else None
         of_down = None
         if ctx.needs_input_grad[1]:
             dropped = x * mask
             of_down = gradient.reshape(-1, gradient.shape[-1]).t() @ dropped.reshape(-1, dropped.shape[-1])
         return of_x, of_down, None
-
-
-# Eight bytes that are 0 or 1, times the first and shifted, are eight bits; a byte times the second, and the third, is back.
-_GATHER, _SPREAD, _ONE_EACH = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - (1 << 64)
-
-
-def _packed(mask: Tensor) -> Tensor:
-    """The zeros and ones of `mask` as bits, eight to a byte."""
-    flat = mask.to(torch.bool).reshape(-1)
-    flat = F.pad(flat, (0, -flat.numel() % 8)).contiguous()
-    return ((flat.view(torch.int64) * _GATHER) >> 56).to(torch.uint8)
-
-
-def _unpacked(bits: Tensor, like: Tensor) -> Tensor:
-    """The mask that `bits` were made of, with the shape and dtype of `like`."""
-    spread = ((bits.to(torch.int64) * _SPREAD) & _ONE_EACH).view(torch.uint8).ne(0)
-    return spread[: math.prod(like.shape)].view(like.shape).to(like.dtype)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import peftc
-from peftc.rewrite import products
+from peftc.rewrite import masks
 from peftc.rewrite.fusion import ProductsFused
 from peftc.rewrite.products import add_product, linear_with_products, product
 from peftc.rewrite.splice import ORIGIN, Origin
@@ -88,12 +88,15 @@ def traced(form: Callable[[fx.Proxy, fx.Proxy, Read], Any]) -> fx.Graph:
     return graph
 
 
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 @pytest.mark.parametrize("shape", [(8,), (4, 8), (2, 3, 8), (0, 3, 8)], ids=str)
 @pytest.mark.parametrize("name", FORMS)
-def test_forms(name: str, shape: tuple[int, ...]) -> None:
+def test_forms(name: str, shape: tuple[int, ...], frozen: bool) -> None:
     """Every form gives what it says, gradients too, and comes to the ops that it should."""
     form, expected = FORMS[name]
     root = Root()
+    root.weight.requires_grad_(not frozen)
+    root.bias.requires_grad_(not frozen)
     plain = fx.GraphModule(root, traced(form))
     fused = fx.GraphModule(root, ProductsFused()(traced(form)))
     fused.graph.lint()
@@ -177,9 +180,9 @@ def test_gradients_of_a_dropped_product_and_theirs() -> None:
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 64, 1000])
 def test_bits(count: int) -> None:
     mask = torch.rand(count) < 0.5
-    bits = products._packed(mask.float())
+    bits = masks.packed(mask.float())
     assert bits.numel() == -(-count // 8)
-    assert torch.equal(products._unpacked(bits, mask.float()).bool(), mask)
+    assert torch.equal(masks.unpacked(bits, mask.float()).bool(), mask)
 
 
 def net(dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> peftc.CompiledModel:
