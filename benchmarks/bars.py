@@ -33,6 +33,7 @@ ROOT = Path(__file__).parent.parent
 FIGURES, PAGE, PLOTS = ROOT / "benchmarks" / "bars.json", ROOT / "docs" / "speed.md", ROOT / "docs" / "pictures"
 GRID = "step, float32, "
 Quartiles = tuple[float, float, float]
+Run = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,14 @@ def figure(seconds: Mapping[str, list[float]], unit: str, value: float, bar: flo
     return Figure(unit, value, bar, statistics.median(seconds[to]), **own, rounds=rounds)  # pyright: ignore[reportArgumentType]
 
 
+def steps(dtype: torch.dtype, tokens: int, r: int, width: int, layers: int) -> dict[str, Run]:
+    """What takes a training step of 2 × `tokens`, and their products."""
+    made = models(dtype, width, layers, r)
+    embeddings = torch.randn(2, tokens, width, dtype=dtype, requires_grad=True)
+    runs: dict[str, Run] = {name: train_step.step(model.train(), embeddings) for name, model in made.items()}
+    return {**runs, "floor": train_step.products(made["bare"], 2 * tokens, r, dtype)}
+
+
 def step(dtype: torch.dtype, tokens: int, r: int, width: int, layers: int, rounds: int) -> Figure:
     """A training step of 2 × `tokens`: float32 in products, bfloat16 as a share of peft's overhead.
 
@@ -92,11 +101,7 @@ def step(dtype: torch.dtype, tokens: int, r: int, width: int, layers: int, round
     """
     seconds: dict[str, list[float]] = {}
     for _ in range(5):
-        made = models(dtype, width, layers, r)
-        embeddings = torch.randn(2, tokens, width, dtype=dtype, requires_grad=True)
-        runs = {name: train_step.step(model.train(), embeddings) for name, model in made.items()}
-        runs["floor"] = train_step.products(made["bare"], 2 * tokens, r, dtype)
-        for name, found in paired(runs, rounds).items():
+        for name, found in paired(steps(dtype, tokens, r, width, layers), rounds).items():
             seconds[name] = seconds.get(name, []) + found
     if dtype is torch.float32:
         return figure(seconds, "× products", in_products(seconds), 1.3)
@@ -106,21 +111,31 @@ def step(dtype: torch.dtype, tokens: int, r: int, width: int, layers: int, round
 
 
 def without_gradients(tokens: int, rounds: int) -> Figure:
-    """A forward of 2 × `tokens` in products, or eight decoded tokens (1) to bare."""
+    """A forward of 2 × `tokens` in products."""
     made = models(torch.float32, 576, 8, 16)
-    embeddings = torch.randn(min(2, tokens), tokens, 576)
-    if tokens > 1:
-        runs = {name: forward.forward(model.eval(), embeddings) for name, model in made.items()}
-        floor = train_step.products(made["bare"], 2 * tokens, 16, torch.float32, backward=False)
-        seconds = paired({**runs, "floor": floor}, rounds)
-        return figure(seconds, "× products", in_products(seconds), 1.3)
+    embeddings = torch.randn(2, tokens, 576)
+    runs = {name: forward.forward(model.eval(), embeddings) for name, model in made.items()}
+    floor = train_step.products(made["bare"], 2 * tokens, 16, torch.float32, backward=False)
+    seconds = paired({**runs, "floor": floor}, rounds)
+    return figure(seconds, "× products", in_products(seconds), 1.3)
+
+
+def decoding() -> dict[str, Run]:
+    """What decodes eight tokens, one after another."""
+    made = models(torch.float32, 576, 8, 16)
     made["floor"] = forward.by_hand(made["bare"], 16)
-    seconds = paired({name: forward.decode(model.eval(), embeddings) for name, model in made.items()}, rounds)
-    return figure(seconds, "× bare", ratios(seconds, "peftc")[1], 1.11)
+    embeddings = torch.randn(1, 1, 576)
+    return {name: forward.decode(model.eval(), embeddings) for name, model in made.items()}
 
 
-def mixed(shape: str, bar: float, rounds: int) -> Figure:
-    """Decoding of 16 rows with an adapter each."""
+def to_bare(runs: Callable[[], dict[str, Run]], bar: float, rounds: int) -> Figure:
+    """A figure whose bar is for the ratio to bare."""
+    seconds = paired(runs(), rounds)
+    return figure(seconds, "× bare", ratios(seconds, "peftc")[1], bar)
+
+
+def mixed(shape: str) -> dict[str, Run]:
+    """What decodes 16 rows with an adapter each."""
     base, names = mixed_batch.llama(shape), [f"a{i}" for i in range(16)]
     options: dict[str, Any] = {
         "r": mixed_batch.R,
@@ -132,35 +147,31 @@ def mixed(shape: str, bar: float, rounds: int) -> Figure:
     for name in names[1:]:
         theirs.add_adapter(name, peft.LoraConfig(**options))
     ids = torch.randint(3, 1000, (16, 16))
-    runs = {
+    return {
         "bare": mixed_batch.decode(base, ids),
         "peft": mixed_batch.decode(theirs.eval(), ids, adapter_names=names),
         "peftc": mixed_batch.decode(compiled, ids, adapter_names=names),
         "floor": mixed_batch.decode(mixed_batch.by_hand(base, 16), ids),
     }
-    seconds = paired(runs, rounds)
-    return figure(seconds, "× bare", ratios(seconds, "peftc")[1], bar)
 
 
-def together(tokens: int, rounds: int) -> Figure:
-    """A training step of 16 adapters in one batch, a row of `tokens` each."""
+def together(tokens: int) -> dict[str, Run]:
+    """What takes a training step of 16 adapters in one batch, a row of `tokens` each."""
     base = mixed_batch.llama(next(iter(mixed_batch.SHAPES)))
     spec = peftc.LoraConfig(r=mixed_batch.R, target_modules=mixed_batch.TARGETS, init_lora_weights=False)
     names = [f"a{i}" for i in range(16)]
     compiled = peftc.compile(base, dict.fromkeys(names, spec)).train()
     compiled.set_adapter(names)
     embeddings = torch.randn(16, tokens, 576, requires_grad=True)
-    runs = {
+    return {
         "bare": mixed_batch.step(base.train(), embeddings),
         "peftc": mixed_batch.step(compiled, embeddings, adapter_names=names),
         "floor": mixed_batch.step(mixed_batch.by_hand(base, 16, trained=True).train(), embeddings),
     }
-    seconds = paired(runs, rounds)
-    return figure(seconds, "× bare", ratios(seconds, "peftc")[1], 1.25)
 
 
-def merging(kind: str, dtype: torch.dtype, bar: float, rounds: int) -> Figure:
-    """Merging and unmerging 16 linears of 2048², in copies of the weights."""
+def merging(kind: str, dtype: torch.dtype) -> dict[str, Run]:
+    """What merges and unmerges 16 linears of 2048², and copies their weights."""
     own = {"peft": "peft", "peftc": kind}
     calls = {name: merge.merging(how, merge.adapted(how, merge.linears(dtype))) for name, how in own.items()}
     source, target = merge.linears(dtype), merge.linears(dtype)
@@ -170,8 +181,13 @@ def merging(kind: str, dtype: torch.dtype, bar: float, rounds: int) -> Figure:
             for a, b in zip(source.parameters(), target.parameters(), strict=True):
                 b.copy_(a)
 
-    runs = {name: partial(merge.both, *pair) for name, pair in calls.items()}
-    seconds = paired({**runs, "bare": copying}, rounds)
+    runs: dict[str, Run] = {name: partial(merge.both, *pair) for name, pair in calls.items()}
+    return {**runs, "bare": copying}
+
+
+def in_copies(kind: str, dtype: torch.dtype, bar: float, rounds: int) -> Figure:
+    """A figure of merging and unmerging."""
+    seconds = paired(merging(kind, dtype), rounds)
     return figure(seconds, "copies", ratios(seconds, "peftc")[1], bar)
 
 
@@ -205,12 +221,14 @@ def measures() -> dict[str, Callable[[], Figure]]:
         for tokens in (64, 256)
     }
     found["forward, 2 × 256"] = partial(without_gradients, 256, 15)
-    found["decode, one token"] = partial(without_gradients, 1, 31)
+    found["decode, one token"] = partial(to_bare, decoding, 1.11, 31)
     narrow, wide = mixed_batch.SHAPES
-    found["decode, 16 rows, 16 adapters, width 576"] = partial(mixed, narrow, 1.35, 9)
-    found["decode, 16 rows, 16 adapters, width 2048"] = partial(mixed, wide, 1.10, 9)
+    found["decode, 16 rows, 16 adapters, width 576"] = partial(to_bare, partial(mixed, narrow), 1.35, 9)
+    found["decode, 16 rows, 16 adapters, width 2048"] = partial(to_bare, partial(mixed, wide), 1.10, 9)
     found |= {
-        f"16 adapters trained, {tokens} tokens each": partial(together, tokens, 15 if tokens < 64 else 7)
+        f"16 adapters trained, {tokens} tokens each": partial(
+            to_bare, partial(together, tokens), 1.25, 15 if tokens < 64 else 7
+        )
         for tokens in (8, 64)
     }
     found |= {
@@ -220,7 +238,7 @@ def measures() -> dict[str, Callable[[], Figure]]:
     }
     bars = {("keep", f32): 8, ("keep", bf16): 10, ("residual", f32): 25, ("residual", bf16): 25}
     for (kind, dtype), bar in bars.items():
-        found[f"merge and unmerge, {kind}, {str(dtype)[6:]}"] = partial(merging, kind, dtype, bar, 5)
+        found[f"merge and unmerge, {kind}, {str(dtype)[6:]}"] = partial(in_copies, kind, dtype, bar, 5)
     return found
 
 

@@ -1,6 +1,7 @@
 """Merging and unmerging rank-16 LoRA in 16 linear layers: time, memory, and what is left of the weights.
 
     python benchmarks/merge.py
+    python benchmarks/merge.py --whole 5    # SmolLM2-135M with adapters on all its linears
 
 The limit is one read and one write of the weights. `keep` makes new tensors and keeps the old ones, `residual` works in
 place. Times are CPU seconds of one thread. Memory is the rise of the peak over what was there before, in a process of its
@@ -22,10 +23,11 @@ import peft
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 import peftc
 from benchmarks.timing import median_ms, paired, ratio
+from peftc.demo import smollm2
 
 WIDTH, LAYERS = 2048, 16
 NAMES = [str(i) for i in range(LAYERS)]
@@ -41,9 +43,8 @@ def linears(dtype: torch.dtype, width: int = WIDTH, layers: int = LAYERS) -> nn.
     return model.to(dtype)
 
 
-def adapted(kind: str, model: nn.Sequential) -> Any:
-    """The model with an adapter whose delta is a tenth of the weights."""
-    names = [name for name, _ in model.named_children()]
+def adapted(kind: str, model: nn.Module, names: Any = NAMES) -> Any:
+    """The model with an adapter whose delta is a tenth of the weights, if these are as large as those of `linears`."""
     if kind == "peft":
         made: Any = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=16, target_modules=names))
     else:
@@ -92,7 +93,7 @@ def differing(kind: str, dtype: torch.dtype, cycles: int) -> str:
     """The share of weights that differ after `cycles`."""
     model = linears(dtype, 512, 1)
     before = model[0].weight.detach().clone()
-    made = adapted(kind, copy.deepcopy(model))
+    made = adapted(kind, copy.deepcopy(model), ["0"])
     merge, unmerge = merging(kind, made)
     for _ in range(cycles):
         merge()
@@ -101,10 +102,44 @@ def differing(kind: str, dtype: torch.dtype, cycles: int) -> str:
     return f"{(after != before).double().mean().item():.1%}"
 
 
+def whole(rounds: int = 5) -> None:
+    """Print a table of SmolLM2-135M, 210 linears of its own weights."""
+    base = smollm2.load_base(None)
+    table = Table(title=f"SmolLM2-135M, LoRA r=16 on 210 linears, {rounds} rounds, 1 thread")
+    for column in ("", "merge and unmerge", "to one copy [quartiles]", "weights that differ after 1"):
+        table.add_column(column, justify="left" if not column else "right")
+    for dtype in (torch.float32, torch.bfloat16):
+        base = base.to(dtype)
+        models = {kind: adapted(kind, copy.deepcopy(base), "all-linear") for kind in KINDS}
+        linears = [m.weight for n, m in base.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+        copies = [weight.clone() for weight in linears]
+
+        def copying(linears: list[Tensor] = linears, copies: list[Tensor] = copies) -> None:
+            with torch.no_grad():
+                for a, b in zip(linears, copies, strict=True):
+                    b.copy_(a)
+
+        runs = {"read and write": copying}
+        runs |= {kind: partial(both, *merging(kind, model)) for kind, model in models.items()}
+        seconds = paired(runs, rounds)
+        for name in runs:
+            bits = changed(base, models[name]) if name in models else ""
+            told = (median_ms(seconds[name]), ratio(seconds, name, "read and write"), bits)
+            table.add_row(f"{name}, {str(dtype)[6:]}", *told)
+    Console(width=110).print(table)
+
+
+def changed(base: nn.Module, model: Any) -> str:
+    """The share of the weights of linears in `model` that are not those of `base`."""
+    before = {n: m.weight for n, m in base.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
+    after = {n.replace(".base_layer", ""): p for n, p in model.named_parameters()}
+    after = {n.removeprefix("base_model.model.").removeprefix("base."): p for n, p in after.items()}
+    differ = sum(int((after[f"{name}.weight"] != weight).sum()) for name, weight in before.items())
+    return f"{differ / sum(weight.numel() for weight in before.values()):.2%}"
+
+
 def main(rounds: int = 7) -> None:
     """Run and print a table per dtype."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     for dtype in (torch.float32, torch.bfloat16):
         models = {kind: adapted(kind, linears(dtype)) for kind in KINDS}
         source, target = linears(dtype), linears(dtype)
@@ -145,7 +180,11 @@ def main(rounds: int = 7) -> None:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     if sys.argv[1:2] == ["--peak"]:
         peak(*sys.argv[2:4])
+    elif sys.argv[1:2] == ["--whole"]:
+        whole(*map(int, sys.argv[2:3]))
     else:
         main(int(sys.argv[1]) if len(sys.argv) > 1 else 7)

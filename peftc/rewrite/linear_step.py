@@ -28,6 +28,11 @@ def linear_step(
     return _LinearStep.apply(x, weight, bias, how, *factors)  # pyright: ignore[reportUnknownMemberType, reportReturnType]
 
 
+def by_rows(x: Tensor) -> Tensor:
+    """`x` (…, n) as (rows, n)."""
+    return x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
+
+
 class _LinearStep(torch.autograd.Function):
     """A second derivative computes anew what was kept."""
 
@@ -35,16 +40,18 @@ class _LinearStep(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, how: Sequence[How], *factors: Tensor
     ) -> Tensor:
-        rows = _rows(x)
+        rows = by_rows(x)
         y, kept = F.linear(rows, weight, bias), list[Tensor | None]()
         for (scale, share), down, up in zip(how, factors[::2], factors[1::2], strict=True):
             mask = None if share is None else drawn(rows, share)
             bits = None if mask is None else packed(mask)
-            inner = F.linear(rows if mask is None else mask.mul_(rows), down.to(x.dtype))
-            y.addmm_(inner, up.to(y.dtype).t(), alpha=_factor(scale, share))
+            inner = F.linear(rows if mask is None else mask.mul_(rows), _cast(down, x.dtype))
+            y.addmm_(inner, _cast(up, x.dtype).t(), alpha=_factor(scale, share))
             kept += inner, bits
         ctx.how = how
         ctx.save_for_backward(x, weight, *factors, *kept)
+        if x.dim() == 2:
+            return y
         # No view, so that who gets it may write to it.
         return torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
 
@@ -53,28 +60,28 @@ class _LinearStep(torch.autograd.Function):
         x, weight, *saved = ctx.saved_tensors
         count = 2 * len(ctx.how)
         factors, kept, needs = saved[:count], saved[count:], ctx.needs_input_grad[4:]
-        rows, of_y = _rows(x), _rows(gradients[0])
+        rows, of_y = by_rows(x), by_rows(gradients[0])
         of_x = of_y @ weight if ctx.needs_input_grad[0] else None
         found: list[Tensor | None] = []
         for i, (scale, share) in zip(range(0, count, 2), ctx.how, strict=True):
             (down, up), (inner, bits) = factors[i : i + 2], kept[i : i + 2]
-            wide, factor = down.to(x.dtype), _factor(scale, share)
+            wide, factor = _cast(down, x.dtype), _factor(scale, share)
             mask = None if bits is None else unpacked(bits, rows)
             seen = rows if mask is None else rows * mask
             if torch.is_grad_enabled():
                 inner = F.linear(seen, wide)
-            of_inner = of_y @ up.to(x.dtype)
+            of_inner = of_y @ _cast(up, x.dtype)
             if of_x is not None and mask is None:
                 of_x.addmm_(of_inner, wide, alpha=factor)
             elif of_x is not None:
                 of_x.addcmul_(of_inner @ wide, mask, value=factor)
-            found.append(_scaled(of_inner.t(), seen, factor, down.dtype) if needs[i] else None)
-            found.append(_scaled(of_y.t(), inner, factor, up.dtype) if needs[i + 1] else None)
+            found.append(_scaled(of_inner.t(), seen, factor, down) if needs[i] else None)
+            found.append(_scaled(of_y.t(), inner, factor, up) if needs[i + 1] else None)
         return None if of_x is None else of_x.view(x.shape), None, None, None, *found
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+def _cast(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return factor if factor.dtype is dtype else factor.to(dtype)
 
 
 def _factor(scale: float, share: float | None) -> float:
@@ -82,6 +89,8 @@ def _factor(scale: float, share: float | None) -> float:
     return scale if share is None else scale / share
 
 
-def _scaled(left: Tensor, right: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale · left · right, of which no op but the product takes any time."""
-    return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scale).to(dtype)
+def _scaled(left: Tensor, right: Tensor, scale: float, like: Tensor) -> Tensor:
+    """scale · left · right with the shape and dtype of `like`, of which no op but the product takes any time."""
+    if like.dtype is left.dtype:
+        return torch.addmm(like, left, right, beta=0, alpha=scale)  # With 0, its numbers are not read.
+    return torch.addmm(left.new_empty(1), left, right, beta=0, alpha=scale).to(like.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from peftc.rewrite.linear_step import How, linear_step
+from peftc.rewrite.linear_step import How, by_rows, linear_step
 from peftc.rewrite.masks import drawn, packed, unpacked
 
 # (inner, up, s) of a term s · inner · upᵀ; for inner, (down, dropout) if it is dropout(x) · downᵀ of the op's own input.
@@ -35,7 +35,7 @@ def linear_with_products(x: Tensor, weight: Tensor, bias: Tensor | None, terms: 
         return linear_step(x, weight, bias, *step)
     if x.dim() == 2:
         return _added_in_place(F.linear(x, weight, bias), x, terms)
-    rows = _rows(x)
+    rows = by_rows(x)
     y = _added_in_place(F.linear(rows, weight, bias), rows, terms)
     return y.view(*x.shape[:-1], y.shape[-1])
 
@@ -81,17 +81,12 @@ def _added(y: Tensor, x: Tensor, terms: tuple[Term, ...]) -> Tensor:
 def _added_in_place(y: Tensor, x: Tensor, terms: tuple[Term, ...]) -> Tensor:
     """The same for rows x (n, in) and y (n, out), which nobody else has. Few calls: of one token they are all it costs."""
     for inner, up, scale in terms:
-        own = product(x, *inner) if isinstance(inner, tuple) else _rows(inner)
+        own = product(x, *inner) if isinstance(inner, tuple) else by_rows(inner)
         if own.dtype is y.dtype is up.dtype and type(own) is type(y) is Tensor:
             y = y.addmm_(own, up.t(), alpha=float(scale))
         else:
             y = add_product(y, own, up, scale, fresh=True)
     return y
-
-
-def _rows(x: Tensor) -> Tensor:
-    """`x` (…, n) as (rows, n)."""
-    return x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x.unsqueeze(0)
 
 
 def product(x: Tensor, down: Tensor, dropout: nn.Module | None = None) -> Tensor:
@@ -140,7 +135,7 @@ def add_product(y: Tensor, inner: Tensor, up: Tensor, scale: Tensor | float, fre
         return y.add_(F.linear(inner, up), alpha=float(scale))
     if fresh and y.dim() == 2:
         return y.addmm_(inner, up.t(), alpha=float(scale))
-    return torch.addmm(_rows(y), _rows(inner), up.t(), alpha=float(scale)).view(y.shape)
+    return torch.addmm(by_rows(y), by_rows(inner), up.t(), alpha=float(scale)).view(y.shape)
 
 
 def add_pointwise(y: Tensor, inner: Tensor, up: Tensor, scale: Tensor | float, fresh: bool) -> Tensor:

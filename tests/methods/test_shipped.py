@@ -44,9 +44,9 @@ PRODUCTS = ("MiSS", "DeLoRA", "Uni-LoRA")
 IDS = token_ids(2, 7, 64)
 
 
-def adapted(name: str) -> tuple[torch.nn.Module, peftc.CompiledModel, torch.Tensor]:
+def adapted(name: str, **sizes: int) -> tuple[torch.nn.Module, peftc.CompiledModel, torch.Tensor]:
     """A model, the same with a trained adapter, and what that gives."""
-    model = tiny("llama")
+    model = tiny("llama", **sizes)
     ours = perturbed(peftc.compile(model, SPECS[name].model_copy(update={"target_modules": TARGETS})), 1)
     y = ours(IDS).logits.detach()
     assert not torch.allclose(y, model(IDS).logits, atol=1e-3)
@@ -70,7 +70,7 @@ def test_it_is_merged_on_disk_and_undone_byte_for_byte(name: str, tmp_path: Path
 
 @pytest.mark.parametrize("name", SPECS)
 def test_it_is_one_graph_for_torch_compile(name: str) -> None:
-    _, ours, y = adapted(name)
+    _, ours, y = adapted(name, num_hidden_layers=1)
     torch._dynamo.reset()
     compiled = torch.compile(ours.base, backend="aot_eager", fullgraph=True)
     found = compiled(IDS).logits
