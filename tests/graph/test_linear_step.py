@@ -8,9 +8,15 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from peftc.rewrite.products import FEW, Term, linear_with_products
+from peftc.rewrite import products
+from peftc.rewrite.products import FEW, LARGE, Term, linear_with_products
 
 SHAPES = {"row": (8,), "rows": (4, 8), "batch": (2, 3, 8), "none": (0, 3, 8)}
+
+
+@pytest.fixture(autouse=True)
+def _of_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "LARGE", 0)
 
 
 def terms(count: int, dtype: torch.dtype, dropout: float = 0.0) -> tuple[Term, ...]:
@@ -141,6 +147,13 @@ def test_who_gets_the_result_may_write_to_it() -> None:
     mask = torch.ones_like(wanted)
     mask[0, 0] = 0
     torch.testing.assert_close(found, list(torch.autograd.grad((wanted * mask).sum(), leaves(own))))
+
+
+def test_small_ones_are_plain_ops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "LARGE", LARGE)
+    own, weight = terms(1, torch.float32), torch.randn(6, 8)
+    assert not is_one_op(linear_with_products(torch.randn(LARGE // 8 - 1, 8), weight, None, own))
+    assert is_one_op(linear_with_products(torch.randn(LARGE // 8, 8), weight, None, own))
 
 
 @pytest.mark.parametrize(
