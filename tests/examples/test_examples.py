@@ -56,6 +56,7 @@ def test_deploy_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     assert all(f"{target}: the greedy tokens are the live model's" in printed for target in ("hf", "pt2", "onnx"))
 
 
+@pytest.mark.slow
 def test_deploy_gguf_on_a_tiny_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any) -> None:
     finetune = example("finetune_smollm2", monkeypatch)
     tiny_model(tmp_path / "tiny")

@@ -123,6 +123,7 @@ def test_a_compiled_program_which_checks_nothing_is_refused(branch: Any, tmp_pat
         made(branch).export(tmp_path / "out", "aoti", inputs=inputs())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapters", ["merged", "inputs"])
 def test_the_ways_out_are_some(adapters: Any, tmp_path: Path) -> None:
     certificate = made(longer).export(tmp_path / "fixed", "onnx", adapters=adapters, inputs=inputs(), sizes="fixed")

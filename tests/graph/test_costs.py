@@ -11,6 +11,7 @@ from tests.support.programs import program_inputs, program_model
 ROWS, LENGTH = 3, 7
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("passes", [(), peftc.program_passes()])
 def test_linears_cost_what_the_plan_says(passes: Any) -> None:
     model = program_model("llama")

@@ -15,7 +15,7 @@ from tests.support.adapters import perturb
 from tests.support.programs import KINDS, gradients, loss_of, program_inputs, program_model, tensors
 
 LINEARS = peftc.LoraConfig(r=4, target_modules="all-linear")
-FAST = ("llama", "bert", "gpt2")
+FAST = ("llama",)
 
 
 def pair(model: nn.Module, spec: Any, inputs: Any) -> tuple[Any, Any]:
@@ -125,6 +125,7 @@ def test_a_weight_rule_reaches_every_use_once() -> None:
         torch.testing.assert_close(other(x), one(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "spec"),
     [
@@ -160,6 +161,7 @@ def test_ia3() -> None:
     require_equal(one, other, inputs)
 
 
+@pytest.mark.slow
 def test_the_lifecycle_needs_no_second_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = program_model("llama")
     inputs = program_inputs("llama", model)
@@ -189,6 +191,7 @@ def test_the_lifecycle_needs_no_second_capture(tmp_path: Path, monkeypatch: pyte
     assert torch.equal(loaded(**inputs).logits, plain(**inputs).logits)
 
 
+@pytest.mark.slow
 def test_inputs_that_are_no_tensors_or_make_no_difference() -> None:
     """`use_cache` is fixed; positions of a model that has none are taken and not used."""
 
@@ -215,6 +218,7 @@ def test_inputs_that_are_no_tensors_or_make_no_difference() -> None:
     assert program(**inputs).past_key_values is None
 
 
+@pytest.mark.slow
 def test_a_plan_is_looked_at_first_and_applied_as_it_is() -> None:
     model = program_model("llama")
     inputs = program_inputs("llama", model)
@@ -227,6 +231,7 @@ def test_a_plan_is_looked_at_first_and_applied_as_it_is() -> None:
         peftc.compile(model, made)
 
 
+@pytest.mark.slow
 def test_node_counts_are_those_of_the_plan() -> None:
     """Merged: the bare program. Unmerged: that, and what each edit adds."""
     model = program_model("llama")
@@ -294,6 +299,7 @@ def test_train_and_eval_are_both_in_it(more: bool) -> None:
         assert int(buffers["base.norm.num_batches_tracked"]) == 3
 
 
+@pytest.mark.slow
 def test_the_program_is_where_its_model_is() -> None:
     model = program_model("llama")
     compiled = peftc.compile(model, LINEARS, capture="export", inputs=program_inputs("llama", model)).to("meta")
@@ -344,6 +350,7 @@ def hooked(net: nn.Module) -> None:
     next(net.children()).register_forward_pre_hook(lambda *_: None)
 
 
+@pytest.mark.slow
 def test_what_needs_the_models_python_is_refused() -> None:
     model = program_model("llama")
     compiled = peftc.compile(model, LINEARS, capture="export", inputs=program_inputs("llama", model, labels=False))
@@ -473,6 +480,7 @@ def test_what_a_trace_would_lose_is_refused(how: str, reason: str) -> None:
         )
 
 
+@pytest.mark.slow
 def test_a_model_that_was_cast_is_no_longer_what_was_captured() -> None:
     model = program_model("llama")
     compiled = peftc.compile(model, LINEARS, capture="export", inputs=program_inputs("llama", model))
@@ -508,6 +516,7 @@ def require_equal_gradients(one: Any, other: Any, ids: Tensor) -> None:
         assert torch.equal(found[name], value), name
 
 
+@pytest.mark.slow
 def test_trainer_trains_a_program_as_it_does_modules(tmp_path: Path) -> None:
     from transformers import Trainer, TrainingArguments
 

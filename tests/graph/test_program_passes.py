@@ -28,7 +28,9 @@ def ops(compiled: Any) -> Counter[str]:
     return Counter(str(getattr(node.target, "__name__", node.target)) for node in compiled.graph_of("").nodes)
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert", "mixtral", pytest.param("t5", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("bert", "mixtral", "t5"))]
+)
 def test_the_function_is_the_same(kind: str) -> None:
     torch.manual_seed(0)
     model, plain, fused = programs(kind)
@@ -47,6 +49,7 @@ def test_the_function_is_the_same(kind: str) -> None:
             torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_ran_and_what_it_changed() -> None:
     """q/k/v and gate/up read one input each: five first products become two."""
     _, plain, fused = programs("llama")
@@ -62,11 +65,13 @@ def test_what_ran_and_what_it_changed() -> None:
         assert "split" not in ops(fused)
 
 
+@pytest.mark.slow
 def test_masks_of_their_own_keep_siblings_apart() -> None:
     _, _, fused = programs("llama", lora_dropout=0.1)
     assert ops(fused)["split"] == 0
 
 
+@pytest.mark.slow
 def test_casts_that_do_something_stay() -> None:
     """A base in bfloat16 under adapters in float32."""
     model = program_model("llama").to(torch.bfloat16)
@@ -82,6 +87,7 @@ def test_casts_that_do_something_stay() -> None:
     assert torch.equal(fused(**inputs).logits, plain(**inputs).logits)
 
 
+@pytest.mark.slow
 def test_other_ranks_run_the_same_code() -> None:
     model, plain, fused = programs("llama")
     inputs = program_inputs("llama", model)

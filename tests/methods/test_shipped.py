@@ -40,6 +40,8 @@ SPECS: dict[str, peftc.AdapterSpec] = {
     "Uni-LoRA": peftc.UniLoraConfig(theta_d_length=99),
     "WaveFT": peftc.WaveFTConfig(n_frequency=99),
 }
+# Of those that torch compiles, which takes some seconds each.
+FAST = ("LoHa", "OFT", "FRoD", "WaveFT")
 PRODUCTS = ("MiSS", "DeLoRA", "Uni-LoRA")
 IDS = token_ids(2, 7, 64)
 
@@ -68,7 +70,9 @@ def test_it_is_merged_on_disk_and_undone_byte_for_byte(name: str, tmp_path: Path
     assert files[0].read_bytes() == files[1].read_bytes(), "the adapter is kept as it was given"
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FAST else (pytest.mark.slow,)) for name in SPECS]
+)
 def test_it_is_one_graph_for_torch_compile(name: str) -> None:
     _, ours, y = adapted(name, num_hidden_layers=1)
     torch._dynamo.reset()

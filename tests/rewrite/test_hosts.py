@@ -539,7 +539,7 @@ def own(tensor: Any) -> Tensor:
     return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor.detach()
 
 
-@pytest.mark.parametrize("order", ["after", "before"])
+@pytest.mark.parametrize("order", [pytest.param("after", marks=pytest.mark.slow), "before"])
 @pytest.mark.parametrize("world", [1, 2])
 def test_fully_sharded_models_switch_merge_save_and_unload(world: int, order: str, tmp_path: Path) -> None:
     """FSDP2 exchanges classes and parameters, before compiling or after; nothing is lost and nothing is another model."""

@@ -33,6 +33,7 @@ MIXES: dict[str, dict[str, Any]] = {
         "c": peftc.OFTConfig(target_modules=ALL),
     },
 }
+FAST = ("llama", "gpt2")
 KINDS = {
     "llama": "products",
     "gpt2": "methods",
@@ -59,7 +60,9 @@ def close(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: floa
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=tolerance * max(scale, 1e-3))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in FAST else (pytest.mark.slow,)) for kind in KINDS]
+)
 def test_rows_are_what_they_are_with_modules_and_alone(kind: str) -> None:
     model = program_model(kind)
     one, other = both(model, MIXES[KINDS[kind]], program_inputs(kind, model, labels=False))
@@ -76,6 +79,7 @@ def test_rows_are_what_they_are_with_modules_and_alone(kind: str) -> None:
     assert not all(torch.allclose(swapped[name], value, atol=1e-3) for name, value in together.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mix", ["products", "methods"])
 @pytest.mark.parametrize("passes", [False, True])
 def test_every_adapter_learns_from_its_own_rows(mix: str, passes: bool) -> None:
@@ -113,6 +117,7 @@ def test_two_graphs_for_train_and_eval() -> None:
         close({"y": other.train(training)(x, adapter_names=rows)}, {"y": one.train(training)(x, adapter_names=rows)})
 
 
+@pytest.mark.slow
 def test_saved_modules_and_several_uses_of_a_weight() -> None:
     model = program_model("bert")
     specs = {"a": lora(["query"], r=2, modules_to_save=["classifier"]), "b": lora(["dense"], r=2), "c": lora(["key"])}
@@ -182,6 +187,7 @@ def test_a_flat_graph_of_torch_fx_mixes_too() -> None:
     close({"y": other(x, adapter_names=rows)}, {"y": one(x, adapter_names=rows)})
 
 
+@pytest.mark.slow
 def test_what_rows_share_is_refused() -> None:
     model = program_model("mixtral")
     spec = lora(["q_proj"], target_parameters=["experts.gate_up_proj"])

@@ -103,6 +103,7 @@ def test_copies_and_pickles_generate_alike() -> None:
         assert torch.equal(generated(compiled, ids()), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["projected prefix", "prompt"])
 def test_torch_compile_takes_the_whole_graph(method: str) -> None:
     _, compiled = compiled_llama(method)

@@ -39,6 +39,7 @@ def both(kind: str, specs: dict[str, Any], inputs: dict[str, Tensor]) -> tuple[A
     return one, other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_program_of_embeddings_is_the_model_with_them(kind: str, method: str) -> None:
@@ -76,6 +77,7 @@ def test_files_positions_and_exports_go_with_it(tmp_path: Path) -> None:
     assert certificate.compared
 
 
+@pytest.mark.slow
 def test_without_embeddings_the_way_out_is_said_and_works(tmp_path: Path) -> None:
     model = program_model("llama")
     ids = program_inputs("llama", model)
@@ -134,6 +136,7 @@ def step(model: Any, ids: Tensor, mask: Tensor, cache: Any) -> Any:
     return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
 
 
+@pytest.mark.slow
 def test_a_program_goes_on_from_its_cache_as_modules_do(tmp_path: Path) -> None:
     model = program_model("llama")
     captured = cached_inputs("llama", model, labels=False) | {"position_ids": torch.arange(5, 13).expand(2, -1)}

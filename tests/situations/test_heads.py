@@ -23,6 +23,7 @@ MAPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", MAPS)
 def test_every_module_beside_the_body_is_saved_over_all_models_of_a_task(task: str) -> None:
     built = 0

@@ -36,6 +36,7 @@ def differs(model: Any, want: torch.Tensor) -> float:
 
 
 TIED = [kind for kind in FAMILIES if tied_model(kind) is not None]
+FAST = ("t5", "bart", "m2m_100")
 
 
 def test_many_families_are_walked() -> None:
@@ -44,7 +45,9 @@ def test_many_families_are_walked() -> None:
 
 
 @pytest.mark.parametrize("end", ["head", "embedding"])
-@pytest.mark.parametrize("kind", TIED)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=() if kind in FAST else (pytest.mark.slow,)) for kind in TIED]
+)
 def test_untied_in_memory_saved_and_on_disk(kind: str, end: str, tmp_path: Path) -> None:
     model = tied_model(kind)
     modules = {id(module): fqn for fqn, module in model.named_modules()}
