@@ -19,7 +19,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 demo: $(VENV)/demo.done  ## The main job: fine-tune, save, load, merge and export SmolLM2 (about three minutes)
 	$(BIN)/python examples/finetune_smollm2.py
 
-test: $(VENV)/test.done  ## The tests that take less than five seconds each, and one of each kind of the others
+test: $(VENV)/test.done  ## The tests that take less than ten seconds each
 	$(PYTEST) -m "not slow" --ignore=tests/clients
 
 test-slow: $(VENV)/test.done  ## The others: several processes, killed ones, all architectures, exports
