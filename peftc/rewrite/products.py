@@ -35,7 +35,13 @@ def linear_with_products(x: Tensor, weight: Tensor, bias: Tensor | None, terms: 
         return _added(F.linear(x, weight, bias), x, terms)
     if _is_autocast(x):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    step = _step(x, weight, bias, terms) if x.numel() >= LARGE and torch.is_grad_enabled() else None
+    if not torch.is_grad_enabled():
+        # Without autograd a view can be written to, and few calls are all that one token costs.
+        y = F.linear(x, weight, bias)
+        rows = y.view(-1, y.shape[-1])
+        found = _added_in_place(rows, x.view(-1, x.shape[-1]), terms)
+        return y if found is rows else found.view(y.shape)
+    step = _step(x, weight, bias, terms) if x.numel() >= LARGE else None
     if step is not None:
         return linear_step(x, weight, bias, *step)
     if x.dim() == 2:
@@ -84,7 +90,7 @@ def _added(y: Tensor, x: Tensor, terms: tuple[Term, ...]) -> Tensor:
 
 
 def _added_in_place(y: Tensor, x: Tensor, terms: tuple[Term, ...]) -> Tensor:
-    """The same for rows x (n, in) and y (n, out), which nobody else has. Few calls: of one token they are all it costs."""
+    """The same for rows x (n, in) and y (n, out), which nobody else has."""
     for inner, up, scale in terms:
         own = product(x, *inner) if isinstance(inner, tuple) else by_rows(inner)
         if own.dtype is y.dtype is up.dtype and type(own) is type(y) is Tensor:

@@ -189,3 +189,28 @@ def test_what_it_is_not_for_stays_plain_ops(form: str) -> None:
     y.float().sum().backward()
     assert (weight.grad is not None) == (form == "trained weight")
     assert (bias.grad is not None) == (form == "trained bias")
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_without_gradients(shape: str, dtype: torch.dtype, mode: Any) -> None:
+    """The same, of few rows and many, with adapters in float32; nothing but the result is written to."""
+    torch.manual_seed(0)
+    weight, bias = torch.randn(6, 8).to(dtype), torch.randn(6).to(dtype)
+    own = terms(2, torch.float64 if dtype is torch.float64 else torch.float32, 0.4)
+    for inner, _, _ in own:
+        inner[1].eval()
+    for repeats in (1, 2 * FEW):
+        x = torch.randn(*SHAPES[shape]).to(dtype)
+        x = x.repeat(repeats, *[1] * (x.dim() - 1)) if x.dim() > 1 else x
+        before = x.clone()
+        with mode():
+            found = linear_with_products(x, weight, bias, own)
+        exact = tuple(((i[0].double(), None), up.double(), s) for i, up, s in own)
+        wanted = algebra(x.double(), weight.double(), bias.double(), exact).detach()
+        assert found.dtype is dtype
+        assert found.shape == wanted.shape
+        assert torch.equal(x, before)
+        bound = 8 * torch.finfo(dtype).eps * float(wanted.abs().max()) if wanted.numel() else 0
+        assert not wanted.numel() or float((found.double() - wanted).abs().max()) <= bound
