@@ -150,7 +150,7 @@ def get_peft_model_state_dict(
     torch.compile returned. Raises AdapterError on an unknown name, CheckpointError if `state_dict` lacks one.
     """
     own = _compiled(getattr(model, "_orig_mod", model) if unwrap_compiled else model)
-    require_known(own.program, [adapter_name])
+    require_known(own.program.plan, [adapter_name])
     return saved_state_dict(own.program, adapter_name, save_embedding_layers, state_dict)
 
 
@@ -169,7 +169,7 @@ def set_peft_model_state_dict(
     Inf; AdapterError on an unknown name; MergeError while merged.
     """
     model = _compiled(model)
-    require_known(model.program, [adapter_name])
+    require_known(model.program.plan, [adapter_name])
     require_unmerged(model.program, "set_peft_model_state_dict")
     given: Any = peft_model_state_dict
     pairs: Any = given.items() if isinstance(given, Mapping) else [(None, given)]

@@ -57,14 +57,14 @@ class CompiledModel(CompiledFiles):
         Raises AdapterError on an unknown name, MergeError while merged.
         """
         names = lifecycle.named(adapter_name)
-        lifecycle.require_known(self.program, names)
+        lifecycle.require_known(self.program.plan, names)
         lifecycle.require_unmerged(self.program, "set_adapter")
         activate(self.program, names, names)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Let these adapters train, active or not, or freeze them. Raises AdapterError on an unknown name."""
         names = lifecycle.named(adapter_names)
-        lifecycle.require_known(self.program, names)
+        lifecycle.require_known(self.program.plan, names)
         if set(names) & set(self.program.merged):
             lifecycle.require_unmerged(self.program, "set_requires_grad")
         others = [name for name in self.program.learning if name not in names]
@@ -79,7 +79,7 @@ class CompiledModel(CompiledFiles):
 
         Example: model.set_scale("default", 0.5)
         """
-        lifecycle.require_known(self.program, [adapter_name])
+        lifecycle.require_known(self.program.plan, [adapter_name])
         lifecycle.require_unmerged(self.program, "set_scale")
         require_idle(self.program)
         set_scale(self.program, adapter_name, scale)
@@ -181,7 +181,7 @@ class CompiledModel(CompiledFiles):
         Raises AdapterError on an unknown name, MergeError while merged; nothing is changed then.
         """
         names = lifecycle.named(adapter_name)
-        lifecycle.require_known(self.program, names)
+        lifecycle.require_known(self.program.plan, names)
         for name in dict.fromkeys(names):
             lifecycle.delete(self.program, name)
 
@@ -207,7 +207,7 @@ class CompiledModel(CompiledFiles):
         unknown or not active.
         """
         names = self.active_adapters if adapter_names is None else lifecycle.named(adapter_names)
-        lifecycle.require_known(self.program, names)
+        lifecycle.require_known(self.program.plan, names)
         merge(self.program, names, untie, undo, progressbar)
 
     def unmerge_adapter(self, *, check: bool = True, progressbar: bool = False) -> None:

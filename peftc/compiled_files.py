@@ -36,7 +36,7 @@ class CompiledFiles(CompiledPrompts):
 
     def adapter_state_dict(self, adapter_name: str = "default") -> dict[str, Tensor]:
         """The live tensors of an adapter under the keys of PEFT's files. Raises AdapterError on an unknown name."""
-        lifecycle.require_known(self.program, [adapter_name])
+        lifecycle.require_known(self.program.plan, [adapter_name])
         return adapter_state_dict(self.program, adapter_name)
 
     def load_adapter(
@@ -147,10 +147,10 @@ class CompiledFiles(CompiledPrompts):
 
         Raises CheckpointError if it can't be read or written, AdapterError on an unknown name.
         """
-        lifecycle.require_known(self.program, [adapter_name])
+        lifecycle.require_known(self.program.plan, [adapter_name])
         update_card(Path(output_dir), config_of(self.program, adapter_name), transformers_config(self.base) is not None)
 
     def _chosen(self, selected: Sequence[str] | None) -> list[str]:
         names = list(self.plan.adapters) if selected is None else list(selected)
-        lifecycle.require_known(self.program, names)
+        lifecycle.require_known(self.program.plan, names)
         return names

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from peftc.compiled_graph import CompiledGraph
 from peftc.errors import AdapterError
 from peftc.lifecycle import require_known
-from peftc.prompts.files import prompt_edit, prompt_embeddings, prompt_encoder
+from peftc.prompts.files import prompt_embeddings, prompt_part
 from peftc.prompts.virtual import rows_for
 
 
@@ -17,19 +17,19 @@ class CompiledPrompts(CompiledGraph):
     @property
     def prompt_encoder(self) -> dict[str, nn.Module]:
         """The prompt encoders by adapter name: what a prompt method trains."""
-        edits = {name: prompt_edit(self.program, name) for name in self.plan.adapters}
-        return {name: prompt_encoder(self.program, edit) for name, edit in edits.items() if edit is not None}
+        parts = {name: prompt_part(adapter) for name, adapter in self.program.adapters.items()}
+        return {name: part.module for name, part in parts.items() if part is not None}
 
     def get_prompt_embedding_to_save(self, adapter_name: str = "default") -> Tensor:
         """The rows of a prompt adapter as saved: (rows, token_dim), or (rows, num_layers·2·token_dim) of a prefix.
 
         Raises AdapterError if `adapter_name` is unknown or no prompt method.
         """
-        require_known(self.program, [adapter_name])
-        edit = prompt_edit(self.program, adapter_name)
-        if edit is None:
+        require_known(self.plan, [adapter_name])
+        part = prompt_part(self.program.adapters[adapter_name])
+        if part is None:
             raise AdapterError(f"{adapter_name!r} is {self.peft_config[adapter_name].peft_type}, which has no prompt")
-        return prompt_embeddings(self.program, edit).detach().cpu()
+        return prompt_embeddings(part).detach().cpu()
 
     def get_prompt(self, batch_size: int, **given: Tensor) -> Tensor:
         """The rows of the first active prompt adapter, for every sequence: (batch_size, rows, width), differentiable.
@@ -37,13 +37,14 @@ class CompiledPrompts(CompiledGraph):
         `given`: the arguments of a call that it takes, (batch_size,) each. A prefix comes flat, as it is saved. Raises
         AdapterError if no prompt adapter is active, or if it lacks one of these.
         """
-        edits = [edit for name in self.active_adapters if (edit := prompt_edit(self.program, name)) is not None]
-        if not edits:
+        own = (prompt_part(self.program.adapters[name]) for name in self.active_adapters)
+        part = next((part for part in own if part is not None), None)
+        if part is None:
             raise AdapterError(
                 f"no active adapter has a prompt; active are {', '.join(self.active_adapters) or 'none'}"
             )
-        wanted = [name for name, one in edits[0].rule.arguments.items() if one.each == "row"]
+        wanted = [name for name, one in part.edit.rule.arguments.items() if one.each == "row"]
         if set(wanted) != given.keys():
-            raise AdapterError(f"get_prompt: {edits[0].adapter!r} takes {', '.join(wanted) or 'nothing of a call'}")
-        made = rows_for(prompt_encoder(self.program, edits[0]), cast(int, edits[0].constants["rows"]), given)
+            raise AdapterError(f"get_prompt: {part.edit.adapter!r} takes {', '.join(wanted) or 'nothing of a call'}")
+        made = rows_for(part.module, cast(int, part.edit.constants["rows"]), given)
         return made.expand(batch_size, -1, -1)

@@ -66,7 +66,10 @@ class NoMatchError(PeftcError, ValueError):
 class ConflictError(PeftcError, ValueError):
     """Two edits claim the same place.
 
-    Example: one adapter saves a module whole (modules_to_save) in which another adapts a linear
+    Example::
+
+        saving = peftc.LoraConfig(target_modules=["q_proj"], modules_to_save=["mlp"])
+        peftc.compile(model, {"a": saving, "b": peftc.LoraConfig(target_modules=["up_proj"])})
     """
 
 
@@ -80,14 +83,14 @@ class PlanError(PeftcError):
 class AdapterError(PeftcError, ValueError):
     """An adapter is unknown, exists already, or is not in the state that a call needs.
 
-    Example: model.set_adapter("defualt")
+    Example: compiled.set_adapter("defualt")
     """
 
 
 class MergeError(PeftcError, ValueError):
     """Adapters can't be folded into the weights, or are merged when they must not be.
 
-    Example: model.merge_adapter(), called twice
+    Example: compiled.merge_adapter(), compiled.merge_adapter()
     """
 
 

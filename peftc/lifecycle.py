@@ -115,12 +115,12 @@ def named(names: str | Iterable[str]) -> list[str]:
     return several
 
 
-def require_known(program: Program, names: Iterable[str]) -> None:
+def require_known(plan: Plan, names: Iterable[str]) -> None:
     """Raise AdapterError, with the nearest name, if one of `names` is no adapter."""
     for name in names:
-        if name not in program.plan.adapters:
-            hint = nearest_hint(name, program.plan.adapters)
-            raise AdapterError(f"no adapter {name!r}; there are {', '.join(program.plan.adapters) or 'none'}.{hint}")
+        if name not in plan.adapters:
+            hint = nearest_hint(name, plan.adapters)
+            raise AdapterError(f"no adapter {name!r}; there are {', '.join(plan.adapters) or 'none'}.{hint}")
 
 
 def require_unmerged(program: Program, what: str) -> None:
@@ -220,7 +220,7 @@ def load(
     if name in program.plan.adapters:
         require_idle(program)
         require_unmerged(program, "load_adapter")
-        _require_same_adapter(program, name, spec)
+        _require_same_adapter(program.plan, name, spec)
         return fill_from(program, name, files, strict, attached=False)
     add(program, name, spec, "warn", fresh=False, autocast=autocast)
     try:
@@ -234,11 +234,11 @@ def load(
 _ORIGIN = frozenset({"base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version"})
 
 
-def _require_same_adapter(program: Program, name: str, spec: AdapterSpec) -> None:
+def _require_same_adapter(plan: Plan, name: str, spec: AdapterSpec) -> None:
     """Raise AdapterError unless a file of `spec` can give its values to adapter `name`."""
     own, other = (
         {key: value for key, value in one.to_dict().items() if key not in _ORIGIN and key not in one.selectors}
-        for one in (program.plan.adapters[name], spec)
+        for one in (plan.adapters[name], spec)
     )
     saved = "modules_to_save"  # Resolved in one, as given in the other; the files' keys say.
     differing = [key for key in {**own, **other} if key != saved and own.get(key) != other.get(key)]
@@ -273,7 +273,7 @@ def fill_from(program: Program, name: str, files: AdapterFiles, strict: bool, at
 def combine(program: Program, name: str, adapters: Any, numbers: Any, how: Combination) -> None:
     """Attach an adapter, inactive and frozen, that is the combination of others."""
     weights = pairs(adapters, numbers)
-    require_known(program, weights)
+    require_known(program.plan, weights)
     how = checked(program, weights, how)
     add(program, name, combined_spec(program, weights, how), "error", fresh=False)
     try:
@@ -285,7 +285,7 @@ def combine(program: Program, name: str, adapters: Any, numbers: Any, how: Combi
 
 def delete(program: Program, name: str) -> None:
     """Take an adapter off. If only that was active, the one loaded first becomes so, and learns if that one did."""
-    require_known(program, [name])
+    require_known(program.plan, [name])
     require_unmerged(program, "delete_adapter")
     left = [other for other in program.plan.adapters if other != name]
     active = [other for other in program.active if other != name]

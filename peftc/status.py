@@ -11,6 +11,7 @@ from peftc.graph.sites import WeightSite
 from peftc.plan import Edit
 from peftc.rewrite.hosts import original_class
 from peftc.rewrite.learning import without_gradient
+from peftc.rewrite.parts import Part
 from peftc.rewrite.program import Program
 
 Learns = bool | Literal["irregular"]
@@ -74,7 +75,7 @@ def model_status(program: Program) -> ModelStatus:
     parameters = [(parameter.numel(), parameter.requires_grad) for parameter in program.base.parameters()]
     backends = {layer.quantization_backend for layer in layers} - {None}
     tensors = {
-        name: [t for edit in own.edits for t in _tensors(program, edit)] for name, own in program.adapters.items()
+        name: [t for part in own.parts.values() for t in _tensors(part)] for name, own in program.adapters.items()
     }
     return ModelStatus(
         base_model_type=given_class(original_class(program.base)).__name__,
@@ -98,7 +99,7 @@ def model_status(program: Program) -> ModelStatus:
 def _layer(program: Program, fqn: str, edits: list[Edit]) -> LayerStatus:
     site = program.plan.sites[fqn]
     here = [edit.adapter for edit in edits]
-    tensors = {edit.adapter: _tensors(program, edit) for edit in edits}
+    tensors = {edit.adapter: _tensors(program.adapters[edit.adapter].part(edit)) for edit in edits}
     quantised = site.op == "linear" and not (isinstance(site, WeightSite) and site.has_plain_weight)
     return LayerStatus(
         name=fqn,
@@ -113,9 +114,8 @@ def _layer(program: Program, fqn: str, edits: list[Edit]) -> LayerStatus:
     )
 
 
-def _tensors(program: Program, edit: Edit) -> list[Tensor]:
-    part = program.adapters[edit.adapter].part(edit)
-    return [part.tensor(param.key) for param in edit.params if param.trainable]
+def _tensors(part: Part) -> list[Tensor]:
+    return [part.tensor(param.key) for param in part.edit.params if param.trainable]
 
 
 def _learns(tensors: Iterable[Tensor]) -> Learns:

@@ -3,9 +3,8 @@
 import copy
 import pickle
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,85 +15,14 @@ from peftc.errors import PeftcError, RuleError
 from peftc.graph.sites import WeightSite, canonical
 from peftc.merge.fold import fold_of, value_in
 from peftc.registry import rules
-from peftc.rewrite.parts import weight_of
+from peftc.rewrite.parts import Part, weight_of
 from peftc.rule import Bound, Rule
 from peftc.specs import AdapterSpec, ParameterSelection
+from peftc.testing_cases import Case, cases_of
 
 # Units in the last place of half precision that a faster form may be off from the weight's form, relative to the largest
 # output: sums of a few products, each rounded.
 _ULPS = 16
-
-
-@dataclass(frozen=True)
-class _Case:
-    """A model of one site, `inner.site`, and an input for it in float64; `layout` tells cases of one op apart."""
-
-    op: str
-    layout: str
-    model: nn.Module
-    x: Tensor
-
-    def __str__(self) -> str:
-        return f"{self.op} ({self.layout})"
-
-
-class _Wrapped(nn.Module):
-    """A model around one site."""
-
-    def __init__(self, site: nn.Module) -> None:
-        super().__init__()
-        self.inner = nn.ModuleDict({"site": site})
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.inner["site"](x) * 1.5
-
-
-class _ScaleNorm(nn.Module):
-    """A norm of no op in the table, as models write their own."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
-
-
-class _Experts(nn.Module):
-    """One matrix, or one for each of three experts, used in a way of its own."""
-
-    def __init__(self, experts: bool) -> None:
-        super().__init__()
-        self.w = nn.Parameter(torch.randn(3, 6, 8) if experts else torch.randn(6, 8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (
-            torch.einsum("...i,eoi->...eo", x, self.w) if self.w.dim() == 3 else torch.einsum("bti,oi->bto", x, self.w)
-        )
-
-
-def _cases(op: str) -> Iterator[_Case]:
-    from transformers.pytorch_utils import Conv1D
-
-    rows = torch.randn(3, 5, 8, dtype=torch.float64)
-    made: dict[str, list[tuple[str, Callable[[], nn.Module], Tensor]]] = {
-        "linear": [
-            ("out × in", lambda: nn.Linear(8, 6), rows),
-            ("no bias", lambda: nn.Linear(8, 6, bias=False), rows),
-            ("in × out", lambda: Conv1D(6, 8), rows),
-        ],
-        "embedding": [("in × out", lambda: nn.Embedding(8, 6), torch.randint(0, 8, (3, 5)))],
-        "conv1d": [("out × in", lambda: nn.Conv1d(8, 6, 3, padding=1), rows.mT)],
-        "conv2d": [("strided", lambda: nn.Conv2d(8, 6, 3, stride=2), torch.randn(3, 8, 7, 7).double())],
-        "conv3d": [("out × in", lambda: nn.Conv3d(8, 6, 2), torch.randn(3, 8, 4, 4, 4).double())],
-        "norm": [
-            ("an op", lambda: nn.LayerNorm(8), rows),
-            ("no op", lambda: _ScaleNorm(8), rows),
-        ],
-        "parameter": [("matrix", lambda: _Experts(False), rows), ("experts", lambda: _Experts(True), rows)],
-    }
-    for layout, build, x in made.get(op, ()):
-        yield _Case(op, layout, _Wrapped(build()).double().eval(), x)
 
 
 def check_rule(
@@ -110,8 +38,9 @@ def check_rule(
     merging is undone bit for bit; saved and loaded, copied, pickled and planned on the meta device it is the same; rows
     of a mixed batch equal those alone.
 
-    `spec`: for methods whose spec has required fields; its targets are replaced. `modules`: by op, a module that is one
-    and an input for it (batch first), for ops that peftc does not bring. The rule need not be registered.
+    `spec`: for methods whose spec has required fields, and for rules that serve some flags of it; its targets are
+    replaced. `modules`: by op, a module that is one and an input for it (batch first), for ops that peftc does not bring.
+    The rule need not be registered.
 
     Raises RuleError, naming the law and the op, at the first that does not hold.
 
@@ -120,12 +49,15 @@ def check_rule(
     if not rule.offers("weight"):
         raise RuleError(f"check_rule: {type(rule).__name__} declares no weight, which is what the laws are about")
     done: list[str] = []
+    others: dict[Rule[Any], None] = {}
     with _registered(rule), torch.random.fork_rng(devices=[]):
         for op in rule.ops:
             torch.manual_seed(seed)
-            for case in (*_cases(op), *_given(op, modules or {})):
+            for case in cases_of(op, rule, modules or {}):
                 own = _spec(rule, spec, case)
-                if own is None or _refused(case, own):
+                chosen = _chosen(case, own) if own is not None else []
+                others |= {other: None for other in chosen if other != rule}
+                if own is None or rule not in chosen:
                     continue
                 laws = {law: check for law, check in _LAWS.items() if check not in _OF_FOLDS or _folds(case, own)}
                 for law, check in laws.items():
@@ -136,15 +68,12 @@ def check_rule(
                         raise RuleError(f"check_rule: {type(rule).__name__} on {case}: {law}: {error}") from error
                     done.append(f"{case}: {law}")
     if not done:
-        raise RuleError(f"check_rule: {type(rule).__name__} accepts no case of its ops ({', '.join(rule.ops)})")
+        told = ", ".join(type(other).__name__ for other in others)
+        raise RuleError(
+            f"check_rule: {type(rule).__name__} accepts no case of its ops ({', '.join(rule.ops)})"
+            + (f"; there it is {told}, by the flags of the spec: give a spec= that this rule serves" if told else "")
+        )
     return done
-
-
-def _given(op: str, modules: Mapping[str, tuple[nn.Module, Tensor]]) -> Iterator[_Case]:
-    if op in modules:
-        module, x = modules[op]
-        wide = x.double() if x.is_floating_point() else x
-        yield _Case(op, "given", _Wrapped(copy.deepcopy(module)).double().eval(), wide)
 
 
 @contextmanager
@@ -159,28 +88,29 @@ def _registered(rule: Rule[Any]) -> Generator[None]:
             peftc.unregister(rule)
 
 
-def _spec(rule: Rule[Any], spec: AdapterSpec | None, case: _Case) -> AdapterSpec | None:
+def _spec(rule: Rule[Any], spec: AdapterSpec | None, case: Case) -> AdapterSpec | None:
     by_name = case.op == "parameter"
     if by_name and not issubclass(rule.spec, ParameterSelection):
         return None
     targets: dict[str, Any] = {"target_modules": () if by_name else ("site",)}
     if by_name:
         targets["target_parameters"] = ("site.w",)
-    filled: dict[str, Any] = {name: () for name in rule.spec.defaulted if name not in targets}
+    others = [name for name in rule.spec.defaulted if name not in targets]
+    filled: dict[str, Any] = {name: () for name in others if spec is None or getattr(spec, name) is None}
     return rule.spec(**{**filled, **targets}) if spec is None else spec.model_copy(update={**filled, **targets})
 
 
-def _refused(case: _Case, spec: AdapterSpec) -> bool:
-    """Whether the rule itself says that it does not serve this site."""
-    return not peftc.plan(case.model, spec).edits
+def _chosen(case: Case, spec: AdapterSpec) -> list[Rule[Any]]:
+    """The rules that the spec comes to there: none, if they refuse the site."""
+    return [edit.rule for edit in peftc.plan(case.model, spec).edits]
 
 
-def _folds(case: _Case, spec: AdapterSpec) -> bool:
+def _folds(case: Case, spec: AdapterSpec) -> bool:
     """Whether the rule itself says that the adapter at this site can be merged."""
     return all(edit.unmergeable is None for edit in peftc.plan(case.model, spec).edits)
 
 
-def _compiled(case: _Case, spec: AdapterSpec, dtype: torch.dtype = torch.float64, trained: bool = True) -> Any:
+def _compiled(case: Case, spec: AdapterSpec, dtype: torch.dtype = torch.float64, trained: bool = True) -> Any:
     compiled = peftc.compile(copy.deepcopy(case.model).to(dtype), spec)
     return _trained(compiled) if trained else compiled
 
@@ -188,9 +118,10 @@ def _compiled(case: _Case, spec: AdapterSpec, dtype: torch.dtype = torch.float64
 def _trained(compiled: Any) -> Any:
     """The adapters as if they had been trained; what follows from their tensors follows from the new ones."""
     for name in compiled.peft_config:
+        held = peftc.get_peft_model_state_dict(compiled, adapter_name=name)  # What files lack is what it was.
         moved = {
             key: tensor + 0.3 * torch.randn(tensor.shape, dtype=torch.float64).to(tensor.dtype)
-            if tensor.is_floating_point()
+            if tensor.is_floating_point() and (tensor.requires_grad or key in held)
             else tensor.clone()
             for key, tensor in compiled.adapter_state_dict(name).items()
         }
@@ -198,7 +129,7 @@ def _trained(compiled: Any) -> Any:
     return compiled
 
 
-def _input(case: _Case, dtype: torch.dtype) -> Tensor:
+def _input(case: Case, dtype: torch.dtype) -> Tensor:
     return case.x.to(dtype) if case.x.is_floating_point() else case.x
 
 
@@ -208,13 +139,13 @@ def _close(found: Tensor, expected: Tensor, within: float, what: str) -> None:
     assert error <= within * scale, f"{what} differ by {error:.3g}, of {scale:.3g}"
 
 
-def _fresh(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
+def _fresh(rule: Rule[Any], case: Case, spec: AdapterSpec) -> None:
     if rule.identity:
         compiled = _compiled(case, spec, trained=False)
         assert torch.equal(compiled(case.x), case.model(case.x)), "the output is another"
 
 
-def _forward_is_fold(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
+def _forward_is_fold(rule: Rule[Any], case: Case, spec: AdapterSpec) -> None:
     compiled = _compiled(case, spec)
     y = compiled(case.x)
     assert not torch.equal(y, case.model(case.x)), "moved parameters change nothing"
@@ -222,7 +153,7 @@ def _forward_is_fold(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
         _close(compiled(case.x), y, 1e-12, "outputs before and after merging")
 
 
-def _half(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
+def _half(rule: Rule[Any], case: Case, spec: AdapterSpec) -> None:
     for dtype in (torch.bfloat16, torch.float16):
         compiled, exact = _compiled(case, spec, dtype), _compiled(case, spec, torch.float64, trained=False)
         exact.load_state_dict({name: tensor.double() for name, tensor in compiled.state_dict().items()})
@@ -237,50 +168,61 @@ def _half(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
         )
 
 
-def _gradients(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
+def _gradients(rule: Rule[Any], case: Case, spec: AdapterSpec) -> None:
     compiled = _compiled(case, spec)
-    part = next(iter(compiled.program.adapters["default"].parts.values()))
+    parts = _parts(compiled)
     cotangent = torch.randn_like(compiled(case.x))
     (compiled(case.x) * cotangent).sum().backward()
-    found = {param.name: part.tensor(param.key).grad for param in part.edit.params if param.trainable}
-    values = {n: t.detach().clone().requires_grad_(t.is_floating_point()) for n, t in part.tensors().items()}
-    y = _by_weight(compiled, part, values, case.x)
-    expected = torch.autograd.grad((y * cotangent).sum(), [values[name] for name in found])
-    for (name, own), gradient in zip(found.items(), expected, strict=True):
-        assert own is not None, f"{name} gets no gradient"
-        _close(own, gradient, 1e-9, f"gradients of {name}")
+    trained = {param.name: part.tensor(param.key) for part in parts for param in part.edit.params if param.trainable}
+    # By identity, as ends of a tie have the same tensors.
+    values = {
+        id(tensor): tensor.detach().clone().requires_grad_(tensor.is_floating_point())
+        for part in parts
+        for tensor in part.tensors().values()
+    }
+    y = _by_weight(compiled, parts, values, case.x)
+    expected = torch.autograd.grad((y * cotangent).sum(), [values[id(tensor)] for tensor in trained.values()])
+    for (name, own), gradient in zip(trained.items(), expected, strict=True):
+        assert own.grad is not None, f"{name} gets no gradient"
+        _close(own.grad, gradient, 1e-9, f"gradients of {name}")
 
 
-def _by_weight(compiled: Any, part: Any, values: Mapping[str, Tensor], x: Tensor) -> Tensor:
-    """The model's output with the weight and bias that the rule's own algebra gives."""
-    site, base = cast(WeightSite, part.site), compiled.base
-    parameter = weight_of(base.get_submodule(site.owner), site)
-    assert parameter is not None
-    p = {**values, **part.edit.constants}
-    stored = canonical(parameter.detach(), site)
-    weight = canonical(part.edit.rule.weight(stored, Bound(p, {"weight": lambda: stored})), site)
-    new = {str(site.weight): weight}
-    if site.bias is not None:
-        bias = base.get_parameter(site.bias).detach()
-        new[site.bias] = part.edit.rule.bias(bias, Bound(p, {"bias": lambda: bias, "weight": lambda: stored}))
-    plain = compiled.unload()
-    return torch.func.functional_call(plain, new, (x,))
+def _parts(compiled: Any) -> list[Part]:
+    return list(compiled.program.adapters["default"].parts.values())
 
 
-def _tiles(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
+def _by_weight(compiled: Any, parts: Sequence[Part], values: Mapping[int, Tensor], x: Tensor) -> Tensor:
+    """The model's output with the weights and biases that the rules' own algebra gives."""
+    new: dict[str, Tensor] = {}
+    for part in parts:
+        site, rule = cast(WeightSite, part.site), part.edit.rule
+        parameter = weight_of(compiled.base.get_submodule(site.owner), site)
+        assert parameter is not None
+        own = {name: values[id(tensor)] for name, tensor in part.tensors().items()}
+        p = {**own, **part.edit.constants}
+        stored = canonical(parameter.detach(), site)
+        new[str(site.weight)] = canonical(rule.weight(stored, Bound(p, {"weight": lambda stored=stored: stored})), site)
+        if site.bias is not None:
+            bias = compiled.base.get_parameter(site.bias).detach()
+            both = {"bias": lambda bias=bias: bias, "weight": lambda stored=stored: stored}
+            new[site.bias] = rule.bias(bias, Bound(p, both))
+    return torch.func.functional_call(compiled.unload(), new, (x,), tie_weights=False)
+
+
+def _tiles(rule: Rule[Any], case: Case, spec: AdapterSpec) -> None:
     compiled = _compiled(case, spec)
-    part = next(iter(compiled.program.adapters["default"].parts.values()))
+    part = next(part for part in _parts(compiled) if part.edit.rule == rule)
     site = cast(WeightSite, part.site)
     weight = weight_of(compiled.base.get_submodule(site.owner), site)
     assert weight is not None
     weight = weight.detach()
-    fold = fold_of(site, [part.edit], weight, value_in(compiled.program), size=max(1, weight.numel() // 3))
+    fold = fold_of(site, [part.edit], weight, value_in(compiled.program.adapters), size=max(1, weight.numel() // 3))
     whole = fold.new(slice(0, len(weight)), "", weight)
     for piece, axis in fold.parts:
         _close(fold.new(piece, axis, weight[piece]), whole[piece], 1e-10, "a piece and the whole fold")
 
 
-def _undone(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
+def _undone(rule: Rule[Any], case: Case, spec: AdapterSpec) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for mode in ("keep", "residual"):
             compiled = _compiled(case, spec, dtype)
@@ -291,7 +233,7 @@ def _undone(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
                 assert torch.equal(tensor, before[name]), f"{name} in {dtype} after undo={mode!r}"
 
 
-def _files(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
+def _files(rule: Rule[Any], case: Case, spec: AdapterSpec) -> None:
     compiled = _compiled(case, spec)
     with tempfile.TemporaryDirectory() as folder:
         compiled.save_pretrained(folder)
@@ -299,7 +241,7 @@ def _files(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
     assert torch.equal(again(case.x), compiled(case.x)), "the output is another"
 
 
-def _copies(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
+def _copies(rule: Rule[Any], case: Case, spec: AdapterSpec) -> None:
     compiled = _compiled(case, spec)
     for other in (copy.deepcopy(compiled), pickle.loads(pickle.dumps(compiled))):
         assert torch.equal(other(case.x), compiled(case.x)), "the output is another"
@@ -307,13 +249,13 @@ def _copies(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
         assert torch.equal(other(case.x), case.model(case.x)), "the base's output is another"
 
 
-def _meta(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
+def _meta(rule: Rule[Any], case: Case, spec: AdapterSpec) -> None:
     planned = peftc.plan(copy.deepcopy(case.model).to("meta"), spec)
     assert planned.edits == peftc.plan(case.model, spec).edits, "the plan is another"
     peftc.compile(copy.deepcopy(case.model).to("meta"), spec)
 
 
-def _mixed(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
+def _mixed(rule: Rule[Any], case: Case, spec: AdapterSpec) -> None:
     compiled = _trained(peftc.compile(copy.deepcopy(case.model), {"a": spec, "b": spec}))
     names = ["a", "__base__", "b"]
     try:
@@ -327,7 +269,7 @@ def _mixed(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
         _close(together[row], compiled(case.x)[row], 1e-10, f"row {row} in a batch and alone")
 
 
-def _symbolic(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
+def _symbolic(rule: Rule[Any], case: Case, spec: AdapterSpec) -> None:
     if case.op == "parameter" or case.layout == "no op":
         return
     compiled = _compiled(case, spec)
@@ -336,7 +278,7 @@ def _symbolic(rule: Rule[Any], case: _Case, spec: AdapterSpec) -> None:
     _close(flat(case.x), compiled(case.x), 1e-12, "the flat graph's output and the host's")
 
 
-_LAWS: Mapping[str, Callable[[Rule[Any], _Case, AdapterSpec], None]] = {
+_LAWS: Mapping[str, Callable[[Rule[Any], Case, AdapterSpec], None]] = {
     "a fresh adapter is the identity": _fresh,
     "the call equals the merged weight's": _forward_is_fold,
     "half precision is near float64": _half,

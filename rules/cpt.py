@@ -46,9 +46,11 @@ class CPTConfig(PromptSpec):
     @model_validator(mode="before")
     @classmethod
     def _count(cls, data: Any) -> Any:
-        ids = data.get("cpt_token_ids") or (0,)
-        ones = {name: (1,) * len(ids) for name in ("cpt_mask", "cpt_tokens_type_mask") if data.get(name) is None}
-        return {**data, **ones, "cpt_token_ids": ids, "num_virtual_tokens": len(ids), "num_transformer_submodules": 1}
+        given = data.get("cpt_token_ids")
+        ids = given if isinstance(given, torch.Tensor) or given else (0,)
+        count = len(ids) if isinstance(ids, list | tuple) else 1  # Others are refused with the field's own words.
+        ones = {name: (1,) * count for name in ("cpt_mask", "cpt_tokens_type_mask") if data.get(name) is None}
+        return {**data, **ones, "cpt_token_ids": ids, "num_virtual_tokens": count, "num_transformer_submodules": 1}
 
     @model_validator(mode="after")
     def _check_cpt(self) -> Self:

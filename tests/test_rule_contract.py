@@ -170,6 +170,7 @@ def test_a_prompt_method_is_a_module_and_a_place(shifted: ShiftedPrompt, tmp_pat
         ({"encoder": lambda self, spec: nn.Embedding(3, 5)}, r"shape \(1, 4, 5\)"),
         ({"encoder": lambda self, spec: nn.Embedding(4, 32)}, "not the one parameter embedding.weight"),
         ({"at": "nowhere"}, "'embeds' or 'past'"),
+        ({"weight": lambda self, weight, p: weight}, "a prompt rule has no weight, which would never be called"),
     ],
 )
 def test_a_broken_prompt_rule_is_reported_with_its_place(change: dict[str, Any], message: str) -> None:

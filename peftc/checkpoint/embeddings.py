@@ -6,7 +6,7 @@ from contextlib import suppress
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftc.checkpoint.base import originals
 from peftc.checkpoint.spelling import base_name
@@ -36,7 +36,7 @@ def embedding_state(
         raise CheckpointError(f"save_embedding_layers={save!r}: valid are True, False and 'auto'")
     if save is False:
         return {}
-    modules = _embeddings(program)
+    modules = _embeddings(program.base)
     if save is True and not modules:
         warnings.warn(
             "save_embedding_layers: the model is none of transformers, so its embeddings aren't known", stacklevel=5
@@ -45,7 +45,7 @@ def embedding_state(
     targeted, whole = ({edit.site for edit in edits if edit.whole is saved} for saved in (False, True))
     places = places_of(edits)
     parts = any(edit.rule.replaces_rows for edit in edits)  # As in PEFT, whoever trains rows saves rows.
-    every = save is True or (bool(modules) and _resized(program))
+    every = save is True or (bool(modules) and _resized(program.base))
     found: dict[str, Tensor] = {}
     for fqn in modules:
         common = fqn in targeted and fqn.rpartition(".")[2] in _COMMON and not parts
@@ -75,7 +75,7 @@ def places_of(edits: Iterable[Edit]) -> dict[str, str]:
 def split_embeddings(program: Program, spec: AdapterSpec, keys: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """Keys of whole embeddings with the base parameter they are, and keys that are nothing known."""
     keys = list(keys)
-    heads = _embeddings(program) if keys else []
+    heads = _embeddings(program.base) if keys else []
     embeddings: dict[str, str] = {}
     unexpected: list[str] = []
     for key in keys:
@@ -101,15 +101,15 @@ def take_over(program: Program, adapter: str, name: str, value: Tensor) -> None:
         program.overlay.place(program.base, {name: adapter})
 
 
-def _embeddings(program: Program) -> list[str]:
+def _embeddings(base: nn.Module) -> list[str]:
     """The fqns of a transformers model's input and output embeddings."""
-    if not is_pretrained(program.base):
+    if not is_pretrained(base):
         return []
-    base, wanted = cast(Any, program.base), list[Any]()
-    for get in (base.get_input_embeddings, base.get_output_embeddings):
+    model, wanted = cast(Any, base), list[Any]()
+    for get in (model.get_input_embeddings, model.get_output_embeddings):
         with suppress(NotImplementedError):  # Models of sound and images have none.
             wanted.append(get())
-    return [fqn for fqn, module in program.base.named_modules() if any(module is one for one in wanted)]
+    return [fqn for fqn, module in base.named_modules() if any(module is one for one in wanted)]
 
 
 def _value(program: Program, name: str, adapter: str) -> Tensor:
@@ -121,9 +121,9 @@ def _value(program: Program, name: str, adapter: str) -> Tensor:
     return value
 
 
-def _resized(program: Program) -> bool:
+def _resized(base: nn.Module) -> bool:
     """Whether the vocabulary is another than in the base's config, as far as that is on this machine."""
-    config = cast(Any, transformers_config(program.base))
+    config = cast(Any, transformers_config(base))
     if not config.name_or_path:
         return False
     from transformers import AutoConfig

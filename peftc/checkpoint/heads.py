@@ -31,7 +31,9 @@ def fit_heads(program: Program, name: str, tensors: Mapping[str, Tensor]) -> Non
         shapes = {key: tuple(tensor.shape) for key, tensor in found.items() if tensor is not None}
         changed = {key: shape for key, shape in shapes.items() if shape != tuple(part.tensor(key).shape)}
         if changed and all(_is_output(part, key, shapes) for key in changed):
-            _resize(program, part, changed)
+            before, after = part.edit, _resized(part, changed)
+            edits = tuple(after if edit is before else edit for edit in program.plan.edits)
+            program.plan = replace(program.plan, edits=edits)
 
 
 def _is_embedding(program: Program, part: Part) -> bool:
@@ -53,7 +55,8 @@ def _is_output(part: Part, key: str, shapes: Mapping[str, tuple[int, ...]]) -> b
     return whole and weight is not None and len(weight) == 2 and weight[1] == module.in_features
 
 
-def _resize(program: Program, part: Part, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def _resized(part: Part, shapes: Mapping[str, tuple[int, ...]]) -> Edit:
+    """The edit of `part` after giving its tensors these shapes."""
     for key, shape in shapes.items():
         module, leaf = part.owners[key]
         old = cast(nn.Parameter, module._parameters[leaf])
@@ -62,7 +65,5 @@ def _resize(program: Program, part: Part, shapes: Mapping[str, tuple[int, ...]])
         )
         cast(nn.Linear, module).out_features = shape[0]
     params = tuple(replace(p, shape=shapes[p.key]) if p.key in shapes else p for p in part.edit.params)
-    new = replace(part.edit, params=params)
-    edits: tuple[Edit, ...] = tuple(new if edit is part.edit else edit for edit in program.plan.edits)
-    program.plan = replace(program.plan, edits=edits)
-    part.become(new)
+    part.become(replace(part.edit, params=params))
+    return part.edit

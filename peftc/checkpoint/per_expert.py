@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftc.checkpoint.base import originals
 from peftc.checkpoint.embeddings import SaveEmbeddings
@@ -20,9 +20,10 @@ from peftc.errors import CheckpointError
 from peftc.graph.sites import Site, WeightSite, canonical, is_pretrained
 from peftc.plan import Edit
 from peftc.registry import rules_of
+from peftc.rewrite.parts import Part
 from peftc.rewrite.program import Program
 from peftc.rewrite.sharding import whole
-from peftc.rule import Bound, Factors
+from peftc.rule import Factors
 
 _WHY = "form='per_expert'"
 
@@ -69,7 +70,9 @@ def per_expert_form(
         keys = {param: key_of(spec, edit, param) for param in edit.params if param.saved}
         if edit.site in stacks:
             state = {key: tensor for key, tensor in state.items() if key not in keys.values()}
-            for linear, up, down, scale in _split(program, edit, _linears(program, stacks[edit.site])):
+            for linear, up, down, scale in _split(
+                program.adapters[adapter].part(edit), _linears(program.base, stacks[edit.site])
+            ):
                 targets.append(_Target(linear, down.shape[0], scale))
                 own = spec.key_prefix + linear
                 state |= {f"{own}.lora_A.weight": down.contiguous(), f"{own}.lora_B.weight": up.contiguous()}
@@ -107,25 +110,25 @@ def _stored(program: Program) -> tuple[dict[str, str], list[str]]:
         raise CheckpointError(f"{_WHY}: only models of transformers tell what the linears of their experts are called")
     shapes = {name: tensor.shape for name, tensor in originals(program, program.given.requires_grad).items()}
     plain = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    stored = _reverted(program, plain)
+    stored = _reverted(program.base, plain)
     made = {id(tensor): name for name, tensor in stored.items()}
     names = {name: made[id(tensor)] for name, tensor in plain.items() if id(tensor) in made}
     return names, [name.removesuffix(".weight") for name in stored if name.endswith(".weight")]
 
 
-def _reverted(program: Program, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _reverted(base: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`tensors`, by parameter of the model, as transformers writes them."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    return revert_weight_conversion(cast(Any, program.base), dict(tensors))
+    return revert_weight_conversion(cast(Any, base), dict(tensors))
 
 
-def _linears(program: Program, stack: WeightSite) -> list[_Linear]:
+def _linears(base: nn.Module, stack: WeightSite) -> list[_Linear]:
     """Found by having the numbers of the rows converted."""
     count, rows = stack.experts or 0, stack.out_features
     numbered = canonical(torch.arange(count * rows).view(count, rows, 1), stack)
     linears: list[_Linear] = []
-    for name, part in _reverted(program, {str(stack.weight): numbered}).items():
+    for name, part in _reverted(base, {str(stack.weight): numbered}).items():
         start, length = int(part.flatten()[0]), part.numel()
         if part.dim() != 2 or part.shape[1] != 1 or part.flatten().tolist() != list(range(start, start + length)):
             raise CheckpointError(
@@ -135,12 +138,10 @@ def _linears(program: Program, stack: WeightSite) -> list[_Linear]:
     return linears
 
 
-def _split(program: Program, edit: Edit, linears: list[_Linear]) -> Iterator[tuple[str, Tensor, Tensor, float]]:
+def _split(part: Part, linears: list[_Linear]) -> Iterator[tuple[str, Tensor, Tensor, float]]:
     """By linear the factors up (out, r) and down (r, in), and the scaling. The ranks of all experts are the same."""
-    values = {
-        name: whole(tensor.detach()) for name, tensor in program.adapters[edit.adapter].part(edit).tensors().items()
-    }
-    made = edit.rule.factors(Bound({**values, **edit.constants}))
+    values = {name: whole(tensor.detach()) for name, tensor in part.tensors().items()}
+    made = part.edit.rule.factors(part.bound(**values))
     assert isinstance(made, Factors), "the sites are those of a method that has them"
     for own in _alike(linears).values():
         ups = torch.stack([made.up[linear.expert, linear.start : linear.stop] for linear in own])

@@ -25,7 +25,7 @@ from peftc.errors import CheckpointError
 from peftc.graph.hooked import given_class
 from peftc.graph.sites import transformers_config
 from peftc.merge.combine import target_names
-from peftc.prompts.files import encoder_state, prompt_edit
+from peftc.prompts.files import encoder_state, prompt_part
 from peftc.rewrite.hosts import original_class
 from peftc.rewrite.program import Program
 from peftc.rewrite.sharding import is_sharded, reshard, whole
@@ -93,8 +93,9 @@ def _files(program: Program, adapter: str, options: SaveOptions) -> tuple[dict[s
     elif options.form == "per_expert":
         written, tensors = per_expert_form(program, adapter, config, options.save_embedding_layers)
     else:
-        edit = prompt_edit(program, adapter)
-        state = encoder_state(program, edit) if edit is not None else {}
+        own = program.adapters[adapter]
+        part = prompt_part(own)
+        state = encoder_state(own, part) if part is not None else {}
         encoder = {key: whole(value) for key, value in state.items()}
         tensors = saved_state_dict(program, adapter, options.save_embedding_layers, options.state_dict)
         full = None if options.state_dict is None else by_plain_names(options.state_dict)

@@ -14,12 +14,11 @@ from torch.nn import functional as F
 
 from peftc.checkpoint.state import key_of
 from peftc.errors import CheckpointError
-from peftc.graph.sites import Site
 from peftc.merge.combine import target_names
-from peftc.plan import Edit
 from peftc.registry import rules_of
+from peftc.rewrite.parts import Part
 from peftc.rewrite.program import Program
-from peftc.rule import Bound, Factors
+from peftc.rule import Factors
 from peftc.specs import AdapterSpec
 
 # What servers read: the method that adapters are of, and the keys of its factors by op.
@@ -37,10 +36,11 @@ def serving_form(
     Raises CheckpointError, naming the sites, for what servers do not take: another method than one that adds products,
     saved modules, trained biases, B with a bias, sites that are neither linear nor embeddings.
     """
-    spec, edits = program.adapters[adapter].spec, program.adapters[adapter].edits
+    own = program.adapters[adapter]
+    spec, edits = own.spec, own.edits
     if not any(rule.offers("factors") for rule in rules_of(spec)):
         raise CheckpointError(f"form='serving': {adapter!r} is {spec.peft_type}; servers take LoRA. Merge it instead.")
-    reasons = [reason for edit in edits if (reason := _refusal(program.plan.sites[edit.site], edit))]
+    reasons = [reason for part in own.parts.values() if (reason := _refusal(part))]
     if any(tensor.adapter == adapter for tensor in program.plan.trained):
         reasons.append(f"bias={config['bias']!r} trains biases of the base model")
     if reasons:
@@ -48,14 +48,14 @@ def serving_form(
         raise CheckpointError(
             f"form='serving': {'; '.join(reasons[:3])}{more}: servers don't take that. Merge it instead."
         )
-    factors = {edit.site: _factors(program, edit) for edit in edits}
+    factors = {part.edit.site: _factors(part) for part in own.parts.values()}
     r = max(least_rank, *(a.shape[0] for a, _ in factors.values()))
     tensors: dict[str, Tensor] = {}
     for edit in edits:
         a, b = factors[edit.site]
-        own = edit.params[0]
+        first = edit.params[0]
         # Ends of a tie have factors each.
-        stem = key_of(spec, replace(edit, saved_as=None), own).removesuffix(own.key)
+        stem = key_of(spec, replace(edit, saved_as=None), first).removesuffix(first.key)
         one, other = _KEYS[program.plan.sites[edit.site].op]
         tensors[stem + one] = F.pad(a, (0, 0, 0, r - a.shape[0]))
         tensors[stem + other] = F.pad(b, (0, r - b.shape[1]))
@@ -75,19 +75,20 @@ def serving_form(
     return {**config, **plain, **selectors, **layers, "r": r, "lora_alpha": r, "lora_dropout": 0.0}, tensors
 
 
-def _refusal(site: Site, edit: Edit) -> str | None:
+def _refusal(part: Part) -> str | None:
+    edit, site = part.edit, part.site
     if edit.whole:
         return f"{edit.site} is saved whole (modules_to_save)"
     if site.op not in ("linear", "embedding"):
         return f"{edit.site} is a {site.op}"
     if not edit.rule.additive:
         return f"{edit.site}: {type(edit.rule).__name__} is no sum of products"
-    return f"{edit.site}: lora_bias" if edit.constants.get("biased") else None
+    return f"{edit.site}: lora_bias" if part.changes_bias else None
 
 
-def _factors(program: Program, edit: Edit) -> tuple[Tensor, Tensor]:
+def _factors(part: Part) -> tuple[Tensor, Tensor]:
     """A and B with the scaling in A, and what an adapter started from, which is taken off, beside its own."""
-    values = {name: tensor.detach() for name, tensor in program.adapters[edit.adapter].part(edit).tensors().items()}
-    made = edit.rule.factors(Bound({**values, **edit.constants}))
+    values = {name: tensor.detach() for name, tensor in part.tensors().items()}
+    made = part.edit.rule.factors(part.bound(**values))
     assert isinstance(made, Factors), "the sites are those of a method that has them"
     return (made.down.double() * made.scale).to(made.down.dtype), made.up

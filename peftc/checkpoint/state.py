@@ -15,10 +15,11 @@ from peftc.graph.finding import parameter_at
 from peftc.graph.sites import dtype_name, parameter_name
 from peftc.merge.fold import is_finite
 from peftc.plan import Edit, PlannedParam
-from peftc.prompts.files import PROMPT_KEY, is_reparameterised, load_prompt, prompt_edit, prompt_state
+from peftc.prompts.files import PROMPT_KEY, is_reparameterised, load_prompt, prompt_part, prompt_state
 from peftc.prompts.find import is_virtual
 from peftc.registry import rules_of
 from peftc.rewrite.build import start_alone
+from peftc.rewrite.parts import Adapter
 from peftc.rewrite.processes import require_unflattened
 from peftc.rewrite.program import Program
 from peftc.rewrite.sharding import is_sharded, put, reshard, whole
@@ -32,7 +33,7 @@ def adapter_state_dict(program: Program, adapter: str) -> dict[str, Tensor]:
     prefix = own.spec.key_prefix
     for part in own.parts.values():
         if is_virtual(part.edit):
-            state |= prompt_state(program, part.edit)
+            state |= prompt_state(part)
             continue
         for param in part.edit.params:
             if param.saved:
@@ -56,29 +57,27 @@ def saved_state_dict(
     reshard(program.base)  # What FSDP2 has gathered for a call may be rounded.
     if full is None:
         require_unflattened(
-            program,
-            [adapter],
+            program.adapters[adapter],
             CheckpointError,
             "Pass state_dict=, the whole model's, on the process that saves (a Trainer does), or save inside of"
             " FullyShardedDataParallel.summon_full_params.",
         )
-    prefix, stored = program.adapters[adapter].spec.key_prefix, stored_as(program, adapter)
+    own = program.adapters[adapter]
+    prefix, stored = own.spec.key_prefix, stored_as(own)
     state = adapter_state_dict(program, adapter) if full is None else _from_full(program, adapter, full)
     state |= embedding_state(program, adapter, prefix, save_embedding_layers, by_plain_names(full or {}))
     state = {key: whole(value) for key, value in state.items()}
     state = {key: value * stored[key] if key in stored else value for key, value in state.items()}
-    state |= _transposed(program, adapter, state)
+    state |= _transposed(own, state)
     return filed(program, adapter, state)[1]
 
 
-def _transposed(program: Program, adapter: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _transposed(adapter: Adapter, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What files have once more, for ends of ties that follow."""
-    own = program.adapters[adapter]
+    spec = adapter.spec
     return {
-        own.spec.key_prefix + parameter_name(unwrapped(edit.site), key): state[
-            key_of(own.spec, edit, param)
-        ].T.contiguous()
-        for edit in own.edits
+        spec.key_prefix + parameter_name(unwrapped(edit.site), key): state[key_of(spec, edit, param)].T.contiguous()
+        for edit in adapter.edits
         for param in edit.params
         if (key := edit.rule.again.get(param.key)) is not None
     }
@@ -112,22 +111,18 @@ def filed(program: Program, adapter: str, state: dict[str, Tensor]) -> tuple[Ada
     return spec, state
 
 
-def stored_as(program: Program, adapter: str) -> dict[str, float]:
+def stored_as(adapter: Adapter) -> dict[str, float]:
     """By key, how many times a tensor files hold, where that is not once. Powers of two, so that it is exact."""
-    own = program.adapters[adapter]
-    pairs = [(edit, param) for edit in own.edits for param in edit.params if param.stored != 1]
-    return {key_of(own.spec, edit, param): param.stored for edit, param in pairs}
+    pairs = [(edit, param) for edit in adapter.edits for param in edit.params if param.stored != 1]
+    return {key_of(adapter.spec, edit, param): param.stored for edit, param in pairs}
 
 
 def _from_full(program: Program, adapter: str, full: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The adapter's tensors out of a whole model's (gathered by FSDP or a trainer; names may carry their wrappers)."""
     plain = by_plain_names(full)
-    edit = prompt_edit(program, adapter)
-    if (
-        edit is not None
-        and is_reparameterised(edit)
-        and any(is_sharded(tensor) for tensor in program.adapters[adapter].part(edit).tensors().values())
-    ):
+    part = prompt_part(program.adapters[adapter])
+    makes = part is not None and is_reparameterised(part.edit)
+    if part is not None and makes and any(is_sharded(tensor) for tensor in part.tensors().values()):
         raise CheckpointError(
             f"{adapter!r}: an encoder makes its rows, whose tensors are sharded, and state_dict has no rows. Call"
             " save_pretrained on all processes, without state_dict."
@@ -184,7 +179,7 @@ def load_state(
     differs. Raises CheckpointError, with nothing copied, on NaN, Inf or integers, and with `strict` on missing, unexpected
     or mis-shaped keys; else these are left out, with a warning (mis-shaped ones only if `resized`).
     """
-    require_unflattened(program, [adapter], CheckpointError, "Load before the model is wrapped.")
+    require_unflattened(program.adapters[adapter], CheckpointError, "Load before the model is wrapped.")
     fit = fit_of(program, adapter, tensors)
     odd = bool(fit.result.mismatched_keys)
     left = require_fit(fit.result, fit.own, where, strict or (odd and not resized))
@@ -215,7 +210,7 @@ class Fit:
 def fit_of(program: Program, adapter: str, tensors: Mapping[str, Tensor]) -> Fit:
     """Find the place of each of `tensors`, by their names, shapes and dtypes alone."""
     own, spec = adapter_state_dict(program, adapter), program.adapters[adapter].spec
-    again = _again(program, adapter)
+    again = _again(program.adapters[adapter])
     wanted = [
         key for key in tensors if key in own or (".original_module." not in key and again.get(key) not in tensors)
     ]
@@ -223,7 +218,7 @@ def fit_of(program: Program, adapter: str, tensors: Mapping[str, Tensor]) -> Fit
     given = {new: (old, tensors[old]) for old, new in names.items()}
     embeddings, unexpected = split_embeddings(program, spec, [key for key in given if key not in own])
     targets = {**own, **{key: parameter_at(program.base, name) for key, name in embeddings.items()}}
-    optional = _optional(program, adapter)
+    optional = _optional(program.adapters[adapter])
     pairs = {key: (old, value, targets[key]) for key, (old, value) in given.items() if key in targets}
     fitting = {key: pair for key, pair in pairs.items() if pair[1].shape == pair[2].shape}
     result = LoadResult(
@@ -244,9 +239,9 @@ def fit_of(program: Program, adapter: str, tensors: Mapping[str, Tensor]) -> Fit
     return Fit(own, {key: old for key, (old, _, _) in fitting.items()}, embeddings, result)
 
 
-def _again(program: Program, adapter: str) -> dict[str, str]:
+def _again(adapter: Adapter) -> dict[str, str]:
     """By the key under which a file may have a tensor once more, of a site that follows another one, its first key."""
-    edits, spec = program.adapters[adapter].edits, program.adapters[adapter].spec
+    edits, spec = adapter.edits, adapter.spec
     places = places_of(edits)
     found: dict[str, str] = {}
     for edit in (edit for edit in edits if edit.follows is not None and edit.saved_as is not None):
@@ -268,24 +263,25 @@ def _start_others(program: Program, adapter: str, fit: Fit, tables_only: bool) -
 
 def _copy(
     program: Program,
-    adapter: str,
+    name: str,
     values: Mapping[str, Tensor],
     own: Mapping[str, Tensor],
     encoder: Mapping[str, Tensor],
 ) -> None:
-    edit, stored = prompt_edit(program, adapter), stored_as(program, adapter)
+    adapter = program.adapters[name]
+    part, stored = prompt_part(adapter), stored_as(adapter)
     reshard(program.base)
     with torch.no_grad():
         for key, value in values.items():
-            if edit is not None and key == PROMPT_KEY:
-                load_prompt(program, edit, value, encoder)
+            if part is not None and key == PROMPT_KEY:
+                load_prompt(adapter, part, value, encoder)
             else:
                 put(own[key], value / stored[key] if key in stored else value)
 
 
 def require_values(program: Program, adapter: str, values: Mapping[str, Tensor], fit: Fit, where: str) -> None:
     """Raise CheckpointError if one of `values`, by the adapter's key, is not finite, or integers where floats belong."""
-    buffers = _buffers(program, adapter)
+    buffers = _buffers(program.adapters[adapter])
     for key, value in values.items():
         target = fit.own[key] if key in fit.own else parameter_at(program.base, fit.embeddings[key])
         _require_value(key, value, target.dtype, where, finite=key not in buffers)
@@ -315,23 +311,21 @@ def report(result: LoadResult, left: str | None, where: str) -> None:
 _BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
 
 
-def _optional(program: Program, adapter: str) -> set[str]:
+def _optional(adapter: Adapter) -> set[str]:
     """Keys of frozen starts, which files may lack: they are computed from the base weight, or drawn, then. And of tensors
     that are there by another key too.
     """
-    own = program.adapters[adapter]
-    keys = [(edit, param, key_of(own.spec, edit, param)) for edit in own.edits for param in edit.params]
+    keys = [(edit, param, key_of(adapter.spec, edit, param)) for edit in adapter.edits for param in edit.params]
     first = {key for edit, _, key in keys if edit.follows is None}
     starts = {key for _, param, key in keys if not param.trainable and param.init in ("rule", "gathered", "drawn")}
     return starts | {key for _, _, key in keys} - first
 
 
-def _buffers(program: Program, adapter: str) -> set[str]:
+def _buffers(adapter: Adapter) -> set[str]:
     """Keys of buffers of modules saved whole, which may hold infinities (masks)."""
-    own = program.adapters[adapter]
     return {
-        key_of(own.spec, edit, param)
-        for edit in own.edits
+        key_of(adapter.spec, edit, param)
+        for edit in adapter.edits
         for param in edit.params
         if edit.whole and not param.trainable
     }

@@ -25,9 +25,9 @@ from peftc.export.gguf_names import (
     turned_heads,
 )
 from peftc.graph.sites import WeightSite, transformers_config
-from peftc.plan import Edit
+from peftc.plan import Plan
+from peftc.rewrite.parts import Part
 from peftc.rewrite.program import Program
-from peftc.rule import Bound
 
 # By site: A (r, in) and B (out, r), whose product is the change of the weight.
 Factors = Mapping[str, tuple[Tensor, Tensor]]
@@ -40,21 +40,21 @@ def write_adapter(program: Program, adapter: str, to: str, folder: Path) -> tupl
     """
     read = _WRITERS[to](program, _serving(program, adapter, to), adapter, folder)
     largest, scale = 0.0, 0.0
-    for edit in program.adapters[adapter].edits:
-        expected = _change(program, edit)
-        a, b = read[edit.site]
+    for part in program.adapters[adapter].parts.values():
+        expected = _change(part)
+        a, b = read[part.edit.site]
         largest = max(largest, float((b.double() @ a.double() - expected).abs().max()))
         scale = max(scale, float(expected.abs().max()))
     return largest, scale
 
 
-def _change(program: Program, edit: Edit) -> Tensor:
+def _change(part: Part) -> Tensor:
     """What the live adapter adds to a weight, (out, in), in float64."""
-    site, part = program.plan.sites[edit.site], program.adapters[edit.adapter].part(edit)
+    site = part.site
     assert isinstance(site, WeightSite), "serving forms are of weights"
     values = {name: tensor.detach().cpu().double() for name, tensor in part.tensors().items()}
     zeros = torch.zeros(site.out_features, site.in_features, dtype=torch.float64)
-    return edit.rule.weight(zeros, Bound({**values, **edit.constants}))
+    return part.edit.rule.weight(zeros, part.bound(**values))
 
 
 def _gguf(program: Program, factors: Factors, adapter: str, folder: Path) -> Factors:
@@ -62,7 +62,7 @@ def _gguf(program: Program, factors: Factors, adapter: str, folder: Path) -> Fac
     gguf = package()
     config = transformers_config(program.base)
     architecture = architecture_of(config)
-    _refuse_ties(program, factors)
+    _refuse_ties(program.plan, factors)
     names = dict(zip(factors, tensor_names(config, [f"{site}.weight" for site in factors]).values(), strict=True))
     heads = turned_heads(config)
     writer = gguf.GGUFWriter(folder / f"{adapter}.gguf", architecture)
@@ -71,7 +71,7 @@ def _gguf(program: Program, factors: Factors, adapter: str, folder: Path) -> Fac
     writer.add_float32("adapter.lora.alpha", float(next(iter(factors.values()))[0].shape[0]))
     for site, (a, b) in factors.items():
         count = heads.get(site.rpartition(".")[2])
-        a = a.T if _is_embedding(program, site) else a  # llama.cpp looks its rows up.
+        a = a.T if _is_embedding(program.plan, site) else a  # llama.cpp looks its rows up.
         b = b if count is None else turned(b, count)
         for suffix, tensor in (("lora_a", a), ("lora_b", b)):
             writer.add_tensor(f"{names[site]}.{suffix}", tensor.float().contiguous().cpu().numpy())
@@ -87,17 +87,17 @@ def _gguf(program: Program, factors: Factors, adapter: str, folder: Path) -> Fac
         a, b = read[f"{name}.lora_a"], read[f"{name}.lora_b"]
         count = heads.get(site.rpartition(".")[2])
         b = b if count is None else turned_back(b, count)
-        found[site] = (a.T if _is_embedding(program, site) else a), b
+        found[site] = (a.T if _is_embedding(program.plan, site) else a), b
     return found
 
 
-def _is_embedding(program: Program, site: str) -> bool:
-    return program.plan.sites[site].op == "embedding"
+def _is_embedding(plan: Plan, site: str) -> bool:
+    return plan.sites[site].op == "embedding"
 
 
 def _mlx(program: Program, factors: Factors, adapter: str, folder: Path) -> Factors:
     """`<adapter>/adapters.safetensors` and its config. Returns the factors as the file has them, read back."""
-    outside = [site for site in factors if ".layers." not in f".{site}" or _is_embedding(program, site)]
+    outside = [site for site in factors if ".layers." not in f".{site}" or _is_embedding(program.plan, site)]
     if outside:
         raise ExportError(
             f"to='mlx': {outside[0]} is in no layer, and mlx-lm adapts layers only. Leave it out, or export the merged"
@@ -136,8 +136,8 @@ def _serving(program: Program, adapter: str, to: str) -> dict[str, tuple[Tensor,
     return found
 
 
-def _refuse_ties(program: Program, factors: Factors) -> None:
-    shared = {name.rpartition(".")[0] for group in program.plan.ties for name in group}
+def _refuse_ties(plan: Plan, factors: Factors) -> None:
+    shared = {name.rpartition(".")[0] for group in plan.ties for name in group}
     for site in factors:
         if site in shared:
             raise ExportError(

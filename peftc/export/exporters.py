@@ -1,7 +1,7 @@
 """The exporters of whole models, each with what runs the files that it wrote: transformers' own, and torch's."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -49,15 +49,15 @@ class Written:
 def _checkpoint(program: Program, stage: Path, given: Mapping[str, Tensor], fixed: bool) -> Written:
     """A transformers checkpoint of the merged model."""
     base: Any = program.base
-    own = {name: tensor for name, tensor in base.state_dict().items() if not _is_added(program, name)}
+    own = {name: tensor for name, tensor in base.state_dict().items() if not _is_added(name, program.children)}
     base.save_pretrained(stage, state_dict=own)
 
     model: Any = cast(Any, original_class(base)).from_pretrained(stage).eval()
     return Written(lambda inputs: model(**inputs), traced=False)
 
 
-def _is_added(program: Program, name: str) -> bool:
-    return any(part in program.children for part in name.split("."))
+def _is_added(name: str, children: Container[str]) -> bool:
+    return any(part in children for part in name.split("."))
 
 
 def _program(program: Program, stage: Path, given: Mapping[str, Tensor], fixed: bool) -> Written:
@@ -69,7 +69,7 @@ def _program(program: Program, stage: Path, given: Mapping[str, Tensor], fixed: 
         return Written(lambda inputs: module(**inputs), guards_of(traced))
     from transformers.exporters.configs import DynamoConfig
 
-    return _exported(program, stage, given, _recording("Dynamo"), DynamoConfig(dynamic=not fixed))
+    return _exported(program.base, stage, given, _recording("Dynamo"), DynamoConfig(dynamic=not fixed))
 
 
 def _onnx(program: Program, stage: Path, given: Mapping[str, Tensor], fixed: bool) -> Written:
@@ -82,7 +82,7 @@ def _onnx(program: Program, stage: Path, given: Mapping[str, Tensor], fixed: boo
         return Written(run_onnx(path), guards_of(traced))
     from transformers.exporters.configs import OnnxConfig
 
-    return _exported(program, stage, given, _recording("Onnx"), OnnxConfig(dynamic=not fixed))
+    return _exported(program.base, stage, given, _recording("Onnx"), OnnxConfig(dynamic=not fixed))
 
 
 def _recording(name: str) -> Any:
@@ -104,9 +104,8 @@ def _recording(name: str) -> Any:
     return type("Recorded", (theirs, Recorded), {})()
 
 
-def _exported(program: Program, stage: Path, given: Mapping[str, Tensor], exporter: Any, config: Any) -> Written:
+def _exported(base: nn.Module, stage: Path, given: Mapping[str, Tensor], exporter: Any, config: Any) -> Written:
     """What one of transformers' exporters makes, in its own folder format, which it also runs."""
-    base: Any = program.base
     with quiet():
         try:
             exporter.export(base, dict(given), config).save_pretrained(stage)

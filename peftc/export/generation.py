@@ -50,9 +50,8 @@ class Texts:
     tokenizer: Any
 
 
-def require_generating(program: Program, given: Mapping[str, Tensor]) -> None:
+def require_generating(model: Any, given: Mapping[str, Tensor]) -> None:
     """Raise ExportError if the model can't generate from ids alone."""
-    model: Any = program.base
     cls = original_class(model).__name__
     if not is_pretrained(model) or not model.can_generate():
         raise ExportError(f"generation=True: {cls} does not generate; it is for transformers' generative models")
@@ -166,20 +165,20 @@ def write_generation(
     step = step_of(program, given)
     if step.caches:
         try:
-            traced = _traced(program, made, step, to)
+            traced = _traced(program.base, made, step, to)
         except ExportError:  # Caches that only a model's own Python can read.
             step = _whole(program, given)
-            traced = _traced(program, made, step, to)
+            traced = _traced(program.base, made, step, to)
     else:
-        traced = _traced(program, made, step, to)
+        traced = _traced(program.base, made, step, to)
     inputs = _write(traced, step, made, to, folder, adapters or {})
-    said |= _said(program, step, made, to) | {"inputs": inputs, "adapters": list(adapters or {})}
+    said |= _said(program.base, step, made, to) | {"inputs": inputs, "adapters": list(adapters or {})}
     (folder / "generation.json").write_text(json.dumps(said, indent=1) + "\n")
     shutil.copyfile(standalone.__file__, folder / "generate.py")
     return "with caches" if step.caches else "whole sequences"
 
 
-def _traced(program: Program, made: Template, step: Step, to: str) -> Any:
+def _traced(base: nn.Module, made: Template, step: Step, to: str) -> Any:
     auto = torch.export.Dim.AUTO
     sizes: dict[str, dict[int, Any]] = {name: {0: auto, 1: auto} for name in step.inputs}
     examples = dict(step.inputs)
@@ -187,9 +186,7 @@ def _traced(program: Program, made: Template, step: Step, to: str) -> Any:
         heads, size = cache.shape[1], cache.shape[3]
         examples[name] = torch.zeros(_ROWS, heads, _PAST, size, dtype=cache.dtype, device=cache.device)
         sizes[name] = {0: auto, 2: auto}
-    return program_of(
-        program.base, made, lambda tensors: _stepping(program.base, made, step, tensors), examples, sizes, to
-    )
+    return program_of(base, made, lambda tensors: _stepping(base, made, step, tensors), examples, sizes, to)
 
 
 def _write(
@@ -212,9 +209,8 @@ def _write(
     return inputs
 
 
-def _said(program: Program, step: Step, made: Template, to: str) -> dict[str, Any]:
+def _said(model: Any, step: Step, made: Template, to: str) -> dict[str, Any]:
     """What `generate.py` has to know of the program."""
-    model: Any = program.base
     own, config = model.generation_config, transformers_config(model)
     text: Any = config.get_text_config() if config is not None else None
     ends = own.eos_token_id if own.eos_token_id is not None else getattr(text, "eos_token_id", None)

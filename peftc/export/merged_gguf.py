@@ -16,6 +16,7 @@ from torch import Tensor
 from peftc.errors import ExportError
 from peftc.export.gguf_names import architecture_of, package, tensor_names, turned, turned_heads
 from peftc.graph.sites import WeightSite, transformers_config
+from peftc.plan import Plan
 from peftc.rewrite.program import Program
 
 FILE = "model.gguf"
@@ -89,7 +90,7 @@ def _changes(program: Program, config: Any, held: set[str]) -> dict[str, Changed
             # The file may hold both ends of what the model ties, and one of what merging has cut.
             if tied == (names[name] in held):
                 before[name] = before[moved[0]] if tied else None
-    turns, layouts = turned_heads(config), _layouts(program)
+    turns, layouts = turned_heads(config), _layouts(program.plan)
 
     def laid(name: str, tensor: Tensor) -> Tensor:
         heads = turns.get(name.split(".")[-2])
@@ -103,9 +104,9 @@ def _changes(program: Program, config: Any, held: set[str]) -> dict[str, Changed
     }
 
 
-def _layouts(program: Program) -> dict[str, str]:
+def _layouts(plan: Plan) -> dict[str, str]:
     """How weights of linear maps lie, by their names; embeddings lie in GGUF as they do in the model."""
-    sites = (site for site in program.plan.sites.values() if isinstance(site, WeightSite) and site.op != "embedding")
+    sites = (site for site in plan.sites.values() if isinstance(site, WeightSite) and site.op != "embedding")
     return {site.weight: site.layout for site in sites if site.weight is not None}
 
 

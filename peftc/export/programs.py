@@ -62,7 +62,7 @@ def _written(program: Program, folder: Path, request: Request, tick: Tick) -> Ce
     given = _inputs(program.base, request.inputs)
     require_captured(program, given)
     if request.generation:
-        require_generating(program, given)
+        require_generating(program.base, given)
     texts = Texts(request.tokenizer) if request.generation else None
     with _for_inference(program.base):
         if request.adapters == "inputs":
@@ -81,7 +81,7 @@ def _whole(
     """One program, or a checkpoint, with its adapters merged or inside."""
     to, adapters = request.to, request.adapters
     tick(0, _STEPS[0])
-    expected = _expected(program, given, {})
+    expected = _expected(program.base, given, {})
     names = program.merged or program.spliced
     made_from = sources(program, names)
     tokens = _greedy(lambda ids: program.base(**ids), program.base, given)
@@ -103,11 +103,11 @@ def _whole(
         return certify(stage, given, expected, to, adapters, names, largest, scale, **said, **agreement(pairs))
 
 
-def _expected(program: Program, given: Mapping[str, Tensor], more: Mapping[str, Any]) -> dict[str, Tensor]:
+def _expected(base: nn.Module, given: Mapping[str, Tensor], more: Mapping[str, Any]) -> dict[str, Tensor]:
     """What the live model computes. Raises ExportError if that is nothing to compare."""
-    expected = tensors_of(program.base(**given, **more))
+    expected = tensors_of(base(**given, **more))
     if not expected:
-        name = original_class(program.base).__name__
+        name = original_class(base).__name__
         raise ExportError(f"{name} gives no tensors for {sorted(given)}: nothing to compare")
     return expected
 
@@ -155,7 +155,7 @@ def _of_each(
     tokens: dict[str, list[int]] = {}
     for name in program.adapters:
         with _active(program, name):
-            outputs[name] = _expected(program, given, more)
+            outputs[name] = _expected(program.base, given, more)
             if generates:
                 tokens[name] = live_tokens(program.base, given)
     return outputs, tokens

@@ -28,7 +28,7 @@ class Form:
     `turned`: its weight lies (in, out) against the canonical (out, in). `dims`: it is this op if the weight has so many
     dimensions (aten has one convolution for all).
 
-    Example: Form(x=(1, "mat1"), weight=(2, "mat2"), bias=(0, "input"), turned=True) for torch.addmm
+    Example: Form(x=(1, "mat1"), weight=(2, "mat2"), bias=(0, "input"), turned=True)  # of torch.addmm
     """
 
     x: Place = (0, "input")
@@ -44,7 +44,7 @@ class Shape:
 
     `groups`: of a convolution. A module of another library may hold no plain weight; then it has only sizes.
 
-    Example: Shape(module.in_features, module.out_features) for nn.Linear
+    Example: Shape(module.in_features, module.out_features)  # of nn.Linear
     """
 
     in_features: int

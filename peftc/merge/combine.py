@@ -1,7 +1,7 @@
 """Weighted combination of adapters into a new one."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from peftc.errors import AdapterError
 from peftc.merge.fold import is_finite
-from peftc.plan import Edit
+from peftc.plan import Edit, Plan
 from peftc.registry import is_own
+from peftc.rewrite.parts import Adapter
 from peftc.rewrite.program import Program
 from peftc.rule import Bound, Combination, Part, Rule
 from peftc.specs import AdapterSpec
@@ -51,19 +52,21 @@ def checked(program: Program, weights: Mapping[str, float], how: Combination) ->
     methods = {name: program.plan.adapters[name].peft_type for name in weights}
     if len(set(methods.values())) > 1:
         raise AdapterError(f"{_WHAT}: {methods}: adapters of one method can be combined, not of several")
-    _require_apart(program, weights)
-    return _resolved(_rule(program, next(iter(weights))), how, [program.plan.adapters[name] for name in weights])
+    _require_apart(program.adapters[name] for name in weights)
+    return _resolved(
+        _rule(program.adapters[next(iter(weights))]), how, [program.plan.adapters[name] for name in weights]
+    )
 
 
-def _require_apart(program: Program, weights: Mapping[str, float]) -> None:
+def _require_apart(adapters: Iterable[Adapter]) -> None:
     """Modules that are saved whole can't be added up."""
     savers: dict[str, str] = {}
-    for name in weights:
-        for edit in program.adapters[name].edits:
-            if edit.whole and savers.setdefault(edit.site, name) != name:
+    for adapter in adapters:
+        for edit in adapter.edits:
+            if edit.whole and savers.setdefault(edit.site, adapter.name) != adapter.name:
                 raise AdapterError(
-                    f"{_WHAT}: {savers[edit.site]!r} and {name!r} both save {edit.site} whole (modules_to_save), and whole"
-                    " modules can't be combined"
+                    f"{_WHAT}: {savers[edit.site]!r} and {adapter.name!r} both save {edit.site} whole (modules_to_save),"
+                    " and whole modules can't be combined"
                 )
 
 
@@ -77,8 +80,8 @@ def _resolved(rule: Rule[Any], how: Combination, specs: Sequence[AdapterSpec]) -
 
 def combined_spec(program: Program, weights: Mapping[str, float], how: Combination) -> AdapterSpec:
     """The spec of the combination: exactly the sites and saved modules of its parts."""
-    groups = _groups(program, weights, lambda edit: not edit.whole)
-    saved = tuple(_groups(program, weights, lambda edit: edit.whole))
+    groups = _groups(program.plan, weights, lambda edit: not edit.whole)
+    saved = tuple(_groups(program.plan, weights, lambda edit: edit.whole))
     selectors = ("exclude_modules", "layers_to_transform", "layers_pattern")
     update: dict[str, Any] = {
         "target_modules": target_names(program.base, list(groups)),
@@ -90,7 +93,7 @@ def combined_spec(program: Program, weights: Mapping[str, float], how: Combinati
         for name, spec in program.plan.adapters.items()
         if name in weights
     }
-    return _rule(program, next(iter(weights))).combined({name: specs[name] for name in weights}, groups, how)
+    return _rule(program.adapters[next(iter(weights))]).combined({name: specs[name] for name in weights}, groups, how)
 
 
 def fill(program: Program, adapter: str, weights: Mapping[str, float], how: Combination) -> None:
@@ -103,9 +106,11 @@ def fill(program: Program, adapter: str, weights: Mapping[str, float], how: Comb
             if e.site == edit.site and e.rule == edit.rule
         ]
         if edit.whole:
-            values = _tensors(program, sources[0][0])
+            values = _tensors(program.adapters, sources[0][0])
         else:
-            parts = [Part(weight, Bound({**_tensors(program, own), **own.constants})) for own, weight in sources]
+            parts = [
+                Part(weight, Bound({**_tensors(program.adapters, own), **own.constants})) for own, weight in sources
+            ]
             values = edit.rule.combine(program.plan.sites[edit.site], parts, how)
         for param in edit.params:
             target = program.adapters[adapter].tensor(edit, param.key)
@@ -123,26 +128,26 @@ def _require_result(edit: Edit, target: Tensor, value: Tensor) -> None:
         raise AdapterError(f"{edit.site}: combining gives NaN or Inf (a broken adapter, or weights too large)")
 
 
-def _tensors(program: Program, edit: Edit) -> dict[str, Tensor]:
-    tensors = program.adapters[edit.adapter].part(edit).tensors()
+def _tensors(adapters: Mapping[str, Adapter], edit: Edit) -> dict[str, Tensor]:
+    tensors = adapters[edit.adapter].part(edit).tensors()
     return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
-def _groups(program: Program, weights: Mapping[str, float], wanted: Callable[[Edit], bool]) -> dict[str, list[str]]:
+def _groups(plan: Plan, weights: Mapping[str, float], wanted: Callable[[Edit], bool]) -> dict[str, list[str]]:
     """Site → the adapters that have an edit there, in module order."""
     groups: dict[str, list[str]] = {}
-    for edit in program.plan.edits:
+    for edit in plan.edits:
         if edit.adapter in weights and wanted(edit):
             groups.setdefault(edit.site, []).append(edit.adapter)
     order = list(weights)
     return {site: sorted(names, key=order.index) for site, names in groups.items()}
 
 
-def _rule(program: Program, adapter: str) -> Rule[Any]:
+def _rule(adapter: Adapter) -> Rule[Any]:
     """The rule of the first edit of `adapter` that changes a site."""
-    rule = next((edit.rule for edit in program.adapters[adapter].edits if not edit.whole), None)
+    rule = next((edit.rule for edit in adapter.edits if not edit.whole), None)
     if rule is None:
-        raise AdapterError(f"{_WHAT}: {adapter!r} adapts no module, so there is nothing to combine")
+        raise AdapterError(f"{_WHAT}: {adapter.name!r} adapts no module, so there is nothing to combine")
     return rule
 
 

@@ -20,6 +20,7 @@ from peftc.memory import in_huge_pages
 from peftc.merge.threads import side_by_side
 from peftc.merge.undo_log import RunningSum
 from peftc.plan import Edit, PlannedParam
+from peftc.rewrite.parts import Adapter, Part
 from peftc.rewrite.program import Program
 from peftc.rewrite.sharding import is_sharded, own, part_of, shard_as, shard_like, whole
 from peftc.rule import Bound, Factors, Rule
@@ -109,9 +110,9 @@ def edits_by_site(program: Program, names: Sequence[str]) -> dict[str, list[Edit
     return groups
 
 
-def value_in(program: Program) -> Value:
+def value_in(adapters: Mapping[str, Adapter]) -> Value:
     """The live tensors of adapters, for `steps_of`."""
-    return lambda edit, param: whole(program.adapters[edit.adapter].tensor(edit, param.key))
+    return lambda edit, param: whole(adapters[edit.adapter].tensor(edit, param.key))
 
 
 def steps_of(edits: Sequence[Edit], dtype: torch.dtype, value: Value) -> list[Step]:
@@ -231,14 +232,18 @@ def fold_of(
 
 
 def fold_weight(
-    program: Program, site: WeightSite, edits: Sequence[Edit], weight: Tensor, sums: bool = False
+    adapters: Mapping[str, Adapter],
+    site: WeightSite,
+    edits: Sequence[Edit],
+    weight: Tensor,
+    sums: bool = False,
 ) -> tuple[Tensor, tuple[int, int] | None]:
     """The folded value of the weight of `site`, sharded as that is; with `sums`, the checksums of the old one and the new
     one, if they are easily had. Raises MergeError if it is not finite.
 
     Of a shard, if the rules are local along the axes that are cut; else of the whole, one weight at a time.
     """
-    steps = steps_of(edits, fold_dtype(weight), value_in(program))
+    steps = steps_of(edits, fold_dtype(weight), value_in(adapters))
     if not is_sharded(weight):
         return _folded(site, edits, weight, steps, sums)
     cut = _cut_as(site, steps, weight)
@@ -310,12 +315,13 @@ def _before(site: WeightSite, weight: Callable[[], Tensor], steps: Sequence[Step
     return new
 
 
-def fold_copies(program: Program, edit: Edit) -> list[Folded]:
+def fold_copies(part: Part) -> list[Folded]:
     """The trained copy's own tensors, in the place of the base module's. A buffer may hold an infinite mask."""
+    edit = part.edit
     assert edit.whole, "others have a fold"
     found: list[Folded] = []
     for param in edit.params:
-        value = whole(program.adapters[edit.adapter].tensor(edit, param.key)).detach().clone()
+        value = whole(part.tensor(param.key)).detach().clone()
         path, _, leaf = param.key.rpartition(".")
         if param.trainable:
             require_finite(value, parameter_name(edit.site, param.key), [edit])

@@ -21,8 +21,9 @@ from peftc.merge.fold import Folded, edits_by_site, fold_bias, fold_copies, fold
 from peftc.merge.ownership import require_own
 from peftc.merge.undo import fold_in_place, owner_of, require_intact, restore, slots_of, tensor_of
 from peftc.merge.undo_log import checksum, require_zstandard
-from peftc.plan import Edit
+from peftc.plan import Edit, Plan
 from peftc.progress import Tick, bar
+from peftc.rewrite.parts import Adapter
 from peftc.rewrite.processes import require_unflattened
 from peftc.rewrite.program import Merged, Program, Replaced, require_idle
 from peftc.rewrite.sharding import agreed, is_sharded, is_shared, managed, own, put, reshard, shard_as, whole
@@ -44,9 +45,9 @@ def merge(program: Program, names: Sequence[str], untie: bool, undo: str, progre
     inside = _in_place(program, groups) if undo == "residual" else {}
     reshard(program.base)
     begin = perf_counter()
-    with _quiet(program), bar("merge", len(groups), "sites", progress) as tick:
+    with _quiet(program.base), bar("merge", len(groups), "sites", progress) as tick:
         going = ties.moving(program, groups)
-        moved = ties.together(program, going)
+        moved = ties.together(program.plan, going)
         outside = _all_folded(program, groups, inside, going, undo != "none", tick)
         if untie:
             outside = ties.untied(program, outside, moved)
@@ -87,7 +88,7 @@ def unmerge(program: Program, check: bool = True, progress: bool = False) -> Non
         require_intact(program, item, check)
     names, count = program.merged, len(replaced)
     begin = perf_counter()
-    with _quiet(program), bar("unmerge", count, "tensors", progress) as tick:
+    with _quiet(program.base), bar("unmerge", count, "tensors", progress) as tick:
         restore(program, check, tick)
     _LOG.info("unmerged %s: %d tensors, %.2f s", ", ".join(names), count, perf_counter() - begin)
 
@@ -98,9 +99,9 @@ def forget(program: Program) -> None:
 
 
 @contextmanager
-def _quiet(program: Program) -> Generator[None]:
+def _quiet(base: nn.Module) -> Generator[None]:
     """The caller's autocast would round the fold, and tensors made in inference mode can't be trained with."""
-    device = next((p.device.type for p in program.base.parameters() if not p.is_meta), "cpu")
+    device = next((p.device.type for p in base.parameters() if not p.is_meta), "cpu")
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device, enabled=False):
         yield
 
@@ -115,10 +116,12 @@ def _require_state(program: Program, names: Sequence[str], undo: str) -> None:
         raise MergeError(f"{', '.join(program.merged)} merged already; call unmerge_adapter() first")
     if not program.enabled:
         raise MergeError("adapters are disabled; merge outside of disable_adapter()")
-    require_unflattened(
-        program, names, MergeError, "Save the adapter and merge on one process, or on disk (merge_checkpoint)."
-    )
     for name in names:
+        require_unflattened(
+            program.adapters[name],
+            MergeError,
+            "Save the adapter and merge on one process, or on disk (merge_checkpoint).",
+        )
         if name not in program.active:
             raise AdapterError(
                 f"adapter {name!r} is not active ({', '.join(program.active) or 'none is'}); set it first"
@@ -167,7 +170,11 @@ def _all_folded(
     error: MergeError | None = None
     for site, edits in groups.items():
         try:
-            found += _fold(program, site, edits, site in inside, keep) if site not in going else _beside(program, edits)
+            found += (
+                _fold(program, site, edits, site in inside, keep)
+                if site not in going
+                else _beside(program.adapters, edits)
+            )
             tick(site not in inside)
         except MergeError as broken:
             error = error or broken
@@ -177,22 +184,22 @@ def _all_folded(
         raise error or MergeError(
             "another process found values that can't be merged, and says which; nothing was merged"
         )
-    return found + _ends(program, going, found)
+    return found + _ends(program.plan, going, found)
 
 
-def _beside(program: Program, edits: Sequence[Edit]) -> list[Folded]:
+def _beside(adapters: Mapping[str, Adapter], edits: Sequence[Edit]) -> list[Folded]:
     """What a copy has beside the weight that it has in common with another."""
-    own = fold_copies(program, edits[-1]) if edits[-1].whole else []
+    own = fold_copies(adapters[edits[-1].adapter].part(edits[-1])) if edits[-1].whole else []
     return [item for item in own if (item.owner, item.leaf) != (edits[-1].site, "weight")]
 
 
-def _ends(program: Program, going: Mapping[str, str], found: Sequence[Folded]) -> list[Folded]:
+def _ends(plan: Plan, going: Mapping[str, str], found: Sequence[Folded]) -> list[Folded]:
     """The weights of sites that change with another one: they get the very tensor that is `found` for that."""
     values = {parameter_name(item.owner, item.leaf): item.value for item in found}
     ends: list[Folded] = []
     for fqn, first in going.items():
-        name = ties.weight_name(program, first)
-        owner, _, leaf = ties.weight_name(program, fqn).rpartition(".")
+        name = ties.weight_name(plan.sites[first])
+        owner, _, leaf = ties.weight_name(plan.sites[fqn]).rpartition(".")
         ends.append(Folded(owner, leaf, values[name], same=name))
     return ends
 
@@ -201,12 +208,12 @@ def _fold(program: Program, fqn: str, edits: Sequence[Edit], weight_in_place: bo
     """New values for the tensors of a site, but for a weight that is to be folded in place."""
     site = program.plan.sites[fqn]
     if not isinstance(site, WeightSite):
-        return fold_copies(program, edits[-1])
+        return fold_copies(program.adapters[edits[-1].adapter].part(edits[-1]))
     found: list[Folded] = []
     if not weight_in_place:
         owner, leaf = owner_of(site)
-        weight = tensor_of(program, owner, leaf).detach()
-        value, taken = fold_weight(program, site, edits, weight, sums)
+        weight = tensor_of(program.base, owner, leaf).detach()
+        value, taken = fold_weight(program.adapters, site, edits, weight, sums)
         found.append(Folded(owner, leaf, value, sums=taken))
     if site.bias is None:
         return found
@@ -214,9 +221,9 @@ def _fold(program: Program, fqn: str, edits: Sequence[Edit], weight_in_place: bo
     folded = fold_bias(
         site,
         edits,
-        whole(tensor_of(program, owner, leaf)).detach(),
-        value_in(program),
-        lambda: whole(tensor_of(program, *owner_of(site))).detach(),
+        whole(tensor_of(program.base, owner, leaf)).detach(),
+        value_in(program.adapters),
+        lambda: whole(tensor_of(program.base, *owner_of(site))).detach(),
     )
     return found if folded is None else [*found, Folded(owner, leaf, folded)]
 
@@ -227,7 +234,7 @@ def _in_place(program: Program, groups: dict[str, list[Edit]]) -> dict[str, Weig
     sites = {fqn: site for fqn in groups if isinstance(site := program.plan.sites[fqn], WeightSite)}
     for fqn, site in sites.items():
         owner, leaf = owner_of(site)
-        weight = tensor_of(program, owner, leaf)
+        weight = tensor_of(program.base, owner, leaf)
         if ties.partner(program, owner, leaf) is not None:
             continue  # The other end keeps the original.
         if weight.is_meta or type(weight.data) is not Tensor or weight.is_inference() or weight.device.type == "mps":
@@ -245,7 +252,7 @@ def _exchange(program: Program, item: Folded, keep: bool, held: Container[int], 
 
     `held`: by id, the parameters that FSDP2 manages. `moved`: the names of those that stay tied.
     """
-    slots = slots_of(program, item.owner, item.leaf)
+    slots = slots_of(program.base, item.owner, item.leaf)
     old: Tensor = slots[item.leaf]
     if id(old) in held and item.same is not None:
         return

@@ -9,9 +9,9 @@ from torch import nn
 from peftc.errors import MergeError
 from peftc.graph.dry_run import head_scale
 from peftc.graph.finding import holder_of, parameter_at
-from peftc.graph.sites import WeightSite, parameter_name, transformers_config
+from peftc.graph.sites import Site, WeightSite, parameter_name, transformers_config
 from peftc.merge.fold import Folded
-from peftc.plan import Edit
+from peftc.plan import Edit, Plan
 from peftc.rewrite.build import parked
 from peftc.rewrite.program import Program
 from peftc.rewrite.sharding import managed, whole
@@ -28,7 +28,7 @@ def moving(program: Program, groups: Mapping[str, Sequence[Edit]]) -> dict[str, 
         whose = [edit.adapter for edit in groups.get(first or "", ())]
         if first is not None and all(e.follows == first for e in edits) and [e.adapter for e in edits] == whose:
             found[fqn] = first
-    weights = {fqn: weight_name(program, fqn) for fqn in {*found, *found.values()}}
+    weights = {fqn: weight_name(program.plan.sites[fqn]) for fqn in {*found, *found.values()}}
     whole = {
         first
         for first in found.values()
@@ -37,30 +37,29 @@ def moving(program: Program, groups: Mapping[str, Sequence[Edit]]) -> dict[str, 
     return {end: first for end, first in found.items() if first in whole}
 
 
-def weight_name(program: Program, fqn: str) -> str:
+def weight_name(site: Site) -> str:
     """The name of the weight of a site; of a module that is saved whole, which follows a tie, its own."""
-    site = program.plan.sites[fqn]
-    return str(site.weight) if isinstance(site, WeightSite) else parameter_name(fqn, "weight")
+    return str(site.weight) if isinstance(site, WeightSite) else parameter_name(site.fqn, "weight")
 
 
 def _same(program: Program, name: str) -> set[str]:
     """The names of the tensor `name`."""
-    own = _parameter(program, name)
+    own = _parameter(program.base, name)
     group = next((group for group in program.plan.ties if name in group), (name,))
-    return {other for other in group if _parameter(program, other) is own}
+    return {other for other in group if _parameter(program.base, other) is own}
 
 
-def together(program: Program, moved: Mapping[str, str]) -> frozenset[str]:
+def together(plan: Plan, moved: Mapping[str, str]) -> frozenset[str]:
     """The names of the parameters of sites that change together."""
-    return frozenset(weight_name(program, fqn) for pair in moved.items() for fqn in pair)
+    return frozenset(weight_name(plan.sites[fqn]) for pair in moved.items() for fqn in pair)
 
 
 def partner(program: Program, owner: str, leaf: str) -> str | None:
     """The name of a parameter of another module that is the very tensor `leaf` of `owner`."""
     name = parameter_name(owner, leaf)
     group = next((group for group in program.plan.ties if name in group), ())
-    own = _parameter(program, name)
-    return next((other for other in group if other != name and _parameter(program, other) is own), None)
+    own = _parameter(program.base, name)
+    return next((other for other in group if other != name and _parameter(program.base, other) is own), None)
 
 
 def require_untied(program: Program, targets: Sequence[tuple[str, str]], moved: Container[str] = ()) -> None:
@@ -86,14 +85,14 @@ def untied(program: Program, folded: Sequence[Folded], moved: Container[str]) ->
     held = managed(program.base)
     for item in cutting if held else ():
         other = partner(program, item.owner, item.leaf)
-        if other is not None and id(_parameter(program, other)) in held:
+        if other is not None and id(_parameter(program.base, other)) in held:
             raise MergeError(
                 f"{item.owner}: its {item.leaf} is tied to {other}, and fully_shard has made one tensor of both for good."
                 " Merge before fully_shard, or save the adapter and merge on disk (merge_checkpoint)."
             )
-    if not any(partner(program, item.owner, item.leaf) for item in cutting) or not says_tied(program):
+    if not any(partner(program, item.owner, item.leaf) for item in cutting) or not says_tied(program.base):
         return list(folded)
-    head = output_weight(program)
+    head = output_weight(program.base)
     scale = scale_of(program)
     if head is not None and scale != 1:
         value = found[head].value if head in found else whole(parameter_at(program.base, head)).detach()
@@ -102,7 +101,7 @@ def untied(program: Program, folded: Sequence[Folded], moved: Container[str]) ->
     for group in program.plan.ties:
         kept: set[int] = set()  # The first end that is left keeps the tensor itself.
         for name in group if by_config & set(group) else ():
-            parameter = _parameter(program, name)
+            parameter = _parameter(program.base, name)
             if name not in found and parameter is not None:
                 if id(parameter) in kept:
                     found[name] = Folded(*_split(name), whole(parameter).detach().clone())
@@ -110,12 +109,12 @@ def untied(program: Program, folded: Sequence[Folded], moved: Container[str]) ->
     return list(found.values())
 
 
-def says_tied(program: Program) -> bool:
+def says_tied(base: nn.Module) -> bool:
     """Whether the model's config says that its embeddings are tied, and can say otherwise.
 
     Those of T5's family can't; there, loading ties what the files have no value of its own for, whatever the config says.
     """
-    config = transformers_config(program.base)
+    config = transformers_config(base)
     if config is None or not getattr(config, "tie_word_embeddings", False):
         return False
     return not type(config).from_dict({**config.to_dict(), "tie_word_embeddings": False}).tie_word_embeddings
@@ -134,10 +133,10 @@ def scale_of(program: Program) -> float:
     return scale
 
 
-def output_weight(program: Program) -> str | None:
+def output_weight(base: nn.Module) -> str | None:
     """The name of the head's weight, of a transformers model that has one."""
-    head = cast(Any, program.base).get_output_embeddings()
-    names = (f"{fqn}.weight" for fqn, module in program.base.named_modules() if module is head)
+    head = cast(Any, base).get_output_embeddings()
+    names = (f"{fqn}.weight" for fqn, module in base.named_modules() if module is head)
     return next(names, None) if head is not None else None
 
 
@@ -157,7 +156,7 @@ def cut(program: Program, owner: str, leaf: str) -> None:
     other = partner(program, owner, leaf)
     if other is None:
         return
-    if says_tied(program):
+    if says_tied(program.base):
         cast(Any, transformers_config(program.base)).tie_word_embeddings = False
         program.merge.tie_word_embeddings = True
     warnings.warn(f"{parameter_name(owner, leaf)} is no longer tied to {other} (untie=True)", stacklevel=6)
@@ -172,6 +171,6 @@ def mend(program: Program) -> None:
         program.merge.tie_word_embeddings = False
 
 
-def _parameter(program: Program, name: str) -> nn.Parameter | None:
-    module, leaf = holder_of(program.base, name)
+def _parameter(base: nn.Module, name: str) -> nn.Parameter | None:
+    module, leaf = holder_of(base, name)
     return module._parameters.get(leaf)

@@ -6,7 +6,7 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from peftc.errors import MergeError
 from peftc.graph.finding import holder_of
@@ -19,7 +19,7 @@ from peftc.merge.undo_log import Chunk, checksum, decode, encode
 from peftc.plan import Edit
 from peftc.progress import Tick, unseen
 from peftc.rewrite.parts import tensor_slots
-from peftc.rewrite.program import Program, Replaced
+from peftc.rewrite.program import Merged, Program, Replaced
 from peftc.rewrite.sharding import is_sharded, own
 from peftc.rewrite.switch import emit, train
 
@@ -31,25 +31,25 @@ def owner_of(site: WeightSite) -> tuple[str, str]:
     return owner, leaf
 
 
-def slots_of(program: Program, owner: str, leaf: str) -> dict[str, Any]:
+def slots_of(base: nn.Module, owner: str, leaf: str) -> dict[str, Any]:
     """The dict that holds the tensor `leaf` of module `owner`."""
-    return tensor_slots(*holder_of(program.base, parameter_name(owner, leaf)))
+    return tensor_slots(*holder_of(base, parameter_name(owner, leaf)))
 
 
-def tensor_of(program: Program, owner: str, leaf: str) -> Tensor:
+def tensor_of(base: nn.Module, owner: str, leaf: str) -> Tensor:
     """The tensor `leaf` of module `owner` as it is now."""
-    return slots_of(program, owner, leaf)[leaf]
+    return slots_of(base, owner, leaf)[leaf]
 
 
 def fold_in_place(program: Program, site: WeightSite, edits: Sequence[Edit]) -> None:
     """Fold into the weight itself, tile by tile; the journal gets the log of what undoing can't compute."""
     owner, leaf = owner_of(site)
-    weight = tensor_of(program, owner, leaf).detach()
+    weight = tensor_of(program.base, owner, leaf).detach()
     for edit in edits:
         for param in edit.params:
             value = program.adapters[edit.adapter].tensor(edit, param.key).detach().clone()
             program.merge.factors[edit.adapter, edit.site, param.name] = value
-    fold = fold_of(site, edits, weight, value_in(program), back=_as_merged(program, weight))
+    fold = fold_of(site, edits, weight, value_in(program.adapters), back=_as_merged(program.merge, weight))
     crc, log = checksum(weight), list[Chunk]()
 
     def made(part: slice, axis: str) -> tuple[slice, Tensor, Tensor, Chunk]:
@@ -78,16 +78,16 @@ def _write_tile(tile: Tensor, old: Tensor, new: Tensor, log: list[Chunk], chunk:
         raise
 
 
-def _as_merged(program: Program, weight: Tensor) -> Value:
+def _as_merged(merged: Merged, weight: Tensor) -> Value:
     """The adapters' tensors as they were when merged, which the way back goes by."""
-    factors = program.merge.factors
+    factors = merged.factors
     return lambda edit, param: factors[edit.adapter, edit.site, param.name].to(weight.device)
 
 
 def require_intact(program: Program, item: Replaced, check: bool) -> None:
     """Refuse to undo if a tensor that undoing goes by is no longer what it was."""
     name = parameter_name(item.owner, item.leaf)
-    now = tensor_of(program, item.owner, item.leaf)
+    now = tensor_of(program.base, item.owner, item.leaf)
     if item.original is not None:
         merged = item.original.shape if item.shape is None else item.shape
         now = own(now) if item.shape is None else now  # Of what FSDP2 holds, shards are compared.
@@ -130,7 +130,7 @@ def restore(program: Program, check: bool, tick: Tick = unseen) -> None:
     }
     while merge.replaced:
         item = merge.replaced[-1]
-        slots = slots_of(program, item.owner, item.leaf)
+        slots = slots_of(program.base, item.owner, item.leaf)
         now = slots[item.leaf]
         if item.original is not None and is_sharded(now) and not is_sharded(item.original):
             own(now).copy_(item.original)
@@ -155,7 +155,7 @@ def _unfolded(program: Program, edits: Sequence[Edit], merged: Tensor, item: Rep
     """The original of an in-place fold, from the merged tensor and its log."""
     site = program.plan.sites[edits[0].site]
     assert isinstance(site, WeightSite), "only weights are folded in place"
-    value = _as_merged(program, merged)
+    value = _as_merged(program.merge, merged)
     fold, old = fold_of(site, edits, merged, value, back=value), in_huge_pages(torch.empty_like(merged))
 
     def write(part: slice, axis: str, chunk: Chunk | None) -> None:

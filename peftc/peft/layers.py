@@ -49,7 +49,9 @@ class _Scaling(dict[str, float]):
 
     def __setitem__(self, adapter: str, value: float) -> None:
         super().__setitem__(adapter, value)
-        set_scale_at(program_of(self.layer), edits_of(self.layer)[adapter], lambda planned, now: value)
+        set_scale_at(
+            program_of(self.layer).adapters[adapter], edits_of(self.layer)[adapter], lambda planned, now: value
+        )
 
 
 # By what `reset_lora_parameters` is told, how factors start; `{}` is for one over the rank.
@@ -103,17 +105,21 @@ class LoraLayer(BaseTunerLayer):
         """Let the scaling here be `scale` times what the adapter's spec says."""
         edits = edits_of(self)
         if adapter in edits:
-            set_scale_at(program_of(self), edits[adapter], lambda planned, now: planned * scale)
+            set_scale_at(program_of(self).adapters[adapter], edits[adapter], lambda planned, now: planned * scale)
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scalings of active adapters here."""
         for edit in self._active_here():
-            set_scale_at(program_of(self), edit, lambda planned, now: now * scale)
+            set_scale_at(program_of(self).adapters[edit.adapter], edit, lambda planned, now: now * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divide the scalings of active adapters here; without `scale`, they are what their specs say again."""
         for edit in self._active_here():
-            set_scale_at(program_of(self), edit, lambda planned, now: planned if scale is None else now / scale)
+            set_scale_at(
+                program_of(self).adapters[edit.adapter],
+                edit,
+                lambda planned, now: planned if scale is None else now / scale,
+            )
 
     def reset_lora_parameters(self, adapter_name: str, init_lora_weights: bool | str) -> None:
         """Let an adapter's factors here start again, as `init_lora_weights` says: true or `gaussian`; false: as they are.
@@ -217,7 +223,7 @@ class ShiraLayer(_MethodLayer):
         """Let the scaling here be `scale`, if the adapter is here."""
         edits = edits_of(self)
         if adapter in edits:
-            set_scale_at(program_of(self), edits[adapter], lambda planned, now: scale)
+            set_scale_at(program_of(self).adapters[adapter], edits[adapter], lambda planned, now: scale)
 
 
 class IA3Layer(BaseTunerLayer):

@@ -20,7 +20,7 @@ from peftc.peft.roots import Root, adopt, attach, root_of, take, tell
 from peftc.peft.state_names import rename
 from peftc.peft.tuner import BaseTuner, MixedModel, tuner_class
 from peftc.peft.types import TaskType
-from peftc.prompts.files import prompt_edit
+from peftc.prompts.files import prompt_part
 
 __all__ = [
     "MODEL_TYPE_TO_PEFT_MODEL_MAPPING",
@@ -285,9 +285,8 @@ def _load_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def _prompts_in(root: Root) -> str:
     """Where the base holds the prompts, by adapter."""
-    program = root.program
-    edit = next(edit for name in program.plan.adapters if (edit := prompt_edit(program, name)) is not None)
-    return parameter_name(program.plan.sites[edit.site].holder, str(edit.rule.container))
+    part = next(part for own in root.program.adapters.values() if (part := prompt_part(own)) is not None)
+    return parameter_name(part.site.holder, str(part.edit.rule.container))
 
 
 def _named_once(module: Any, state: dict[str, Any], prefix: str, metadata: Any) -> None:

@@ -13,7 +13,7 @@ from peftc.errors import AdapterError, SpecError
 from peftc.graph.sites import transformers_config
 from peftc.peft.configs import PeftConfig
 from peftc.peft.functions import load_peft_weights
-from peftc.prompts.files import load_prompt, prompt_edit
+from peftc.prompts.files import load_prompt, prompt_part
 
 __all__ = [
     "compose_cartridge_adapters",
@@ -57,20 +57,20 @@ def initialize_kv_prefix_from_past_key_values(
     """
     name = model.active_adapters[0] if adapter_name is None else adapter_name
     program = model.root.program
-    edit = prompt_edit(program, name) if name in program.adapters else None
-    if edit is None or edit.slots != ("past",):
+    part = prompt_part(program.adapters[name]) if name in program.adapters else None
+    if part is None or part.edit.slots != ("past",):
         raise AdapterError(f"{name!r} has no keys and values; there are {', '.join(program.adapters)}")
     if getattr(program.adapters[name].spec, "prefix_projection", False):
         raise AdapterError(f"{name!r} makes its keys and values by an MLP (prefix_projection), so they can't be given")
     if getattr(transformers_config(program.base), "is_encoder_decoder", False):
         raise AdapterError("the cache of an encoder-decoder model is of what it writes, not of a text; begin at random")
-    number = edit.constants["num_virtual_tokens"] if num_virtual_tokens is None else num_virtual_tokens
+    number = part.edit.constants["num_virtual_tokens"] if num_virtual_tokens is None else num_virtual_tokens
     made = prompt_embeddings_from_past_key_values(past_key_values, num_virtual_tokens=int(number))  # type: ignore[arg-type]
     wanted = tuple(model.get_prompt_embedding_to_save(name).shape)
     if tuple(made.shape) != wanted:
         raise AdapterError(f"past_key_values has rows {tuple(made.shape)}, and {name!r} {wanted}")
     with torch.no_grad():
-        load_prompt(program, edit, made, {})
+        load_prompt(program.adapters[name], part, made, {})
     return made
 
 

@@ -98,7 +98,7 @@ class Root:
         """Merge these adapters (default: the active ones) beside those that are, whether they are active or not."""
         program = self.program
         wanted = list(program.active if adapter_names is None else named(adapter_names))
-        require_known(program, wanted)
+        require_known(program.plan, wanted)
         total = [name for name in program.plan.adapters if name in {*wanted, *program.merged}]
         if set(total) == set(program.merged):
             return

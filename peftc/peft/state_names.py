@@ -1,11 +1,12 @@
 """Names of tensors in the state dicts of PEFT's models, for models of this package."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
 from torch import Tensor, nn
 
+from peftc.rewrite.parts import Adapter
 from peftc.rewrite.program import Program
 
 # What PEFT's wrappers put between a module's name and that of its tensors.
@@ -29,7 +30,7 @@ def rename(module: nn.Module, program: Program, state: dict[str, Any], prefix: s
         value = state.pop(key)
         if new is not None:
             state.setdefault(prefix + new, value)
-    said = _said(program)
+    said = _said(program.adapters.values())
     for name, tensor in own.items():
         if id(tensor) in said:
             state.setdefault(prefix + name, tensor)
@@ -48,9 +49,9 @@ def _name_in(own: Mapping[str, Any], name: str) -> str | None:
     return next((one for one in (name, name.removesuffix(".weight"), above) if one in own), name)
 
 
-def _said(program: Program) -> set[int]:
+def _said(adapters: Iterable[Adapter]) -> set[int]:
     """The adapters' tensors of integers that are not trained, by identity."""
-    parts = chain.from_iterable(adapter.parts.values() for adapter in program.adapters.values())
+    parts = chain.from_iterable(adapter.parts.values() for adapter in adapters)
     tensors: list[Tensor] = [
         part.tensor(param.key) for part in parts for param in part.edit.params if not param.trainable
     ]

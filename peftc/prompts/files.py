@@ -12,7 +12,7 @@ from peftc.prompts.find import is_virtual
 from peftc.prompts.rule import PromptRule
 from peftc.prompts.virtual import rows
 from peftc.registry import rules_of
-from peftc.rewrite.program import Program
+from peftc.rewrite.parts import Adapter, Part
 from peftc.rewrite.sharding import is_sharded, put, whole
 from peftc.specs import AdapterSpec
 
@@ -23,40 +23,32 @@ _ROWS = "embedding.weight"
 _FIRST = "prompt_encoder"
 
 
-def prompt_edit(program: Program, adapter: str) -> Edit | None:
-    """The edit of `adapter` that holds virtual tokens, or None."""
-    return next((edit for edit in program.adapters[adapter].edits if is_virtual(edit)), None)
+def prompt_part(adapter: Adapter) -> Part | None:
+    """The part of `adapter` that holds virtual tokens (its `module` is the encoder), or None."""
+    return next((part for part in adapter.parts.values() if is_virtual(part.edit)), None)
 
 
-def prompt_encoder(program: Program, edit: Edit) -> nn.Module:
-    """The live encoder of a prompt edit."""
-    return program.adapters[edit.adapter].part(edit).module
-
-
-def prompt_state(program: Program, edit: Edit) -> dict[str, Tensor]:
-    """The tensors of a prompt edit by their keys in files: the rows, or what makes them of each call."""
-    rows_too = {PROMPT_KEY: prompt_embeddings(program, edit)}
-    if not _of_calls(edit):
+def prompt_state(part: Part) -> dict[str, Tensor]:
+    """The tensors of a prompt by their keys in files: the rows, or what makes them of each call."""
+    rows_too = {PROMPT_KEY: prompt_embeddings(part)}
+    if not _of_calls(part.edit):
         return rows_too
-    own = program.adapters[edit.adapter].part(edit).tensors()
-    return {**rows_too, **{name: tensor for name, tensor in own.items() if name != _ROWS}}
+    return {**rows_too, **{name: tensor for name, tensor in part.tensors().items() if name != _ROWS}}
 
 
-def prompt_embeddings(program: Program, edit: Edit) -> Tensor:
-    """The rows (rows, width) of a prompt edit, without dropout; the parameter itself if nothing makes it, or if a call has
+def prompt_embeddings(part: Part) -> Tensor:
+    """The rows (rows, width) of a prompt, without dropout; the parameter itself if nothing makes it, or if a call has
     a part in it.
     """
-    encoder = prompt_encoder(program, edit)
-    if not is_reparameterised(edit):
-        return program.adapters[edit.adapter].tensor(edit, _ROWS)
+    if not is_reparameterised(part.edit):
+        return part.tensor(_ROWS)
+    encoder, number = part.module, part.edit.constants["rows"]
     training = encoder.training
     try:
         with torch.no_grad():
             made = _Rows(encoder.eval())
             tensors = {name: whole(tensor) for name, tensor in made.named_parameters() if is_sharded(tensor)}
-            return (
-                functional_call(made, tensors, (edit.constants["rows"],)) if tensors else made(edit.constants["rows"])
-            )
+            return functional_call(made, tensors, (number,)) if tensors else made(number)
     finally:
         encoder.train(training)
 
@@ -82,17 +74,17 @@ def _of_calls(edit: Edit) -> bool:
     return isinstance(edit.rule, PromptRule) and bool(edit.rule.asked)
 
 
-def encoder_state(program: Program, edit: Edit) -> dict[str, Tensor]:
+def encoder_state(adapter: Adapter, part: Part) -> dict[str, Tensor]:
     """The tensors of the encoder that makes the rows, or that made them: `prompt_encoder.safetensors`. None if they follow
     from the rows.
     """
-    if is_reparameterised(edit):
-        own = program.adapters[edit.adapter].part(edit).tensors()
-        held = _held(program, edit, prompt_embeddings(program, edit))
+    if is_reparameterised(part.edit):
+        own = part.tensors()
+        held = _held(adapter, part.edit, prompt_embeddings(part))
         follow = held is not None and all(torch.equal(whole(own[name]), value) for name, value in held.items())
         return {} if follow else own
-    loaded, encoder = program.adapters[edit.adapter].extras.get(_FIRST, (None, {}))
-    rows_now = whole(program.adapters[edit.adapter].tensor(edit, _ROWS)).cpu()
+    loaded, encoder = adapter.extras.get(_FIRST, (None, {}))
+    rows_now = whole(part.tensor(_ROWS)).cpu()
     return encoder if loaded is not None and torch.equal(rows_now, loaded) else {}
 
 
@@ -110,35 +102,34 @@ def trainable_spec(spec: AdapterSpec, encoder: Mapping[str, Tensor]) -> tuple[Ad
     )
 
 
-def _held(program: Program, edit: Edit, made: Tensor) -> Mapping[str, Tensor] | None:
+def _held(adapter: Adapter, edit: Edit, made: Tensor) -> Mapping[str, Tensor] | None:
     """The tensors of the live encoder if it has to make these rows; None if they don't follow from them."""
     if not is_reparameterised(edit):
         return {_ROWS: made}
     assert isinstance(edit.rule, PromptRule), "the edit of a prompt"
-    return edit.rule.held(program.adapters[edit.adapter].spec, made)
+    return edit.rule.held(adapter.spec, made)
 
 
-def load_prompt(program: Program, edit: Edit, value: Tensor, encoder: Mapping[str, Tensor]) -> None:
+def load_prompt(adapter: Adapter, part: Part, value: Tensor, encoder: Mapping[str, Tensor]) -> None:
     """Copy the rows, or the encoder that makes them, into place; one that is not needed now is kept for the next save.
 
     Raises CheckpointError, with nothing copied, if the encoder is not the planned one. It has been copied, and the
     adapter is to be dropped, if it does not make the rows that are saved beside it.
     """
-    own = program.adapters[edit.adapter]
-    held = None if encoder and is_reparameterised(edit) else _held(program, edit, value)
+    held = None if encoder and is_reparameterised(part.edit) else _held(adapter, part.edit, value)
     if held is not None:
         for name, tensor in held.items():
-            put(own.tensor(edit, name), tensor)
+            put(part.tensor(name), tensor)
         if encoder:
-            dtype = own.tensor(edit, _ROWS).dtype
-            own.extras[_FIRST] = (value.to("cpu", dtype, copy=True), dict(encoder))
+            dtype = part.tensor(_ROWS).dtype
+            adapter.extras[_FIRST] = (value.to("cpu", dtype, copy=True), dict(encoder))
         return
     if not encoder:
         raise CheckpointError(
-            f"{edit.adapter}: an encoder makes its {PROMPT_KEY}, and these alone don't say which one would. Make the"
+            f"{adapter.name}: an encoder makes its {PROMPT_KEY}, and these alone don't say which one would. Make the"
             " adapter with inference_mode=True, which holds the rows themselves; or load its files under another name"
         )
-    targets = own.part(edit).tensors()
+    targets = part.tensors()
     wrong = [name for name in targets if name not in encoder or encoder[name].shape != targets[name].shape]
     if wrong or len(encoder) != len(targets):
         raise CheckpointError(
@@ -147,7 +138,7 @@ def load_prompt(program: Program, edit: Edit, value: Tensor, encoder: Mapping[st
         )
     for name, target in targets.items():
         put(target, encoder[name])
-    made = prompt_embeddings(program, edit)
+    made = prompt_embeddings(part)
     if not made.is_meta and not torch.allclose(made, value.to(made), rtol=1e-3, atol=1e-3 * float(value.abs().max())):
         raise CheckpointError(
             "prompt_encoder.safetensors does not make the saved prompt_embeddings: one of the two was changed. Load with"

@@ -15,6 +15,13 @@ PROMPT_ENCODER = "prompt_encoder"
 P = TypeVar("P", bound=PromptSpec)
 
 
+# What only rules have that adapt weights.
+_OF_WEIGHTS = (
+    *("params", "shared", "placed", "dropouts", "check", "cannot_fold", "initialise", "gather", "draw", "calibration"),
+    *("weight", "bias", "input", "output", "factors", "unfold", "read_shape", "begins"),
+)
+
+
 class PromptRule(Rule[P]):
     """A method that puts trained virtual tokens into a model's call; register it as any rule.
 
@@ -94,6 +101,12 @@ class PromptRule(Rule[P]):
     def complete(self) -> None:
         if getattr(self, "at", None) not in ("embeds", "past"):
             raise RuleError(f"{type(self).__name__}: a prompt rule must set 'at' to 'embeds' or 'past'")
+        unused = [name for name in _OF_WEIGHTS if self.offers(name)]
+        if unused:
+            raise RuleError(
+                f"{type(self).__name__}: a prompt rule has no {', '.join(unused)}, which would never be called: its tensors"
+                " are those of its encoder"
+            )
 
     def module(self, spec: P, site: Any) -> nn.Module:
         return self.encoder(spec)

@@ -16,7 +16,7 @@ from peftc.graph.finding import module_at, modules_at, parameter_at
 from peftc.graph.hooked import INNER, is_hooked
 from peftc.graph.ops import op_named
 from peftc.graph.region import Region
-from peftc.graph.sites import Site, WeightSite, canonical, is_lazy, parameter_name
+from peftc.graph.sites import WeightSite, canonical, is_lazy, parameter_name
 from peftc.plan import Edit, Plan, PlannedParam, without
 from peftc.rewrite.calibration import require_data
 from peftc.rewrite.checkpointing import let_gradients_through
@@ -145,7 +145,8 @@ def extend(
             _uninstall(program, region)
     program.plan, program.regions = plan, regions
     program.made.layouts.clear()
-    program.made.mixed.clear()
+    program.made.runs.clear()
+    program.made.places.clear()
     for site in plan.sites.values():
         if site.added is not None:
             owner = module_at(program.base, site.owner)
@@ -160,7 +161,7 @@ def extend(
         for edit in plan.edits:
             if edit.adapter == name:
                 _attach(program, adapter, edit, starts.get(name, {}) if fresh else None, shared, places)
-    _tie_copies(program, adapters)
+        _tie_copies(adapter)
     for region in regions:
         _install(program, region)
     watch_steps(program)
@@ -184,7 +185,7 @@ def _attach(
     """
     site = program.plan.sites[edit.site]
     first = site if edit.follows is None or edit.whole else program.plan.sites[edit.follows]
-    holder, weight = program.modules[first.holder], _weight(program, site)
+    holder, weight = program.modules[first.holder], weight_of(program.modules[site.owner], site)
     part = attach(edit, site, holder, _common(program, edit.adapter), adapter.spec, weight, places)
     adapter.parts[edit.site, edit.rule.name] = part
     if asks(edit.rule) and edit.adapter not in program.asking:
@@ -198,12 +199,11 @@ def _attach(
     shared |= {param.key for param in edit.params if param.shared}
 
 
-def _tie_copies(program: Program, adapters: Collection[str]) -> None:
+def _tie_copies(adapter: Adapter) -> None:
     """Let copies of modules that follow others have the weight of these."""
-    for parts in (program.adapters[name].parts for name in adapters):
-        for part in [part for part in parts.values() if part.edit.whole and part.edit.follows is not None]:
-            first = parts[str(part.edit.follows), part.edit.rule.name]
-            part.module._parameters["weight"] = first.module._parameters["weight"]
+    for part in [part for part in adapter.parts.values() if part.edit.whole and part.edit.follows is not None]:
+        first = adapter.parts[str(part.edit.follows), part.edit.rule.name]
+        part.module._parameters["weight"] = first.module._parameters["weight"]
 
 
 def _common(program: Program, adapter: str) -> nn.Module:
@@ -245,14 +245,14 @@ def _has(module: nn.Module, leaf: str) -> bool:
 def _uninstall(program: Program, region: Region) -> None:
     """Let the module of `region`, and those whose weights it lent, be what they were, if no other region needs them."""
     hosts = {id(program.modules[other.host]) for other in program.regions if other is not region}
-    for reader in _readers(program, region):
+    for reader in _readers(program.modules, region):
         if id(reader) not in hosts:
             uninstall(reader)
 
 
-def _readers(program: Program, region: Region) -> list[nn.Module]:
+def _readers(modules: Mapping[str, nn.Module], region: Region) -> list[nn.Module]:
     """The module of `region`, and those inside whose weights it lends where it is called as it is."""
-    module, inside = program.modules[region.host], region.source.anchors if region.source.opaque else ()
+    module, inside = modules[region.host], region.source.anchors if region.source.opaque else ()
     prefixes = dict.fromkeys(["", *(anchor.weight.rpartition(".")[0] for anchor in inside)])
     return [module.get_submodule(prefix) for prefix in prefixes]
 
@@ -264,12 +264,8 @@ def start_alone(program: Program, edit: Edit, params: Collection[PlannedParam]) 
 
 def _start(program: Program, edit: Edit, params: Collection[PlannedParam], mesh: Any, data: Any = None) -> None:
     adapter, site = program.adapters[edit.adapter], program.plan.sites[edit.site]
-    holder, weight = program.modules[site.holder], _weight(program, site)
+    holder, weight = program.modules[site.holder], weight_of(program.modules[site.owner], site)
     start(adapter.part(edit), adapter.spec, params, holder, weight, mesh, partial(_sharing, program), data)
-
-
-def _weight(program: Program, site: Site) -> nn.Parameter | None:
-    return weight_of(program.modules[site.owner], site)
 
 
 def _sharing(program: Program, edit: Edit, param: PlannedParam) -> dict[str, Tensor]:
@@ -278,7 +274,7 @@ def _sharing(program: Program, edit: Edit, param: PlannedParam) -> dict[str, Ten
     for other in (other for other in program.plan.edits if other.adapter == edit.adapter):
         if any(own.shared and own.key == param.key for own in other.params):
             site = program.plan.sites[other.site]
-            weight = _weight(program, site)
+            weight = weight_of(program.modules[site.owner], site)
             assert weight is not None, "the rule's check() asks for a weight"
             assert isinstance(site, WeightSite), "other rules declare modules"
             require_there(other, weight)
@@ -301,7 +297,7 @@ def remove(program: Program, adapter: str) -> None:
 
 def undo(program: Program) -> nn.Module:
     """The base model as it was: classes, tensors, flags and attributes. The program is spent afterwards."""
-    stop_averaging(program)
+    stop_averaging(program.made)
     for adapter in list(program.adapters):
         remove(program, adapter)
     for module in _hosts(program):
@@ -354,7 +350,7 @@ def _state(module: nn.Module) -> dict[str, Any]:
 
 def _hosts(program: Program) -> list[nn.Module]:
     """The modules that are hosts, and those whose weights may be stood in for."""
-    return [reader for region in program.regions for reader in _readers(program, region)]
+    return [reader for region in program.regions for reader in _readers(program.modules, region)]
 
 
 def _added(program: Program) -> list[tuple[nn.Module, str]]:

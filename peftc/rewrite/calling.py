@@ -12,6 +12,7 @@ from peftc.errors import AdapterError
 from peftc.graph.region import parameters_of
 from peftc.rewrite.acting import Call, current, remember
 from peftc.rewrite.checkpointing import CHECKPOINT
+from peftc.rewrite.parts import Adapter
 from peftc.rewrite.program import Program
 
 
@@ -35,7 +36,7 @@ def calling(
     given = [kwargs.get("input_ids"), kwargs.get("inputs"), *args[:1]]
     ids = next((value for value in given if isinstance(value, Tensor) and not value.is_floating_point()), None)
     call = Call(ids if ids is None or ids.dim() > 1 else ids[None], kwargs.get("past_key_values"))
-    call.arguments = _numbers(program, own, taken, names, _rows(args, kwargs))
+    call.arguments = _numbers([program.adapters[name] for name in own], taken, names, _rows(args, kwargs))
     token = current.set(call)
     handle = program.base.register_forward_pre_hook(_step, with_kwargs=True)
     carried = _carry(program.base) if torch.is_grad_enabled() else []
@@ -62,15 +63,15 @@ def _rows(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
 
 
 def _numbers(
-    program: Program, own: Iterable[str], taken: Mapping[str, Any], names: Sequence[str] | None, rows: int | None
+    own: Iterable[Adapter], taken: Mapping[str, Any], names: Sequence[str] | None, rows: int | None
 ) -> dict[str, Tensor]:
     """The arguments that the adapters `own` ask for: one integer for every row, or every token of it."""
     found: dict[str, Tensor] = {}
-    for name in own:
-        for key, (one, below) in program.adapters[name].arguments.items():
+    for adapter in own:
+        for key, (one, below) in adapter.arguments.items():
             kind = "of at least 0" if below is None else f"from 0 to {below - 1}"
             each = "row of the batch" if one.each == "row" else "token of every row"
-            wanted = f"{key}, which adapter {name!r} asks for: an integer {kind} for every {each}"
+            wanted = f"{key}, which adapter {adapter.name!r} asks for: an integer {kind} for every {each}"
             if taken[key] is None:
                 if one.needed:
                     raise AdapterError(
@@ -80,7 +81,7 @@ def _numbers(
             found[key] = numbers = _integers(taken[key], 1 if one.each == "row" else 2, wanted)
             if rows is not None and len(numbers) != rows:
                 raise AdapterError(f"{wanted}; got {len(numbers)} for {rows} rows")
-            its = numbers if names is None else numbers[[row == name for row in names]]
+            its = numbers if names is None else numbers[[row == adapter.name for row in names]]
             over = its < 0 if below is None else (its < 0) | (its >= below)
             if not torch.compiler.is_compiling() and bool(over.any()):
                 raise AdapterError(f"{wanted}; got {its.tolist()}")

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from peftc.errors import AdapterError, MergeError
 from peftc.graph.ops import op_named, operand, use_of
@@ -27,9 +27,9 @@ from peftc.rewrite.mixed_program import program_run
 from peftc.rewrite.parts import Part
 from peftc.rewrite.passes import piped
 from peftc.rewrite.processes import require_same_gradients, require_whole_rows
-from peftc.rewrite.program import Program
+from peftc.rewrite.program import Opened, Program
 from peftc.rewrite.route import BASE, Route, Routed, batched, current, host_by_row
-from peftc.rewrite.splice import follow, stored_path
+from peftc.rewrite.splice import copied, follow
 from peftc.rewrite.switch import at, binding_of, install_layout, layout
 from peftc.rewrite.verify import verify
 
@@ -50,7 +50,7 @@ def mixed(program: Program, names: Any, several: bool = False) -> Generator[None
     """
     rows = _checked(program, names)
     learns = torch.is_grad_enabled() and not several
-    route = Route(rows, _runs(program, frozenset(rows) - {BASE}), learns, _rows_first(program), several)
+    route = Route(rows, _runs(program, frozenset(rows) - {BASE}), learns, _rows_first(program.base), several)
     with _entered(program, route):
         yield
 
@@ -67,9 +67,9 @@ def _checked(program: Program, names: Any) -> tuple[str, ...]:
         reason = _unmixable(program, name) if name != BASE else None
         if reason is not None:
             raise AdapterError(f"adapter_names: {name!r} can't share a batch: {reason}")
-    if "sequence_first" not in program.made.mixed:
-        program.made.mixed["sequence_first"] = _sequence_first(program)
-    if program.made.mixed["sequence_first"]:
+    if program.made.sequence_first is None:
+        program.made.sequence_first = _sequence_first(program.base)
+    if program.made.sequence_first:
         raise AdapterError("adapter_names: this model has modules that take positions before rows (batch_first=False)")
     if program.merged:
         raise MergeError(f"adapter_names: {', '.join(program.merged)} merged; call unmerge_adapter() first")
@@ -79,7 +79,7 @@ def _checked(program: Program, names: Any) -> tuple[str, ...]:
         raise AdapterError(
             "adapter_names: an active adapter has put biases or embeddings of its own into the base; set_adapter([]) first"
         )
-    require_whole_rows(program)
+    require_whole_rows(program.base)
     if torch.is_grad_enabled():
         require_same_gradients(program, rows)
     return rows
@@ -104,17 +104,17 @@ def _unmixable(program: Program, name: str) -> str | None:
     return None
 
 
-def _sequence_first(program: Program) -> bool:
-    config = transformers_config(program.base)
+def _sequence_first(base: nn.Module) -> bool:
+    config = transformers_config(base)
     if config is not None and config.model_type in _TURNING:
         return True
-    ordered = (m for m in program.base.modules() if isinstance(m, nn.MultiheadAttention | nn.RNNBase))
+    ordered = (m for m in base.modules() if isinstance(m, nn.MultiheadAttention | nn.RNNBase))
     return any(not module.batch_first for module in ordered)
 
 
-def _rows_first(program: Program) -> bool:
+def _rows_first(base: nn.Module) -> bool:
     """Whether all modules are known to take rows first: those of transformers do, but for a few."""
-    return transformers_config(program.base) is not None
+    return transformers_config(base) is not None
 
 
 @contextmanager
@@ -138,27 +138,29 @@ def _entered(program: Program, route: Route) -> Generator[None]:
 def _open(program: Program) -> None:
     """Let every host, and the model's own call, ask which call it is in; others go on as they did."""
     root = program.base
-    program.made.mixed["root"] = not is_host(root)
+    layers = [layer for layer in root.modules() if layer.__dict__.get(CHECKPOINT)]
+    program.opened = Opened(not is_host(root), layers)
     install(root)
     for region in program.regions:
         module = program.modules[region.host]
         module.__dict__[BOUND] = Routed(module, program.installed.get(region.host), module is root)
     if not isinstance(root.__dict__[BOUND], Routed):
         root.__dict__[BOUND] = Routed(root, None, True)
-    again, carried = partial(_again, program), [layer for layer in root.modules() if layer.__dict__.get(CHECKPOINT)]
-    for layer in carried:
+    again = partial(_again, program)
+    for layer in layers:
         layer.__dict__[CHECKPOINT] = _Carried(layer.__dict__[CHECKPOINT], again)
-    program.made.mixed["carried"] = carried
 
 
 def _close(program: Program) -> None:
-    for layer in program.made.mixed.pop("carried"):
+    opened, program.opened = program.opened, None
+    assert opened is not None, "the first of the calls has opened it"
+    for layer in opened.carried:
         function = layer.__dict__.get(CHECKPOINT)
         if isinstance(function, _Carried):
             layer.__dict__[CHECKPOINT] = function.function
     for region in program.regions:
         program.modules[region.host].__dict__[BOUND] = None
-    if program.made.mixed.pop("root"):
+    if opened.root:
         uninstall(program.base)
     install_layout(program, layout(program, program.spliced))
 
@@ -187,11 +189,10 @@ def _again(program: Program, route: Route, run: Callable[..., Any], *args: Any, 
 
 def _runs(program: Program, names: frozenset[str]) -> Mapping[int, Any]:
     """What every host runs, by its id, that one of the adapters `names` changes, for batches of any of them."""
-    kept = program.made.mixed
+    kept = program.made.runs
     if names not in kept:
-        sets = [key for key in kept if isinstance(key, frozenset)]
-        for key in sets if len(sets) >= _KEPT else ():
-            del kept[key]
+        if len(kept) >= _KEPT:
+            kept.clear()
         parts: dict[str, dict[str, list[Part]]] = {}
         for name in sorted(names, key=list(program.adapters).index):
             for part in program.adapters[name].parts.values():
@@ -230,13 +231,8 @@ def _grouped(program: Program, source: Source) -> Code:
     """The source's graph with the term of all adapters, on grouped rows, on its output."""
     key = ("grouped", source)
     if key not in program.made.codes:
-        graph = fx.Graph()
-        copies: dict[fx.Node, fx.Node] = {}
-        graph.output(graph.graph_copy(source.graph, copies))
-        for copy in copies.values():
-            if copy.op in ("get_attr", "call_module"):
-                copy.target = stored_path(source, str(copy.target))
-        node = next(new for old, new in copies.items() if old.name == source.anchors[0].node)
+        graph, nodes = copied(source)
+        node = nodes[str(source.anchors[0].node)]
         use = use_of(node)
         assert use is not None, "a site that is not opaque has an op"
         with graph.inserting_before(node):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from torch import fx
+from torch import fx, nn
 
 from peftc.errors import AdapterError
 from peftc.graph.finding import parameter_at
@@ -21,7 +21,7 @@ from peftc.rewrite.hosts import Binding, Code
 from peftc.rewrite.parts import Part
 from peftc.rewrite.passes import piped
 from peftc.rewrite.program import Program
-from peftc.rewrite.splice import follow, stored_path
+from peftc.rewrite.splice import copied, follow
 from peftc.rewrite.switch import at, binding_of
 from peftc.rewrite.verify import verify
 
@@ -91,14 +91,14 @@ def _nodes(program: Program, source: Source, site: str) -> list[str]:
         raise AdapterError(_alone(site, "is no operand of an op that is known"))
     reads = [n for n in source.graph.nodes if n.op == "get_attr" and str(n.target).startswith(f"{site}.")]
     users = list(dict.fromkeys(user for read in reads for user in users_of(read)))
-    if any(_use(program, user) is None for user in users):
+    if any(_use(program.base, user) is None for user in users):
         raise AdapterError(_alone(site, "is saved whole, and is more than one op"))
     return [user.name for user in users]
 
 
-def _use(program: Program, node: fx.Node) -> Use | None:
+def _use(base: nn.Module, node: fx.Node) -> Use | None:
     """What a node of a captured graph is as the op of a weight."""
-    return use_of(node, lambda weight: parameter_at(program.base, str(weight.target)).dim())
+    return use_of(node, lambda weight: parameter_at(base, str(weight.target)).dim())
 
 
 def _alone(site: str, why: str) -> str:
@@ -110,16 +110,10 @@ def _alone(site: str, why: str) -> str:
 
 def _code(program: Program, source: Source, letter: str, places: Sequence[_Place]) -> Code:
     """The graph of a program in which every place asks which rows are whose."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(source.graph, copies))
-    by_name = {old.name: (old, new) for old, new in copies.items()}
-    for copy in copies.values():
-        if copy.op in ("get_attr", "call_module"):
-            copy.target = stored_path(source, str(copy.target))
+    traced = {node.name: node for node in source.graph.nodes}
+    graph, nodes = copied(source)
     for number, place in enumerate(places):
-        old, node = by_name[place.node]
-        use = _use(program, old)
+        node, use = nodes[place.node], _use(program.base, traced[place.node])
         assert use is not None, "a place is an op"
         x = operand(node, use.form.x)
         with graph.inserting_before(node):
@@ -141,20 +135,21 @@ def _held(program: Program, host: str, source: Source, place: _Place) -> Any:
     """What the graph reads at a place: the parts whose products are batched, or what runs rows one adapter at a time."""
     if place.together:
         return {name: next(iter(sites.values()))[0] for name, sites in place.parts.items()}
-    key = ("place", source, place.node, place.sites)
-    if key not in program.made.mixed:
-        program.made.mixed[key] = Region(host, _cut(program, source, place))
-    region = program.made.mixed[key]
+    key = (source, place.node, place.sites)
+    places = program.made.places
+    if key not in places:
+        places[key] = Region(host, _cut(program.base, source, place))
+    region = places[key]
     bare = binding_of(program, region, {})
     own = {name: binding_of(program, region, at(region, dict(sites))) for name, sites in place.parts.items()}
     first = program.plan.sites[place.sites[0]]
     return route.ByRow(lambda *args: bare.run(bare, *args), own, first.fqn, first.op.startswith("conv"))
 
 
-def _cut(program: Program, source: Source, place: _Place) -> Source:
+def _cut(base: nn.Module, source: Source, place: _Place) -> Source:
     """One op of a graph as a graph of its own, of its input alone. Raises AdapterError if it takes more."""
     node = next(node for node in source.graph.nodes if node.name == place.node)
-    use = _use(program, node)
+    use = _use(base, node)
     assert use is not None, "a place is an op"
     graph, x = fx.Graph(), operand(node, use.form.x)
     copies = {x: graph.placeholder("x")}

@@ -92,6 +92,15 @@ class Part:
         return Bound({**self.tensors(), **self.edit.constants, **more})
 
     @property
+    def changes_bias(self) -> bool:
+        """Whether the rule makes another bias of one that its site has, or would have."""
+        if not isinstance(self.site, WeightSite) or not self.edit.rule.offers("bias"):
+            return False
+        bias = torch.zeros(self.site.out_features, device=next(iter(self.tensors().values())).device)
+        with torch.no_grad():
+            return self.edit.rule.bias(bias, self.bound(bias=bias)) is not bias
+
+    @property
     def module(self) -> nn.Module:
         """The adapter's module, of a rule whose adapters are modules; of several sites of one, the first alone has it."""
         return self.__dict__["own"]

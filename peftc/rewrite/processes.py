@@ -18,6 +18,7 @@ from peftc.graph.hooked import parallel_style
 from peftc.graph.sites import Site, WeightSite
 from peftc.plan import Edit, Plan
 from peftc.rewrite.hosts import is_host
+from peftc.rewrite.parts import Adapter
 from peftc.rewrite.program import Program
 from peftc.rewrite.sharding import Places, data_mesh, has_processes, is_flattened, is_sharded, managed, places_of
 
@@ -100,17 +101,16 @@ def _unplaced(model: nn.Module, site: Site, edit: Edit, places: Places) -> str |
     return None
 
 
-def require_unflattened(program: Program, adapters: Iterable[str], error: type[PeftcError], what: str) -> None:
-    """Raise `error` if FSDP1 has made pieces of flat memory of the tensors of `adapters`; `what` to do instead."""
-    for name in adapters:
-        for part in program.adapters[name].parts.values():
-            for param in part.edit.params:
-                tensor = part.tensor(param.key)
-                if is_flattened(tensor) and tuple(tensor.shape) != tuple(param.shape):
-                    raise error(
-                        f"{part.edit.site}.{param.key} of {name!r}: FullyShardedDataParallel has flattened the model, and a"
-                        f" process has no tensor of it, but pieces of memory. Nothing was changed. {what}"
-                    )
+def require_unflattened(adapter: Adapter, error: type[PeftcError], what: str) -> None:
+    """Raise `error` if FSDP1 has made pieces of flat memory of the tensors of `adapter`; `what` to do instead."""
+    for part in adapter.parts.values():
+        for param in part.edit.params:
+            tensor = part.tensor(param.key)
+            if is_flattened(tensor) and tuple(tensor.shape) != tuple(param.shape):
+                raise error(
+                    f"{part.edit.site}.{param.key} of {adapter.name!r}: FullyShardedDataParallel has flattened the model,"
+                    f" and a process has no tensor of it, but pieces of memory. Nothing was changed. {what}"
+                )
 
 
 def require_common_gradients(program: Program, parameters: Iterable[Tensor]) -> None:
@@ -136,9 +136,9 @@ def require_common_gradients(program: Program, parameters: Iterable[Tensor]) -> 
         )
 
 
-def require_whole_rows(program: Program) -> None:
+def require_whole_rows(base: nn.Module) -> None:
     """Raise AdapterError if the model is tensor parallel."""
-    if places_of(program.base).laid:
+    if places_of(base).laid:
         raise AdapterError(
             "adapter_names: the model is tensor parallel, and rows of tensors that are laid out over processes can't be"
             " picked one by one. Give each adapter a batch of its own (set_adapter)."

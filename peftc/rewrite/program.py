@@ -1,7 +1,7 @@
 """The rewritten model: what is attached to it, what of that is active, and what it takes to give the base back."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -59,14 +59,27 @@ class Given:
 @dataclass
 class Made:
     """What was made so far and can be made again: `codes` by what they are made of; `layouts`, what all hosts run, by the
-    names that are active; `mixed`, what they run in batches of several, by the set of names, and what is undone after
-    such calls. `averaging`: what averages the gradients of those that learn over processes.
+    names that are active; `runs`, what they run, by id, in batches of several, by the set of names; `places`, ops of a
+    program that are run by rows there. `sequence_first`: whether modules of the base take positions before rows.
+    `averaging`: what averages the gradients of those that learn over processes.
     """
 
     codes: dict[Any, Code] = field(default_factory=dict[Any, Code])
     layouts: dict[Any, dict[str, Binding]] = field(default_factory=dict[Any, dict[str, Binding]])
-    mixed: dict[Any, Any] = field(default_factory=dict[Any, Any])
+    runs: dict[frozenset[str], Mapping[int, Any]] = field(default_factory=dict[frozenset[str], Mapping[int, Any]])
+    places: dict[Any, Region] = field(default_factory=dict[Any, Region])
+    sequence_first: bool | None = None
     averaging: Averaging | None = None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is undone after the last of several calls with adapter_names: whether the model itself was made a host for
+    them, and the layers whose checkpoints take the route along.
+    """
+
+    root: bool
+    carried: list[nn.Module]
 
 
 @dataclass
@@ -75,7 +88,7 @@ class Program:
 
     `plan` and `regions` are of all `adapters`. `active`: which are spliced in, in load order, unless merged or the program
     is not `enabled`; `learning`: whose parameters train; `asking`: whose rules ask about the model's call.
-    `calls`: how many calls with adapter_names are running.
+    `calls`: how many calls with adapter_names are running, for which the model was `opened`.
     `inplace`: the base is the very model that was given; `unloaded`: it has been given back; `watching`: its rules see
     the steps of optimisers. `passes` run over every graph. `modules`: those of sites, holders and hosts by fqn, looked up
     once; `installed`: what every host runs now; `children`: the names, as keys, of what adapters, of now or before, add
@@ -91,6 +104,7 @@ class Program:
     asking: tuple[str, ...] = ()
     enabled: bool = True
     calls: int = 0
+    opened: Opened | None = None
     inplace: bool = False
     unloaded: bool = False
     watching: bool = False

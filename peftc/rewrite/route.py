@@ -192,8 +192,8 @@ def _family(parts: Sequence[Part]) -> Any | None:
         return None
     if not edit.rule.additive or not edit.rule.offers("factors") or asks(edit.rule):
         return None
-    if edit.rule.factors(parts[0].bound()) is None:
-        return None
+    if edit.rule.factors(parts[0].bound()) is None or parts[0].changes_bias:
+        return None  # What is added is no product, or not that alone.
     return edit.rule, {param.dtype for param in edit.params}.pop(), tuple(edit.dropouts.items())
 
 

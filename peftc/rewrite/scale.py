@@ -8,7 +8,7 @@ from typing import Any, cast
 from peftc.errors import AdapterError
 from peftc.plan import Edit
 from peftc.registry import is_own
-from peftc.rewrite.parts import Part
+from peftc.rewrite.parts import Adapter, Part
 from peftc.rewrite.program import Program
 
 
@@ -29,13 +29,12 @@ def set_scale(program: Program, name: str, scale: float) -> None:
     adapter.scale = float(scale)
 
 
-def set_scale_at(program: Program, planned: Edit, scaled: Callable[[float, float], float]) -> None:
+def set_scale_at(adapter: Adapter, planned: Edit, scaled: Callable[[float, float], float]) -> None:
     """Let the constant that scales an edit of the plan be `scaled` (as planned, as it is now).
 
     The adapter's scale is then that of the site: if others differ, it is theirs who were set last. Raises AdapterError if
     the method has no such constant.
     """
-    adapter = program.adapters[planned.adapter]
     if planned.rule.scale is None:
         raise AdapterError(
             f"{planned.site}: {planned.rule.name} ({adapter.name!r}) has no factor that scales its change"

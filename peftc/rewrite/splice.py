@@ -54,14 +54,7 @@ def splice(source: Source, active: Mapping[str, Sequence[Active]]) -> fx.Graph:
     Raises RuleError, naming the rule, if one of its functions does not trace; AdapterError if edits of one site exclude
     each other. The source is never changed.
     """
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(source.graph, copies))
-    by_name = {old.name: new for old, new in copies.items()}
-    if not source.opaque:
-        for node in copies.values():
-            if node.op in ("get_attr", "call_module"):
-                node.target = stored_path(source, str(node.target))
+    graph, by_name = copied(source)
     for anchors in _by_site(source.anchors):
         edits = active.get(anchors[0].site, ())
         op = op_named(edits[0].site.op) if edits else None
@@ -81,6 +74,17 @@ def splice(source: Source, active: Mapping[str, Sequence[Active]]) -> fx.Graph:
             graph.erase_node(node)
     graph.lint()
     return graph
+
+
+def copied(source: Source) -> tuple[fx.Graph, dict[str, fx.Node]]:
+    """A copy of the source's graph that reads of a host what that reads of the module, and its nodes by their old names."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(source.graph, copies))
+    for node in copies.values() if not source.opaque else ():
+        if node.op in ("get_attr", "call_module"):
+            node.target = stored_path(source, str(node.target))
+    return graph, {old.name: new for old, new in copies.items()}
 
 
 def _by_site(anchors: Sequence[Anchor]) -> list[list[Anchor]]:

@@ -13,9 +13,9 @@ from peftc.graph.region import Anchor, Region
 from peftc.graph.sites import WeightSite, parameter_name
 from peftc.rewrite.averaging import Averaging
 from peftc.rewrite.hosts import BOUND, Binding, Code
-from peftc.rewrite.parts import Part
+from peftc.rewrite.parts import Adapter, Part
 from peftc.rewrite.passes import rewritten
-from peftc.rewrite.program import Program, require_idle
+from peftc.rewrite.program import Made, Program, require_idle
 from peftc.rewrite.sharding import data_mesh, follow_flags, managed, reshard
 from peftc.rewrite.splice import Active
 from peftc.rewrite.verify import example_for
@@ -29,7 +29,7 @@ def activate(program: Program, names: Iterable[str], learning: Iterable[str]) ->
     Raises RuleError (a rule does not trace) or AdapterError (edits exclude each other); nothing is changed then.
     """
     chosen, before = set(names), program.active
-    _require_one_saver(program, [name for name in program.plan.adapters if name in chosen])
+    _require_one_saver(adapter for name, adapter in program.adapters.items() if name in chosen)
     program.active = tuple(name for name in program.plan.adapters if name in chosen)
     try:
         emit(program)
@@ -40,16 +40,16 @@ def activate(program: Program, names: Iterable[str], learning: Iterable[str]) ->
     _LOG.debug("active: %s", program.active)
 
 
-def _require_one_saver(program: Program, names: Iterable[str]) -> None:
+def _require_one_saver(adapters: Iterable[Adapter]) -> None:
     """Raise AdapterError if two of the adapters save the same module: only one of the copies could be called."""
     savers: dict[str, str] = {}
-    for name in names:
-        for edit in program.adapters[name].edits if name in program.adapters else ():
-            other = savers.setdefault(edit.site, name) if edit.whole else name
-            if other != name:
+    for adapter in adapters:
+        for edit in adapter.edits:
+            other = savers.setdefault(edit.site, adapter.name) if edit.whole else adapter.name
+            if other != adapter.name:
                 raise AdapterError(
-                    f"{edit.site}: {other!r} and {name!r} both save it (modules_to_save), and only one copy of it can be"
-                    " called. Activate one of them; rows of a batch may use both (adapter_names)."
+                    f"{edit.site}: {other!r} and {adapter.name!r} both save it (modules_to_save), and only one copy of it"
+                    " can be called. Activate one of them; rows of a batch may use both (adapter_names)."
                 )
 
 
@@ -72,7 +72,7 @@ def train(program: Program, names: Iterable[str]) -> None:
 
 def _average(program: Program) -> None:
     """Let the gradients of what learns be averaged over processes, where FSDP2 leaves that to others."""
-    stop_averaging(program)
+    stop_averaging(program.made)
     mesh = data_mesh(program.base)
     if mesh is None or mesh.size() == 1:
         return
@@ -86,11 +86,11 @@ def _average(program: Program) -> None:
         program.made.averaging = Averaging(mesh, left.values())
 
 
-def stop_averaging(program: Program) -> None:
+def stop_averaging(made: Made) -> None:
     """Leave gradients to each process."""
-    if program.made.averaging is not None:
-        program.made.averaging.stop()
-        program.made.averaging = None
+    if made.averaging is not None:
+        made.averaging.stop()
+        made.averaging = None
 
 
 def emit(program: Program) -> None:

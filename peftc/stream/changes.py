@@ -28,7 +28,7 @@ from peftc.merge.combine import checked
 from peftc.merge.fold import edits_by_site, fold_bias, value_in
 from peftc.merge.merge import require_mergeable
 from peftc.merge.undo import owner_of
-from peftc.plan import Edit, PlannedParam, require_applicable
+from peftc.plan import Edit, Plan, PlannedParam, require_applicable
 from peftc.rewrite.build import build
 from peftc.rewrite.program import Program
 from peftc.rewrite.switch import activate
@@ -106,9 +106,9 @@ def _combined(work: Work, numbers: Sequence[float]) -> Work:
     """The same with one adapter more, active alone: the weighted sum of the others, as `add_weighted_adapter` makes it."""
     program = work.program
     names = list(work.sources)
-    lifecycle.combine(program, _COMBINED, names, list(numbers), Combination(_exactly(program)))
+    lifecycle.combine(program, _COMBINED, names, list(numbers), Combination(_exactly(program.plan)))
     weights = dict(zip(names, numbers, strict=True))
-    how = checked(program, weights, Combination(_exactly(program)))
+    how = checked(program, weights, Combination(_exactly(program.plan)))
 
     def value(edit: Edit, param: PlannedParam) -> Tensor:
         site = program.plan.sites[edit.site]
@@ -123,9 +123,9 @@ def _combined(work: Work, numbers: Sequence[float]) -> Work:
     return replace(work, value=value)
 
 
-def _exactly(program: Program) -> str:
+def _exactly(plan: Plan) -> str:
     """The combination that is the weighted sum itself, or else the first that the method has."""
-    return next((edit.rule.exact for edit in program.plan.edits if edit.rule.exact), "")
+    return next((edit.rule.exact for edit in plan.edits if edit.rule.exact), "")
 
 
 def _with_changes(work: Work) -> Work:
@@ -137,10 +137,10 @@ def _with_changes(work: Work) -> Work:
     require_mergeable(program, names, groups)
     changes = {} if combined else _starts(work)
     going, targets = ties.moving(program, groups), list[tuple[str, str]]()
-    moved = ties.together(program, going)
+    moved = ties.together(program.plan, going)
     for fqn, edits in groups.items():
         folds = _copies(work, edits[-1]) if edits[-1].whole else _folds(work, edits, changes)
-        if fqn in going and (weight := ties.weight_name(program, fqn)) not in work.names.direct:
+        if fqn in going and (weight := ties.weight_name(program.plan.sites[fqn])) not in work.names.direct:
             folds = [change for change in folds if change.parameter != weight]  # It has none of its own in the files.
         changes |= {change.parameter: change for change in folds}
         targets += [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in (c.parameter for c in folds)]
@@ -150,8 +150,8 @@ def _with_changes(work: Work) -> Work:
     cut = tuple(
         name for name, target in names.items() if name not in moved and ties.partner(program, *target) is not None
     )
-    if cut and ties.says_tied(program):
-        head, scale = ties.output_weight(program), ties.scale_of(program)
+    if cut and ties.says_tied(program.base):
+        head, scale = ties.output_weight(program.base), ties.scale_of(program)
         if head is not None and scale != 1:
             changes[head] = replace(changes.get(head, Change(head)), scale=scale)
             cut = (*cut, *((head,) if head not in cut else ()))
@@ -232,6 +232,9 @@ def _folds(work: Work, edits: Sequence[Edit], starts: Mapping[str, Change]) -> l
     name = str(site.bias)
     bias = parameter_at(work.program.base, name) if site.bias is not None else None
     shape_only = parameter_at(work.program.base, weight)
-    if bias is not None and fold_bias(site, edits, bias, value_in(work.program), lambda: shape_only) is not None:
+    if (
+        bias is not None
+        and fold_bias(site, edits, bias, value_in(work.program.adapters), lambda: shape_only) is not None
+    ):
         found.append(replace(starts.get(name, Change(name)), edits=tuple(edits), is_bias=True))
     return found

@@ -97,7 +97,7 @@ def added_tensors(work: Work) -> dict[str, str]:
     """Tensors that the merged checkpoint has more, where a tie is cut, and the stored one that each was the same as."""
     added: dict[str, str] = {}
     ends = list(work.cut)
-    if work.cut and ties.says_tied(work.program):  # Then the config will say of none that it is tied.
+    if work.cut and ties.says_tied(work.program.base):  # Then the config will say of none that it is tied.
         ends += sorted(ties.tied_by_config(work.program.base))
     for parameter in ends:
         group = next((group for group in work.program.plan.ties if parameter in group), ())
@@ -117,7 +117,7 @@ def changed_files(work: Work) -> dict[str, bytes]:
             )
     if not work.cut:
         return files
-    if ties.says_tied(work.program):
+    if ties.says_tied(work.program.base):
         data = files.get("config.json") or inside(work.checkpoint.folder, "config.json").read_bytes()
         files["config.json"] = _json({**json.loads(data), "tie_word_embeddings": False})
     if work.checkpoint.index is not None and added:

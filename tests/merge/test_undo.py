@@ -491,7 +491,7 @@ def test_checksums_taken_while_folding_are_those_of_the_tensors(
     assert len(taken) >= len(ALL)
     for item in taken:
         assert item.crc == undo_log.checksum(item.original), item
-        assert item.merged == undo_log.checksum(undo.tensor_of(compiled.program, item.owner, item.leaf)), item
+        assert item.merged == undo_log.checksum(undo.tensor_of(compiled.base, item.owner, item.leaf)), item
     assert undo_log.checksum(torch.zeros(4)) != undo_log.checksum(torch.ones(4))
 
 
@@ -505,7 +505,7 @@ def test_the_estimate_by_a_product_has_the_bits_of_the_rules_own(alpha: int) -> 
         for name, parameter in program.base.named_parameters():
             if "lora_B" in name:
                 parameter[:9] = 0
-    (step,) = fold.steps_back(program.adapters["default"].edits, fold.value_in(program))
+    (step,) = fold.steps_back(program.adapters["default"].edits, fold.value_in(program.adapters))
     assert step.product is not None
     weight = torch.randn(40, 50, dtype=torch.float64)
     weight[3:12, :25], weight[:, 40:] = -0.0, 0.0

@@ -55,6 +55,20 @@ def test_wrong_fields_are_refused(fields: dict[str, Any], message: str) -> None:
         peftc.PromptTuningConfig(**fields)
 
 
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        (torch.arange(3), "cpt_token_ids.0: got"),
+        (torch.ones(2, 3, dtype=torch.long), "cpt_token_ids.0: got"),
+        (3, "cpt_token_ids: got 3; input should be a valid tuple"),
+        ("abc", "cpt_token_ids: got 'abc'; input should be a valid tuple"),
+    ],
+)
+def test_ids_that_are_no_list_are_refused(ids: Any, message: str) -> None:
+    with pytest.raises(peftc.SpecError, match=message):
+        peftc.CPTConfig(cpt_token_ids=ids)
+
+
 def test_a_width_without_effect_is_told() -> None:
     with pytest.warns(UserWarning, match="encoder_num_layers=3 has no effect"):
         spec = peftc.PromptEncoderConfig(num_virtual_tokens=8, encoder_num_layers=3)
