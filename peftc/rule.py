@@ -185,6 +185,8 @@ class Rule(Generic[S]):
     repeats: ClassVar[bool] = True
     # What it takes from the weight (`singular values`), if it can't do without: a site that has no plain one is refused.
     takes: ClassVar[str] = ""
+    # Classes of its own of which `calibrate` makes states, beside tensors, numbers and text in dicts, lists and tuples.
+    states: ClassVar[tuple[type[Any], ...]] = ()
     # The first parts of the keys that its tensors have in files (`lora_A`).
     keys: ClassVar[tuple[str, ...]] = ()
     # For rules whose adapters are modules: the child of the site that holds them, by adapter name.

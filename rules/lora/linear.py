@@ -13,6 +13,7 @@ from peftc.rule import Factors, Param, Shapes
 from .base import Lora
 from .config import LoraConfig
 from .factors import factors, no_special_init
+from .pca import Directions
 from .starts import learns, made, starts_from_weight, unfit
 
 
@@ -23,7 +24,7 @@ class LoraLinear(Lora):
     residual weight, but the weight stays as it is.
     """
 
-    ops = ("linear",)
+    ops, states = ("linear",), (Directions,)
     # Which form of LoRA it is; those of other rules.
     variant: ClassVar[str | None] = None
 
