@@ -7,6 +7,7 @@ from peftc.errors import AdapterError, CaptureError, CheckpointError, ConflictEr
 from peftc.export import preflight, verify
 from peftc.graph.ops import Form, Op, Shape, register_op, unregister_op
 from peftc.plan import Plan
+from peftc.product import Product
 from peftc.prompts.rule import PromptRule
 from peftc.prompts.specs import PromptSpec
 from peftc.registry import register, unregister
@@ -108,6 +109,7 @@ __all__ = [
     "PlanError",
     "PolyConfig",
     "PrefixTuningConfig",
+    "Product",
     "PromptEncoderConfig",
     "PromptRule",
     "PromptSpec",

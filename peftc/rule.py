@@ -16,9 +16,8 @@ from peftc.specs.base import AdapterSpec
 
 S = TypeVar("S", bound=AdapterSpec)
 Constant = float | int | bool | str | tuple[Any, ...]
-# By name.
+# By name; and an adapter's tensors, by site and name.
 Shapes = Mapping[str, tuple[int, ...]]
-# An adapter's tensors, by site and name.
 BySite = Mapping[str, Mapping[str, Tensor]]
 # The operands of a site that an edit may replace. Ops of other kinds (a call) have slots of their own.
 SLOTS = ("input", "weight", "output")
@@ -278,7 +277,9 @@ class Rule(Generic[S]):
         raise NotImplementedError
 
     def factors(self, p: Any) -> Factors | None:
-        """The term that is added to the weight as a product, where the method is one: for files and batches of many."""
+        """The term that is added to the weight as a product, where the method is one: for files and batches of many. It is
+        asked for if the rule is `additive`.
+        """
         return None
 
     def penalty(self, p: Any) -> Tensor | None:
@@ -382,9 +383,8 @@ class Rule(Generic[S]):
         """
         return None
 
-    # The values of `combination_type` that `combined` and `combine` know; the first is the default.
+    # The values of `combination_type` that `combined` and `combine` know, the default first; `exact`: the sum itself.
     combinations: ClassVar[tuple[str, ...]] = ()
-    # The one that is the weighted sum itself.
     exact: ClassVar[str] = ""
 
     def combination(self, how: Combination, specs: Sequence[S]) -> Combination:

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite
 from peftc.rule import Combination, Constant, Part, Rule
 
@@ -34,6 +35,8 @@ class Lora(Rule[LoraConfig]):
     columns: ClassVar[Mapping[str, str]] = {"r": "r", "alpha": "lora_alpha"}
     combinations = COMBINATIONS
     exact = "cat"
+    # Why adapters of this form have no weighted sum, if they have none.
+    no_sum: ClassVar[str] = ""
     # The two factors: (r, in, …) and (out, r, …).
     names: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
 
@@ -83,6 +86,8 @@ class Lora(Rule[LoraConfig]):
     def combined(
         self, specs: Mapping[str, LoraConfig], where: Mapping[str, Sequence[str]], how: Combination
     ) -> LoraConfig:
+        if self.no_sum:
+            raise AdapterError(f"add_weighted_adapter: {self.no_sum}")
         return combined_spec(specs, where, how)
 
     def combine(self, site: WeightSite, parts: Sequence[Part], how: Combination) -> dict[str, Tensor]:

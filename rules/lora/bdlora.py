@@ -57,10 +57,6 @@ class BdLoraLinear(LoraLinear):
         delta = _product(inner, p.lora_B, p.blocks if p.side == "B" else 1)
         return y + (delta + p.lora_B_bias * p.scaling if p.biased else delta)
 
-    def weight(self, weight: Tensor, p: Any) -> Tensor:
-        up, down, scaling = self.factors(p)
-        return weight + scaling * (up @ down)
-
 
 def _blocks(spec: LoraConfig, site: WeightSite) -> tuple[str, int]:
     """Which factor has blocks at a site, "" for none, and how many."""

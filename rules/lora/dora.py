@@ -4,16 +4,14 @@ The norm is a constant to the gradient (section 4.3), as in peft. Rows are outpu
 those of an embedding are its dimensions.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite
-from peftc.rule import Combination, Constant, Factors, Param, Shapes
+from peftc.rule import Constant, Param, Shapes
 
 from .base import Lora
 from .config import LoraConfig
@@ -28,6 +26,7 @@ class _Dora(Lora):
     additive = False
     local = "o"
     scale = None
+    no_sum = "adapters with use_dora=True have magnitudes, which no weighted sum is defined for"
 
     def serves(self, spec: LoraConfig) -> bool:
         return spec.variant == "dora"
@@ -64,14 +63,6 @@ class _Dora(Lora):
         changed = super().weight(weight, p)
         gain = p.magnitude.flatten() / _norm(changed).detach()
         return changed * gain.view(-1, 1, *(1,) * p.kernel)
-
-    def factors(self, p: Any) -> Factors | None:
-        return None  # The change is no product.
-
-    def combined(
-        self, specs: Mapping[str, LoraConfig], where: Mapping[str, Sequence[str]], how: Combination
-    ) -> LoraConfig:
-        raise AdapterError("adapters with use_dora=True have magnitudes, which no weighted sum is defined for")
 
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         """g·(base(x) + s·B(A(x))) without the bias, which is not scaled; with dropout, base sees what A sees."""

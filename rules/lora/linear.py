@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
+from peftc.product import Product
 from peftc.rule import Factors, Param, Shapes
 
 from .base import Lora
@@ -17,7 +18,7 @@ from .pca import Directions
 from .starts import learns, made, starts_from_weight, unfit
 
 
-class LoraLinear(Lora):
+class LoraLinear(Lora, Product[LoraConfig]):
     """y + s·B(A(drop(x))).  Hu et al. 2021, arXiv:2106.09685, section 4.1.
 
     OLoRA, PiSSA, CorDA and LoRA-GA start from A0, B0 and train y + s·(B·A − B0·A0)x: the same function as theirs on the
@@ -50,13 +51,7 @@ class LoraLinear(Lora):
             delta = delta - F.linear(F.linear(dropped, p.lora_A0) * p.scaling, p.lora_B0)
         return y + (delta + p.lora_B_bias * p.scaling if p.biased else delta)
 
-    def weight(self, weight: Tensor, p: Any) -> Tensor:
-        delta = p.lora_B @ p.lora_A
-        if p.residual:
-            delta = delta - p.lora_B0 @ p.lora_A0
-        return weight + p.scaling * delta
-
-    def factors(self, p: Any) -> Factors | None:
+    def factors(self, p: Any) -> Factors:
         if not p.residual:
             return Factors(p.lora_B, p.lora_A, p.scaling)
         return Factors(torch.cat([p.lora_B, p.lora_B0], 1), torch.cat([p.lora_A, -p.lora_A0]), p.scaling)
@@ -80,7 +75,7 @@ class LoraLinear(Lora):
         return learns(spec).decide(spec, states)
 
 
-class LoraEmbedding(Lora):
+class LoraEmbedding(Lora, Product[LoraConfig]):
     """y + s·B(A[token]): the same algebra with the one-hot token as input."""
 
     ops = ("embedding",)
@@ -102,10 +97,7 @@ class LoraEmbedding(Lora):
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         return y + F.linear(p.op(x, p.lora_embedding_A.T) * p.scaling, p.lora_embedding_B)
 
-    def weight(self, weight: Tensor, p: Any) -> Tensor:
-        return weight + p.scaling * (p.lora_embedding_B @ p.lora_embedding_A)
-
-    def factors(self, p: Any) -> Factors | None:
+    def factors(self, p: Any) -> Factors:
         return Factors(p.lora_embedding_B, p.lora_embedding_A, p.scaling)
 
 

@@ -40,7 +40,3 @@ class QaloraLinear(LoraLinear):
         pooled = p.lora_dropout(x).unflatten(-1, (groups, p.group)).mean(-1) * groups
         delta = F.linear(F.linear(pooled, p.lora_A) * p.scaling, p.lora_B)
         return y + (delta + p.lora_B_bias * p.scaling if p.biased else delta)
-
-    def weight(self, weight: Tensor, p: Any) -> Tensor:
-        up, down, scaling = self.factors(p)
-        return weight + scaling * (up @ down)
