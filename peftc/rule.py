@@ -16,9 +16,11 @@ from peftc.specs.base import AdapterSpec
 
 S = TypeVar("S", bound=AdapterSpec)
 Constant = float | int | bool | str | tuple[Any, ...]
-# By name; and an adapter's tensors, by site and name.
+# By name; an adapter's tensors, by site and name; adapters by site; and what `read_shape` tells.
 Shapes = Mapping[str, tuple[int, ...]]
 BySite = Mapping[str, Mapping[str, Tensor]]
+Adapted = Mapping[str, Sequence[str]]
+Read = tuple[str, Literal["out_in", "in_out"] | None, int]
 # The operands of a site that an edit may replace. Ops of other kinds (a call) have slots of their own.
 SLOTS = ("input", "weight", "output")
 
@@ -277,9 +279,7 @@ class Rule(Generic[S]):
         raise NotImplementedError
 
     def factors(self, p: Any) -> Factors | None:
-        """The term that is added to the weight as a product, where the method is one: for files and batches of many. It is
-        asked for if the rule is `additive`.
-        """
+        """The term that an `additive` rule adds to the weight, where that is a product: for files and batches of many."""
         return None
 
     def penalty(self, p: Any) -> Tensor | None:
@@ -375,9 +375,7 @@ class Rule(Generic[S]):
         also where its tensors are sharded.
         """
 
-    def read_shape(
-        self, tensors: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> tuple[str, Literal["out_in", "in_out"] | None, int] | None:
+    def read_shape(self, tensors: Shapes, weight: tuple[int, ...]) -> Read | None:
         """Op, layout (None: can't be told) and groups of the stored `weight` of this shape that `tensors`, an adapter's at
         one site by key, are for; None if they are none of this method.
         """
@@ -391,7 +389,7 @@ class Rule(Generic[S]):
         """`how` as `combine` is given it, for adapters of these `specs`. Raises AdapterError on what makes no sense."""
         return how
 
-    def combined(self, specs: Mapping[str, S], where: Mapping[str, Sequence[str]], how: Combination) -> S:
+    def combined(self, specs: Mapping[str, S], where: Adapted, how: Combination) -> S:
         """The spec of a combination: `specs` by adapter, with the targets of the new one; `where`, the adapters at every
         site. Raises AdapterError if they can't be combined so.
         """

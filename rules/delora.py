@@ -67,6 +67,3 @@ def _lengths(p: Any) -> Tensor:
     """By term, what makes its length λ/r."""
     a, b = torch.linalg.vector_norm(p.delora_A, dim=1), torch.linalg.vector_norm(p.delora_B, dim=0)
     return p.delora_lambda / p.r / (a.clamp(min=1e-4) * b.clamp(min=1e-4))
-
-
-RULES = (Delora(),)

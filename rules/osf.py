@@ -97,6 +97,3 @@ class OSF(Product[OSFConfig]):
         u, v = p.U_low.detach() + u, p.V_low.detach() + v
         up = torch.cat([u * p.S_low, -p.U_low_init * p.S_low_init], dim=1)
         return Factors(up, torch.cat([v, p.V_low_init]), 1.0)
-
-
-RULES = (OSF(),)

@@ -130,6 +130,3 @@ def _rotation(p: Any) -> Tensor:
         turn = series(skew, p.terms) if p.terms else cayley(-skew)
     turn = p.vector_b[:, None] * turn if p.after else turn
     return turn * p.vector_a if p.before else turn
-
-
-RULES = (Psoft(),)

@@ -105,6 +105,3 @@ def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def _signs(drawn: Tensor, share: float) -> Tensor:
     """−1 and 1 for that share of numbers each, and 0 for the others."""
     return (drawn > 1 - share).float() - (drawn < share).float()
-
-
-RULES = (RandLora(),)

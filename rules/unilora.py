@@ -95,6 +95,3 @@ def _places(count: int, length: int, seed: int) -> Tensor:
         found = np.concatenate([found, generator.choice(length, size=count % length, replace=False)])
     generator.shuffle(found)
     return torch.as_tensor(found, dtype=torch.int64)
-
-
-RULES = (UniLora(),)

@@ -119,6 +119,3 @@ def _mixtures(spec: VBLoRAConfig, own: Mapping[str, Tensor]) -> dict[str, Tensor
         shares = torch.softmax(first, dim=-1)[..., :-1].contiguous()
         made |= {name + _INDICES: indices.to(integer), name + _WEIGHTS: shares}
     return made
-
-
-RULES = (VBLoRA(),)

@@ -1,14 +1,14 @@
 """What LoRA's rules have in common: constants, dropout, bias, and how adapters are combined."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite
-from peftc.rule import Combination, Constant, Part, Rule
+from peftc.rule import Adapted, Combination, Constant, Part, Read, Rule, Shapes
 
 from .combination import COMBINATIONS, combined_factors, combined_spec
 from .config import LoraConfig
@@ -66,9 +66,7 @@ class Lora(Rule[LoraConfig]):
     def bias(self, bias: Tensor, p: Any) -> Tensor:
         return bias + p.scaling * p.lora_B_bias if p.biased else bias
 
-    def read_shape(
-        self, tensors: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> tuple[str, Literal["out_in", "in_out"] | None, int] | None:
+    def read_shape(self, tensors: Shapes, weight: tuple[int, ...]) -> Read | None:
         if "lora_embedding_A" in tensors:
             return "embedding", "in_out", 1
         a, b = tensors.get("lora_A.weight"), tensors.get("lora_B.weight")
@@ -83,9 +81,7 @@ class Lora(Rule[LoraConfig]):
     def combination(self, how: Combination, specs: Sequence[LoraConfig]) -> Combination:
         return checked(how, [max([spec.r, *spec.rank_pattern.values()]) for spec in specs])
 
-    def combined(
-        self, specs: Mapping[str, LoraConfig], where: Mapping[str, Sequence[str]], how: Combination
-    ) -> LoraConfig:
+    def combined(self, specs: Mapping[str, LoraConfig], where: Adapted, how: Combination) -> LoraConfig:
         if self.no_sum:
             raise AdapterError(f"add_weighted_adapter: {self.no_sum}")
         return combined_spec(specs, where, how)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite
-from peftc.rule import Combination, Part
+from peftc.rule import Adapted, Combination, Part
 from peftc.specs.selection import exact_patterns
 
 from .config import LoraConfig
@@ -24,7 +24,7 @@ from .task_arithmetic import COMBINE, combine_tensors
 COMBINATIONS = ("svd", "cat", *COMBINE, *(f"{name}_svd" for name in COMBINE if name != "linear"))
 
 
-def combined_spec(specs: Mapping[str, LoraConfig], where: Mapping[str, Sequence[str]], how: Combination) -> LoraConfig:
+def combined_spec(specs: Mapping[str, LoraConfig], where: Adapted, how: Combination) -> LoraConfig:
     """The spec of the combination: a rank for every site, and alpha equal to it."""
     first = next(iter(specs.values()))
     if len({spec.variant for spec in specs.values()}) > 1:
