@@ -13,7 +13,7 @@ from peftc.rule import Adapted, Combination, Constant, Part, Read, Rule, Shapes
 from .combination import COMBINATIONS, combined_factors, combined_spec
 from .config import LoraConfig
 from .factors import init_names
-from .starts import starts_from_weight
+from .starts import start_of
 from .task_arithmetic import checked
 
 
@@ -53,7 +53,7 @@ class Lora(Rule[LoraConfig]):
             "lora_alpha": spec.alpha_for(fqn),
             "scaling": spec.scaling_for(fqn),
             "biased": spec.lora_bias,
-            "residual": starts_from_weight(spec),
+            "residual": start_of(spec).taken_off,
             "groups": site.groups,
             **({"init": str(init)} if "rule" in init_names(spec, site) else {}),
         }
@@ -62,6 +62,14 @@ class Lora(Rule[LoraConfig]):
         return (
             "lora_bias=True needs a bias to fold into; the site has none" if spec.lora_bias and not site.bias else None
         )
+
+    def change(self, x: Tensor, p: Any) -> Tensor:
+        """s·B(A(x)), without B's bias."""
+        raise NotImplementedError
+
+    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
+        delta = self.change(p.lora_dropout(x) if self.drops else x, p)
+        return y + (delta + p.lora_B_bias * p.scaling if p.biased else delta)
 
     def bias(self, bias: Tensor, p: Any) -> Tensor:
         return bias + p.scaling * p.lora_B_bias if p.biased else bias

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
 from peftc.rule import Constant, Param, Shapes
@@ -76,10 +75,6 @@ class _Dora(Lora):
         plain = y if p.bias is None else y - self.scaled(torch.ones_like(y), p.bias.to(y.dtype), p)
         return y + (self.scaled(plain + self.change(x, p), gain, p) - plain)
 
-    def change(self, x: Tensor, p: Any) -> Tensor:
-        """s·B(A(x)), as LoRA adds it."""
-        raise NotImplementedError
-
     def scaled(self, y: Tensor, gain: Tensor, p: Any) -> Tensor:
         """`y` with every output times its own number; channels come before the places of a kernel."""
         return y * gain.view(-1, *(1,) * p.kernel)
@@ -93,20 +88,10 @@ def _norm(weight: Tensor) -> Tensor:
 class DoraLinear(_Dora, LoraLinear):
     """On linear sites."""
 
-    def change(self, x: Tensor, p: Any) -> Tensor:
-        delta = F.linear(F.linear(x, p.lora_A) * p.scaling, p.lora_B)
-        return delta - F.linear(F.linear(x, p.lora_A0) * p.scaling, p.lora_B0) if p.residual else delta
-
 
 class DoraEmbedding(_Dora, LoraEmbedding):
     """On embeddings."""
 
-    def change(self, x: Tensor, p: Any) -> Tensor:
-        return F.linear(p.op(x, p.lora_embedding_A.T) * p.scaling, p.lora_embedding_B)
-
 
 class DoraConv(_Dora, LoraConv):
     """On convolutions."""
-
-    def change(self, x: Tensor, p: Any) -> Tensor:
-        return p.pointwise(p.op(x, p.lora_A, groups=1) * p.scaling, p.lora_B, None, groups=p.groups)

@@ -49,10 +49,11 @@ class KasaLinear(LoraLinear):
         up = torch.cat([p.lora_B * p.lora_diag, -p.lora_B0 / p.scaling], 1)
         return Factors(up, torch.cat([p.lora_A, p.lora_A0]), p.scaling)
 
+    def change(self, x: Tensor, p: Any) -> Tensor:
+        return F.linear(F.linear(x, p.lora_A) * p.lora_diag * p.scaling, p.lora_B)
+
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
-        delta = F.linear(F.linear(p.lora_dropout(x), p.lora_A) * p.lora_diag * p.scaling, p.lora_B)
-        delta = delta + p.lora_B_bias * p.scaling if p.biased else delta
-        return y - F.linear(F.linear(x, p.lora_A0), p.lora_B0) + delta
+        return super().output(x, y - F.linear(F.linear(x, p.lora_A0), p.lora_B0), p)
 
     def penalty(self, p: Any) -> Tensor:
         """β·‖d‖² + γ·(‖BᵀB − 1‖ + ‖AAᵀ − 1‖): equations 9 to 11."""

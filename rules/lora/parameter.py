@@ -11,7 +11,7 @@ from .config import LoraConfig
 from .factors import init_names, no_special_init
 
 
-class LoraParameter(Lora, Product[LoraConfig]):
+class LoraParameter(Product[LoraConfig], Lora):
     """W + s·B·A, for every expert its own: `lora_A` holds their A one below the other, `lora_B` interleaves their B."""
 
     ops = ("parameter",)

@@ -11,7 +11,7 @@ from .base import Lora
 from .config import LoraConfig
 
 
-class LoraTied(Lora, Product[LoraConfig]):
+class LoraTied(Product[LoraConfig], Lora):
     """y + s·Aᵀ(Bᵀ(drop(x))): what B·A adds to the embedding, it adds to a linear of the same weight."""
 
     ops, ends_only = ("linear",), True
