@@ -28,6 +28,7 @@ _NAMES: Mapping[str, tuple[str, ...]] = {
     "peftc.export": ("preflight", "verify"),
     "peftc.graph.ops": ("Form", "Op", "Shape", "register_op", "unregister_op"),
     "peftc.plan": ("Plan",),
+    "peftc.product": ("Product",),
     "peftc.prompts.rule": ("PromptRule",),
     "peftc.prompts.specs": ("PromptSpec",),
     "peftc.registry": ("register", "unregister"),

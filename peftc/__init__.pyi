@@ -7,6 +7,7 @@ from peftc.errors import AdapterError, CaptureError, CheckpointError, ConflictEr
 from peftc.export import preflight, verify
 from peftc.graph.ops import Form, Op, Shape, register_op, unregister_op
 from peftc.plan import Plan
+from peftc.product import Product
 from peftc.prompts.rule import PromptRule
 from peftc.prompts.specs import PromptSpec
 from peftc.registry import register, unregister
@@ -27,12 +28,12 @@ from peftc_rules.cpt import CPTConfig
 from peftc_rules.deft import DeftConfig
 from peftc_rules.delora import DeloraConfig
 from peftc_rules.fourierft import FourierFTConfig
-from peftc_rules.frod.config import FrodConfig
+from peftc_rules.frod.rules import FrodConfig
 from peftc_rules.glora import GloraConfig
 from peftc_rules.gralora import GraloraConfig
 from peftc_rules.hira import HiraConfig
 from peftc_rules.hra import HRAConfig
-from peftc_rules.ia3.config import IA3Config
+from peftc_rules.ia3 import IA3Config
 from peftc_rules.ln_tuning import LNTuningConfig
 from peftc_rules.loha import LoHaConfig
 from peftc_rules.lokr import LoKrConfig
@@ -108,6 +109,7 @@ __all__ = [
     "PlanError",
     "PolyConfig",
     "PrefixTuningConfig",
+    "Product",
     "PromptEncoderConfig",
     "PromptRule",
     "PromptSpec",

@@ -1,9 +1,11 @@
 """`compile`, `plan` and `load`, where everything begins; an adapter's tensors as PEFT's functions give and take them."""
 
+import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -78,6 +80,8 @@ def calibrate(
     *,
     call: Call | None = None,
     rows: Rows | None = None,
+    resume: str | os.PathLike[str] | None = None,
+    progress: bool = True,
 ) -> Calibration:
     """What an adapter of `spec` starts from, if it starts from data: run `model` over `batches`, and change nothing.
 
@@ -85,18 +89,22 @@ def calibrate(
     argument; they are taken from one iterator, and gone through again while the method asks for more. `call(model, batch)`
     runs the model otherwise, and where gradients are asked for it returns the loss (by default the output's). `rows(x,
     batch, fqn)` takes what to look at, (n, features), from the input `x` of a module.
+    `resume`: a file in which is kept now and then, and in the end, what the batches so far have shown. A later call with
+    the same model, spec and batches goes on from there: it runs the model only on the batches that come after.
+    `progress=False`: no bar on a terminal.
 
     Example: model = peftc.compile(model, spec, calibration=peftc.calibrate(model, spec, batches))
 
-    Raises AdapterError: no rule starts from data with this spec, no batch reaches one of its sites, or they do not settle;
-    SpecError, NoMatchError as `compile`.
+    Raises AdapterError: no rule starts from data with this spec, `batches` is nothing to go through, the model can't be
+    called with one, none reaches one of its sites, they do not settle, or the file is of something else; SpecError,
+    NoMatchError as `compile`.
     """
-    model = looked_through(model)
+    model, kept = looked_through(model), None if resume is None else Path(resume)
     own = load_spec(spec)
     with reshaped(model, {"default": own}) as base:
         made = planned(base, {"default": own}, "modules", True)[0]
         require_applicable(made, "error")
-        return observe(structural_copy(base), made, "default", own, batches, call, rows)
+        return observe(structural_copy(base), made, "default", own, batches, call, rows, resume=kept, progress=progress)
 
 
 def plan(

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -199,7 +199,7 @@ def calibrated(
             raise AdapterError("calibration: it was made with another spec; calibrate again, with this one")
         found = dict.fromkeys(own, calibration)
     else:
-        if len(own) > 1 and iter(calibration) is calibration:
+        if len(own) > 1 and isinstance(calibration, Iterator):
             raise AdapterError("calibration: an iterator can be gone through for one adapter only; give a list")
         model = structural_copy(base) if on_copy else base
         found = {name: observe(model, plan, name, spec, calibration) for name, spec in own.items()}

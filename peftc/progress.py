@@ -15,7 +15,7 @@ _OFF = ("0", "false", "no", "off")
 # Seconds after which a bar comes up: what is done by then needs none.
 DELAY = 1.0
 
-Unit = Literal["bytes", "sites", "tensors", "steps"]
+Unit = Literal["bytes", "sites", "tensors", "steps", "batches"]
 
 
 class Tick(Protocol):
@@ -31,8 +31,9 @@ def wanted(asked: bool = True) -> bool:
 
 
 @contextmanager
-def bar(what: str, total: int, unit: Unit, shown: bool = True) -> Generator[Tick]:
-    """A context that shows how much of `total` is done, by what it is told. `shown`: if that is wanted at all.
+def bar(what: str, total: int | None, unit: Unit, shown: bool = True) -> Generator[Tick]:
+    """A context that shows how much of `total` is done, by what it is told; None: nobody knows how much there is. `shown`:
+    if that is wanted at all.
 
     Example::
 
@@ -56,7 +57,7 @@ def unseen(count: int = 1, doing: str | None = None, /) -> None:
 
 
 @contextmanager
-def _line(what: str, total: int, unit: Unit) -> Generator[Tick]:
+def _line(what: str, total: int | None, unit: Unit) -> Generator[Tick]:
     """A line of a terminal."""
     from rich.console import Console
     from rich.progress import (
@@ -93,7 +94,7 @@ def _line(what: str, total: int, unit: Unit) -> Generator[Tick]:
 
 
 @contextmanager
-def _widget(what: str, total: int, unit: Unit) -> Generator[Tick]:
+def _widget(what: str, total: int | None, unit: Unit) -> Generator[Tick]:
     """A widget of a notebook, or what comes nearest there."""
     from tqdm.auto import tqdm
 

@@ -4,7 +4,7 @@ import functools
 import inspect
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
-from typing import Any, cast
+from typing import Any
 
 from peftc.errors import RuleError
 from peftc.graph.ops import op_named
@@ -123,9 +123,12 @@ def _table() -> dict[tuple[str, str], list[Rule[Any]]]:
 def _installed() -> tuple[Rule[Any], ...]:
     found: list[Rule[Any]] = []
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
-        for rule in cast("tuple[Rule[Any], ...]", point.load()):
-            _check(rule)
-            found.append(rule)
+        made: Any = point.load()
+        if not isinstance(made, type):
+            raise RuleError(f"entry point {point.name!r} = {point.value!r} is no class: name that of the rule")
+        rule: Any = made()
+        _check(rule)
+        found.append(rule)
     if not found:
         raise RuleError("no rules are installed: install peftc with pip (`pip install -e .` in a checkout)")
     return tuple(found)

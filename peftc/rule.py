@@ -16,10 +16,11 @@ from peftc.specs.base import AdapterSpec
 
 S = TypeVar("S", bound=AdapterSpec)
 Constant = float | int | bool | str | tuple[Any, ...]
-# By name.
+# By name; an adapter's tensors, by site and name; adapters by site; and what `read_shape` tells.
 Shapes = Mapping[str, tuple[int, ...]]
-# An adapter's tensors, by site and name.
 BySite = Mapping[str, Mapping[str, Tensor]]
+Adapted = Mapping[str, Sequence[str]]
+Read = tuple[str, Literal["out_in", "in_out"] | None, int]
 # The operands of a site that an edit may replace. Ops of other kinds (a call) have slots of their own.
 SLOTS = ("input", "weight", "output")
 
@@ -185,6 +186,8 @@ class Rule(Generic[S]):
     repeats: ClassVar[bool] = True
     # What it takes from the weight (`singular values`), if it can't do without: a site that has no plain one is refused.
     takes: ClassVar[str] = ""
+    # Classes of its own of which `calibrate` makes states, beside tensors, numbers and text in dicts, lists and tuples.
+    states: ClassVar[tuple[type[Any], ...]] = ()
     # The first parts of the keys that its tensors have in files (`lora_A`).
     keys: ClassVar[tuple[str, ...]] = ()
     # For rules whose adapters are modules: the child of the site that holds them, by adapter name.
@@ -276,7 +279,7 @@ class Rule(Generic[S]):
         raise NotImplementedError
 
     def factors(self, p: Any) -> Factors | None:
-        """The term that is added to the weight as a product, where the method is one: for files and batches of many."""
+        """The term that an `additive` rule adds to the weight, where that is a product: for files and batches of many."""
         return None
 
     def penalty(self, p: Any) -> Tensor | None:
@@ -372,24 +375,21 @@ class Rule(Generic[S]):
         also where its tensors are sharded.
         """
 
-    def read_shape(
-        self, tensors: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> tuple[str, Literal["out_in", "in_out"] | None, int] | None:
+    def read_shape(self, tensors: Shapes, weight: tuple[int, ...]) -> Read | None:
         """Op, layout (None: can't be told) and groups of the stored `weight` of this shape that `tensors`, an adapter's at
         one site by key, are for; None if they are none of this method.
         """
         return None
 
-    # The values of `combination_type` that `combined` and `combine` know; the first is the default.
+    # The values of `combination_type` that `combined` and `combine` know, the default first; `exact`: the sum itself.
     combinations: ClassVar[tuple[str, ...]] = ()
-    # The one that is the weighted sum itself.
     exact: ClassVar[str] = ""
 
     def combination(self, how: Combination, specs: Sequence[S]) -> Combination:
         """`how` as `combine` is given it, for adapters of these `specs`. Raises AdapterError on what makes no sense."""
         return how
 
-    def combined(self, specs: Mapping[str, S], where: Mapping[str, Sequence[str]], how: Combination) -> S:
+    def combined(self, specs: Mapping[str, S], where: Adapted, how: Combination) -> S:
         """The spec of a combination: `specs` by adapter, with the targets of the new one; `where`, the adapters at every
         site. Raises AdapterError if they can't be combined so.
         """

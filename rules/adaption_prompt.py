@@ -45,6 +45,3 @@ class AdaptionPrompt(Rule[AdaptionPromptConfig]):
 
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         return y + p.project((p.adaption_gate * p.attend(p.adaption_prompt)).to(y.dtype))
-
-
-RULES = (AdaptionPrompt(),)

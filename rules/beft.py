@@ -44,6 +44,3 @@ class Beft(Rule[BeftConfig]):
 
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         return y + p.beft_bias.flatten()
-
-
-RULES = (Beft(),)

@@ -137,6 +137,3 @@ def _together(x: Tensor, factor: int, p: Any) -> Tensor:
 def _apart(x: Tensor, factor: int, p: Any) -> Tensor:
     """x·Pᵀ: back in their places."""
     return x.unflatten(-1, (-1, 2**factor, 2, p.block // 2)).transpose(-3, -2).flatten(-4) if factor else x
-
-
-RULES = (Boft(), BoftConv())

@@ -79,6 +79,3 @@ class C3A(Rule[C3AConfig]):
         of_x = torch.fft.rfft(x.to(kernel.dtype).unflatten(-1, (-1, p.block)))
         products = torch.einsum("...nk,mnk->...mk", of_x, torch.fft.rfft(kernel).conj())
         return y + torch.fft.irfft(products, n=p.block).flatten(-2) / p.inputs
-
-
-RULES = (C3A(),)

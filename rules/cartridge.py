@@ -7,11 +7,9 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from peftc.prompts.calls import Stack
-from peftc.prompts.rule import PromptRule
 from peftc.prompts.specs import PromptSpec
 
-from .prefix_tuning import PrefixTuning, PrefixTuningConfig
+from .prefix_tuning import KeysAndValues
 
 
 class CartridgeConfig(PromptSpec):
@@ -65,17 +63,10 @@ class CartridgeEncoder(nn.Module):
         return (own if self.frozen_embedding is None else torch.cat([self.frozen_embedding, own]))[indices]
 
 
-class Cartridge(PromptRule[CartridgeConfig]):
+class Cartridge(KeysAndValues[CartridgeConfig]):
     """softmax(q [K_f; K_p; K]ᵀ) [V_f; V_p; V] with trained K_p, V_p.  Eyuboglu et al. 2025, arXiv:2506.06266, section 3."""
 
-    name, spec, at = "cartridge", CartridgeConfig, "past"
-
-    def resolve(self, spec: CartridgeConfig, stack: Stack) -> CartridgeConfig:
-        found = PrefixTuning().resolve(_as_prefix(spec), stack)
-        return spec.model_copy(update={name: getattr(found, name) for name in _SHARED})
-
-    def disagreement(self, spec: CartridgeConfig, stack: Stack) -> str | None:
-        return PrefixTuning().disagreement(_as_prefix(spec), stack)
+    name, spec = "cartridge", CartridgeConfig
 
     def encoder(self, spec: CartridgeConfig) -> CartridgeEncoder:
         return CartridgeEncoder(spec)
@@ -84,13 +75,3 @@ class Cartridge(PromptRule[CartridgeConfig]):
         frozen = spec.num_frozen_tokens
         own = {"trainable_embedding": rows[frozen:]}
         return {"frozen_embedding": rows[:frozen], **own} if frozen else own
-
-
-_SHARED = tuple(name for name in PromptSpec.model_fields if name != "peft_type")
-
-
-def _as_prefix(spec: CartridgeConfig) -> PrefixTuningConfig:
-    return PrefixTuningConfig(**{name: getattr(spec, name) for name in _SHARED})
-
-
-RULES = (Cartridge(),)

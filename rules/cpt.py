@@ -145,6 +145,3 @@ def _later(kinds: Tensor) -> Tensor:
     order = kinds.where(kinds % 4 == 0, 0).sort(stable=True, dim=1, descending=True)
     first = F.pad(order.values[:, 1:] != order.values[:, :-1], (1, 0))
     return torch.empty_like(kinds).scatter(1, order.indices, first.long().cumsum(1))
-
-
-RULES = (Cpt(),)

@@ -91,6 +91,3 @@ def _subspace(p: Any) -> tuple[Tensor, Tensor]:
         q = torch.linalg.qr(q)[0]
         return q, q
     return q, torch.relu(q)
-
-
-RULES = (Deft(),)

@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Factors, Param, Rule, Shapes
+from peftc.product import Product
+from peftc.rule import Constant, Factors, Param, Shapes
 from peftc.specs.selection import LayerSelection, PatternedRank, Share, first_match
 
 
@@ -33,10 +33,10 @@ class DeloraConfig(LayerSelection, PatternedRank):
     lambda_pattern: dict[str, float | int] = Field(default_factory=dict)
 
 
-class Delora(Rule[DeloraConfig]):
+class Delora(Product[DeloraConfig]):
     """On linear sites. The norms of the weight's columns are kept as they were in the beginning."""
 
-    name, spec, ops, additive = "delora", DeloraConfig, ("linear",), True
+    name, spec, ops = "delora", DeloraConfig, ("linear",)
     keys = ("delora_A", "delora_B", "delora_lambda", "delora_w_norm")
     columns: ClassVar[Mapping[str, str]] = {"r": "r"}
     drops = ("module_dropout",)
@@ -59,14 +59,7 @@ class Delora(Rule[DeloraConfig]):
         norms = torch.linalg.vector_norm(weight, dim=0)
         return {"delora_lambda": weight.new_full((1,), p.start), "delora_w_norm": norms}
 
-    def weight(self, weight: Tensor, p: Any) -> Tensor:
-        return weight + (p.delora_B * _lengths(p)) @ (p.delora_A * p.delora_w_norm)
-
-    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
-        inner = F.linear(p.module_dropout(x) * p.delora_w_norm, p.delora_A)
-        return y + F.linear(inner * _lengths(p), p.delora_B)
-
-    def factors(self, p: Any) -> Factors | None:
+    def factors(self, p: Any) -> Factors:
         return Factors(p.delora_B * _lengths(p), p.delora_A * p.delora_w_norm, 1.0)
 
 
@@ -74,6 +67,3 @@ def _lengths(p: Any) -> Tensor:
     """By term, what makes its length λ/r."""
     a, b = torch.linalg.vector_norm(p.delora_A, dim=1), torch.linalg.vector_norm(p.delora_B, dim=0)
     return p.delora_lambda / p.r / (a.clamp(min=1e-4) * b.clamp(min=1e-4))
-
-
-RULES = (Delora(),)

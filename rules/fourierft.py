@@ -108,6 +108,3 @@ def places(sizes: tuple[int, int], count: int, seed: int) -> Tensor:
     rows, columns = sizes
     chosen = torch.randperm(rows * columns, generator=torch.Generator().manual_seed(seed))[:count]
     return torch.stack([chosen // columns, chosen % columns])
-
-
-RULES = (FourierFT(),)

@@ -104,6 +104,3 @@ def _value(p: Any, path: str) -> Any:
     if form == "none":
         return None
     return getattr(p, f"{path}d") @ getattr(p, f"{path}u") if form == "lora" else getattr(p, path)
-
-
-RULES = (Glora(),)

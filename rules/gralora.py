@@ -100,6 +100,3 @@ class Gralora(Rule[GraloraConfig]):
 def _blocks(p: Any) -> tuple[Tensor, Tensor]:
     """A as (n, i, j, s) and B as (j, n, s, o), for the block of columns n and rows j: inputs i, rank s, outputs o."""
     return p.gralora_A.unflatten(2, (p.k, -1)), p.gralora_B.unflatten(1, (p.k, -1))
-
-
-RULES = (Gralora(),)

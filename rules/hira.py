@@ -119,6 +119,3 @@ class HiraConv(Hira):
 
     def product(self, p: Any) -> Tensor:
         return torch.einsum("or,ri...->oi...", p.hira_B.flatten(1), p.hira_A)
-
-
-RULES = (Hira(), HiraEmbedding(), HiraConv())

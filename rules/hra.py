@@ -87,6 +87,3 @@ def _reflections(p: Any) -> tuple[Tensor, Tensor]:
         return u, 2 * eye(u)
     u = u / torch.linalg.vector_norm(u, dim=0)
     return u, torch.linalg.solve_triangular((u.mT @ u).triu(1) + 0.5 * eye(u), eye(u), upper=True)
-
-
-RULES = (Hra(), HraConv())

@@ -57,6 +57,3 @@ class LNTuning(Rule[LNTuningConfig]):
 
     def bias(self, bias: Tensor, p: Any) -> Tensor:
         return p.ln_bias
-
-
-RULES = (LNTuning(),)

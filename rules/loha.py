@@ -59,6 +59,3 @@ class Loha(Term[LoHaConfig]):
             )
             return one * other
         return (p.hada_w1_a @ p.hada_w1_b) * (p.hada_w2_a @ p.hada_w2_b)
-
-
-RULES = (Loha(),)

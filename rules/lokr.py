@@ -119,6 +119,3 @@ def _factor(size: int, near: int) -> int:
         return near
     limit = isqrt(size) if near < 0 else min(near, isqrt(size))
     return next(n for n in range(limit, 0, -1) if size % n == 0)
-
-
-RULES = (Lokr(),)

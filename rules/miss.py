@@ -122,6 +122,3 @@ def _bat(weight: Tensor, p: Any) -> Tensor:
     blocks = weight.unflatten(1, (-1, p.r)).unflatten(0, (-1, p.r))
     change = torch.einsum("orik,okc->oric", blocks, p.miss_block) + p.miss_block[:, :, None]
     return change.flatten(2).flatten(0, 1)
-
-
-RULES = (Miss(), Bat())

@@ -127,6 +127,3 @@ def _source(spec: MultitaskPromptTuningConfig) -> dict[str, Tensor]:
     if own and task >= len(found[own[0]]):
         raise AdapterError(f"{where}_task={task}: the file has the tasks 0 to {len(found[own[0]]) - 1}")
     return found | {name: found[name][task : task + 1] for name in own}
-
-
-RULES = (MultitaskPromptTuning(),)

@@ -130,6 +130,3 @@ class OftEmbedding(OftConv):
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         blocks = self.rotation(p, training=True)
         return rotated(y.to(blocks.dtype), blocks, p.shared)
-
-
-RULES = (Oft(), OftConv(), OftEmbedding())

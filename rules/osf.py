@@ -7,10 +7,10 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule, Shapes
+from peftc.product import Product
+from peftc.rule import Constant, Factors, Param, Shapes
 from peftc.specs import AdapterSpec
 from peftc.specs.base import require_regex
 from peftc.specs.selection import Count
@@ -50,7 +50,7 @@ class OSFConfig(AdapterSpec):
         return min(least, int(least * rank) if isinstance(rank, float) else rank)
 
 
-class OSF(Rule[OSFConfig]):
+class OSF(Product[OSFConfig]):
     """On linear sites."""
 
     name, spec, ops, identity = "osf", OSFConfig, ("linear",), False  # A fresh one changes roundings.
@@ -89,22 +89,11 @@ class OSF(Rule[OSFConfig]):
         found |= {"U_high": u[:, : p.kept], "V_high": v[: p.kept]}
         return {name: found[name] for name in shapes}
 
-    def weight(self, weight: Tensor, p: Any) -> Tensor:
-        up, down = _factors(p)
-        return weight + up @ down
-
-    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
-        up, down = _factors(p)
-        return y + F.linear(F.linear(x, down), up)
-
-
-def _factors(p: Any) -> tuple[Tensor, Tensor]:
-    """The change as a product; the gradients of U and V are kept out of the directions that stay."""
-    u, v = p.U_low - p.U_low.detach(), p.V_low - p.V_low.detach()
-    u = u - p.U_high @ (p.U_high.mT @ u) if p.tall else p.U_low_init @ (p.U_low_init.mT @ u)
-    v = v - (v @ p.V_high.mT) @ p.V_high if p.flat else (v @ p.V_low_init.mT) @ p.V_low_init
-    u, v = p.U_low.detach() + u, p.V_low.detach() + v
-    return torch.cat([u * p.S_low, -p.U_low_init * p.S_low_init], dim=1), torch.cat([v, p.V_low_init])
-
-
-RULES = (OSF(),)
+    def factors(self, p: Any) -> Factors:
+        """The gradients of U and V are kept out of the directions that stay."""
+        u, v = p.U_low - p.U_low.detach(), p.V_low - p.V_low.detach()
+        u = u - p.U_high @ (p.U_high.mT @ u) if p.tall else p.U_low_init @ (p.U_low_init.mT @ u)
+        v = v - (v @ p.V_high.mT) @ p.V_high if p.flat else (v @ p.V_low_init.mT) @ p.V_low_init
+        u, v = p.U_low.detach() + u, p.V_low.detach() + v
+        up = torch.cat([u * p.S_low, -p.U_low_init * p.S_low_init], dim=1)
+        return Factors(up, torch.cat([v, p.V_low_init]), 1.0)

@@ -98,6 +98,3 @@ class PTuning(PromptRule[PromptEncoderConfig]):
     def folded(self, spec: PromptEncoderConfig) -> PromptTuningConfig:
         shared = set(PromptTuningConfig.model_fields) & set(PromptEncoderConfig.model_fields) - {"peft_type"}
         return PromptTuningConfig(**{name: getattr(spec, name) for name in shared})
-
-
-RULES = (PTuning(),)

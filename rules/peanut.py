@@ -86,6 +86,3 @@ def _change(weight: Tensor, p: Any) -> Tensor:
     for number in range(p.depth):
         hidden = act(F.linear(hidden, getattr(p, f"decoder{number}"))) + residuals[-1 - number]
     return F.linear(hidden, p.B).mT
-
-
-RULES = (Peanut(),)

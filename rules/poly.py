@@ -89,6 +89,3 @@ class Poly(Rule[PolyConfig]):
         b = torch.einsum("bqs,qsrd->brqd", parts, p.poly_lora_B).flatten(2, 3)
         hidden = torch.einsum("b...i,bir->b...r", x, a)
         return y + torch.einsum("b...r,bro->b...o", hidden, b) / p.r
-
-
-RULES = (Poly(),)

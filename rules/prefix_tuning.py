@@ -1,12 +1,14 @@
 """Prefix tuning: trained keys and values before those of the tokens, in every layer."""
 
-from typing import Literal
+from typing import Literal, TypeVar
 
 from torch import Tensor, nn
 
 from peftc.prompts.calls import Stack
 from peftc.prompts.rule import PromptRule
 from peftc.prompts.specs import Count, PromptSpec
+
+P = TypeVar("P", bound=PromptSpec)
 
 
 class PrefixTuningConfig(PromptSpec):
@@ -55,23 +57,19 @@ class PrefixEncoder(nn.Module):
         return rows if self.transform is None else self.transform(rows)
 
 
-class PrefixTuning(PromptRule[PrefixTuningConfig]):
-    """softmax(q [K_p; K]ᵀ) [V_p; V] with trained K_p, V_p.  Li & Liang 2021, arXiv:2101.00190, section 4.2."""
+class KeysAndValues(PromptRule[P]):
+    """What goes before the keys and values of the tokens, in every layer."""
 
-    name = "prefix_tuning"
-    spec = PrefixTuningConfig
     at = "past"
 
-    def resolve(self, spec: PrefixTuningConfig, stack: Stack) -> PrefixTuningConfig:
+    def resolve(self, spec: P, stack: Stack) -> P:
         keys = {
             "token_dim": spec.token_dim or stack.key_value_heads * stack.head_dim,
             "num_attention_heads": spec.num_attention_heads or stack.key_value_heads,
         }
-        if spec.prefix_projection:
-            keys["encoder_hidden_size"] = spec.encoder_hidden_size or keys["token_dim"]
         return super().resolve(spec.model_copy(update=keys), stack)
 
-    def disagreement(self, spec: PrefixTuningConfig, stack: Stack) -> str | None:
+    def disagreement(self, spec: P, stack: Stack) -> str | None:
         width = stack.key_value_heads * stack.head_dim
         if stack.no_past:
             return f"no prefix fits into its cache: {stack.no_past}. Prompt tuning or p-tuning would do."
@@ -84,11 +82,19 @@ class PrefixTuning(PromptRule[PrefixTuningConfig]):
             return f"num_layers={spec.num_layers} contradicts the model, which has {stack.num_layers}; leave it out"
         return super().disagreement(spec, stack)
 
+
+class PrefixTuning(KeysAndValues[PrefixTuningConfig]):
+    """softmax(q [K_p; K]ᵀ) [V_p; V] with trained K_p, V_p.  Li & Liang 2021, arXiv:2101.00190, section 4.2."""
+
+    name, spec = "prefix_tuning", PrefixTuningConfig
+
+    def resolve(self, spec: PrefixTuningConfig, stack: Stack) -> PrefixTuningConfig:
+        spec = super().resolve(spec, stack)
+        width = spec.encoder_hidden_size or spec.token_dim
+        return spec.model_copy(update={"encoder_hidden_size": width}) if spec.prefix_projection else spec
+
     def encoder(self, spec: PrefixTuningConfig) -> PrefixEncoder:
         return PrefixEncoder(spec)
 
     def folded(self, spec: PrefixTuningConfig) -> PrefixTuningConfig:
         return spec.model_copy(update={"prefix_projection": False})
-
-
-RULES = (PrefixTuning(),)

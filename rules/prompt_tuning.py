@@ -99,6 +99,3 @@ def _text_ids(spec: PromptTuningConfig) -> Tensor:
             f"PromptTuningConfig.prompt_tuning_init_text: {spec.prompt_tuning_init_text!r} has no tokens"
         )
     return torch.tensor(ids).repeat(-(-spec.rows // len(ids)))[: spec.rows]
-
-
-RULES = (PromptTuning(),)

@@ -106,7 +106,7 @@ class Psoft(Rule[PsoftConfig]):
 
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         inner, turn = F.linear(p.psoft_dropout(x), p.psoft_A), _rotation(p)
-        return y + F.linear(F.linear(inner, turn - eye(turn)), p.psoft_B) * p.scaling
+        return y + F.linear(F.linear(inner, (turn - eye(turn)).to(inner.dtype)), p.psoft_B) * p.scaling
 
 
 def _svd(weight: Tensor, p: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -130,6 +130,3 @@ def _rotation(p: Any) -> Tensor:
         turn = series(skew, p.terms) if p.terms else cayley(-skew)
     turn = p.vector_b[:, None] * turn if p.after else turn
     return turn * p.vector_a if p.before else turn
-
-
-RULES = (Psoft(),)

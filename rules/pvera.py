@@ -59,6 +59,3 @@ class Pvera(VeraRule[PveraConfig]):
         if not p.always:
             drawn = torch.where(p.pvera_training(torch.ones_like(mean[..., :1])) == 1, mean, drawn)
         return y + p.pvera_lambda_b * F.linear(drawn, b)
-
-
-RULES = (Pvera(),)

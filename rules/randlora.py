@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Param, Rule, Shapes
+from peftc.product import Product
+from peftc.rule import Constant, Factors, Param, Shapes
 from peftc.specs.selection import LayerSelection, Rank, Share
 
 
@@ -39,10 +39,10 @@ class RandLoraConfig(LayerSelection):
     init_weights: bool = True
 
 
-class RandLora(Rule[RandLoraConfig]):
+class RandLora(Product[RandLoraConfig]):
     """On linear sites. A has the shorter side of the weight, B the longer one; smaller sites take the first of both."""
 
-    name, spec, ops, additive = "randlora", RandLoraConfig, ("linear",), True
+    name, spec, ops = "randlora", RandLoraConfig, ("linear",)
     scale, keys = "scaling", ("randlora_lambda", "randlora_gamma")
     columns: ClassVar[Mapping[str, str]] = {"r": "r", "alpha": "randlora_alpha"}
     # peft's files have the shared bases once more for every site.
@@ -87,22 +87,14 @@ class RandLora(Rule[RandLoraConfig]):
             made = {name: _signs(value, 1 / (2 * rarity)) for name, value in drawn.items()}
         return {name: value / value.std() for name, value in made.items()}
 
-    def weight(self, weight: Tensor, p: Any) -> Tensor:
-        down, up = _factors(p)
-        return weight + p.scaling * (up @ down)
-
-    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
-        down, up = _factors(p)
-        return y + F.linear(F.linear(p.randlora_dropout(x), down), up) * p.scaling
-
-
-def _factors(p: Any) -> tuple[Tensor, Tensor]:
-    """What is applied first, (bases·r, in), and after it, (out, bases·r): A with its diagonals is on the shorter side."""
-    short, long = sorted(p.sizes)
-    bases = -(-short // p.r)
-    scaled = (p.randlora_lambda[:, :, None] * p.randlora_A[:, :, :short] * p.randlora_gamma[None]).flatten(0, 1)
-    other = p.randlora_B[:long, :bases].flatten(1)
-    return (scaled, other) if short == p.sizes[1] else (other.mT, scaled.mT)
+    def factors(self, p: Any) -> Factors:
+        """(out, bases·r) and (bases·r, in): A with its diagonals is on the shorter side."""
+        short, long = sorted(p.sizes)
+        bases = -(-short // p.r)
+        scaled = (p.randlora_lambda[:, :, None] * p.randlora_A[:, :, :short] * p.randlora_gamma[None]).flatten(0, 1)
+        other = p.randlora_B[:long, :bases].flatten(1)
+        up, down = (other, scaled) if short == p.sizes[1] else (scaled.mT, other.mT)
+        return Factors(up, down, p.scaling)
 
 
 def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -113,6 +105,3 @@ def _uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def _signs(drawn: Tensor, share: float) -> Tensor:
     """−1 and 1 for that share of numbers each, and 0 for the others."""
     return (drawn > 1 - share).float() - (drawn < share).float()
-
-
-RULES = (RandLora(),)

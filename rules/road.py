@@ -87,6 +87,3 @@ def _turned(y: Tensor, p: Any) -> Tensor:
 def _halves(value: Tensor, p: Any) -> tuple[Tensor, Tensor]:
     both = value.reshape(-1, 2, p.group_size)
     return both[:, 0].flatten(), both[:, 1].flatten()
-
-
-RULES = (Road(),)

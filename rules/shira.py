@@ -80,6 +80,3 @@ def _places(sizes: tuple[int, int], count: int, seed: str) -> Tensor:
     rows, columns = sizes
     chosen = torch.randperm(rows * columns, generator=generator)[:count].sort().values
     return torch.stack([chosen // columns, chosen % columns]).int()
-
-
-RULES = (Shira(),)

@@ -1,6 +1,5 @@
 """Super-Tuning: W + S, a sparse S where the weight is largest, and a LoRA beside it.  arXiv:2607.09287, section 3."""
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import torch
@@ -8,7 +7,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import BySite, Constant, Param, Rule, Shapes
+from peftc.rule import Constant, Param, Rule, Shapes
 from peftc.specs import AdapterSpec
 from peftc.specs.selection import Rank, Share
 
@@ -49,10 +48,10 @@ class Supertuning(Rule[SupertuningConfig]):
     takes = "the places of its largest entries"
 
     def params(self, spec: SupertuningConfig, site: WeightSite) -> dict[str, Param]:
-        count, zero = _count(spec, site), spec.init_weights
+        count, zero, kept = _count(spec, site), spec.init_weights, spec.save_precomputed_indices
         made = {
             "supertuning_values": Param((count,), "zeros" if zero else "normal", use="vector"),
-            "supertuning_indices": Param((count,), "rule", trainable=False, dtype="int32", use="lookup"),
+            "supertuning_indices": Param((count,), "rule", trainable=False, dtype="int32", use="lookup", kept=kept),
         }
         if spec.r is not None:
             down, up = (spec.r, site.in_features), (site.out_features, spec.r)
@@ -87,12 +86,6 @@ class Supertuning(Rule[SupertuningConfig]):
         change = p.op(x, _sparse(p.weight, p))
         return y + change + p.op(p.op(p.supertuning_lora_dropout(x), p.A), p.B) * p.scaling
 
-    def filed(
-        self, spec: SupertuningConfig, tensors: BySite, state: Mapping[str, Any]
-    ) -> tuple[SupertuningConfig, BySite]:
-        left = () if spec.save_precomputed_indices else ("supertuning_indices",)
-        return spec, {site: {n: t for n, t in own.items() if n not in left} for site, own in tensors.items()}
-
 
 def _count(spec: SupertuningConfig, site: WeightSite) -> int:
     return int(site.in_features * site.out_features * (1 - spec.sparsity))
@@ -102,6 +95,3 @@ def _sparse(weight: Tensor, p: Any) -> Tensor:
     """S (out, in)."""
     blank = torch.zeros_like(weight, dtype=p.supertuning_values.dtype).flatten()
     return blank.scatter(0, p.supertuning_indices.long(), p.supertuning_values).reshape(weight.shape)
-
-
-RULES = (Supertuning(),)

@@ -100,6 +100,3 @@ class TinyLora(Rule[TinyLoraConfig]):
 def _turn(p: Any) -> Tensor:
     """The matrix (r, r) that v makes of the random ones."""
     return torch.einsum("i,ijk->jk", p.v, p.tinylora_P)
-
-
-RULES = (TinyLora(),)

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
-from peftc.rule import Constant, Factors, Param, Placed, Rule, Shapes
+from peftc.product import Product
+from peftc.rule import Constant, Factors, Param, Placed, Shapes
 from peftc.specs.selection import Count, LayerSelection, Rank, Share
 
 # Numbers first: an input is cast to what comes first.
@@ -42,10 +42,10 @@ class UniLoraConfig(LayerSelection):
     save_indices: bool = False
 
 
-class UniLora(Rule[UniLoraConfig]):
+class UniLora(Product[UniLoraConfig]):
     """On linear sites."""
 
-    name, spec, ops, additive, identity = "unilora", UniLoraConfig, ("linear",), True, False  # Its start is random.
+    name, spec, ops, identity = "unilora", UniLoraConfig, ("linear",), False  # Its start is random.
     keys = _DRAWN
     columns: ClassVar[Mapping[str, str]] = {"r": "r"}
     drops = ("unilora_dropout",)
@@ -80,14 +80,6 @@ class UniLora(Rule[UniLoraConfig]):
         found = places[p.first : middle].reshape(a), places[middle : middle + b[0] * b[1]].reshape(b)
         return dict(zip(_DRAWN, (*(scales[own] for own in found), *found), strict=True))
 
-    def weight(self, weight: Tensor, p: Any) -> Tensor:
-        up, down, _ = self.factors(p)
-        return weight + up @ down
-
-    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
-        up, down, _ = self.factors(p)
-        return y + F.linear(F.linear(p.unilora_dropout(x), down), up)
-
     def factors(self, p: Any) -> Factors:
         theta = p.unilora_theta_d
         up = theta[p.unilora_indices_B] * p.unilora_scales_B
@@ -103,6 +95,3 @@ def _places(count: int, length: int, seed: int) -> Tensor:
         found = np.concatenate([found, generator.choice(length, size=count % length, replace=False)])
     generator.shuffle(found)
     return torch.as_tensor(found, dtype=torch.int64)
-
-
-RULES = (UniLora(),)

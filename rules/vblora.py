@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 from peftc.errors import SpecError
 from peftc.graph.sites import WeightSite
-from peftc.rule import BySite, Constant, Param, Rule
+from peftc.product import Product
+from peftc.rule import BySite, Constant, Factors, Param
 from peftc.specs.selection import Count, LayerSelection, Rank, Share
 
 _LOGITS = ("vblora_logits_A", "vblora_logits_B")
@@ -68,10 +69,10 @@ class VBLoRAConfig(LayerSelection):
         return blank.scatter(-1, indices.long(), weights.clamp_min(0).log().clamp_min(_LEAST))
 
 
-class VBLoRA(Rule[VBLoRAConfig]):
+class VBLoRA(Product[VBLoRAConfig]):
     """On linear sites whose sides can be cut into vectors."""
 
-    name, spec, ops, additive, identity = "vblora", VBLoRAConfig, ("linear",), True, False
+    name, spec, ops, identity = "vblora", VBLoRAConfig, ("linear",), False
     keys = tuple(name + end for name in _LOGITS for end in ("", _INDICES, _WEIGHTS))
     columns: ClassVar[Mapping[str, str]] = {"r": "r", "topk": "topk"}
     drops = ("vblora_dropout",)
@@ -94,27 +95,18 @@ class VBLoRA(Rule[VBLoRAConfig]):
         odd = next((f"{size} {side}" for side, size in sides.items() if size % spec.vector_length), None)
         return f"its {odd} can't be cut into vectors of vector_length={spec.vector_length}" if odd else None
 
-    def weight(self, weight: Tensor, p: Any) -> Tensor:
-        a, b = _factors(p)
-        return weight + b @ a
-
-    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
-        a, b = _factors(p)
-        return y + F.linear(F.linear(p.vblora_dropout(x), a), b)
+    def factors(self, p: Any) -> Factors:
+        """Mixtures of the likeliest vectors, put together again."""
+        mixed: list[Tensor] = []
+        for logits in (p.vblora_logits_A, p.vblora_logits_B):
+            first, indices = logits.topk(p.topk, dim=-1)
+            mixed.append((F.softmax(first, dim=-1)[..., None] * p.vblora_vector_bank[indices]).sum(-2))
+        return Factors(mixed[1].mT.flatten(0, 1), mixed[0].flatten(1), 1.0)
 
     def filed(self, spec: VBLoRAConfig, tensors: BySite, state: Mapping[str, Any]) -> tuple[VBLoRAConfig, BySite]:
         if not spec.save_only_topk_weights:
             return spec, tensors
         return spec, {site: _mixtures(spec, own) for site, own in tensors.items()}
-
-
-def _factors(p: Any) -> tuple[Tensor, Tensor]:
-    """A (r, in) and B (out, r): mixtures of the likeliest vectors, put together again."""
-    mixed: list[Tensor] = []
-    for logits in (p.vblora_logits_A, p.vblora_logits_B):
-        first, indices = logits.topk(p.topk, dim=-1)
-        mixed.append((F.softmax(first, dim=-1)[..., None] * p.vblora_vector_bank[indices]).sum(-2))
-    return mixed[0].flatten(1), mixed[1].mT.flatten(0, 1)
 
 
 def _mixtures(spec: VBLoRAConfig, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -127,6 +119,3 @@ def _mixtures(spec: VBLoRAConfig, own: Mapping[str, Tensor]) -> dict[str, Tensor
         shares = torch.softmax(first, dim=-1)[..., :-1].contiguous()
         made |= {name + _INDICES: indices.to(integer), name + _WEIGHTS: shares}
     return made
-
-
-RULES = (VBLoRA(),)

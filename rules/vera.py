@@ -99,6 +99,3 @@ class Vera(VeraRule[VeraConfig]):
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         a, b = self.projections(p)
         return y + p.vera_lambda_b * F.linear(p.vera_lambda_d * F.linear(p.vera_dropout(x), a), b)
-
-
-RULES = (Vera(),)

@@ -89,6 +89,3 @@ class WaveFT(Spectral[WaveFTConfig]):
         pairs = ((low, low), (high, low), (low, high), (high, high))
         kernel = torch.stack([a[:, None] * b for a, b in pairs])[:, None]
         return F.conv_transpose2d(bands[None], kernel, stride=2, padding=more)[0, 0, :rows, :columns]
-
-
-RULES = (WaveFT(),)

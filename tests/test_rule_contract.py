@@ -1,6 +1,7 @@
 """A new method is one file and no engine change; a broken one is reported with its place."""
 
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 import peftc
+from peftc import registry
 from peftc.graph.sites import WeightSite
+from peftc.product import Product
 from peftc.registry import rules
-from peftc.rule import Bound
+from peftc.rule import Bound, Factors
+from peftc.testing import check_rule
 from tests.support import made_up_method
 from tests.support.made_up_method import Gated, GatedConfig
 from tests.support.models import Net, tiny
@@ -24,6 +28,54 @@ def _registered() -> Iterator[None]:
     peftc.register(rule)
     yield
     peftc.unregister(rule)
+
+
+class Pair(Product[GatedConfig]):
+    """W + 2·BA, and nothing else is said of it."""
+
+    name, spec, ops, local = "pair", GatedConfig, ("linear", "conv1d"), "oi"
+
+    def params(self, spec: GatedConfig, site: WeightSite) -> dict[str, peftc.Param]:
+        return {
+            "a": peftc.Param((3, site.in_features), "normal", axes="ri"),
+            "b": peftc.Param((site.out_features, 3), axes="or"),
+        }
+
+    def check(self, spec: GatedConfig, site: WeightSite) -> str | None:
+        return "it has a kernel" if site.kernel_size else None
+
+    def factors(self, p: Any) -> Factors:
+        return Factors(p.b, p.a, 2.0)
+
+
+def test_a_product_keeps_the_laws_by_its_factors_alone(tmp_path: Path) -> None:
+    peftc.unregister(Gated())
+    try:
+        assert check_rule(Pair())
+        peftc.register(Pair())
+        model, x = nn.Sequential(nn.Linear(6, 4)), torch.randn(5, 6)
+        compiled: Any = peftc.compile(model, GatedConfig(target_modules=["0"]))
+        with torch.no_grad():
+            compiled.base[0].b["default"].normal_()
+        a, b = compiled.base[0].a["default"], compiled.base[0].b["default"]
+        torch.testing.assert_close(compiled(x), model(x) + 2 * x @ a.T @ b.T)
+        compiled.save_pretrained(tmp_path, form="serving")
+        torch.testing.assert_close(peftc.load(model, tmp_path)(x), compiled(x))
+        peftc.unregister(Pair())
+    finally:
+        peftc.register(Gated())
+
+
+@pytest.mark.parametrize("value", ["peftc.registry:GROUP", "tests.support.made_up_method:Gated.ops"])
+def test_an_entry_point_names_the_class_of_a_rule(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def points(group: str) -> list[EntryPoint]:
+        return [EntryPoint("gated", value, group)]
+
+    monkeypatch.setattr(registry, "entry_points", points)
+    with pytest.raises(peftc.RuleError, match=f"entry point 'gated' = '{value}' is no class: name that of the rule"):
+        registry._installed.__wrapped__()
+    value = "tests.support.made_up_method:Gated"
+    assert registry._installed.__wrapped__() == (Gated(),)
 
 
 def test_the_method_is_one_short_file() -> None:

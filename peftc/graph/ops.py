@@ -115,8 +115,11 @@ def op_named(name: str) -> Op:
 def register_op(op: Op) -> None:
     """Add a row to this process, as an entry point `peftc.ops` does for an installed package.
 
-    Raises RuleError if the name, or one of its functions, is taken. Example: register_op(Op("scale", {torch.mul: Form()}))
+    Raises RuleError if it is none, or its name or one of its functions is taken.
+
+    Example: register_op(Op("scale", {torch.mul: Form()}))
     """
+    _require_op(op)
     taken = {target for other in ops().values() for target in other.forms if other.forms[target].dims is None}
     if op.name in ops() or taken & set(op.forms):
         raise RuleError(f"op {op.name!r}: its name or one of its functions is in the table already")
@@ -126,10 +129,16 @@ def register_op(op: Op) -> None:
 
 def unregister_op(op: Op) -> None:
     """Take a registered row back. Raises RuleError if it is not registered. Example: unregister_op(op)"""
+    _require_op(op)
     if _extra.get(op.name) is not op:
         raise RuleError(f"op {op.name!r} is not registered")
     del _extra[op.name]
     _forget()
+
+
+def _require_op(op: object) -> None:
+    if not isinstance(op, Op):
+        raise RuleError(f"{op!r} is not an Op: a row of the table, as Op('scale', {{torch.mul: Form()}})")
 
 
 _extra: dict[str, Op] = {}

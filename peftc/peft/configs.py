@@ -151,8 +151,9 @@ def _given(config: PeftConfig) -> dict[str, Any]:
     cls = _spec_class(config.peft_type)
     data = {key: plain(value) for key, value in vars(config).items()}
     other = cls.informative | set(cls.not_implemented)
-    # None stands for the default, also where that is something.
-    left = {key for key, field in cls.model_fields.items() if data.get(key) is None and not field.is_required()}
+    # None stands for the default, also where that is something; but for what is on, which it turns off.
+    fields = {key: field for key, field in cls.model_fields.items() if data.get(key) is None}
+    left = {key for key, field in fields.items() if not field.is_required() and field.default is not True}
     return {k: v for k, v in data.items() if k not in left and (k not in other or v != _off(cls, k))}
 
 

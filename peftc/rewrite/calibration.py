@@ -4,10 +4,12 @@ The model is run as it is. Sites that read one tensor share what is kept of it, 
 """
 
 import itertools
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,8 @@ from peftc.graph.finding import module_at
 from peftc.graph.region import first_argument
 from peftc.graph.sites import WeightSite
 from peftc.plan import Edit, Plan
+from peftc.progress import bar
+from peftc.rewrite.course import Course, require_batches
 from peftc.rule import Rule
 from peftc.specs import AdapterSpec
 
@@ -69,24 +73,35 @@ def observe(
     call: Call | None = None,
     rows: Rows | None = None,
     share: bool = True,
+    resume: Path | None = None,
+    progress: bool = True,
 ) -> Calibration:
     """Run `base` over `batches` and let the rules of `adapter` see what they start from.
 
     `call` runs the model on a batch (for gradients: and returns the loss, or None if it went backward itself); `rows` takes
     from what a site got in a batch, by its fqn, the rows to look at. `share=False`: without a call to see which sites read
-    the same. Raises AdapterError; the model is as it was.
+    the same. `resume`: the file in which is what an earlier pass has learned, and is kept what this one does. Raises
+    AdapterError; the model is as it was.
     """
+    require_batches(batches)
     spec = plan.adapters[adapter]
     edits = needs_data(spec, plan.edits_of(adapter))
     if not edits:
         raise AdapterError(f"calibrate: no rule of {adapter!r} ({spec.peft_type}) learns from data with this spec")
     watched = {edit.site: _module_of(base, plan, edit) for edit in edits}
     kinds = {edit.rule.calibration(spec) for edit in edits}
-    with _still(base):
+    classes = {cls for edit in edits for cls in edit.rule.states}
+    with (
+        _still(base),
+        bar("calibrate", len(batches) if isinstance(batches, Sized) else None, "batches", progress) as tick,
+    ):
+        course = Course({"spec": given.to_dict(), "sites": list(watched)}, resume, tuple(classes), tick)
+        course.go_on()
         if kinds == {"gradients"}:
-            states = _gradients(base, watched, batches, call or _loss)
+            states = _gradients(base, watched, batches, call or _loss, course)
         else:
-            states = _inputs(_Pass(base, plan, spec, edits, watched, call or run, rows, share), batches)
+            states = _inputs(_Pass(base, plan, spec, edits, watched, call or run, rows, share, course), batches)
+        course.keep()
     unseen = [site for site in watched if states.get(site) is None]
     if unseen:
         raise AdapterError(
@@ -117,6 +132,16 @@ def _loss(base: Any, batch: Any) -> Tensor:
             " call=lambda model, batch: …, which returns the loss, to peftc.calibrate"
         )
     return loss
+
+
+def _backward(call: Call, base: Any, batch: Any) -> None:
+    loss = call(base, batch)
+    if isinstance(loss, Tensor):
+        loss.backward()
+    elif loss is not None:
+        raise AdapterError(
+            f"calibrate: call= gave {type(loss).__name__}: it is to return the loss, a tensor, or None if it went backward"
+        )
 
 
 def _by_rule(edits: Iterable[Edit]) -> dict[Rule[Any], list[Edit]]:
@@ -182,6 +207,7 @@ class _Pass:
     call: Call
     rows: Rows | None
     share: bool
+    course: Course
 
     def groups(self, batch: Any) -> list[list[str]]:
         """The sites by what they read, as one batch shows it."""
@@ -195,7 +221,7 @@ class _Pass:
             keys[fqn].append((x.data_ptr(), x.shape, x.stride(), x.dtype, x._version))
 
         with _seen(self.watched, note):
-            self.call(self.base, batch)
+            self.course.run(self.call, self.base, batch)
         found: dict[Any, list[str]] = {}
         for fqn, key in keys.items():
             found.setdefault(tuple(key) or fqn, []).append(fqn)
@@ -224,7 +250,8 @@ class _Pass:
             states.update(dict.fromkeys(members[fqn], state))
 
         with _seen({fqn: self.watched[fqn] for fqn in members}, see):
-            self.call(self.base, batch)
+            self.course.run(self.call, self.base, batch)
+        self.course.done()
 
 
 def _rows(x: Tensor, counted: Tensor | None) -> Tensor:
@@ -236,16 +263,17 @@ def _rows(x: Tensor, counted: Tensor | None) -> Tensor:
 
 def _inputs(own: _Pass, batches: Iterable[Any]) -> dict[str, Any]:
     """What the rules know of every site's inputs after the batches, which are gone through again if they ask for it."""
-    states: dict[str, Any] = {}
+    states: dict[str, Any] = own.course.known.setdefault("states", {})
     rest = iter(batches)
     first = next(rest, _END)
     if first is _END:
         return states
     again = ROUNDS if own.settled(states) is not None and rest is not batches else 0
     with torch.no_grad():
-        groups = own.groups(first)
+        groups: list[list[str]] = own.course.known.get("groups") or own.groups(first)
+        own.course.known["groups"] = groups
         for one in (itertools.chain([first], rest), *itertools.repeat(batches, again)):
-            for batch in one:
+            for batch in own.course.new(one):
                 settled = own.settled(states) or set()
                 left = [group for group in groups if not settled.issuperset(group)]
                 if not left:
@@ -264,11 +292,11 @@ def _inputs(own: _Pass, batches: Iterable[Any]) -> dict[str, Any]:
 
 
 def _gradients(
-    base: nn.Module, watched: Mapping[str, nn.Module], batches: Iterable[Any], call: Call
+    base: nn.Module, watched: Mapping[str, nn.Module], batches: Iterable[Any], call: Call, course: Course
 ) -> dict[str, Tensor]:
     """The mean of the gradients by each weight, canonical, over all calls of its module."""
-    sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys(watched, 0)
+    sums: dict[str, Tensor] = course.known.setdefault("sums", {})
+    counts: dict[str, int] = course.known.setdefault("counts", dict.fromkeys(watched, 0))
 
     def hook(fqn: str) -> Callable[..., Tensor]:
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
@@ -293,10 +321,9 @@ def _gradients(
     handles = [module.register_forward_hook(hook(fqn), with_kwargs=True) for fqn, module in watched.items()]
     try:
         with torch.enable_grad():
-            for batch in batches:
-                loss = cast("Tensor | None", call(base, batch))
-                if loss is not None:
-                    loss.backward()
+            for batch in course.new(batches):
+                course.run(partial(_backward, call), base, batch)
+                course.done()
     finally:
         for handle in handles:
             handle.remove()

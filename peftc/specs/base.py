@@ -4,7 +4,8 @@ import dataclasses
 import enum
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, cast
+from types import NoneType
+from typing import Annotated, Any, ClassVar, Literal, Self, cast, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
@@ -141,6 +142,14 @@ class AdapterSpec(BaseModel):
         known = {key: value for key, value in data.items() if key in cls._all_keys()}
         extra = {key: plain(value) for key, value in data.items() if key not in known}
         return cls(**known).model_copy(update=extra)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _none_is_off(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """What is on by default is off if it is None (`"init_lora_weights": null`), as in PEFT."""
+        fields = {name: cls.model_fields[name] for name in cls.model_fields.keys() & data if data[name] is None}
+        off = [n for n, field in fields.items() if field.default is True and NoneType not in get_args(field.annotation)]
+        return {**data, **dict.fromkeys(off, False)}
 
     @classmethod
     def _all_keys(cls) -> set[str]:

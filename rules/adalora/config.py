@@ -10,6 +10,14 @@ from pydantic import Field, model_validator
 from peftc.specs.base import AdapterSpec
 from peftc.specs.selection import Count, LayerSelection, Share
 
+from ..lora.config import LoraConfig
+
+# Fields of LoRA that would change the result, and do nothing here.
+_LORAS = (
+    *("use_rslora", "use_dora", "lora_bias", "alpha_pattern", "target_parameters", "use_qalora", "layer_replication"),
+    *("trainable_token_indices", "alora_invocation_tokens", "use_bdlora", "kasa_config", "ensure_weight_tying"),
+    "loftq_config",
+)
 Steps = Annotated[int, Field(ge=0)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 
@@ -26,29 +34,14 @@ class AdaLoraConfig(LayerSelection):
     Example: AdaLoraConfig(init_r=12, target_r=8, tinit=200, tfinal=500, total_step=3000, target_modules=["q_proj"])
     """
 
+    # PEFT's class has all of LoRA's fields, with its defaults.
     not_implemented: ClassVar[Mapping[str, Any]] = {
-        "use_rslora": False,
-        "use_dora": False,
-        "lora_bias": False,
-        "alpha_pattern": {},
-        "target_parameters": None,
-        "use_qalora": False,
-        "layer_replication": None,
-        "trainable_token_indices": None,
-        "megatron_config": None,
-        "velora_config": None,
-        "alora_invocation_tokens": None,
-        "monteclora_config": None,
-        "use_bdlora": None,
-        "arrow_config": None,
-        "kasa_config": None,
-        "ensure_weight_tying": False,
-        "loftq_config": {},
+        **LoraConfig.not_implemented,
+        **{name: LoraConfig.model_fields[name].get_default(call_default_factory=True) for name in _LORAS},
     }
     informative = AdapterSpec.informative | {
         *("megatron_core", "qalora_group_size", "eva_config", "corda_config", "lora_ga_config", "runtime_config"),
     }
-
     apart = frozenset({"rank_pattern"})
 
     peft_type: Literal["ADALORA"] = "ADALORA"

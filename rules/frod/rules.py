@@ -1,20 +1,53 @@
 """FRoD: W + U(S + diag(l − l₀))Vᵀ, with V of all weights of one kind.  doi:10.1609/aaai.v40i31.39813, section 3."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.errors import SpecError
 from peftc.graph.sites import WeightSite
 from peftc.rule import BySite, Constant, Param, Placed, Rule, Shapes
+from peftc.specs.selection import LayerSelection, Share
 
 from .basis import basis, kind_of, layer_of
-from .config import FrodConfig
 
-_SHARED = ("frod_V", "frod_s_indices", "frod_s_size")
+
+class FrodConfig(LayerSelection):
+    """Full-rank changes in a common basis. AAAI 2026, doi:10.1609/aaai.v40i31.39813.
+
+    Weights of one kind (`self_attn.q_proj` of all layers) share V, out of a joint decomposition of them, and are
+    U·diag(l₀)·Vᵀ each. Trained are l and the entries of a sparse S (in, in), the share `sparse_rate` of those off the
+    diagonal, drawn with `projection_prng_key`. `regularization_alpha` is a ridge for layers that are alike. Files have V
+    and the places in S with `save_projection`, else they follow from the base; U always does. `frod_dropout` drops inputs.
+    `bias` trains base biases. `init_weights=False`: a random start, which changes the model.
+    `progressbar` and `fan_in_fan_out` are informative.
+
+    Example: FrodConfig(sparse_rate=0.01, target_modules=["q_proj", "v_proj"])
+    """
+
+    defaults_of, excludes = "LORA", False
+    not_implemented: ClassVar[Mapping[str, Any]] = {"runtime_offload_base_weight": False}
+
+    peft_type: Literal["FROD"] = "FROD"
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    frod_dropout: Share = 0.0
+    fan_in_fan_out: bool = False
+    bias: Literal["none", "all", "frod_only"] = "none"
+    init_weights: bool = True
+    sparse_rate: Annotated[float | int, Field(ge=0, le=1)] = 0.01
+    regularization_alpha: Annotated[float | int, Field(ge=0)] = 1e-3
+    progressbar: bool = True
+
+    def count(self, size: int) -> int:
+        """How many entries of S are trained, of a weight with `size` inputs."""
+        room = size * (size - 1)
+        return max(min(1, room), min(int(size * size * self.sparse_rate), room)) if self.sparse_rate else 0
 
 
 class Frod(Rule[FrodConfig]):
@@ -95,20 +128,18 @@ class Frod(Rule[FrodConfig]):
         return y + F.linear(F.linear(p.frod_dropout(x) @ p.frod_V, _middle(p)), p.frod_U)
 
     def filed(self, spec: FrodConfig, tensors: BySite, state: Mapping[str, Any]) -> tuple[FrodConfig, BySite]:
-        left = () if spec.save_projection else _SHARED
+        left = () if spec.save_projection else ("frod_V", "frod_s_indices", "frod_s_size")
         return spec, {site: {n: t for n, t in own.items() if n not in left} for site, own in tensors.items()}
 
 
 def _shared(spec: FrodConfig, site: WeightSite, kind: str) -> dict[str, Param]:
     """What sites of a `kind` share, of which `site` is one."""
     size = site.in_features
-    drawn = {"frod_s_indices": (2, spec.count(size)), "frod_s_size": (2,)}
+    places = partial(Param, init="drawn", trainable=False, use="lookup", dtype="int64")
     return {
         "frod_V": Param((size, size), "gathered", f"frod_V.{kind}", trainable=False),
-        **{
-            name: Param(shape, "drawn", f"{name}.{kind}", trainable=False, dtype="int64", use="lookup")
-            for name, shape in drawn.items()
-        },
+        "frod_s_indices": places((2, spec.count(size)), key=f"frod_s_indices.{kind}"),
+        "frod_s_size": places((2,), key=f"frod_s_size.{kind}"),
     }
 
 

@@ -1,18 +1,19 @@
 """What LoRA's rules have in common: constants, dropout, bias, and how adapters are combined."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite
-from peftc.rule import Combination, Constant, Part, Rule
+from peftc.rule import Adapted, Combination, Constant, Part, Read, Rule, Shapes
 
 from .combination import COMBINATIONS, combined_factors, combined_spec
 from .config import LoraConfig
 from .factors import init_names
-from .starts import starts_from_weight
+from .starts import start_of
 from .task_arithmetic import checked
 
 
@@ -34,6 +35,8 @@ class Lora(Rule[LoraConfig]):
     columns: ClassVar[Mapping[str, str]] = {"r": "r", "alpha": "lora_alpha"}
     combinations = COMBINATIONS
     exact = "cat"
+    # Why adapters of this form have no weighted sum, if they have none.
+    no_sum: ClassVar[str] = ""
     # The two factors: (r, in, …) and (out, r, …).
     names: ClassVar[tuple[str, str]] = ("lora_A", "lora_B")
 
@@ -50,7 +53,7 @@ class Lora(Rule[LoraConfig]):
             "lora_alpha": spec.alpha_for(fqn),
             "scaling": spec.scaling_for(fqn),
             "biased": spec.lora_bias,
-            "residual": starts_from_weight(spec),
+            "residual": start_of(spec).taken_off,
             "groups": site.groups,
             **({"init": str(init)} if "rule" in init_names(spec, site) else {}),
         }
@@ -60,12 +63,18 @@ class Lora(Rule[LoraConfig]):
             "lora_bias=True needs a bias to fold into; the site has none" if spec.lora_bias and not site.bias else None
         )
 
+    def change(self, x: Tensor, p: Any) -> Tensor:
+        """s·B(A(x)), without B's bias."""
+        raise NotImplementedError
+
+    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
+        delta = self.change(p.lora_dropout(x) if self.drops else x, p)
+        return y + (delta + p.lora_B_bias * p.scaling if p.biased else delta)
+
     def bias(self, bias: Tensor, p: Any) -> Tensor:
         return bias + p.scaling * p.lora_B_bias if p.biased else bias
 
-    def read_shape(
-        self, tensors: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> tuple[str, Literal["out_in", "in_out"] | None, int] | None:
+    def read_shape(self, tensors: Shapes, weight: tuple[int, ...]) -> Read | None:
         if "lora_embedding_A" in tensors:
             return "embedding", "in_out", 1
         a, b = tensors.get("lora_A.weight"), tensors.get("lora_B.weight")
@@ -80,9 +89,9 @@ class Lora(Rule[LoraConfig]):
     def combination(self, how: Combination, specs: Sequence[LoraConfig]) -> Combination:
         return checked(how, [max([spec.r, *spec.rank_pattern.values()]) for spec in specs])
 
-    def combined(
-        self, specs: Mapping[str, LoraConfig], where: Mapping[str, Sequence[str]], how: Combination
-    ) -> LoraConfig:
+    def combined(self, specs: Mapping[str, LoraConfig], where: Adapted, how: Combination) -> LoraConfig:
+        if self.no_sum:
+            raise AdapterError(f"add_weighted_adapter: {self.no_sum}")
         return combined_spec(specs, where, how)
 
     def combine(self, site: WeightSite, parts: Sequence[Part], how: Combination) -> dict[str, Tensor]:

@@ -52,14 +52,9 @@ class BdLoraLinear(LoraLinear):
         down = _diagonal(p.lora_A, p.blocks) if p.side == "A" else p.lora_A
         return Factors(up, down, p.scaling)
 
-    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
-        inner = _product(p.lora_dropout(x), p.lora_A, p.blocks if p.side == "A" else 1) * p.scaling
-        delta = _product(inner, p.lora_B, p.blocks if p.side == "B" else 1)
-        return y + (delta + p.lora_B_bias * p.scaling if p.biased else delta)
-
-    def weight(self, weight: Tensor, p: Any) -> Tensor:
-        up, down, scaling = self.factors(p)
-        return weight + scaling * (up @ down)
+    def change(self, x: Tensor, p: Any) -> Tensor:
+        inner = _product(x, p.lora_A, p.blocks if p.side == "A" else 1) * p.scaling
+        return _product(inner, p.lora_B, p.blocks if p.side == "B" else 1)
 
 
 def _blocks(spec: LoraConfig, site: WeightSite) -> tuple[str, int]:

@@ -14,17 +14,17 @@ from torch.nn import functional as F
 
 from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite
-from peftc.rule import Combination, Part
+from peftc.rule import Adapted, Combination, Part
 from peftc.specs.selection import exact_patterns
 
 from .config import LoraConfig
-from .starts import starts_from_weight
+from .starts import start_of
 from .task_arithmetic import COMBINE, combine_tensors
 
 COMBINATIONS = ("svd", "cat", *COMBINE, *(f"{name}_svd" for name in COMBINE if name != "linear"))
 
 
-def combined_spec(specs: Mapping[str, LoraConfig], where: Mapping[str, Sequence[str]], how: Combination) -> LoraConfig:
+def combined_spec(specs: Mapping[str, LoraConfig], where: Adapted, how: Combination) -> LoraConfig:
     """The spec of the combination: a rank for every site, and alpha equal to it."""
     first = next(iter(specs.values()))
     if len({spec.variant for spec in specs.values()}) > 1:
@@ -44,12 +44,12 @@ def combined_spec(specs: Mapping[str, LoraConfig], where: Mapping[str, Sequence[
 def _rank(fqn: str, specs: Mapping[str, LoraConfig], how: Combination) -> int:
     ranks = {name: spec.rank_for(fqn) for name, spec in specs.items()}
     # What an adapter started from is a second product, taken off.
-    full = sum(rank * (2 if starts_from_weight(specs[name]) else 1) for name, rank in ranks.items())
+    full = sum(rank * (2 if start_of(specs[name]).taken_off else 1) for name, rank in ranks.items())
     if how.combination_type == "cat":
         return full
     if how.combination_type.endswith("svd"):
         return _svd_rank(how)
-    started = [name for name, spec in specs.items() if starts_from_weight(spec)]
+    started = [name for name, spec in specs.items() if start_of(spec).taken_off]
     if started:
         raise AdapterError(f"{fqn}: {started[0]!r} started from the weight's own factors; combine with 'cat' or 'svd'")
     if len(set(ranks.values())) > 1:

@@ -11,7 +11,7 @@ from peftc.specs import LayerSelection, ParameterSelection, PatternedAlpha, Patt
 from peftc.specs.base import AdapterSpec
 from peftc.specs.selection import Count, Share, first_match
 
-from ..trainable_tokens import TokensBeside
+from ..trainable_tokens.config import TokensBeside
 from .replication import replicated
 from .sub_configs import (
     VARIANTS,

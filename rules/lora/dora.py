@@ -4,16 +4,13 @@ The norm is a constant to the gradient (section 4.3), as in peft. Rows are outpu
 those of an embedding are its dimensions.
 """
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite
-from peftc.rule import Combination, Constant, Factors, Param, Shapes
+from peftc.rule import Constant, Param, Shapes
 
 from .base import Lora
 from .config import LoraConfig
@@ -28,6 +25,7 @@ class _Dora(Lora):
     additive = False
     local = "o"
     scale = None
+    no_sum = "adapters with use_dora=True have magnitudes, which no weighted sum is defined for"
 
     def serves(self, spec: LoraConfig) -> bool:
         return spec.variant == "dora"
@@ -65,14 +63,6 @@ class _Dora(Lora):
         gain = p.magnitude.flatten() / _norm(changed).detach()
         return changed * gain.view(-1, 1, *(1,) * p.kernel)
 
-    def factors(self, p: Any) -> Factors | None:
-        return None  # The change is no product.
-
-    def combined(
-        self, specs: Mapping[str, LoraConfig], where: Mapping[str, Sequence[str]], how: Combination
-    ) -> LoraConfig:
-        raise AdapterError("adapters with use_dora=True have magnitudes, which no weighted sum is defined for")
-
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
         """g·(base(x) + s·B(A(x))) without the bias, which is not scaled; with dropout, base sees what A sees."""
         weight = p.weight
@@ -84,10 +74,6 @@ class _Dora(Lora):
             return y + (self.scaled(changed, gain, p) - plain)
         plain = y if p.bias is None else y - self.scaled(torch.ones_like(y), p.bias.to(y.dtype), p)
         return y + (self.scaled(plain + self.change(x, p), gain, p) - plain)
-
-    def change(self, x: Tensor, p: Any) -> Tensor:
-        """s·B(A(x)), as LoRA adds it."""
-        raise NotImplementedError
 
     def scaled(self, y: Tensor, gain: Tensor, p: Any) -> Tensor:
         """`y` with every output times its own number; channels come before the places of a kernel."""
@@ -102,20 +88,10 @@ def _norm(weight: Tensor) -> Tensor:
 class DoraLinear(_Dora, LoraLinear):
     """On linear sites."""
 
-    def change(self, x: Tensor, p: Any) -> Tensor:
-        delta = F.linear(F.linear(x, p.lora_A) * p.scaling, p.lora_B)
-        return delta - F.linear(F.linear(x, p.lora_A0) * p.scaling, p.lora_B0) if p.residual else delta
-
 
 class DoraEmbedding(_Dora, LoraEmbedding):
     """On embeddings."""
 
-    def change(self, x: Tensor, p: Any) -> Tensor:
-        return F.linear(p.op(x, p.lora_embedding_A.T) * p.scaling, p.lora_embedding_B)
-
 
 class DoraConv(_Dora, LoraConv):
     """On convolutions."""
-
-    def change(self, x: Tensor, p: Any) -> Tensor:
-        return p.pointwise(p.op(x, p.lora_A, groups=1) * p.scaling, p.lora_B, None, groups=p.groups)

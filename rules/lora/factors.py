@@ -4,17 +4,15 @@ from peftc.graph.sites import WeightSite
 from peftc.rule import Param
 
 from .config import LoraConfig
-from .starts import start_of
+from .starts import DRAWN, start_of
 
 
 def factors(spec: LoraConfig, site: WeightSite, a: tuple[int, ...], b: tuple[int, ...]) -> dict[str, Param]:
     """A and B of these shapes, and B's bias if the spec wants one."""
-    init, start = init_names(spec, site), start_of(spec)
-    kernel = "." * len(site.kernel_size)
-    trained = start is None or not start.keeps_b
+    init, kernel = init_names(spec, site), "." * len(site.kernel_size)
     params = {
         "lora_A": Param(a, init[0], "lora_A.weight", axes=f"ri{kernel}"),
-        "lora_B": Param(b, init[1], "lora_B.weight", axes=f"or{kernel}", trainable=trained),
+        "lora_B": Param(b, init[1], "lora_B.weight", axes=f"or{kernel}", trainable=not start_of(spec).keeps_b),
     }
     if spec.lora_bias:
         params["lora_B_bias"] = Param((site.out_features,), "zeros", "lora_B.bias", use="vector", axes="o")
@@ -24,7 +22,7 @@ def factors(spec: LoraConfig, site: WeightSite, a: tuple[int, ...], b: tuple[int
 def init_names(spec: LoraConfig, site: WeightSite) -> tuple[str, str]:
     """How A and B start, for linear and convolution sites (Hu et al. 2021, section 4.1; B = 0 makes the identity)."""
     start = start_of(spec)
-    if start is not None and site.op == "linear":
+    if start is not DRAWN and site.op == "linear":
         return start.inits
     if spec.init_lora_weights is False:
         return "kaiming_uniform", "kaiming_uniform"

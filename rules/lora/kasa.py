@@ -1,15 +1,13 @@
 """KaSA: the weight without its least singular triplets, and new ones.  Wang et al. 2024, arXiv:2412.06071, section 3."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite
-from peftc.rule import Combination, Constant, Factors, Param, Shapes
+from peftc.rule import Constant, Factors, Param, Shapes
 
 from .config import LoraConfig
 from .linear import LoraLinear
@@ -20,6 +18,10 @@ class KasaLinear(LoraLinear):
     """y − B0·A0·x + s·B(d ⊙ A(drop(x))), B0·A0 the triplets. What peft takes off the base is taken off in the adapter."""
 
     identity, scale, variant = False, None, "kasa"
+    no_sum = (
+        "adapters with kasa_config take triplets off the weight each, which no weighted sum of factors holds;"
+        " merge_adapter() folds one of them"
+    )
 
     def params(self, spec: LoraConfig, site: WeightSite) -> dict[str, Param]:
         found, r = super().params(spec, site), spec.rank_for(site.name)
@@ -47,21 +49,11 @@ class KasaLinear(LoraLinear):
         up = torch.cat([p.lora_B * p.lora_diag, -p.lora_B0 / p.scaling], 1)
         return Factors(up, torch.cat([p.lora_A, p.lora_A0]), p.scaling)
 
-    def combined(
-        self, specs: Mapping[str, LoraConfig], where: Mapping[str, Sequence[str]], how: Combination
-    ) -> LoraConfig:
-        raise AdapterError(
-            "add_weighted_adapter: adapters with kasa_config take triplets off the weight each, which no weighted sum of"
-            " factors holds; merge_adapter() folds one of them"
-        )
+    def change(self, x: Tensor, p: Any) -> Tensor:
+        return F.linear(F.linear(x, p.lora_A) * p.lora_diag * p.scaling, p.lora_B)
 
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
-        delta = F.linear(F.linear(p.lora_dropout(x), p.lora_A) * p.lora_diag * p.scaling, p.lora_B)
-        delta = delta + p.lora_B_bias * p.scaling if p.biased else delta
-        return y - F.linear(F.linear(x, p.lora_A0), p.lora_B0) + delta
-
-    def weight(self, weight: Tensor, p: Any) -> Tensor:
-        return weight - p.lora_B0 @ p.lora_A0 + p.scaling * ((p.lora_B * p.lora_diag) @ p.lora_A)
+        return super().output(x, y - F.linear(F.linear(x, p.lora_A0), p.lora_B0), p)
 
     def penalty(self, p: Any) -> Tensor:
         """β·‖d‖² + γ·(‖BᵀB − 1‖ + ‖AAᵀ − 1‖): equations 9 to 11."""

@@ -8,22 +8,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftc.graph.sites import WeightSite
+from peftc.product import Product
 from peftc.rule import Factors, Param, Shapes
 
 from .base import Lora
 from .config import LoraConfig
 from .factors import factors, no_special_init
-from .starts import learns, made, starts_from_weight, unfit
+from .pca import Directions
+from .starts import made, start_of, unfit
 
 
-class LoraLinear(Lora):
+class LoraLinear(Lora, Product[LoraConfig]):
     """y + s·B(A(drop(x))).  Hu et al. 2021, arXiv:2106.09685, section 4.1.
 
     OLoRA, PiSSA, CorDA and LoRA-GA start from A0, B0 and train y + s·(B·A − B0·A0)x: the same function as theirs on the
     residual weight, but the weight stays as it is.
     """
 
-    ops = ("linear",)
+    ops, states = ("linear",), (Directions,)
     # Which form of LoRA it is; those of other rules.
     variant: ClassVar[str | None] = None
 
@@ -34,7 +36,7 @@ class LoraLinear(Lora):
         r = spec.rank_for(site.name)
         a, b = (r, site.in_features), (site.out_features, r)
         params = factors(spec, site, a, b)
-        if not starts_from_weight(spec):
+        if not start_of(spec).taken_off:
             return params
         params["lora_A0"] = Param(a, "rule", trainable=False, axes="ri")
         return params | {"lora_B0": Param(b, "rule", trainable=False, axes="or")}
@@ -42,20 +44,11 @@ class LoraLinear(Lora):
     def check(self, spec: LoraConfig, site: WeightSite) -> str | None:
         return unfit(spec, site)
 
-    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
-        dropped = p.lora_dropout(x)
-        delta = F.linear(F.linear(dropped, p.lora_A) * p.scaling, p.lora_B)
-        if p.residual:
-            delta = delta - F.linear(F.linear(dropped, p.lora_A0) * p.scaling, p.lora_B0)
-        return y + (delta + p.lora_B_bias * p.scaling if p.biased else delta)
+    def change(self, x: Tensor, p: Any) -> Tensor:
+        delta = F.linear(F.linear(x, p.lora_A) * p.scaling, p.lora_B)
+        return delta - F.linear(F.linear(x, p.lora_A0) * p.scaling, p.lora_B0) if p.residual else delta
 
-    def weight(self, weight: Tensor, p: Any) -> Tensor:
-        delta = p.lora_B @ p.lora_A
-        if p.residual:
-            delta = delta - p.lora_B0 @ p.lora_A0
-        return weight + p.scaling * delta
-
-    def factors(self, p: Any) -> Factors | None:
+    def factors(self, p: Any) -> Factors:
         if not p.residual:
             return Factors(p.lora_B, p.lora_A, p.scaling)
         return Factors(torch.cat([p.lora_B, p.lora_B0], 1), torch.cat([p.lora_A, -p.lora_A0]), p.scaling)
@@ -64,22 +57,22 @@ class LoraLinear(Lora):
         return made(weight, shapes, p)
 
     def calibration(self, spec: LoraConfig) -> Literal["inputs", "gradients"] | None:
-        return learns(spec).kind
+        return start_of(spec).kind
 
     def counted(self, spec: LoraConfig, batch: Any) -> Tensor | None:
-        return learns(spec).counted(spec, batch)
+        return start_of(spec).counted(spec, batch)
 
     def calibrate(self, spec: LoraConfig, sites: Sequence[WeightSite], x: Tensor, state: Any) -> Any:
-        return learns(spec).observe(spec, sites, x, state)
+        return start_of(spec).calibrate(spec, sites, x, state)
 
     def settled(self, spec: LoraConfig, states: Mapping[str, Any]) -> Collection[str] | None:
-        return learns(spec).settled(spec, states)
+        return start_of(spec).settled(spec, states)
 
     def calibrated(self, spec: LoraConfig, states: Mapping[str, Any]) -> tuple[LoraConfig, Mapping[str, Any]]:
-        return learns(spec).decide(spec, states)
+        return start_of(spec).calibrated(spec, states)
 
 
-class LoraEmbedding(Lora):
+class LoraEmbedding(Lora, Product[LoraConfig]):
     """y + s·B(A[token]): the same algebra with the one-hot token as input."""
 
     ops = ("embedding",)
@@ -98,13 +91,10 @@ class LoraEmbedding(Lora):
             return "lora_bias is for linear and convolution sites; an embedding has no bias"
         return no_special_init(spec, site)
 
-    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
-        return y + F.linear(p.op(x, p.lora_embedding_A.T) * p.scaling, p.lora_embedding_B)
+    def change(self, x: Tensor, p: Any) -> Tensor:
+        return F.linear(p.op(x, p.lora_embedding_A.T) * p.scaling, p.lora_embedding_B)
 
-    def weight(self, weight: Tensor, p: Any) -> Tensor:
-        return weight + p.scaling * (p.lora_embedding_B @ p.lora_embedding_A)
-
-    def factors(self, p: Any) -> Factors | None:
+    def factors(self, p: Any) -> Factors:
         return Factors(p.lora_embedding_B, p.lora_embedding_A, p.scaling)
 
 
@@ -129,10 +119,11 @@ class LoraConv(Lora):
             return f"A mixes all channels, which a convolution in {site.groups} groups can't express"
         return super().cannot_fold(spec, site)
 
+    def change(self, x: Tensor, p: Any, bias: Tensor | None = None) -> Tensor:
+        return p.pointwise(p.op(x, p.lora_A, groups=1) * p.scaling, p.lora_B, bias, groups=p.groups)
+
     def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
-        inner = p.op(p.lora_dropout(x), p.lora_A, groups=1) * p.scaling
-        bias = p.lora_B_bias * p.scaling if p.biased else None
-        return y + p.pointwise(inner, p.lora_B, bias, groups=p.groups)
+        return y + self.change(p.lora_dropout(x), p, p.lora_B_bias * p.scaling if p.biased else None)
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         return weight + p.scaling * torch.einsum("or,ri...->oi...", p.lora_B.flatten(1), p.lora_A)

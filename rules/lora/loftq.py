@@ -3,16 +3,15 @@
 Li et al. 2023, arXiv:2310.08659, algorithm 1. NF4: Dettmers et al. 2023, arXiv:2305.14314, appendix E, in blocks of 64.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite
-from peftc.rule import Combination, Constant, Factors, Param, Shapes
+from peftc.rule import Constant, Param, Shapes
 
 from .config import LoraConfig
 from .linear import LoraLinear
@@ -33,6 +32,10 @@ class LoftqLinear(LoraLinear):
     """
 
     identity, additive, variant = False, False, "loftq"
+    no_sum = (
+        "adapters with init_lora_weights='loftq' stand on a quantised weight each, which no weighted sum of factors"
+        " holds; merge_adapter() folds one of them"
+    )
 
     def params(self, spec: LoraConfig, site: WeightSite) -> dict[str, Param]:
         r, out, inner = spec.rank_for(site.name), site.out_features, site.in_features
@@ -64,17 +67,6 @@ class LoftqLinear(LoraLinear):
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         return super().weight(weight, p) + p.lora_D
-
-    def factors(self, p: Any) -> Factors | None:
-        return None  # What quantising changes is no product.
-
-    def combined(
-        self, specs: Mapping[str, LoraConfig], where: Mapping[str, Sequence[str]], how: Combination
-    ) -> LoraConfig:
-        raise AdapterError(
-            "add_weighted_adapter: adapters with init_lora_weights='loftq' stand on a quantised weight each, which no"
-            " weighted sum of factors holds; merge_adapter() folds one of them"
-        )
 
     def initialise(self, weight: Tensor, shapes: Shapes, p: Any) -> dict[str, Tensor]:
         left, a, b, near = weight, weight, weight, weight

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from peftc.graph.sites import WeightSite
+from peftc.product import Product
 from peftc.rule import Constant, Factors, Param
 
 from .base import Lora
@@ -12,7 +11,7 @@ from .config import LoraConfig
 from .factors import init_names, no_special_init
 
 
-class LoraParameter(Lora):
+class LoraParameter(Product[LoraConfig], Lora):
     """W + s·B·A, for every expert its own: `lora_A` holds their A one below the other, `lora_B` interleaves their B."""
 
     ops = ("parameter",)
@@ -36,10 +35,6 @@ class LoraParameter(Lora):
         if spec.lora_bias:
             return "lora_bias is for linear and convolution sites; a parameter has no bias"
         return no_special_init(spec, site)
-
-    def weight(self, weight: Tensor, p: Any) -> Tensor:
-        up, down, scaling = self.factors(p)
-        return weight + scaling * (up @ down)
 
     def factors(self, p: Any) -> Factors:
         if not p.experts:

@@ -35,12 +35,7 @@ class QaloraLinear(LoraLinear):
         down = p.lora_A.repeat_interleave(p.group, 1) * (p.inputs // p.group / p.group)
         return Factors(p.lora_B, down, p.scaling)
 
-    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
+    def change(self, x: Tensor, p: Any) -> Tensor:
         groups = p.inputs // p.group
-        pooled = p.lora_dropout(x).unflatten(-1, (groups, p.group)).mean(-1) * groups
-        delta = F.linear(F.linear(pooled, p.lora_A) * p.scaling, p.lora_B)
-        return y + (delta + p.lora_B_bias * p.scaling if p.biased else delta)
-
-    def weight(self, weight: Tensor, p: Any) -> Tensor:
-        up, down, scaling = self.factors(p)
-        return weight + scaling * (up @ down)
+        pooled = x.unflatten(-1, (groups, p.group)).mean(-1) * groups
+        return F.linear(F.linear(pooled, p.lora_A) * p.scaling, p.lora_B)

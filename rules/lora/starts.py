@@ -16,59 +16,43 @@ from .from_weight import Made
 
 
 @dataclass(frozen=True)
-class Learns:
-    """What a start asks of data: its `kind`, and the functions of the rule contract that are told of it."""
-
-    kind: Literal["inputs", "gradients"] | None = None
-    decide: Callable[[LoraConfig, Mapping[str, Any]], tuple[LoraConfig, Mapping[str, Any]]] = lambda spec, data: (
-        spec,
-        data,
-    )
-    observe: Callable[[LoraConfig, Sequence[WeightSite], Tensor, Any], Any] = lambda spec, sites, x, state: state
-    counted: Callable[[LoraConfig, Any], Tensor | None] = lambda spec, batch: None
-    settled: Callable[[LoraConfig, Mapping[str, Any]], Collection[str] | None] = lambda spec, states: None
-
-
-@dataclass(frozen=True)
 class Start:
     """A value of `init_lora_weights`. `make(weight, shapes, p)` gives A (r, in) and B (out, r), those with the init `rule`.
 
     `taken_off`: s·B·A is subtracted again, as the start A0, B0. `limit`: r may be the weight's smaller side, over this;
-    None: anything. `of_weight`: it needs the weight. `keeps_b`: B is not trained.
+    None: anything. `of_weight`: it needs the weight. `keeps_b`: B is not trained. `kind`: what it asks of data, and the
+    functions of the rule contract that are told of it.
     """
 
-    make: Callable[[Tensor, Mapping[str, tuple[int, ...]], Any], Made]
+    make: Callable[[Tensor, Shapes, Any], Made]
     inits: tuple[str, str] = ("rule", "rule")
     taken_off: bool = False
     limit: int | None = None
     of_weight: bool = True
     keeps_b: bool = False
-    learns: Learns = Learns()
+    kind: Literal["inputs", "gradients"] | None = None
+    calibrated: Callable[[LoraConfig, Mapping[str, Any]], tuple[LoraConfig, Mapping[str, Any]]] = lambda spec, data: (
+        spec,
+        data,
+    )
+    calibrate: Callable[[LoraConfig, Sequence[WeightSite], Tensor, Any], Any] = lambda spec, sites, x, state: state
+    counted: Callable[[LoraConfig, Any], Tensor | None] = lambda spec, batch: None
+    settled: Callable[[LoraConfig, Mapping[str, Any]], Collection[str] | None] = lambda spec, states: None
 
 
-def start_of(spec: LoraConfig) -> Start | None:
-    """How A and B of `spec` start, unless they are just drawn."""
+# Factors that are drawn, by their declaration alone.
+DRAWN = Start(lambda weight, shapes, p: {}, of_weight=False)
+
+
+def start_of(spec: LoraConfig) -> Start:
+    """How A and B of `spec` start."""
     name = spec.init_lora_weights
-    return STARTS.get(name.partition("_niter_")[0]) if isinstance(name, str) else None
-
-
-def starts_from_weight(spec: LoraConfig) -> bool:
-    """Whether the factors start as a part of the weight, which is then subtracted again."""
-    start = start_of(spec)
-    return start is not None and start.taken_off
-
-
-def learns(spec: LoraConfig) -> Learns:
-    """What adapters of `spec` ask of data before they start."""
-    start = start_of(spec)
-    return Learns() if start is None else start.learns
+    return STARTS.get(name.partition("_niter_")[0], DRAWN) if isinstance(name, str) else DRAWN
 
 
 def unfit(spec: LoraConfig, site: WeightSite) -> str | None:
     """The reason why A and B can't start so at a linear site, or None."""
     start, r, name = start_of(spec), spec.rank_for(site.name), spec.init_lora_weights
-    if start is None:
-        return None
     if name == "orthogonal" and r % 2:
         return f"orthogonal initialisation needs an even rank, got r={r}"
     side = min(site.in_features, site.out_features)
@@ -83,7 +67,7 @@ def unfit(spec: LoraConfig, site: WeightSite) -> str | None:
 def made(weight: Tensor, shapes: Shapes, p: Any) -> Made:
     """The factors of an adapter, and what is taken off again. Raises AdapterError if data that they need are not there."""
     start = STARTS[p.init.partition("_niter_")[0]]
-    if start.learns.kind is not None and p.data is None:
+    if start.kind is not None and p.data is None:
         raise AdapterError(
             f"init_lora_weights={p.init!r} starts from data, and what it started from is not in the file. If the base has"
             " it taken off, as PEFT leaves it, write init_lora_weights=true into the file's config"
@@ -102,18 +86,25 @@ STARTS: Mapping[str, Start] = {
         lambda weight, shapes, p: {"lora_A": p.data},
         ("rule", "zeros"),
         of_weight=False,
-        learns=Learns("inputs", eva.decide, eva.observe, eva.counted, eva.settled),
+        kind="inputs",
+        calibrated=eva.decide,
+        calibrate=eva.observe,
+        counted=eva.counted,
+        settled=eva.settled,
     ),
     "corda": Start(
         lambda weight, shapes, p: from_weight.named(*corda.start(weight, p.data, p.r, p.scaling)),
         taken_off=True,
         limit=1,
-        learns=Learns("inputs", corda.decide, corda.observe),
+        kind="inputs",
+        calibrated=corda.decide,
+        calibrate=corda.observe,
     ),
     "lora_ga": Start(
         lambda weight, shapes, p: from_weight.named(*lora_ga.start(weight, p.data, p.r, p.scaling)),
         taken_off=True,
         limit=2,
-        learns=Learns("gradients", lora_ga.decide),
+        kind="gradients",
+        calibrated=lora_ga.decide,
     ),
 }

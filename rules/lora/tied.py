@@ -3,17 +3,15 @@
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor
-from torch.nn import functional as F
-
 from peftc.graph.sites import WeightSite
+from peftc.product import Product
 from peftc.rule import Factors, Param
 
 from .base import Lora
 from .config import LoraConfig
 
 
-class LoraTied(Lora):
+class LoraTied(Product[LoraConfig], Lora):
     """y + s·Aᵀ(Bᵀ(drop(x))): what B·A adds to the embedding, it adds to a linear of the same weight."""
 
     ops, ends_only = ("linear",), True
@@ -33,11 +31,5 @@ class LoraTied(Lora):
     def check(self, spec: LoraConfig, site: WeightSite) -> str | None:
         return "ensure_weight_tying is for plain LoRA; leave it out" if spec.lora_bias else None
 
-    def output(self, x: Tensor, y: Tensor, p: Any) -> Tensor:
-        return y + F.linear(F.linear(p.lora_dropout(x), p.lora_embedding_B.T) * p.scaling, p.lora_embedding_A.T)
-
-    def weight(self, weight: Tensor, p: Any) -> Tensor:
-        return weight + p.scaling * (p.lora_embedding_B @ p.lora_embedding_A).T
-
-    def factors(self, p: Any) -> Factors | None:
+    def factors(self, p: Any) -> Factors:
         return Factors(p.lora_embedding_A.T, p.lora_embedding_B.T, p.scaling)

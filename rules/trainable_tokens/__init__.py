@@ -3,10 +3,3 @@
 The rows stand for the base's and are not added to them: those by which a vocabulary has grown are other random ones in
 every process. PEFT's TrainableTokensConfig, and the same beside other methods (`trainable_token_indices`).
 """
-
-from .config import TokensBeside, TrainableTokensConfig
-from .rules import TokenRowsEmbedding, TokenRowsLinear
-
-__all__ = ["RULES", "TokensBeside", "TrainableTokensConfig"]
-
-RULES = (TokenRowsEmbedding(), TokenRowsLinear())

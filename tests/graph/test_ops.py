@@ -170,6 +170,9 @@ def test_rows_that_clash_or_are_not_there_are_refused(scale: None) -> None:
         op_named("nothing")
     with pytest.raises(peftc.RuleError, match="not registered"):
         peftc.unregister_op(peftc.Op("other"))
+    for change in (peftc.register_op, peftc.unregister_op):
+        with pytest.raises(peftc.RuleError, match="3 is not an Op: a row of the table"):
+            change(3)  # type: ignore[arg-type]
 
 
 def test_rules_of_the_old_contract_are_told_what_has_come_in_its_place() -> None:

@@ -38,11 +38,13 @@ SPECS: dict[str, peftc.AdapterSpec] = {
     "Super-Tuning": peftc.SupertuningConfig(sparsity=0.9, r=2),
     "TinyLoRA": peftc.TinyLoraConfig(u=9),
     "Uni-LoRA": peftc.UniLoraConfig(theta_d_length=99),
+    "RandLoRA": peftc.RandLoraConfig(r=4, randlora_alpha=8),
+    "VB-LoRA": peftc.VBLoRAConfig(r=2, num_vectors=20, vector_length=8),
     "WaveFT": peftc.WaveFTConfig(n_frequency=99),
 }
 # Of those that torch compiles, which takes some seconds each.
 FAST = ("LoHa", "OFT", "FRoD", "WaveFT")
-PRODUCTS = ("MiSS", "DeLoRA", "Uni-LoRA")
+PRODUCTS = ("MiSS", "DeLoRA", "OSF", "RandLoRA", "VB-LoRA", "Uni-LoRA")
 IDS = token_ids(2, 7, 64)
 
 

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 import peftc
 from peftc.testing import check_rule
-from peftc_rules.gralora import RULES
+from peftc_rules.gralora import Gralora
 from tests.support.against import config_of, half_as_peft, same_as_peft
 from tests.support.interchange import perturbed, quietly
 
@@ -53,7 +53,7 @@ def test_half_precision(tmp_path: Path) -> None:
 
 
 def test_variants_keep_the_laws() -> None:
-    assert check_rule(RULES[0], peftc.GraloraConfig(r=4, hybrid_r=2))
+    assert check_rule(Gralora(), peftc.GraloraConfig(r=4, hybrid_r=2))
 
 
 def test_a_fresh_one_is_the_base_and_starts_as_peft_s() -> None:

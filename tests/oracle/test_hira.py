@@ -11,7 +11,7 @@ from torch import nn
 
 import peftc
 from peftc.testing import check_rule
-from peftc_rules.hira import RULES
+from peftc_rules.hira import Hira, HiraConv, HiraEmbedding
 from tests.support.against import config_of, half_as_peft, same_as_peft
 from tests.support.interchange import perturbed, quietly
 from tests.support.models import Everything, token_ids
@@ -54,7 +54,7 @@ def test_half_precision(tmp_path: Path) -> None:
 
 
 def test_its_form_on_the_output_keeps_the_laws() -> None:
-    for rule in RULES:
+    for rule in (Hira(), HiraEmbedding(), HiraConv()):
         assert check_rule(rule, peftc.HiraConfig(r=2, hira_dropout=0.5))
 
 

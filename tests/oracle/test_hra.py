@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import peftc
 from peftc.testing import check_rule
-from peftc_rules.hra import RULES
+from peftc_rules.hra import Hra, HraConv
 from tests.support.against import config_of, half_as_peft, same_as_peft
 from tests.support.interchange import quietly
 
@@ -60,7 +60,7 @@ def test_half_precision_parameters_are_solved_for_in_float32() -> None:
 
 
 def test_variants_keep_the_laws() -> None:
-    for rule in RULES:
+    for rule in (Hra(), HraConv()):
         assert check_rule(rule, peftc.HRAConfig(r=3, apply_GS=True))
 
 

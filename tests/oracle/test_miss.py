@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import peftc
 from peftc.testing import check_rule
-from peftc_rules.miss import RULES
+from peftc_rules.miss import Bat, Miss
 from tests.support.against import config_of, half_as_peft, same_as_peft
 from tests.support.interchange import perturbed
 
@@ -53,11 +53,11 @@ def test_half_precision(init: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fields", [{"r": 3}, {"r": 2, "init_weights": "mini", "mini_r": 3}], ids=str)
 def test_variants_keep_the_laws(fields: dict[str, Any]) -> None:
-    assert check_rule(RULES[0], peftc.MissConfig(**fields))
+    assert check_rule(Miss(), peftc.MissConfig(**fields))
 
 
 def test_bat_keeps_the_laws() -> None:
-    assert check_rule(RULES[1], peftc.MissConfig(r=2, init_weights="bat"))
+    assert check_rule(Bat(), peftc.MissConfig(r=2, init_weights="bat"))
 
 
 def test_a_fresh_one_is_the_base() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import peftc
 from peftc.testing import check_rule
-from peftc_rules.road import RULES
+from peftc_rules.road import Road
 from tests.support.against import config_of, half_as_peft, same_as_peft
 
 
@@ -44,7 +44,7 @@ def test_half_precision(variant: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", ["road_1", "road_2", "road_4"])
 def test_variants_keep_the_laws(variant: Any) -> None:
-    assert check_rule(RULES[0], peftc.RoadConfig(variant=variant, group_size=2))
+    assert check_rule(Road(), peftc.RoadConfig(variant=variant, group_size=2))
 
 
 def test_a_fresh_one_is_the_base() -> None:

@@ -1,7 +1,10 @@
 """A pass over data before an adapter starts: what rules are shown, who shares it, and that the model stays as it is."""
 
 import copy
+import pickle
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import peftc
+from peftc.rewrite import calibration, course
+from peftc.rewrite.calibration import run
 from tests.support.snapshots import assert_unchanged, snapshot
 
 
@@ -51,7 +56,8 @@ class Shown(peftc.Rule[ShownConfig]):
 
 
 @pytest.fixture(autouse=True)
-def _registered() -> Iterator[None]:
+def _registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(course, "SHARE", 0)  # A file is written after every batch.
     rule = Shown()
     peftc.register(rule)
     SEEN.clear()
@@ -183,6 +189,126 @@ def test_missing_data_are_asked_for_before_anything_is_changed() -> None:
         peftc.compile(net, SPEC.model_copy(update={"shown": "gradients"}))
     with pytest.raises(peftc.AdapterError, match=r"the output has no loss.* pass call="):
         peftc.calibrate(net, SPEC.model_copy(update={"shown": "gradients"}), BATCHES)
+
+
+class Killed(BaseException):
+    """What no handler takes for an error of the model."""
+
+
+def dying(after: int, batches: list[Any] = BATCHES) -> Iterator[Any]:
+    yield from batches[:after]
+    raise Killed
+
+
+def counting(calls: list[Any]) -> Any:
+    def call(model: Any, batch: Any) -> Any:
+        calls.append(batch)
+        return run(model, batch)
+
+    return call
+
+
+@pytest.mark.parametrize("after", [1, 2, 3])
+def test_what_was_learned_before_a_kill_is_gone_on_from(after: int, tmp_path: Path) -> None:
+    file, calls = tmp_path / "seen.pt", []
+    expected = peftc.calibrate(Net(), SPEC, BATCHES)
+    with pytest.raises(Killed):
+        peftc.calibrate(Net(), SPEC, dying(after), resume=file)
+    found = peftc.calibrate(Net(), SPEC, BATCHES, resume=file, call=counting(calls))
+    assert len(calls) == 3 - after  # Which sites read the same is known, too.
+    for name, (total, count) in expected.data.items():
+        assert torch.equal(found.data[name][0], total)
+        assert found.data[name][1] == count
+    again = peftc.calibrate(Net(), SPEC, BATCHES, resume=str(file), call=counting(calls))
+    assert len(calls) == 3 - after
+    assert again.data.keys() == found.data.keys()
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_gradients_and_rounds_are_gone_on_with_too(tmp_path: Path) -> None:
+    def loss(model: Any, batch: Any) -> Tensor:
+        return model(batch).square().sum()
+
+    spec, batches = (
+        ShownConfig(shown="gradients", target_modules=["q", "k", "o"]),
+        [torch.randn(2, 4) for _ in range(3)],
+    )
+    net = Net()
+    with pytest.raises(Killed):
+        peftc.calibrate(net, spec, dying(2, batches), call=loss, resume=tmp_path / "gradients.pt")
+    found = peftc.calibrate(net, spec, batches, call=loss, resume=tmp_path / "gradients.pt")
+    for name, gradient in peftc.calibrate(net, spec, batches, call=loss).data.items():
+        assert torch.equal(found.data[name], gradient)
+    several, calls = SPEC.model_copy(update={"rounds": 22}), []
+    with pytest.raises(peftc.AdapterError, match="did not settle"):
+        peftc.calibrate(Net(), several, iter(BATCHES), resume=tmp_path / "rounds.pt")
+    peftc.calibrate(Net(), several, BATCHES, resume=tmp_path / "rounds.pt", call=counting(calls))
+    assert len(calls) == 3  # 13 rows were known, and come up to 26 in a second round.
+
+
+def test_eva_goes_on_with_directions_that_sites_share(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    batches, file = [torch.randn(32, 4) for _ in range(40)], tmp_path / "eva.pt"
+    spec = peftc.LoraConfig(r=1, init_lora_weights="eva", eva_config={"tau": 0.5}, target_modules=["q", "k", "o"])
+    with pytest.raises(Killed):
+        peftc.calibrate(Net(), spec, dying(1, batches), resume=file)
+    found, expected = peftc.calibrate(Net(), spec, batches, resume=file), peftc.calibrate(Net(), spec, batches)
+    assert found.spec == expected.spec
+    assert all(torch.equal(found.data[name], value) for name, value in expected.data.items())
+
+
+def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "seen.pt"
+    peftc.calibrate(Net(), SPEC, BATCHES, resume=file)
+    with pytest.raises(peftc.AdapterError, match=r"seen\.pt' is of another spec, or of other sites: delete it"):
+        peftc.calibrate(Net(), ShownConfig(target_modules=["q"]), BATCHES, resume=file)
+    for content in (b"", b"no such thing", pickle.dumps(Killed), file.read_bytes()[:200]):
+        file.write_bytes(content)
+        with pytest.raises(peftc.AdapterError, match=r"seen\.pt' can't be read"):
+            peftc.calibrate(Net(), SPEC, BATCHES, resume=file)
+    with pytest.raises(peftc.AdapterError, match="can't be written"):
+        peftc.calibrate(Net(), SPEC, BATCHES, resume=tmp_path / "no" / "folder.pt")
+
+
+@pytest.mark.parametrize("wrong", [3, None, "text", {"x": BATCHES[0]}])
+def test_what_can_not_be_gone_through_is_no_batches(wrong: Any) -> None:
+    with pytest.raises(peftc.AdapterError, match=f"batches is one {type(wrong).__name__}: give a list of batches"):
+        peftc.calibrate(Net(), SPEC, wrong)
+
+
+@pytest.mark.parametrize("wrong", [3, {"no": 1}, {1: 2}, (), torch.randn(2, 7), {"x": "text"}])
+@pytest.mark.parametrize("shown", ["inputs", "gradients"])
+def test_a_batch_that_the_model_can_not_be_called_with_is_named(wrong: Any, shown: str) -> None:
+    def loss(model: Any, batch: Any) -> Tensor:
+        return run(model, batch).sum()
+
+    spec, net = ShownConfig(shown=shown, target_modules=["q"]), Net()
+    before = snapshot(net)
+    with pytest.raises(peftc.AdapterError, match=r"batch number 2 \(.*\) failed with .*: .* A batch is what") as caught:
+        peftc.calibrate(net, spec, [BATCHES[0], wrong], call=loss)
+    assert isinstance(caught.value.__cause__, Exception)
+    assert_unchanged(net, before)
+    assert not net.q._forward_pre_hooks
+    assert not net.q._forward_hooks
+
+
+def test_a_call_that_gives_no_loss_is_named() -> None:
+    with pytest.raises(peftc.AdapterError, match="call= gave int: it is to return the loss"):
+        peftc.calibrate(Net(), ShownConfig(shown="gradients", target_modules=["q"]), BATCHES, call=lambda *_: 3)
+
+
+def test_a_bar_is_told_of_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+
+    @contextmanager
+    def bar(*given: Any) -> Iterator[Any]:
+        told.append(given)
+        yield lambda count=1, doing=None: told.append(count)
+
+    monkeypatch.setattr(calibration, "bar", bar)
+    peftc.calibrate(Net(), SPEC, BATCHES)
+    peftc.calibrate(Net(), SPEC, iter(BATCHES), progress=False)
+    assert told == [("calibrate", 3, "batches", True), 1, 1, 1, ("calibrate", None, "batches", False), 1, 1, 1]
 
 
 def test_data_that_reach_nothing_or_that_nobody_asks_for_are_refused() -> None:

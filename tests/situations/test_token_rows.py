@@ -180,6 +180,32 @@ def test_a_head_that_is_saved_whole_goes_its_own_way(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
+def test_one_spec_file_has_lora_rows_of_tokens_and_norms_as_in_peft(tied: bool, tmp_path: Path) -> None:
+    base, norms = model(tied), ["input_layernorm", "norm"]
+    spec = beside(target_modules=["q_proj", "down_proj"], modules_to_save=norms)
+    ours = trained(peftc.compile(base, spec))
+    kinds = {"lora_": 0, "trainable_tokens_delta": 0, "modules_to_save": 0}
+    for name, parameter in ours.named_parameters():
+        assert parameter.requires_grad == any(kind in name for kind in kinds)
+        kinds = {kind: count + (kind in name and bool(parameter.grad.any())) for kind, count in kinds.items()}
+    assert all(kinds.values())
+    ours.save_pretrained(tmp_path / "ours")
+    assert peftc.load_spec(tmp_path / "ours").to_dict()["modules_to_save"] == norms
+    theirs: Any = peft.PeftModel.from_pretrained(model(tied), str(tmp_path / "ours"), is_trainable=True).eval()
+    torch.testing.assert_close(theirs(IDS).logits, ours(IDS).logits, rtol=1e-4, atol=1e-5)
+    for one in (ours, theirs):
+        trained(one)
+    torch.testing.assert_close(theirs(IDS).logits, ours(IDS).logits, rtol=1e-4, atol=1e-5)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    again = peftc.load(model(tied), tmp_path / "theirs")
+    y = again(IDS).logits
+    torch.testing.assert_close(y, theirs(IDS).logits, rtol=1e-4, atol=1e-5)
+    with again.merged():
+        torch.testing.assert_close(again(IDS).logits, y, rtol=1e-4, atol=1e-5)
+    assert torch.equal(again(IDS).logits, y)
+
+
+@pytest.mark.parametrize("tied", [True, False])
 def test_switching_several_at_once_and_rows_of_a_batch(tied: bool) -> None:
     base = model(tied)
     specs = {"a": beside([5, 1]), "b": beside([40]), "c": peftc.TrainableTokensConfig(token_indices=[5, 9])}

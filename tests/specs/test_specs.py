@@ -6,8 +6,10 @@ from typing import Any
 
 import peft
 import pytest
+from torch import nn
 
 import peftc
+import peftc.peft
 
 # What peft 0.3 to 0.21 wrote for one and the same adapter; fields came, went and were renamed.
 HISTORICAL: dict[str, dict[str, Any]] = {
@@ -53,6 +55,22 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "velora": ({"velora_config": {"scale": 1}}, r"velora_config=.*is not implemented"),
     "method": ({"peft_type": "IA3"}, r"peft_type: got 'IA3'"),
 }
+
+
+def test_null_turns_off_what_is_on_as_in_peft() -> None:
+    """Files have it; peft goes by the truth of the value, so that its adapter starts random."""
+    config = {"peft_type": "LORA", "target_modules": ["0"], "init_lora_weights": None}
+    spec = peftc.load_spec(config)
+    assert spec.to_dict()["init_lora_weights"] is False
+    assert peftc.peft.LoraConfig(**config, r=2).init_lora_weights is None
+    model = nn.Sequential(nn.Linear(4, 4))
+    ours = peftc.compile(model, spec).base
+    face = peftc.peft.get_peft_model(model, peftc.peft.LoraConfig(**config)).base_model.model
+    theirs = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0"], init_lora_weights=None)).base_model.model
+    assert all(one[0].lora_B["default"].weight.any() for one in (ours, face, theirs))
+    assert peftc.load_spec({"peft_type": "IA3", "init_ia3_weights": None}) == peftc.IA3Config(init_ia3_weights=False)
+    with pytest.raises(peftc.SpecError, match="use_rslora: got None"):
+        peftc.LoraConfig(use_rslora=None)
 
 
 @pytest.mark.parametrize(("fields", "message"), WRONG.values(), ids=WRONG)

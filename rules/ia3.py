@@ -1,28 +1,69 @@
-"""(IA)³ on linear and convolution sites.  Liu et al. 2022, arXiv:2205.05638, section 3.3."""
+"""(IA)³: activations are scaled by learned vectors.  Liu et al. 2022, arXiv:2205.05638, section 3.3."""
 
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from peftc.errors import AdapterError
 from peftc.graph.sites import WeightSite
-from peftc.rule import Combination, Constant, Param, Part, Rule
+from peftc.rule import Adapted, Combination, Constant, Param, Part, Read, Rule, Shapes
+from peftc.specs import AdapterSpec
+from peftc.specs.base import Selector
 
-from .config import IA3Config
+
+class IA3Config(AdapterSpec):
+    """Infused adapter by inhibiting and amplifying inner activations. Liu et al. 2022, arXiv:2205.05638, section 3.3.
+
+    Targeted modules have their output scaled by a learned vector `ia3_l`, feed-forward ones their input.
+    `feedforward_modules`: a list (a module is feed-forward if its fqn ends with a name) or one regular expression.
+    `init_ia3_weights`: ones (true) or normal (false).
+
+    Example: IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"])
+    """
+
+    selectors = (*AdapterSpec.selectors, "feedforward_modules")
+    defaulted = ("target_modules", "feedforward_modules")
+
+    peft_type: Literal["IA3"] = "IA3"
+    feedforward_modules: Selector | None = None
+    fan_in_fan_out: bool = False
+    init_ia3_weights: bool = True
+
+    @model_validator(mode="after")
+    def _check_ia3(self) -> Self:
+        if isinstance(self.feedforward_modules, tuple) and isinstance(self.target_modules, tuple):
+            alone = [name for name in self.feedforward_modules if name not in self.target_modules]
+            if alone:
+                raise ValueError(
+                    f"feedforward_modules: {alone[0]!r} is not in target_modules={list(self.target_modules)!r};"
+                    " every feed-forward module must be a target"
+                )
+        return self
+
+    def is_feedforward(self, fqn: str) -> bool:
+        """Whether the input of module `fqn` is scaled instead of its output."""
+        if isinstance(self.feedforward_modules, str):
+            return re.fullmatch(self.feedforward_modules, fqn) is not None
+        return fqn.endswith(self.feedforward_modules) if self.feedforward_modules else False
+
+    def respelled(self, names: Mapping[str, str]) -> Self:
+        chosen = tuple(new for old, new in names.items() if self.is_feedforward(old))
+        return super().respelled(names).model_copy(update={"feedforward_modules": chosen})
+
+    @property
+    def goes_by_plain_names(self) -> bool:
+        return super().goes_by_plain_names and not isinstance(self.feedforward_modules, str)
 
 
 class _IA3(Rule[IA3Config]):
-    name = "ia3"
-    spec = IA3Config
-    local = "oi"
-    keys = ("ia3_l",)
-    combinations = ("linear",)
+    name, spec, local = "ia3", IA3Config, "oi"
+    keys, combinations = ("ia3_l",), ("linear",)
 
-    def read_shape(
-        self, tensors: Mapping[str, tuple[int, ...]], weight: tuple[int, ...]
-    ) -> tuple[str, Literal["out_in", "in_out"] | None, int] | None:
+    def read_shape(self, tensors: Shapes, weight: tuple[int, ...]) -> Read | None:
         if "ia3_l" not in tensors:
             return None
         if len(weight) > 2:
@@ -32,9 +73,7 @@ class _IA3(Rule[IA3Config]):
     def constants(self, spec: IA3Config, site: WeightSite) -> dict[str, Constant]:
         return {"feedforward": spec.is_feedforward(site.fqn), "groups": site.groups}
 
-    def combined(
-        self, specs: Mapping[str, IA3Config], where: Mapping[str, Sequence[str]], how: Combination
-    ) -> IA3Config:
+    def combined(self, specs: Mapping[str, IA3Config], where: Adapted, how: Combination) -> IA3Config:
         for fqn, names in where.items():
             if len({specs[name].is_feedforward(fqn) for name in names}) > 1:
                 raise AdapterError(
@@ -56,12 +95,15 @@ class _IA3(Rule[IA3Config]):
     def slots(self, spec: IA3Config, site: WeightSite) -> tuple[str, ...]:
         return ("input",) if spec.is_feedforward(site.fqn) else ("output",)
 
+    def bias(self, bias: Tensor, p: Any) -> Tensor:
+        return bias if p.feedforward else bias * p.ia3_l.flatten()
+
     def unfold(self, weight: Tensor, p: Any) -> Tensor:
         return weight / self.weight(torch.ones_like(weight), p)
 
 
 class IA3Linear(_IA3):
-    """l ⊙ y, or the op on l ⊙ x for feed-forward modules.  Liu et al. 2022, arXiv:2205.05638, section 3.3."""
+    """l ⊙ y, or the op on l ⊙ x for feed-forward modules."""
 
     ops = ("linear",)
 
@@ -78,9 +120,6 @@ class IA3Linear(_IA3):
 
     def weight(self, weight: Tensor, p: Any) -> Tensor:
         return weight * p.ia3_l
-
-    def bias(self, bias: Tensor, p: Any) -> Tensor:
-        return bias if p.feedforward else bias * p.ia3_l.flatten()
 
 
 class IA3Conv(_IA3):
@@ -106,6 +145,3 @@ class IA3Conv(_IA3):
         per_group = p.ia3_l.flatten().reshape(p.groups, 1, weight.shape[1])
         per_row = per_group.expand(-1, weight.shape[0] // p.groups, -1).reshape(weight.shape[:2])
         return weight * per_row.reshape(*weight.shape[:2], *(1 for _ in weight.shape[2:]))
-
-    def bias(self, bias: Tensor, p: Any) -> Tensor:
-        return bias if p.feedforward else bias * p.ia3_l.flatten()
