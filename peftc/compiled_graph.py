@@ -291,7 +291,15 @@ class CompiledGraph(fx.GraphModule):
             inside = [name for name in known if name.endswith(f".{fqn}")][:3]
             hint = f" There are {', '.join(map(repr, inside))}." if inside else nearest_hint(fqn, known)
             raise AdapterError(f"no module or parameter {fqn!r}.{hint}")
-        lines = site_lines(self.plan, index, fqn)
+        lines, installed = site_lines(self.plan, index, fqn), self.program.installed
         site = self.plan.sites.get(fqn)
-        binding = self.program.installed.get(site.owner if site is not None else fqn)
-        return "\n".join([*lines, *(inserted_lines(binding) if binding is not None else ())])
+        binding = installed.get(site.owner if site is not None else fqn)
+        if binding is None and site is not None:
+            binding = installed.get("")  # The one graph of a whole model.
+        if binding is not None:
+            lines += inserted_lines(binding, None if site is None else fqn)
+        elif site is not None:
+            here = [edit.adapter for edit in self.plan.edits if edit.site == fqn]
+            merged = [name for name in self.merged_adapters if name in here]
+            lines.append(f"  merged: {', '.join(merged)}" if merged else "  none of them is active")
+        return "\n".join(lines)

@@ -59,7 +59,7 @@ def find_rule(spec: AdapterSpec, site: Site, end: bool = False) -> Rule[Any] | N
     return next((rule for rule in chosen if rule.offers("serves")), chosen[0] if chosen else None)
 
 
-def find_rules(spec: AdapterSpec, site: Site, end: bool = False) -> tuple[Rule[Any], ...]:
+def find_rules(spec: AdapterSpec, site: Site, end: bool) -> tuple[Rule[Any], ...]:
     """The rules for `site` of `spec` and of the specs that belong to it. `end`: as in `find_rule`."""
     found = (find_rule(one, site, end) for one in (spec, *companions_of(spec)))
     return tuple(dict.fromkeys(rule for rule in found if rule is not None))

@@ -83,6 +83,7 @@ def given(folder: Path) -> dict[str, Any]:
         "Gain": Gain,
         "GainConfig": GainConfig,
         "TableConfig": GainConfig,
+        "PairConfig": GainConfig,
         "rule": Gain(),
         "module": nn.Linear(4, 3),
         "site": SimpleNamespace(in_features=4, out_features=3),

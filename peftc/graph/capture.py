@@ -43,7 +43,7 @@ def capture(
     sites: Mapping[str, WeightSite],
     called: Collection[str],
     weights: Mapping[str, tuple[str, ...]],
-    flat: Source | None = None,
+    flat: Source | None,
 ) -> tuple[Region, ...]:
     """The regions of `model` that hold the given `sites`, and modules that are `called` as they are.
 

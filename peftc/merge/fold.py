@@ -236,7 +236,7 @@ def fold_weight(
     site: WeightSite,
     edits: Sequence[Edit],
     weight: Tensor,
-    sums: bool = False,
+    sums: bool,
 ) -> tuple[Tensor, tuple[int, int] | None]:
     """The folded value of the weight of `site`, sharded as that is; with `sums`, the checksums of the old one and the new
     one, if they are easily had. Raises MergeError if it is not finite.

@@ -62,7 +62,7 @@ def partner(program: Program, owner: str, leaf: str) -> str | None:
     return next((other for other in group if other != name and _parameter(program.base, other) is own), None)
 
 
-def require_untied(program: Program, targets: Sequence[tuple[str, str]], moved: Container[str] = ()) -> None:
+def require_untied(program: Program, targets: Sequence[tuple[str, str]], moved: Container[str]) -> None:
     """Refuse to fold into a tensor that is another module's too, but for names of those that are `moved` together."""
     for owner, leaf in targets:
         other = partner(program, owner, leaf)

@@ -18,10 +18,14 @@ def site_lines(plan: Plan, index: SiteIndex, fqn: str) -> list[str]:
             if fqn in index.modules
             else "no module"
         )
-        saved = [f"  {edit.adapter}: trains a copy of it" for edit in plan.edits if edit.site == fqn and edit.whole]
-        return [f"{fqn or 'the model'}: {what}", *saved]
+        inside = index.hosted.get(fqn, ())
+        what += f"; its weights are {', '.join(inside)}" if inside else ""
+        edits = [edit for edit in plan.edits if edit.site == fqn]
+        lines = [f"  {edit.adapter} ({plan.adapters[edit.adapter].peft_type}): {_edit_line(edit)}" for edit in edits]
+        return [f"{fqn or 'the model'}: {what}", *lines]
     stored = " stored in × out," if site.layout == "in_out" else ""
     sizes = f"{site.in_features} → {site.out_features}" if site.op != "norm" else str(site.out_features)
+    sizes = f"{site.experts} × {sizes}" if site.experts is not None else sizes
     facts = [f"{site.op} {sizes} ({site.module}),{stored} {site.dtype}"]
     facts += [f"role {site.role}"] if site.role else []
     facts += [f"tied to {', '.join(name for name in site.tied if name != site.weight)}"] if site.tied else []
@@ -35,6 +39,8 @@ def site_lines(plan: Plan, index: SiteIndex, fqn: str) -> list[str]:
 
 def _edit_line(edit: Edit) -> str:
     params = ", ".join(f"{param.name} {'×'.join(map(str, param.shape))}" for param in edit.params)
+    if edit.whole:
+        return f"trains a copy of it: {params}"
     reason = f"; can't be merged: {edit.unmergeable}" if edit.unmergeable else ""
     return f"{edit.rule.name} @{'+'.join(edit.slots)} adds {params}{reason}"
 

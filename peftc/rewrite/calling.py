@@ -18,7 +18,7 @@ from peftc.rewrite.program import Program
 
 @contextmanager
 def calling(
-    program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str] | None = None
+    program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], names: Sequence[str] | None
 ) -> Generator[Callable[[Any], None]]:
     """Let adapters see the call of the model with these arguments, if one of them asks; give what is to be told its result.
 

@@ -19,15 +19,18 @@ def annotated(code: str, binding: Binding) -> str:
     return "\n".join(lines)
 
 
-def inserted_lines(binding: Binding) -> list[str]:
-    """`  from lora of 'default', LoraLinear.output (linear.py:46): to, linear_1, mul` for every function of a rule."""
+def inserted_lines(binding: Binding, site: str | None) -> list[str]:
+    """`  from lora of 'default', LoraLinear.output (lora/linear.py:46): to, linear_1` for every function of a rule.
+
+    `site`: of the edits there alone, if it is one.
+    """
     groups: dict[Origin, list[str]] = {}
     bare = 0
     for node in binding.code.graph.nodes:
         origin = node.meta.get(ORIGIN)
         if origin is None:
             bare += 1
-        else:
+        elif site is None or binding.parts[origin.part].edit.site == site:
             groups.setdefault(origin, []).append(node.name)
     own = [f"  from {_told(origin, binding)}: {', '.join(names)}" for origin, names in groups.items()]
     return [f"  its graph has {bare} nodes of the module itself", *own]

@@ -9,6 +9,7 @@ the weight too, so it is taken in that form.
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -115,9 +116,9 @@ def marked(graph: fx.Graph, active: Active, function: str) -> Generator[None]:
 
 
 def _source_of(rule: Rule[Any], function: str) -> str:
-    """`LoraLinear.output (linear.py:64)`: where a rule says what it does."""
+    """`LoraLinear.output (lora/linear.py:64)`: where a rule says what it does."""
     code = getattr(getattr(type(rule), function), "__code__", None)
-    place = f" ({code.co_filename.rpartition('/')[2]}:{code.co_firstlineno})" if code is not None else ""
+    place = f" ({'/'.join(Path(code.co_filename).parts[-2:])}:{code.co_firstlineno})" if code is not None else ""
     return f"{type(rule).__name__}.{function}{place}"
 
 
