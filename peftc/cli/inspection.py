@@ -212,9 +212,10 @@ def _columns(fit: _Fit) -> dict[str, Any]:
 
 
 def _spectrum(fit: _Fit, keys: Mapping[str, str], file: FileTensors) -> Tensor | None:
-    """The singular values of the change at a site, if that is a product of what the file holds."""
+    """The singular values of the change at a site, if that is a product of what the file holds of it."""
+    own = fit.rule.additive and fit.rule.offers("factors") and not fit.rule.offers("shared")
     names = {name: keys.get(param.key or name) for name, param in fit.params.items()}
-    if not fit.rule.additive or not fit.rule.offers("factors") or None in names.values():
+    if not own or None in names.values():
         return None
     values = {n: file[key].to(torch.float64) / fit.params[n].stored for n, key in names.items() if key is not None}
     made = fit.rule.factors(Bound({**values, **fit.constants}))

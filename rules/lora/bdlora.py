@@ -1,4 +1,7 @@
-"""BD-LoRA: A, or B, has blocks on its diagonal only, of which every device of a server holds some."""
+"""BD-LoRA: A, or B, has blocks on its diagonal only, of which every device of a server holds some.
+
+Wang et al. 2025, arXiv:2510.23346.
+"""
 
 from math import sqrt
 from typing import Any

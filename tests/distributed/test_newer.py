@@ -22,8 +22,9 @@ PROMPTS: dict[str, peftc.AdapterSpec] = {
     "CPT": peftc.CPTConfig(cpt_token_ids=[1, 2, 3], cpt_tokens_type_mask=[1, 2, 4], **CAUSAL),
     "cartridge": peftc.CartridgeConfig(num_virtual_tokens=3, num_frozen_tokens=1, **CAUSAL),
     "LLaMA-Adapter": peftc.AdaptionPromptConfig(adapter_len=3, adapter_layers=2, **CAUSAL),
-    # Whose files hold other tensors than the model: saving gathers more than once.
     "Super-Tuning": peftc.SupertuningConfig(sparsity=0.9, r=2, **TARGETS),
+    # Whose files hold other tensors than the model: saving gathers more than once.
+    "VB-LoRA": peftc.VBLoRAConfig(r=2, num_vectors=20, vector_length=8, save_only_topk_weights=True, **TARGETS),
 }
 PARALLEL: dict[str, peftc.AdapterSpec] = {
     "FRoD": peftc.FrodConfig(**TARGETS),
