@@ -46,7 +46,8 @@ class LoraConfig(LayerSelection, ParameterSelection, PatternedRank, PatternedAlp
     `alora_invocation_tokens`: the adapter acts from the last occurrence of these token ids in a row on, and nowhere in rows
     without one (Greenewald et al. 2025, arXiv:2504.12397); it can't be merged.
     `use_qalora` pools `qalora_group_size` inputs for A (Xu et al. 2023, arXiv:2309.14717); `use_bdlora` has blocks on the
-    diagonal of A or B (arXiv:2510.23346); `kasa_config` takes the least singular values off the weight and trains new ones (arXiv:2412.06071).
+    diagonal of A or B (arXiv:2510.23346); `kasa_config` takes the least singular values off the weight and trains new ones
+    (arXiv:2412.06071).
     `fan_in_fan_out` is informative: the layout is read off the module.
     `target_parameters` names parameters (`experts.gate_up_proj`) that no linear holds: matrices, or one for each expert in
     three dimensions. They, and the weights of an nn.MultiheadAttention in `target_modules`, are adapted as weights.
