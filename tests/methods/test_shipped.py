@@ -106,6 +106,7 @@ ASKING: dict[str, peftc.AdapterSpec] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ASKING)
 def test_what_asks_about_the_call_is_compiled_around_it(name: str) -> None:
     """In several graphs, and in none anew for other tasks; of the compiled model, as its base is not told of the call."""

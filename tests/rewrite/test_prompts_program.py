@@ -174,6 +174,7 @@ def test_a_program_goes_on_from_its_cache_as_modules_do(tmp_path: Path) -> None:
         other(input_ids=ids, attention_mask=wide[:, 1:], position_ids=positions)
 
 
+@pytest.mark.slow
 def test_a_prefix_in_a_program_is_saved_loaded_switched_and_copied(tmp_path: Path) -> None:
     model = program_model("gpt2")
     captured = cached_inputs("gpt2", model, labels=False)
@@ -195,6 +196,7 @@ def test_a_prefix_in_a_program_is_saved_loaded_switched_and_copied(tmp_path: Pat
     torch.testing.assert_close(again(**inputs).logits, expected)
 
 
+@pytest.mark.slow
 def test_a_program_with_a_cache_generates_as_modules_do() -> None:
     model = program_model("llama")
     captured = cached_inputs("llama", model, labels=False) | {"position_ids": torch.arange(5, 13).expand(2, -1)}
@@ -229,6 +231,7 @@ def test_a_program_with_a_cache_generates_as_modules_do() -> None:
 SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("t5", "whisper")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bart", *SLOW])
 def test_an_encoder_decoder_generates_as_modules_do(kind: str) -> None:
     model = program_model(kind)
@@ -262,6 +265,7 @@ def test_an_encoder_decoder_generates_as_modules_do(kind: str) -> None:
             without.generate(**given)
 
 
+@pytest.mark.slow
 def test_positions_that_follow_from_a_cache_can_be_given() -> None:
     model, spec = program_model("opt"), peftc.LoraConfig(r=2, target_modules="all-linear")
     inputs, given = cached_inputs("opt", model, labels=False), program_inputs("opt", model, 3, 6, labels=False)
@@ -307,6 +311,7 @@ def test_what_a_program_lacks_to_generate_is_said() -> None:
         peftc.compile(silent, spec, capture="export", inputs=cached).generate(ids)
 
 
+@pytest.mark.slow
 def test_a_program_without_a_cache_says_how_to_capture_one() -> None:
     model = program_model("llama")
     inputs: dict[str, Any] = program_inputs("llama", model)
