@@ -201,6 +201,7 @@ def is_plain(tensor: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and type(tensor) in (Tensor, nn.Parameter)
         and not tensor.is_meta
+        and not torch._C._is_tracing()
         and not torch._C._are_functorch_transforms_active()
     )
 

@@ -1,5 +1,6 @@
 """A linear op with its adapters' products as one op for autograd: equal to the algebra, and little is kept."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +9,10 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
+import peftc
 from peftc.rewrite import products
 from peftc.rewrite.products import FEW, LARGE, Term, linear_with_products
+from tests.support.adapters import perturb
 
 SHAPES = {"row": (8,), "rows": (4, 8), "batch": (2, 3, 8), "none": (0, 3, 8)}
 
@@ -132,6 +135,18 @@ def test_half_precision_is_near_the_exact_gradients() -> None:
     for own_gradient, wanted in zip(found, exact, strict=True):
         error = (own_gradient.double() - wanted).abs().max() / wanted.abs().max()
         assert float(error) < 8 * torch.finfo(torch.bfloat16).eps
+
+
+def test_a_trace_of_torchscript_has_plain_ops(tmp_path: Path) -> None:
+    """It could not be saved with a function of Python's in it, and is to be the same with gradients and without."""
+    torch.manual_seed(0)
+    compiled = peftc.compile(nn.Sequential(nn.Linear(8, 6)), peftc.LoraConfig(target_modules=["0"], r=3))
+    compiled = perturb(compiled).eval()
+    x = torch.randn(2, 3, 8)
+    traced = torch.jit.trace(compiled.base, (x,))
+    assert "PythonOp" not in str(traced.inlined_graph)
+    torch.jit.save(traced, tmp_path / "traced.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "traced.pt")(x), compiled(x))
 
 
 def test_who_gets_the_result_may_write_to_it() -> None:
