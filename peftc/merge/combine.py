@@ -71,10 +71,11 @@ def _require_apart(adapters: Iterable[Adapter]) -> None:
 
 
 def _resolved(rule: Rule[Any], how: Combination, specs: Sequence[AdapterSpec]) -> Combination:
-    kind = how.combination_type or next(iter(rule.combinations), "")
+    if not rule.combinations:
+        raise AdapterError(f"{_WHAT}: adapters of few methods have a weighted sum; {rule.name} has none")
+    kind = how.combination_type or next(iter(rule.combinations))
     if kind not in rule.combinations:
-        known = ", ".join(rule.combinations) or "none"
-        raise AdapterError(f"{_WHAT}: combination_type={kind!r}: {rule.name} has {known}")
+        raise AdapterError(f"{_WHAT}: combination_type={kind!r}: {rule.name} has {', '.join(rule.combinations)}")
     return rule.combination(replace(how, combination_type=kind), specs)
 
 

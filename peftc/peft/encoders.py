@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftc.errors import AdapterError
 from peftc.peft.configs import spec_of
 from peftc.prompts.rule import PromptRule
 from peftc.registry import rules_of
@@ -71,12 +72,17 @@ class PromptEmbedding(metaclass=_Made):
     """
 
     def __new__(cls, config: Any, word_embeddings: Any) -> Any:
-        """Raises SpecError if the config lacks a size, AdapterError if its tokenizer can't be loaded."""
+        """Raises SpecError if the config lacks a size, AdapterError if its tokenizer can't be loaded, or sizes differ."""
         encoder, spec = _made(config)
         rule = _rule(spec)
 
         def embed(ids: Tensor) -> Tensor:
-            return word_embeddings(ids.to(word_embeddings.weight.device)).detach()
+            rows = word_embeddings(ids.to(word_embeddings.weight.device)).detach()
+            if rows.shape[-1] != spec.token_dim:
+                raise AdapterError(
+                    f"{type(spec).__name__}.token_dim={spec.token_dim}: the word embeddings are {rows.shape[-1]} wide"
+                )
+            return rows
 
         with torch.no_grad():
             rule.start(encoder, spec, embed, word_embeddings.weight.shape[0])

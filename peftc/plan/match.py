@@ -240,7 +240,12 @@ def _in_layers(adapter: str, spec: AdapterSpec, names: list[str], misses: list[M
     known = sorted({layer for layer in layer_of.values() if layer is not None})
     for layer in spec.layers_to_transform:
         if layer not in known:
-            span = f"the targets are in layers {known[0]}–{known[-1]}" if known else "no target is in a numbered layer"
+            lists = f" of {', '.join(map(repr, spec.layers_pattern))} (layers_pattern)" if spec.layers_pattern else ""
+            span = (
+                f"the targets are in layers {known[0]}–{known[-1]}"
+                if known
+                else f"no target is in a numbered layer{lists}"
+            )
             misses.append(Miss(adapter, "layers_to_transform", str(layer), f"matches no target: {span}"))
     return [name for name in names if layer_of[name] in spec.layers_to_transform]
 

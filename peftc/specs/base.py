@@ -259,4 +259,6 @@ def _explain(cls: type[AdapterSpec], item: Any) -> str:
         text += f" (nearest: {near[0]!r})" if near else ""
     if isinstance(value, str) and re.fullmatch(r"\d+", value) and item["type"] in ("int_type", "float_type"):
         text += f" (did you mean {value}, without quotes?)"
+    if isinstance(value, str) and item["type"] == "tuple_type":
+        text = f"{field}: got {value!r}; give a list of names (did you mean [{value!r}]?)"
     return text

@@ -176,7 +176,12 @@ REFUSED: dict[str, tuple[list[str], Any, dict[str, Any], str]] = {
     "nan": (["a", "b"], [1, float("nan")], {}, "the weight of 'b' is nan"),
     "type": (["a", "b"], [1, 1], {"combination_type": "mean"}, "'mean': lora has svd, cat, linear"),
     "methods": (["a", "ia3"], [1, 1], {}, "adapters of one method"),
-    "prompt": (["p"], [1], {}, "prompt_tuning has none"),
+    "prompt": (
+        ["p"],
+        [1],
+        {},
+        "add_weighted_adapter: adapters of few methods have a weighted sum; prompt_tuning has none",
+    ),
     "density": (["a", "b"], [1, 1], {"combination_type": "ties"}, "needs a density in [0, 1]"),
     "no density": (["a", "b"], [1, 1], {"combination_type": "dare_ties", "density": 0}, "above 0"),
     "sign": (["a", "b"], [1, 1], {"majority_sign_method": "most"}, "valid are 'total' and 'frequency'"),

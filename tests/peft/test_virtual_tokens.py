@@ -55,3 +55,15 @@ def test_rows_without_the_encoder_that_makes_them(tmp_path: Path) -> None:
     rows = peftc.peft.get_peft_model(base(), config(peftc.peft, inference_mode=True)).eval()
     peftc.peft.set_peft_model_state_dict(rows, state)
     torch.testing.assert_close(rows(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", ["PromptTuningConfig", "MultitaskPromptTuningConfig"])
+def test_rows_that_start_from_words_are_as_wide_as_they(config: str) -> None:
+    sizes = {"num_virtual_tokens": 3, "num_transformer_submodules": 1, "prompt_tuning_init": "SAMPLE_VOCAB"}
+    encoder = "PromptEmbedding" if config == "PromptTuningConfig" else "MultitaskPromptEmbedding"
+    words = torch.nn.Embedding(9, 8)
+    make = getattr(peftc.peft.tuners, encoder)
+    rows = make(getattr(peftc.peft, config)(token_dim=8, **sizes), words).embedding.weight
+    assert all((words.weight == row).all(1).any() for row in rows)
+    with pytest.raises(peftc.AdapterError, match=r"token_dim=6: the word embeddings are 8 wide"):
+        make(getattr(peftc.peft, config)(token_dim=6, **sizes), words)

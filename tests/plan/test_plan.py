@@ -120,6 +120,10 @@ MISSES: dict[str, tuple[dict[str, Any], str]] = {
     "container": ({"target_modules": ["mlp"]}, r"is a LlamaMLP, not one of .* Inside model\.layers\.0\.mlp: gate_proj"),
     "regex": ({"target_modules": "q_proj"}, r"a string is a regular expression that must match the whole fqn"),
     "layer": ({"target_modules": ["q_proj"], "layers_to_transform": [1, 7]}, r"'7' matches no target: .* 0–2"),
+    "list of layers": (
+        {"target_modules": ["q_proj"], "layers_to_transform": [1], "layers_pattern": "h"},
+        r"'1' matches no target: no target is in a numbered layer of 'h' \(layers_pattern\)",
+    ),
     "layer of a full name": (
         {"target_modules": ["model.layers.0.mlp.up_proj", "q_proj"], "layers_to_transform": [5]},
         r"'5' matches no target",

@@ -47,6 +47,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "dropout": ({"lora_dropout": 1.5}, r"lora_dropout: got 1\.5"),
     "targets": ({"target_modules": 3}, r"target_modules: got 3"),
     "a target": ({"target_modules": ["q", 3]}, r"target_modules\.1: got 3"),
+    "a text for names": ({"modules_to_save": "head"}, r"modules_to_save: got 'head'; give a list .*\['head'\]"),
     "regex": ({"target_modules": "a("}, r"target_modules: 'a\(' is not a regular expression"),
     "pattern": ({"rank_pattern": {"a(": 2}}, r"rank_pattern: 'a\(' is not a regular expression"),
     "init": ({"init_lora_weights": "pisa"}, r"init_lora_weights: got 'pisa'.*gaussian, olora, pissa"),
