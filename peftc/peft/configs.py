@@ -95,7 +95,7 @@ class PeftConfig:
         """The config of a folder or a Hub repository, of the class of its method. `kwargs` that are no fields are
         options of the download. Raises CheckpointError, SpecError.
         """
-        fields = {key: kwargs.pop(key) for key in list(kwargs) if key in _all_fields() and key != "revision"}
+        fields = {key: kwargs.pop(key) for key in list(kwargs) if key in all_fields() and key != "revision"}
         known = ("revision", "token", "cache_dir", "local_files_only", "force_download")
         folder = locate(pretrained_model_name_or_path, subfolder, **{k: v for k, v in kwargs.items() if k in known})
         config = config_from(load_spec(folder))
@@ -223,7 +223,8 @@ def _mutable(default: Any) -> Any:
 
 
 @functools.cache
-def _all_fields() -> frozenset[str]:
+def all_fields() -> frozenset[str]:
+    """The names of the fields of all configs."""
     return frozenset(f.name for cls in spec_classes().values() for f in dataclasses.fields(config_class(cls)))
 
 

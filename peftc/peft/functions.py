@@ -209,7 +209,9 @@ def set_base_model_state_dict(model: Any, state_dict: Mapping[str, Tensor], stri
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast what is frozen to `dtype`, and what trains to float32."""
+    """Cast what is frozen to `dtype`, and what trains to float32. Raises TypeError on what is no dtype."""
+    if not isinstance(cast(Any, dtype), torch.dtype):
+        raise TypeError(f"cast_mixed_precision_params: got {dtype!r}; give a dtype, as torch.bfloat16")
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
 

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import warnings
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, Self
@@ -13,10 +14,10 @@ from peftc.compiled import CompiledModel
 from peftc.errors import AdapterError
 from peftc.graph.finding import module_at
 from peftc.graph.sites import parameter_name
-from peftc.peft.configs import PeftConfig, spec_of
+from peftc.peft.configs import PeftConfig, all_fields, spec_of
 from peftc.peft.reported import TASKS, Reported
 from peftc.peft.rooted import Rooted, attach_first, call, in_base, name_base, unloaded
-from peftc.peft.roots import Root, adopt, attach, root_of, take, tell
+from peftc.peft.roots import Root, adopt, attach, require_config, root_of, take, tell
 from peftc.peft.state_names import rename
 from peftc.peft.tuner import BaseTuner, MixedModel, tuner_class
 from peftc.peft.types import TaskType
@@ -150,6 +151,7 @@ class PeftModel(Reported):
         `strict`, `allow_pickle`). Raises CheckpointError, SpecError; the model is as it was then.
         """
         options = _load_options(kwargs)
+        require_config(config)
         spec = None if config is None else spec_of(config)
         model = model._base() if isinstance(model, Rooted) else model
         root = root_of(model)
@@ -278,6 +280,9 @@ def _prompt_learning(config: Any) -> bool:
 
 
 def _load_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    told = sorted(kwargs.keys() & all_fields() - _OPTIONS)
+    if told:  # PEFT passes over them, too.
+        warnings.warn(f"{', '.join(told)}: no effect here; what the adapter's own config says counts", stacklevel=3)
     given = {key: value for key, value in kwargs.items() if key in _OPTIONS}
     # A pickle is read with weights_only=True, as in PEFT.
     return {"allow_pickle": True, "autocast_adapter_dtype": bool(kwargs.get("autocast_adapter_dtype", True)), **given}

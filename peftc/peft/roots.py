@@ -207,7 +207,8 @@ def attach(
     else:
         root.unmerge()
         for name, spec in specs.items():
-            if name in root.configs:
+            # A config alone may be there before: `inject_adapter` is told by its name.
+            if name in root.program.plan.adapters:
                 warnings.warn(f"adapter {name!r} is there already; the new one takes its place", stacklevel=4)
                 root.delete(name)
             root.compiled.add_adapter(
@@ -225,7 +226,13 @@ def _require_kinds(model: Any, configs: Mapping[str, Any]) -> None:
     """Raise TypeError on what is no module, and on dicts, of which PeftModels can't say later what they are."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a module to adapt, got a {type(model).__name__}")
-    if any(isinstance(config, Mapping) for config in configs.values()):
+    for config in configs.values():
+        require_config(config)
+
+
+def require_config(config: Any) -> None:
+    """Raise TypeError on a dict."""
+    if isinstance(config, Mapping):
         raise TypeError("expected a PeftConfig, got a dict: get_peft_config makes one of it")
 
 

@@ -90,10 +90,14 @@ class BaseTuner(Rooted):
         low_cpu_mem_usage: bool = False,
         state_dict: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Attach the adapter that `peft_config[adapter_name]` describes, inactive."""
+        """Attach the adapter that `peft_config[adapter_name]` describes, inactive. Raises AdapterError if there is none."""
         root = self.root
+        if adapter_name not in root.configs:
+            raise AdapterError(
+                f"inject_adapter: peft_config has no {adapter_name!r}; put its config there first, or use add_adapter"
+            )
         if adapter_name not in root.program.plan.adapters:
-            attach(root.program.base, {adapter_name: self.peft_config[adapter_name]}, autocast=autocast_adapter_dtype)
+            attach(root.program.base, {adapter_name: root.configs[adapter_name]}, autocast=autocast_adapter_dtype)
 
     def enable_adapter_layers(self) -> None:
         """Turn the adapters on again."""

@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import pickle
 import weakref
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,8 @@ def test_casting(lib: Any) -> None:
     lib.cast_mixed_precision_params(single, torch.bfloat16)
     assert {p.dtype for n, p in single.named_parameters() if "lora_" in n} == {torch.float32}
     assert {p.dtype for n, p in single.named_parameters() if "lora_" not in n} == {torch.bfloat16}
+    with pytest.raises((RuntimeError, TypeError), match="bfloat16"):
+        lib.cast_mixed_precision_params(single, "bfloat16")
 
 
 @BOTH
@@ -105,6 +108,49 @@ def test_models_from_the_adapter_alone(lib: Any, tmp_path: Path) -> None:
         loaded = cls.from_pretrained(str(tmp_path / "adapter"))
         assert type(loaded).__name__ == "PeftModelForCausalLM"
         torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+
+
+@BOTH
+def test_models_from_an_adapter_for_another_task_are_refused(lib: Any, tmp_path: Path) -> None:
+    base().save_pretrained(tmp_path / "base")
+    for task in ("CAUSAL_LM", None):
+        adapter = str(tmp_path / str(task))
+        given = type(base()).from_pretrained(tmp_path / "base")
+        lib.get_peft_model(given, lib.LoraConfig(task_type=task, target_modules=["q_proj"])).save_pretrained(adapter)
+        if task is not None:
+            with pytest.raises(ValueError, match=r"CausalLM|CAUSAL_LM"):
+                lib.AutoPeftModelForSequenceClassification.from_pretrained(adapter)
+        assert type(lib.AutoPeftModelForCausalLM.from_pretrained(adapter)).__name__ == "PeftModelForCausalLM"
+
+
+def test_options_for_the_adapter_are_the_adapter_s(tmp_path: Path) -> None:
+    """The advice of the error, `verify="files"`, would be an argument of the base."""
+    base().save_pretrained(tmp_path / "base")
+    given = type(base()).from_pretrained(tmp_path / "base")
+    config = peftc.peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    peftc.peft.get_peft_model(given, config).save_pretrained(tmp_path / "adapter")
+    other = base()
+    for parameter in other.parameters():
+        parameter.data.add_(1)
+    other.save_pretrained(tmp_path / "base")
+    with pytest.raises(peftc.CheckpointError, match="verify='files'"):
+        peftc.peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    loaded = peftc.peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", verify="files")
+    assert torch.equal(loaded.get_input_embeddings().weight, other.get_input_embeddings().weight)
+
+
+@BOTH
+def test_fields_of_configs_are_no_options_of_loading(lib: Any, tmp_path: Path) -> None:
+    model = adapted(lib)
+    model.save_pretrained(tmp_path)
+    told = pytest.warns(UserWarning, match="lora_alpha: no effect here") if lib is not peft else nullcontext()
+    with told:
+        loaded = lib.PeftModel.from_pretrained(base(), str(tmp_path), lora_alpha=64)
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits)
+    other = base()
+    with pytest.raises((ValueError, TypeError), match=r"expected a PeftConfig, got a dict|must be a PeftConfig"):
+        lib.PeftModel.from_pretrained(other, str(tmp_path), config={"peft_type": "LORA", "target_modules": ["q_proj"]})
+    assert not any("lora" in name for name, _ in other.named_parameters())
 
 
 @BOTH
@@ -255,6 +301,23 @@ def test_tuner_models_made_directly(lib: Any) -> None:
     assert tuner.targeted_module_names == ["model.layers.0.self_attn.q_proj"]
     assert tuner.active_adapters == ["default"]
     assert tuner.config is model.config
+
+
+@BOTH
+def test_adapters_are_injected_by_the_name_of_their_config(lib: Any) -> None:
+    model = adapted(lib)
+    tuner, before = model.base_model, model(IDS).logits
+    with pytest.raises((KeyError, peftc.AdapterError), match="second"):
+        tuner.inject_adapter(tuner.model, "second")
+    tuner.peft_config["second"] = lib.LoraConfig(r=2, target_modules=["k_proj"], init_lora_weights=False)
+    tuner.inject_adapter(tuner.model, "second")
+    assert torch.equal(model(IDS).logits, before)
+    assert tuner.active_adapters == ["default"]
+    model.set_adapter("second")
+    assert {name.split(".lora_")[0].rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {
+        "k_proj"
+    }
+    assert not torch.equal(model(IDS).logits, before)
 
 
 @BOTH
