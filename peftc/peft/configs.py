@@ -146,6 +146,16 @@ def spec_of(config: Any) -> AdapterSpec:
     raise TypeError(f"expected a PeftConfig, got {type(config).__name__}")
 
 
+def as_config(config: Any) -> Any:
+    """A spec as the config that it is here, which scripts ask and change; any other object as it is.
+
+    Raises TypeError on dicts, of which PeftModels can't say later what they are.
+    """
+    if isinstance(config, Mapping):
+        raise TypeError("expected a PeftConfig, got a dict: get_peft_config makes one of it")
+    return config_from(config) if isinstance(config, AdapterSpec) else config
+
+
 def _given(config: PeftConfig) -> dict[str, Any]:
     """The fields of the spec: without those that are only there to be asked for."""
     cls = _spec_class(config.peft_type)

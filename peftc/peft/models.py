@@ -14,10 +14,10 @@ from peftc.compiled import CompiledModel
 from peftc.errors import AdapterError
 from peftc.graph.finding import module_at
 from peftc.graph.sites import parameter_name
-from peftc.peft.configs import PeftConfig, all_fields, spec_of
+from peftc.peft.configs import PeftConfig, all_fields, as_config, spec_of
 from peftc.peft.reported import TASKS, Reported
 from peftc.peft.rooted import Rooted, attach_first, call, in_base, name_base, unloaded
-from peftc.peft.roots import Root, adopt, attach, require_config, root_of, take, tell
+from peftc.peft.roots import Root, adopt, attach, root_of, take, tell
 from peftc.peft.state_names import rename
 from peftc.peft.tuner import BaseTuner, MixedModel, tuner_class
 from peftc.peft.types import TaskType
@@ -62,6 +62,7 @@ class PeftModel(Reported):
         low_cpu_mem_usage: bool = False,
     ) -> None:
         super().__init__()
+        peft_config = as_config(peft_config)
         self._stand_on(attach_first(model, peft_config, adapter_name, autocast_adapter_dtype), peft_config)
 
     @classmethod
@@ -126,6 +127,7 @@ class PeftModel(Reported):
         """Attach a new, untrained adapter, inactive. Raises AdapterError if the name is taken, SpecError, NoMatchError."""
         if adapter_name in self.peft_config:
             raise AdapterError(f"adapter {adapter_name!r} exists already; choose another name, or delete_adapter first")
+        peft_config = as_config(peft_config)
         name_base(self.get_base_model(), peft_config)
         attach(self.get_base_model(), {adapter_name: peft_config}, autocast=autocast_adapter_dtype)
 
@@ -151,7 +153,7 @@ class PeftModel(Reported):
         `strict`, `allow_pickle`). Raises CheckpointError, SpecError; the model is as it was then.
         """
         options = _load_options(kwargs)
-        require_config(config)
+        config = as_config(config)
         spec = None if config is None else spec_of(config)
         model = model._base() if isinstance(model, Rooted) else model
         root = root_of(model)
@@ -384,6 +386,7 @@ def get_peft_model(
 
     Example: model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")); model.print_trainable_parameters()
     """
+    peft_config = as_config(peft_config)
     if revision is not None and isinstance(peft_config, PeftConfig):
         peft_config.revision = revision
     cls = PeftMixedModel if mixed else _class_for(peft_config)

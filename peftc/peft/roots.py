@@ -19,7 +19,7 @@ from peftc.errors import AdapterError, NoMatchError
 from peftc.graph.finding import module_at
 from peftc.lifecycle import describe, named, require_known
 from peftc.peft.adapted import ROOT, BaseTunerLayer
-from peftc.peft.configs import config_from, resolve, spec_of
+from peftc.peft.configs import as_config, config_from, resolve, spec_of
 from peftc.peft.experts import with_experts
 from peftc.peft.layers import classes_at
 from peftc.plan import Edit
@@ -184,7 +184,8 @@ def attach(
 
     `calibration`: what they start from, if that is data; else what preprocess_… has kept.
     """
-    _require_kinds(model, configs)
+    _require_module(model)
+    configs = {name: as_config(config) for name, config in configs.items()}
     specs = {name: with_experts(model, spec_of(config)) for name, config in configs.items()}
     for name, spec in specs.items():
         calibration = _found(model, spec) if calibration is None else replace(calibration, given=spec, spec=spec)
@@ -222,18 +223,9 @@ def attach(
     return root
 
 
-def _require_kinds(model: Any, configs: Mapping[str, Any]) -> None:
-    """Raise TypeError on what is no module, and on dicts, of which PeftModels can't say later what they are."""
+def _require_module(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a module to adapt, got a {type(model).__name__}")
-    for config in configs.values():
-        require_config(config)
-
-
-def require_config(config: Any) -> None:
-    """Raise TypeError on a dict."""
-    if isinstance(config, Mapping):
-        raise TypeError("expected a PeftConfig, got a dict: get_peft_config makes one of it")
 
 
 def _found(model: nn.Module, spec: Any) -> Calibration | None:

@@ -202,3 +202,36 @@ def test_the_weight_of_a_linear_as_a_parameter_beside_other_targets(tmp_path: Pa
             torch.testing.assert_close(read(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-5)
     with pytest.raises(peftc.NoMatchError, match="is of shape"):
         peftc.compile(base(), peftc.LoraConfig(target_modules=[], target_parameters=["input_layernorm.weight"]))
+
+
+SPECS: dict[str, dict[str, Any]] = {
+    "LoraConfig": {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"},
+    "PromptTuningConfig": {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_specs_are_configs_at_every_door(name: str, tmp_path: Path) -> None:
+    spec, config = getattr(peftc, name)(**SPECS[name]), getattr(peftc.peft, name)(**SPECS[name])
+    expected = peftc.peft.get_peft_model(base(), config)
+    made = {
+        "get": peftc.peft.get_peft_model(base(), spec, revision="v1"),
+        "class": peftc.peft.PeftModelForCausalLM(base(), spec),
+        "add": peftc.peft.get_peft_model(base(), config, "first"),
+    }
+    made["add"].add_adapter("default", spec)
+    made["add"].set_adapter("default")
+    made["add"].delete_adapter("first")
+    made["get"].save_pretrained(tmp_path)
+    made["load"] = peftc.peft.PeftModel.from_pretrained(base(), tmp_path, config=spec)
+    if not config.is_prompt_learning:
+        made["tuner"] = peftc.peft.LoraModel(base(), spec)
+        made["injected"] = peftc.peft.inject_adapter_in_model(spec, base())
+    for door, model in made.items():
+        own = model.peft_config["default"]
+        assert type(own) is type(config), door
+        own.base_model_name_or_path = "user/base"
+        if isinstance(model, peftc.peft.PeftModel):
+            assert type(model) is type(expected), door
+            assert model.state_dict().keys() == expected.state_dict().keys(), door
+    assert made["get"].peft_config["default"].revision == "v1"
