@@ -286,6 +286,11 @@ def _load_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     if told:  # PEFT passes over them, too.
         warnings.warn(f"{', '.join(told)}: no effect here; what the adapter's own config says counts", stacklevel=3)
     given = {key: value for key, value in kwargs.items() if key in _OPTIONS}
+    if kwargs.get("ignore_mismatched_sizes"):
+        warnings.warn(
+            "ignore_mismatched_sizes: as strict=False; a saved head comes as large as in its file", stacklevel=3
+        )
+        given = {"strict": False, **given}
     # A pickle is read with weights_only=True, as in PEFT.
     return {"allow_pickle": True, "autocast_adapter_dtype": bool(kwargs.get("autocast_adapter_dtype", True)), **given}
 

@@ -204,6 +204,23 @@ def test_the_weight_of_a_linear_as_a_parameter_beside_other_targets(tmp_path: Pa
         peftc.compile(base(), peftc.LoraConfig(target_modules=[], target_parameters=["input_layernorm.weight"]))
 
 
+@BOTH
+def test_mismatched_sizes_can_be_ignored(lib: Any, tmp_path: Path) -> None:
+    model = adapted(lib)
+    model.save_pretrained(tmp_path)
+    config = lib.PeftConfig.from_pretrained(str(tmp_path))
+    config.rank_pattern = {"q_proj": 2}
+    with pytest.raises(RuntimeError, match=r"size mismatch|mis-shaped"):
+        lib.PeftModel.from_pretrained(base(), str(tmp_path), config=config)
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes"):
+        loaded = lib.PeftModel.from_pretrained(base(), str(tmp_path), config=config, ignore_mismatched_sizes=True)
+    weights, expected = lib.get_peft_model_state_dict(loaded), lib.get_peft_model_state_dict(model)
+    fitting = [key for key in expected if "v_proj" in key]
+    assert fitting
+    assert all(torch.equal(weights[key], expected[key]) for key in fitting)
+    assert all(not value.any() for key, value in weights.items() if "q_proj.lora_B" in key)
+
+
 SPECS: dict[str, dict[str, Any]] = {
     "LoraConfig": {"target_modules": ["q_proj"], "task_type": "CAUSAL_LM"},
     "PromptTuningConfig": {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"},
