@@ -62,7 +62,25 @@ _STARTS: Mapping[str, Mapping[str, str]] = {
 }
 
 
-class LoraLayer(BaseTunerLayer):
+def _size(name: str, doc: str) -> Computed:
+    """A size that modules have which are no linears (Conv1D, embeddings, convolutions): of their weight's first edit."""
+
+    def size(layer: Any) -> int:
+        part = next(iter(parts_of(layer).values()))
+        return int(getattr(part.site, name))
+
+    size.__doc__ = doc
+    return Computed(size)
+
+
+class _Sized(BaseTunerLayer):
+    """A module whose weight maps `in_features` to `out_features`."""
+
+    in_features = _size("in_features", "What it takes: of an embedding the number of rows, of a convolution channels.")
+    out_features = _size("out_features", "What it gives.")
+
+
+class LoraLayer(_Sized):
     """A module with LoRA on it: `lora_A`, `lora_B`, and by adapter `r`, `lora_alpha` and `scaling`."""
 
     adapter_layer_names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
@@ -226,10 +244,15 @@ class ShiraLayer(_MethodLayer):
             set_scale_at(program_of(self).adapters[adapter], edits[adapter], lambda planned, now: scale)
 
 
-class IA3Layer(BaseTunerLayer):
+class IA3Layer(_Sized):
     """A module with (IA)³: `ia3_l` by adapter."""
 
     adapter_layer_names = ("ia3_l",)
+
+    @Computed
+    def is_feedforward(self) -> bool:
+        """Whether its input is scaled, not its output."""
+        return any(bool(part.edit.constants["feedforward"]) for part in parts_of(self).values())
 
     @Computed
     def scaling(self) -> dict[str, float]:

@@ -7,6 +7,8 @@ from typing import Any
 import peft
 import pytest
 import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import peftc
 import peftc.peft
@@ -219,6 +221,31 @@ def test_mismatched_sizes_can_be_ignored(lib: Any, tmp_path: Path) -> None:
     assert fitting
     assert all(torch.equal(weights[key], expected[key]) for key in fitting)
     assert all(not value.any() for key, value in weights.items() if "q_proj.lora_B" in key)
+
+
+class Sizes(nn.Module):
+    """A module of each kind that is no linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 6)
+        self.turned = Conv1D(4, 6)
+        self.conv = nn.Conv2d(4, 8, 3)
+        self.grouped = nn.Conv1d(4, 8, 3, groups=2)
+        self.linear = nn.Linear(8, 3)
+
+
+def test_adapted_modules_know_their_sizes() -> None:
+    sizes: list[Any] = []
+    for lib in LIBS:
+        names = [name for name, _ in Sizes().named_children()]
+        plain = lib.get_peft_model(Sizes(), lib.LoraConfig(r=2, target_modules=names)).base_model.model
+        chosen = {"target_modules": ["turned", "linear"], "feedforward_modules": ["linear"]}
+        scaled = lib.get_peft_model(Sizes(), lib.IA3Config(**chosen)).base_model.model
+        sizes.append([(getattr(plain, name).in_features, getattr(plain, name).out_features) for name in names])
+        for layer in (scaled.turned, scaled.linear):
+            sizes[-1].append((layer.in_features, layer.out_features, layer.is_feedforward))
+    assert sizes[0] == sizes[1]
 
 
 SPECS: dict[str, dict[str, Any]] = {
