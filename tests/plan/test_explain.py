@@ -43,7 +43,7 @@ def test_an_adapted_linear_and_one_that_is_left_alone() -> None:
         "a: linear 4 → 4 (Linear), float32",
         "  default (LORA): lora @output adds lora_A 2×4, lora_B 4×2",
         "  its graph has 4 nodes of the module itself",
-        "  from lora of 'default' (a0), LoraLinear.output (lora/linear.py): a0_lora_a_weight, a0_lora_b_weight, a0_scaling,"
+        "  from lora of 'default' (a0), LoraLinear.output (lora/base.py): a0_lora_a_weight, a0_lora_b_weight, a0_scaling,"
         " linear_with_products",
     ]
     assert told(compiled, "b") == [
@@ -68,7 +68,7 @@ def test_in_one_graph_of_the_model_the_nodes_are_those_of_the_place() -> None:
     compiled = peftc.compile(Two(), specs, capture="symbolic")
     compiled.set_adapter(["one", "two"])
     (lora,), (ia3,) = ([line for line in told(compiled, "b") if f"of '{name}'" in line] for name in specs)
-    assert lora.startswith("  from lora of 'one' (a2), LoraLinear.output (lora/linear.py): a2_lora_a_weight")
+    assert lora.startswith("  from lora of 'one' (a2), LoraLinear.output (lora/base.py): a2_lora_a_weight")
     assert ia3.startswith("  from ia3 of 'two' (a3), IA3Linear.output (ia3/rules.py): a3_ia3_l_value")
 
 
