@@ -69,7 +69,7 @@ def test_in_one_graph_of_the_model_the_nodes_are_those_of_the_place() -> None:
     compiled.set_adapter(["one", "two"])
     (lora,), (ia3,) = ([line for line in told(compiled, "b") if f"of '{name}'" in line] for name in specs)
     assert lora.startswith("  from lora of 'one' (a2), LoraLinear.output (lora/base.py): a2_lora_a_weight")
-    assert ia3.startswith("  from ia3 of 'two' (a3), IA3Linear.output (ia3/rules.py): a3_ia3_l_value")
+    assert ia3.startswith("  from ia3 of 'two' (a3), IA3Linear.output (rules/ia3.py): a3_ia3_l_value")
 
 
 @pytest.mark.parametrize("capture", ["modules", "symbolic"])
