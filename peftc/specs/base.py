@@ -259,6 +259,11 @@ def _explain(cls: type[AdapterSpec], item: Any) -> str:
         text += f" (nearest: {near[0]!r})" if near else ""
     if isinstance(value, str) and re.fullmatch(r"\d+", value) and item["type"] in ("int_type", "float_type"):
         text += f" (did you mean {value}, without quotes?)"
-    if isinstance(value, str) and item["type"] == "tuple_type":
+    if isinstance(value, str) and item["type"] == "tuple_type" and _holds_names(cls, field):
         text = f"{field}: got {value!r}; give a list of names (did you mean [{value!r}]?)"
     return text
+
+
+def _holds_names(cls: type[AdapterSpec], field: str) -> bool:
+    annotation = cls.model_fields[field].annotation if field in cls.model_fields else None
+    return tuple[str, ...] in (annotation, *get_args(annotation))
