@@ -266,4 +266,4 @@ def _explain(cls: type[AdapterSpec], item: Any) -> str:
 
 def _holds_names(cls: type[AdapterSpec], field: str) -> bool:
     annotation = cls.model_fields[field].annotation if field in cls.model_fields else None
-    return tuple[str, ...] in (annotation, *get_args(annotation))
+    return Names in (annotation, *get_args(annotation))
