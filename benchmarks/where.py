@@ -128,7 +128,7 @@ def measures() -> dict[str, Callable[[], dict[str, Any]]]:
             ("bfloat16", bf16, 64, 576, 20),
         )
     }
-    found["decode, one token"] = partial(beyond, bars.decoding, 20, has_rank)
+    found["decode, one token"] = partial(beyond, bars.decoding, 10, has_rank)
     for name, shape in (("576", narrow), ("2048", wide)):
         found[f"decode, 16 rows, 16 adapters, width {name}"] = partial(
             beyond, partial(bars.mixed, shape), 5, is_batched
@@ -154,8 +154,8 @@ small calls longer than they are. *Calls* are dispatch, views, autograd and Pyth
 |---|---:|---:|---:|---:|---:|
 {beyond}
 
-- A step of 64 tokens and one decoded token are bound by calls: six products of a site are six calls whatever their
-  size, of some microseconds each; the rest is what autograd and Python need for a site.
+- A step of 64 tokens is calls as much as products, and one decoded token is mostly calls: six products of a site, or two,
+  are as many calls whatever their size, of some microseconds each; the rest is what autograd and Python need for a site.
 - In bfloat16 the casts of the adapters' float32 numbers are work that a float32 step has not.
 - A batch of 16 adapters reads 16 times the adapters' numbers: where the base is narrow that is as much as its weights.
   In training each adapter's factors are parameters of their own, so they are copied into a stack in every step, and get

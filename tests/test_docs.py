@@ -86,6 +86,13 @@ def test_the_page_of_costs_is_what_was_measured() -> None:
     assert page.count(", missed |") == len(figures) - len(met)
 
 
+def test_the_page_of_where_time_goes_is_what_was_profiled() -> None:
+    figures = json.loads((ROOT / "benchmarks" / "where.json").read_text())
+    text = runpy.run_path(str(ROOT / "benchmarks" / "where.py"))["text"]
+    assert (ROOT / "docs" / "where.md").read_text() == text(figures)
+    assert len(figures) > 5
+
+
 PROMISES = re.findall(r"^\| (.+?) \| (.+?) \|$", (ROOT / "docs" / "tested.md").read_text(), re.MULTILINE)[2:]
 
 
